@@ -1,0 +1,22 @@
+"""Nitro-E Lite: AMD's Nitro-E text-to-image model, rebuilt component by component.
+
+    import nitro_e_lite
+    pipeline = nitro_e_lite.load_pipeline("lite")
+    pipeline("two red stars", num_inference_steps=20).images[0].save("stars.png")
+
+Importing the package is cheap on purpose: torch, diffusers and transformers are loaded by the module that
+needs them, the first time `load_pipeline` is asked for.
+"""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load_pipeline"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_pipeline":
+        from nitro_e_lite.pipeline import load_pipeline
+
+        return load_pipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
