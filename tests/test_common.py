@@ -1,0 +1,124 @@
+"""Seeds, devices, manifests and the metrics file."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from nitro_e_lite import common
+
+
+def test_import_of_the_package_is_light():
+    code = (
+        "import sys, time; start = time.perf_counter(); import nitro_e_lite; "
+        "print(time.perf_counter() - start, 'torch' in sys.modules)"
+    )
+    seconds, torch_loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert float(seconds) < 1.0
+    assert torch_loaded == "False"
+
+
+def test_package_has_no_unknown_attribute():
+    import nitro_e_lite
+
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        nitro_e_lite.no_such_thing  # noqa: B018
+
+
+def test_seed_everything_repeats_all_generators():
+    common.seed_everything(3)
+    first = (np.random.rand(), torch.rand(2).tolist())
+    common.seed_everything(3)
+    assert first == (np.random.rand(), torch.rand(2).tolist())
+
+
+@pytest.mark.parametrize(
+    ("seed", "error"), [(-1, ValueError), (2**32, ValueError), ("1", TypeError), (True, TypeError)]
+)
+def test_seed_everything_refuses(seed, error):
+    with pytest.raises(error, match="seed"):
+        common.seed_everything(seed)
+
+
+def test_pick_device_and_dtype():
+    assert common.pick_device("cpu") == torch.device("cpu")
+    assert common.pick_dtype(None, torch.device("cpu")) is torch.float32
+    assert common.pick_dtype("bfloat16", torch.device("cpu")) is torch.bfloat16
+    assert common.pick_dtype(torch.float16, torch.device("cpu")) is torch.float16
+
+
+@pytest.mark.parametrize("name", ["tpuu", "cuda:99", 3.5])
+def test_pick_device_names_what_is_wrong(name):
+    with pytest.raises(ValueError, match="device: .*try 'cpu'"):
+        common.pick_device(name)
+
+
+@pytest.mark.parametrize("name", ["fp32", torch.int8, 16])
+def test_pick_dtype_names_what_is_wrong(name):
+    with pytest.raises(ValueError, match="dtype: .*bfloat16"):
+        common.pick_dtype(name, torch.device("cpu"))
+
+
+def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("NITRO_E_CACHE", str(tmp_path / "a"))
+    assert common.cache_dir() == tmp_path / "a"
+    monkeypatch.delenv("NITRO_E_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert common.cache_dir() == tmp_path / "nitro-e-lite"
+
+
+def test_manifest_round_trip_and_damage(tmp_path):
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "b.txt").write_text("b")
+    (tmp_path / "a.txt").write_text("a")
+    common.write_manifest(tmp_path)
+    assert list(common.check_manifest(tmp_path)) == ["a.txt", "part/b.txt"]
+    # an independent reader of the format agrees
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=tmp_path, check=True)
+
+    (tmp_path / "part" / "b.txt").write_text("c")
+    with pytest.raises(ValueError, match="b.txt: contents differ"):
+        common.check_manifest(tmp_path)
+    (tmp_path / "part" / "b.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="b.txt: listed"):
+        common.check_manifest(tmp_path)
+    (tmp_path / "SHA256SUMS").write_text("nonsense\n")
+    with pytest.raises(ValueError, match="cannot read the line"):
+        common.check_manifest(tmp_path)
+    (tmp_path / "SHA256SUMS").unlink()
+    with pytest.raises(FileNotFoundError, match="checksum file is missing"):
+        common.check_manifest(tmp_path)
+
+
+def test_environment_report_is_json_and_complete():
+    report = json.loads(json.dumps(common.environment_report()))
+    assert report["packages"]["torch"] == torch.__version__
+    assert {"commit", "device", "device_name", "python", "cpu_threads"} <= set(report)
+
+
+def test_metrics_survive_a_kill_and_a_resume(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    with common.MetricsWriter(path) as metrics:
+        for step in range(5):
+            metrics.write(step=step, loss=1.0 / (step + 1))
+    with open(path, "a") as file:
+        file.write('{"step": 5, "lo')  # killed in the middle of a line
+    assert [row["step"] for row in common.read_jsonl(path)] == [0, 1, 2, 3, 4]
+    with common.MetricsWriter(path) as metrics:  # reopened as it is: the torn line goes, whole lines stay
+        metrics.write(step=5, loss=0.1)
+    assert [row["step"] for row in common.read_jsonl(path)] == [0, 1, 2, 3, 4, 5]
+
+    with common.MetricsWriter(path) as metrics:
+        metrics.truncate_after(2)
+        metrics.write(step=3, loss=0.5)
+    assert [row["step"] for row in common.read_jsonl(path)] == [0, 1, 2, 3]
+
+
+def test_metrics_refuse_nan(tmp_path):
+    with common.MetricsWriter(tmp_path / "m.jsonl") as metrics, pytest.raises(ValueError):
+        metrics.write(step=0, loss=float("nan"))
