@@ -24,8 +24,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import cycler
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from nitro_e_lite import common
 
@@ -71,7 +73,7 @@ def as_uint8(image: Any) -> np.ndarray:
 def image_grid(
     images: Sequence[Any], columns: int, labels: Sequence[str] | None = None, title: str | None = None
 ) -> Figure:
-    """Pictures in rows, each with an optional label below it.
+    """Pictures in rows, each with an optional label below it, as one picture.
 
     Args:
         images: what `as_uint8` takes.
@@ -100,8 +102,16 @@ def image_grid(
         axis.set_axis_off()
     if title:
         figure.suptitle(title, fontsize=10)
-    plt.close(figure)  # notebooks show a returned figure once; without this twice
-    return figure
+    return _as_picture(figure)
+
+
+def _as_picture(figure: Figure) -> Image.Image:
+    """Draws a figure; grids of pictures are pictures themselves."""
+    figure.set_dpi(plt.rcParams["savefig.dpi"])
+    plt.close(figure)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def _show(axis: Axes, image: Any) -> None:
@@ -117,8 +127,8 @@ def film_strip(
     column_labels: Sequence[str] | None = None,
     row_labels: Sequence[str] | None = None,
     title: str | None = None,
-) -> Figure:
-    """Rows of frames, e.g. one row a prompt and one column a sampling step.
+) -> Image.Image:
+    """Rows of frames as one picture, e.g. one row a prompt and one column a sampling step.
 
     Raises:
         ValueError: no frames, rows of unequal length, or labels that do not match.
@@ -144,8 +154,7 @@ def film_strip(
             axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7.5)
     if title:
         figure.suptitle(title, fontsize=10)
-    plt.close(figure)
-    return figure
+    return _as_picture(figure)
 
 
 def curve(
@@ -182,7 +191,7 @@ def curve(
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title or "", yscale="log" if log_y else "linear")
     if len(series) > 1:
         axis.legend(frameon=False)
-    plt.close(figure)
+    plt.close(figure)  # notebooks show a returned figure once; without this twice
     return figure
 
 
@@ -233,6 +242,23 @@ def save_figure(
         }
         text = json.dumps(ledger | {path.name: facts | origin}, indent=2, sort_keys=True, ensure_ascii=False)
         ledger_path.write_text(text + "\n", encoding="utf-8", newline="\n")
+    return path
+
+
+def save_image(image: Image.Image, path: str | Path, facts: Mapping[str, Any]) -> Path:
+    """Saves a picture as PNG with `facts` (prompt, seed, ...) in its text chunks, so it can be made again.
+
+    Raises:
+        ValueError: for a path that does not end in `.png`.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"path: {path.name!r} must end in .png")
+    chunks = PngInfo()
+    for name, value in facts.items():
+        chunks.add_itxt(name, str(value))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, pnginfo=chunks)
     return path
 
 
