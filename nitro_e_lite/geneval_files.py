@@ -1,0 +1,95 @@
+"""The folder layout that the official GenEval scorer reads.
+
+The scorer needs an environment of its own, with old releases of torch and an object detector, so it runs
+elsewhere and the two sides meet in files:
+
+    ROOT/00000/metadata.jsonl      one JSON object: the line of the benchmark's prompt file
+    ROOT/00000/samples/0000.png    the first image of that prompt
+
+Folder names must be all digits and images must be ``.png`` with all-digit names: the scorer skips anything
+else in silence, and a missing prompt only makes the mean one over fewer prompts. ``check_folder`` therefore
+counts.
+
+Source: Ghosh et al., GenEval, 2023, evaluation script and README.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+KEYS = ("tag", "include", "prompt")
+
+
+def write_sample(root: str | Path, index: int, metadata: dict, images: Sequence[np.ndarray]) -> Path:
+    """Writes the folder of one prompt.
+
+    Args:
+        root: folder of the whole benchmark; made when absent.
+        index: position of the prompt in the benchmark, >= 0.
+        metadata: the prompt in GenEval's schema: an official line, or ``Prompt.metadata()``.
+        images: uint8 (H, W, 3) each.
+
+    Returns:
+        The folder ``root/00000`` of the prompt.
+
+    Raises:
+        ValueError: for a negative index, missing metadata keys, no images, or one not uint8 (H, W, 3).
+    """
+    missing = [key for key in KEYS if key not in metadata]
+    if index < 0:
+        raise ValueError(f"index={index}: must be >= 0")
+    if missing or not len(images):
+        raise ValueError(
+            f"prompt {index}: missing keys {missing}, {len(images)} images; must be none and > 0"
+        )
+    for image in images:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"image {image.dtype} {image.shape}: must be uint8 (H, W, 3)")
+    folder = Path(root) / f"{index:05d}"
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    (folder / "metadata.jsonl").write_text(json.dumps(metadata) + "\n", encoding="utf-8")
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / "samples" / f"{number:04d}.png")
+    return folder
+
+
+def check_folder(root: str | Path, metadata: Sequence[dict], images_per_prompt: int = 4) -> int:
+    """Checks that a folder is complete and that the official scorer would read all of it.
+
+    Args:
+        root: folder of the whole benchmark.
+        metadata: the benchmark's prompts, in order.
+        images_per_prompt: how many images each prompt must have (GenEval: 4).
+
+    Returns:
+        The number of images.
+
+    Raises:
+        ValueError: listing the first problems.
+    """
+    root = Path(root)
+    names = {f"{index:05d}" for index in range(len(metadata))}
+    present = {p.name for p in root.iterdir()} if root.is_dir() else set()
+    problems = [f"{name}: missing" for name in sorted(names - present)]
+    problems += [f"{name}: does not belong here" for name in sorted(present - names)]
+    wanted = [f"{number:04d}.png" for number in range(images_per_prompt)]
+    for index, entry in enumerate(metadata):
+        folder = root / f"{index:05d}"
+        if folder.name not in present:
+            continue
+        try:
+            if json.loads((folder / "metadata.jsonl").read_text(encoding="utf-8")) != entry:
+                problems.append(f"{folder.name}/metadata.jsonl: another prompt")
+        except (OSError, ValueError) as error:
+            problems.append(f"{folder.name}/metadata.jsonl: not one JSON object ({error})")
+        found = sorted(p.name for p in (folder / "samples").glob("*"))
+        if found != wanted:
+            problems.append(f"{folder.name}/samples: holds {found}, must hold {wanted}")
+    if problems:
+        raise ValueError(f"{root}: {len(problems)} problems, first: " + "; ".join(problems[:5]))
+    return len(metadata) * images_per_prompt
