@@ -107,9 +107,9 @@ def image_grid(
 
 def _as_picture(figure: Figure) -> Image.Image:
     """Draws a figure; grids of pictures are pictures themselves."""
-    figure.set_dpi(plt.rcParams["savefig.dpi"])
     plt.close(figure)
     canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(plt.rcParams["savefig.dpi"])
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 

@@ -1,0 +1,169 @@
+"""What a person hands to the sampler, checked before any work is done, and the noise drawn from it.
+
+Every function here either returns its argument in the one form the sampler works with or raises an error that
+names the field, the value and the rule. Nothing is clamped, rounded or guessed.
+
+Noise is drawn picture by picture on the CPU, each from a generator of its own. That is what makes picture i
+the same in a batch of one and in a batch of eight, and the same on every device.
+"""
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def as_integer(name: str, value: object, minimum: int) -> int:
+    """`value` as an int that is at least `minimum`.
+
+    Raises:
+        TypeError, ValueError: not an integer, or below `minimum`.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an integer, got {value!r} ({type(value).__name__})")
+    if value < minimum:
+        raise ValueError(f"{name}: {value} is below {minimum}")
+    return int(value)
+
+
+def as_number(name: str, value: object, minimum: float) -> float:
+    """`value` as a finite float that is at least `minimum`.
+
+    Raises:
+        TypeError, ValueError: not a number, not finite, or below `minimum`.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__})")
+    if not math.isfinite(value) or value < minimum:
+        raise ValueError(f"{name}: {value} is not a finite number of at least {minimum}")
+    return float(value)
+
+
+def as_prompts(name: str, value: object, count: int | None = None) -> list[str]:
+    """A string or a list of strings as a list; with `count`, a single string serves for all.
+
+    Raises:
+        TypeError: not a string and not a list or tuple of strings.
+        ValueError: an empty list, or not `count` strings.
+    """
+    if isinstance(value, str):
+        return [value] * (count or 1)
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name}: expected a string or a list of strings, got {type(value).__name__}")
+    if not value:
+        raise ValueError(f"{name}: the list is empty; expected at least one string")
+    for index, item in enumerate(value):
+        if not isinstance(item, str):
+            raise TypeError(f"{name}[{index}]: expected a string, got {item!r} ({type(item).__name__})")
+    if count is not None and len(value) != count:
+        raise ValueError(f"{name}: {len(value)} strings for {count} prompts; expected one string or {count}")
+    return list(value)
+
+
+def as_tensor(name: str, value: object, shape: tuple[int | None, ...]) -> Tensor:
+    """A finite floating-point tensor of the given shape; None in `shape` stands for any length.
+
+    Raises:
+        TypeError, ValueError: no tensor, no floating-point numbers, another shape, or NaN or infinity inside.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected a floating-point tensor, got {kind}")
+    fits = value.ndim == len(shape) and all(w in (None, s) for w, s in zip(shape, value.shape, strict=True))
+    if not fits or value.shape[0] == 0:
+        wanted = "(" + ", ".join("any" if w is None else str(w) for w in shape) + ")"
+        raise ValueError(f"{name}: shape {tuple(value.shape)} does not fit; expected {wanted}")
+    if not value.isfinite().all():
+        raise ValueError(f"{name}: holds NaN or infinity; every number must be finite")
+    return value
+
+
+def as_sigmas(sigmas: object, steps: int | None) -> list[float]:
+    """Noise levels as floats that fall strictly from at most 1 and stay above 0 (the final 0 is implied).
+
+    Raises:
+        TypeError, ValueError: not numbers, not in that order, or not `steps` of them when that is given too.
+    """
+    if (
+        isinstance(sigmas, str)
+        or not isinstance(sigmas, (Sequence, Tensor))
+        and not hasattr(sigmas, "tolist")
+    ):
+        raise TypeError(f"sigmas: expected a list of numbers, got {type(sigmas).__name__}")
+    values = sigmas.tolist() if hasattr(sigmas, "tolist") else list(sigmas)
+    if not isinstance(values, list) or not values:
+        raise ValueError("sigmas: empty; expected at least one noise level")
+    values = [as_number(f"sigmas[{index}]", value, 0.0) for index, value in enumerate(values)]
+    if values[0] > 1 or values[-1] <= 0 or any(b >= a for a, b in zip(values, values[1:], strict=False)):
+        raise ValueError(f"sigmas: {values} must fall strictly, from at most 1 to above 0")
+    if steps is not None and steps != len(values):
+        raise ValueError(f"num_inference_steps: {steps} steps for {len(values)} sigmas; give one of the two")
+    return values
+
+
+def as_grid(height: object, width: object, transformer_config: dict, scale: int) -> tuple[int, int]:
+    """Picture size in pixels to latent size; None is the size the model was trained at.
+
+    Args:
+        height, width: pixels, or None.
+        transformer_config: the transformer's configuration.
+        scale: pixels a side of one latent.
+
+    Raises:
+        TypeError, ValueError: no integer, not a multiple of the patch, larger than the position table, or a
+            number of tokens that compression or subregion attention cannot divide.
+    """
+    config, sides = transformer_config, []
+    patch = config["patch_size"]
+    unit = scale * patch * (4 if config["compression"] else 1)
+    limit = scale * patch * config["pos_embed_max_size"]
+    for name, value in (("height", height), ("width", width)):
+        value = config["sample_size"] * scale if value is None else as_integer(name, value, unit)
+        if value % unit or value > limit:
+            raise ValueError(f"{name}: {value} px does not fit; expected a multiple of {unit} up to {limit}")
+        sides.append(value // scale)
+    tokens = sides[0] * sides[1] // patch**2
+    groups = max(math.prod(pair) for pair in config["attention_pattern"])
+    inner = tokens * 5 // 16 if config["compression"] else tokens  # N/4 + N/16 tokens in the middle
+    if tokens % groups or inner % groups:
+        raise ValueError(
+            f"height, width: {sides[0] * scale} x {sides[1] * scale} px gives {tokens} tokens ({inner} in "
+            f"the middle), which attention cannot split in {groups}; try multiples of {16 * scale * patch} px"
+        )
+    return sides[0], sides[1]
+
+
+def as_generators(generator: object, count: int) -> list[torch.Generator]:
+    """One generator a picture.
+
+    A list is used as it is. A single generator gives each picture a child generator seeded by one draw, in
+    order: so eight pictures at once are the eight that eight calls with the same generator would draw. None
+    draws the seeds from torch's global generator.
+
+    Raises:
+        TypeError, ValueError: something else, or a list of another length than `count`.
+    """
+    many = list(generator) if isinstance(generator, (list, tuple)) else [generator]
+    for item in many:
+        if not isinstance(item, torch.Generator) and generator is not None:
+            raise TypeError(
+                f"generator: expected a torch.Generator or a list of them, got {type(item).__name__}"
+            )
+    if isinstance(generator, (list, tuple)):
+        if len(many) != count:
+            raise ValueError(f"generator: {len(many)} generators for {count} pictures; expected one each")
+        return many
+    device = "cpu" if generator is None else generator.device
+    seeds = [torch.randint(2**62, (1,), generator=generator, device=device).item() for _ in range(count)]
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def draw_noise(generators: list[torch.Generator], shape: tuple[int, int, int]) -> Tensor:
+    """Standard normal noise `(len(generators), *shape)`, float32 on the CPU."""
+    return torch.stack(
+        [torch.randn(shape, generator=g, device=g.device).cpu() for g in generators]
+    )  # (B, C, H, W)

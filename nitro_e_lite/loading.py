@@ -1,0 +1,120 @@
+"""Finding a model: shipped weights, a folder, a training run or an official file, by one function.
+
+Everything that draws pictures starts with `load_pipeline`. It never falls back: a name that means nothing, a
+file whose checksum differs or an encoder that is not there is an error that says what to do.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+
+from nitro_e_lite import common
+from nitro_e_lite.checkpoint import load_official, merge_lora
+from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.encoders import FULL_AUTOENCODER, FULL_TEXT_ENCODER, load_autoencoder, load_text_encoder
+from nitro_e_lite.pipeline import NitroEPipeline
+
+
+def load_pipeline(
+    source: str | Path = "lite",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    *,
+    text_encoder: str | Path | None = None,
+    vae: str | Path | None = None,
+    lora: str | Path | None = None,
+    **official_config: Any,
+) -> NitroEPipeline:
+    """A pipeline, ready to draw.
+
+    Args:
+        source: "lite" or another name of weights shipped in the package; a pipeline folder; a folder with a
+            transformer alone, such as the `final/` of a training run (the other parts are then those of
+            "lite"); or an official Nitro-E `.safetensors` file.
+        device: where to run; the accelerator when there is one.
+        dtype: "float32", "bfloat16" or "float16"; float32 on the CPU, bfloat16 on a GPU that has it.
+        text_encoder: folder or hub id of another text encoder with its tokenizer; official weights use
+            Llama-3.2-1B when none is given.
+        vae: folder or hub id of another autoencoder; official weights use DC-AE f32c32.
+        lora: a PEFT LoRA folder in the official naming, merged into the transformer.
+        **official_config: arguments for `checkpoint.load_official`, when the name of an official file does
+            not say which variant it is.
+
+    Raises:
+        TypeError, ValueError: a source that is none of these, a damaged file, parts that do not fit together.
+        EncoderUnavailable: an encoder that has to be downloaded first; the message says how.
+    """
+    device = common.pick_device(device)
+    dtype = common.pick_dtype(dtype, device)
+    path = _find(source)
+    official = path.is_file()
+    if official_config and not official:
+        raise TypeError(
+            f"{', '.join(official_config)}: only official .safetensors files take a configuration"
+        )
+    if official:
+        text_encoder, vae = text_encoder or FULL_TEXT_ENCODER, vae or FULL_AUTOENCODER
+    parts: dict[str, Any] = {}
+    with _quiet():
+        if text_encoder is not None:
+            parts["tokenizer"], parts["text_encoder"] = load_text_encoder(text_encoder, dtype=dtype)
+        if vae is not None:
+            parts["vae"] = load_autoencoder(vae, dtype=dtype)
+        if official:
+            pipeline = _official_pipeline(path, parts, official_config, dtype)
+        elif (path / DiffusionPipeline.config_name).is_file():
+            pipeline = NitroEPipeline.from_pretrained(path, dtype=dtype, **parts)
+        else:
+            parts["transformer"] = EMMDiTTransformer2DModel.from_pretrained(path, dtype=dtype)
+            pipeline = NitroEPipeline.from_pretrained(_find("lite"), dtype=dtype, **parts)
+    if lora is not None:
+        merge_lora(pipeline.transformer, lora)
+    return pipeline.to(device)
+
+
+def _find(source: str | Path) -> Path:
+    """The folder or file that `source` names, its checksums compared when it has any."""
+    shipped = common.weights_dir() / source
+    path = shipped if (shipped / common.MANIFEST).is_file() else Path(source)
+    for folder in (path, path / "transformer", path / "final"):
+        if any((folder / name).is_file() for name in (DiffusionPipeline.config_name, "config.json")):
+            if (folder / common.MANIFEST).is_file():
+                common.check_manifest(folder)
+            return folder
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    names = sorted(p.parent.name for p in common.weights_dir().glob(f"*/{common.MANIFEST}"))
+    raise ValueError(
+        f"model: {str(source)!r} is no pipeline folder, transformer folder or official .safetensors file, "
+        f"and no name of shipped weights ({', '.join(names) or 'none here'})"
+    )
+
+
+def _official_pipeline(path: Path, parts: dict, config: dict, dtype: torch.dtype) -> NitroEPipeline:
+    """Official weights. The file does not say which variant it is; its published name does (1024px, dist)."""
+    if not config and "1024" in path.name:
+        config = {"sample_size": 32, "use_sub_attn": False}
+    transformer = load_official(path, **config).to(dtype)
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
+    settings = {"default_steps": 4, "default_guidance": 0.0} if "dist" in path.name else {}
+    return NitroEPipeline(transformer, **parts, scheduler=scheduler, sigma_grid="scheduler", **settings)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' progress bars, which would flash by for every part."""
+    logs = [diffusers.utils.logging, transformers.utils.logging]
+    shown = [log for log in logs if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()

@@ -1,0 +1,73 @@
+"""Counting parameters and FLOPs, and the clock."""
+
+import pytest
+import torch
+
+from nitro_e_lite import benchmark
+from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
+
+
+def test_the_full_model_has_the_published_size():
+    model = benchmark.build_on_meta(benchmark.model_config("full"))
+    counts = benchmark.count_parameters(model)
+    assert sum(counts.values()) == 302_449_952
+    assert set(counts) == {
+        "embeddings", "group 1", "group 2", "group 3", "token compressor", "token reconstructor", "output",
+    }  # fmt: skip
+
+
+def test_the_full_model_takes_the_published_flops():
+    count = benchmark.count_flops(benchmark.model_config("full"))
+    assert count.weights / 1e12 == pytest.approx(0.0775, abs=5e-5)
+    assert (count.weights + count.attention) / 1e12 == pytest.approx(0.08, abs=5e-3)
+    assert sum(count.components.values()) == count.weights + count.attention
+
+
+def test_flops_of_one_full_attention_block_by_hand():
+    config = {
+        "sample_size": 8, "in_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16,
+        "caption_channels": 24, "block_groups": (1, 1), "attention_pattern": ((1, 1),), "compression": False,
+    }  # fmt: skip
+    batch, image, text, width = 3, 64, 16, 32
+    attention = (
+        2 * (2 * (image + text) ** 2 * width) * 2
+    )  # two products a block, two blocks, two FLOPs a product
+    first = (image + text) * (4 + 6) * width**2  # q, k, v, out and the MLP of ratio 3, in both streams
+    last = first - text * (1 + 6) * width**2  # the text stream ends without output projection and MLP
+    time = 256 * width + width * width + width * 6 * width
+    outside = image * 4 * width * 2 + text * 24 * width + time
+    count = benchmark.count_flops(config, batch=batch, text_tokens=text)
+    # the last text queries are projected with keys and values in one product, and not used
+    assert count.weights == 2 * batch * (first + last + outside)
+    assert count.attention == batch * attention
+
+
+@pytest.mark.parametrize(("field", "value"), [("batch", 0), ("text_tokens", 0), ("batch", 1.5)])
+def test_count_flops_refuses(field, value):
+    with pytest.raises((TypeError, ValueError), match=field):
+        benchmark.count_flops({}, **{field: value})
+
+
+def test_unknown_size():
+    with pytest.raises(ValueError, match="size: 'huge'"):
+        benchmark.model_config("huge")
+
+
+def test_median_ignores_the_warm_up():
+    calls = []
+    assert benchmark.median_seconds(lambda: calls.append(1), repeats=3, warmup=2) < 0.01
+    assert len(calls) == 5
+
+
+def test_time_transformer_trains_and_draws():
+    times = benchmark.time_transformer(
+        benchmark.model_config("smoke"), batch=1, text_tokens=16, device="cpu", repeats=1
+    )
+    assert 0 < times["forward_seconds"] < times["forward_backward_seconds"]
+
+
+def test_smoke_and_lite_sizes_build():
+    for size in ("smoke", "lite"):
+        model = benchmark.build_on_meta(benchmark.model_config(size))
+        assert isinstance(model, EMMDiTTransformer2DModel)
+        assert all(p.device == torch.device("meta") for p in model.parameters())

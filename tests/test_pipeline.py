@@ -1,0 +1,394 @@
+"""The pipeline: its sampler against a loop written out here, its promises, and everything it refuses."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_tiny_pipeline
+from PIL import Image
+
+import nitro_e_lite
+from nitro_e_lite import common
+from nitro_e_lite.checkpoint import save_official
+from nitro_e_lite.encoders import EncoderUnavailable, LatentStats, decode_latents
+from nitro_e_lite.loading import load_pipeline
+
+PROMPTS = ["a red star", "two blue squares", "a green cross above a white heart"]
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def latents_of(pipeline, *arguments, **options) -> torch.Tensor:
+    return pipeline(*arguments, output_type="latent", **options).images
+
+
+@pytest.fixture
+def calls(tiny_pipeline):
+    """(batch, timestep) of every call of the transformer."""
+    seen = []
+
+    def record(module, arguments):
+        seen.append((len(arguments[0]), float(arguments[2])))
+
+    handle = tiny_pipeline.transformer.register_forward_pre_hook(record)
+    yield seen
+    handle.remove()
+
+
+# The sampler
+
+
+@torch.no_grad()
+def test_sampler_equals_the_loop_written_out(tiny_pipeline):
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    conditional = tiny_pipeline.encode_prompt(PROMPTS[:1])
+    unconditional = tiny_pipeline.encode_prompt([""])
+    x, steps, guidance = noise, 4, 2.5
+    for k in range(steps):
+        t, t_next = 1 - k / steps, 1 - (k + 1) / steps
+        v_conditional = tiny_pipeline.transformer(x, conditional, 1000 * t).sample
+        v_unconditional = tiny_pipeline.transformer(x, unconditional, 1000 * t).sample
+        x = x + (t_next - t) * (v_unconditional + guidance * (v_conditional - v_unconditional))
+    drawn = latents_of(
+        tiny_pipeline, PROMPTS[0], num_inference_steps=steps, guidance_scale=guidance, generator=seeded(5)
+    )
+    torch.testing.assert_close(drawn, x, rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_costs_one_doubled_batch_a_step_and_nothing_when_off(tiny_pipeline, calls):
+    tiny_pipeline(PROMPTS[:2], num_inference_steps=2, guidance_scale=3.0)
+    assert calls == [(4, 1000.0), (4, 500.0)]
+    for off in (0, 1.0):
+        calls.clear()
+        tiny_pipeline(PROMPTS[:2], num_inference_steps=2, guidance_scale=off)
+        assert calls == [(2, 1000.0), (2, 500.0)]
+
+
+def test_defaults_come_from_the_configuration(tiny_pipeline, calls):
+    tiny_pipeline(PROMPTS[0])
+    assert [batch for batch, _ in calls] == [2] * 3
+
+
+def test_sigmas_replace_the_grid(tiny_pipeline, calls):
+    tiny_pipeline(PROMPTS[0], sigmas=[1.0, 0.8, 0.1])
+    assert [t for _, t in calls] == pytest.approx([1000, 800, 100])
+    calls.clear()
+    tiny_pipeline(PROMPTS[0], sigmas=np.array([0.5, 0.25]), num_inference_steps=2)
+    assert [t for _, t in calls] == pytest.approx([500, 250])
+
+
+def test_official_grid_is_the_schedulers_own(tiny_pipeline, calls):
+    parts, settings = tiny_pipeline.components, tiny_pipeline.parameters
+    official = type(tiny_pipeline)(**parts, **(settings | {"sigma_grid": "scheduler"}))
+    official.set_progress_bar_config(disable=True)
+    official(PROMPTS[0], num_inference_steps=4, guidance_scale=0)
+    assert [t for _, t in calls] == pytest.approx([1000, 667, 334, 1], abs=0.5)
+
+
+# Batches and seeds
+
+
+def test_picture_is_the_same_alone_and_in_a_batch_of_eight(tiny_pipeline):
+    many = latents_of(tiny_pipeline, PROMPTS[0], num_images_per_prompt=8, generator=seeded(*range(8)))
+    for seed in (0, 3, 7):
+        alone = latents_of(tiny_pipeline, PROMPTS[0], generator=seeded(seed))
+        torch.testing.assert_close(alone[0], many[seed], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(many[0], many[1])
+
+
+def test_one_generator_gives_eight_pictures_at_once_or_one_by_one(tiny_pipeline):
+    together = latents_of(tiny_pipeline, PROMPTS[0], num_images_per_prompt=4, generator=seeded(9)[0])
+    generator = seeded(9)[0]
+    for row in together:
+        alone = latents_of(tiny_pipeline, PROMPTS[0], generator=generator)
+        torch.testing.assert_close(alone[0], row, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_generator_the_global_seed_decides(tiny_pipeline):
+    torch.manual_seed(1)
+    first = latents_of(tiny_pipeline, PROMPTS[0])
+    second = latents_of(tiny_pipeline, PROMPTS[0])
+    torch.manual_seed(1)
+    assert torch.equal(latents_of(tiny_pipeline, PROMPTS[0]), first)
+    assert not torch.allclose(first, second)
+
+
+def test_pictures_come_in_the_order_of_the_prompts(tiny_pipeline):
+    pair = latents_of(tiny_pipeline, PROMPTS[:2], num_images_per_prompt=2, generator=seeded(0, 1, 0, 1))
+    for index, (prompt, seed) in enumerate([(p, s) for p in PROMPTS[:2] for s in (0, 1)]):
+        alone = latents_of(tiny_pipeline, prompt, generator=seeded(seed))
+        torch.testing.assert_close(alone[0], pair[index], rtol=1e-4, atol=1e-5)
+
+
+def test_given_latents_replace_the_noise(tiny_pipeline):
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    given = latents_of(tiny_pipeline, PROMPTS[0], latents=noise)
+    assert torch.equal(given, latents_of(tiny_pipeline, PROMPTS[0], generator=seeded(3)))
+
+
+# Text
+
+
+def test_embeddings_equal_text(tiny_pipeline):
+    features = tiny_pipeline.encode_prompt(PROMPTS[:2])
+    assert features.shape == (2, 16, 32)
+    by_text = latents_of(tiny_pipeline, PROMPTS[:2], negative_prompt="a star", generator=seeded(0, 1))
+    by_features = latents_of(
+        tiny_pipeline,
+        prompt_embeds=features,
+        negative_prompt_embeds=tiny_pipeline.encode_prompt(["a star"] * 2),
+        generator=seeded(0, 1),
+    )
+    torch.testing.assert_close(by_text, by_features)
+
+
+def test_negative_prompt_steers_and_defaults_to_the_empty_text(tiny_pipeline):
+    plain = latents_of(tiny_pipeline, PROMPTS[0], generator=seeded(0))
+    assert torch.equal(plain, latents_of(tiny_pipeline, PROMPTS[0], negative_prompt="", generator=seeded(0)))
+    steered = latents_of(tiny_pipeline, PROMPTS[0], negative_prompt=["a circle"], generator=seeded(0))
+    assert not torch.allclose(plain, steered)
+
+
+def test_without_a_text_encoder_embeddings_are_needed(tiny_pipeline):
+    features = tiny_pipeline.encode_prompt(PROMPTS[:1])
+    parts = tiny_pipeline.components | {"text_encoder": None, "tokenizer": None}
+    bare = type(tiny_pipeline)(**parts, **tiny_pipeline.parameters)
+    bare.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="prompt: this pipeline has no text encoder"):
+        bare(PROMPTS[0])
+    with pytest.raises(ValueError, match="no text encoder.*negative_prompt_embeds"):
+        bare(prompt_embeds=features)
+    assert torch.equal(
+        latents_of(bare, prompt_embeds=features, guidance_scale=0, generator=seeded(0)),
+        latents_of(tiny_pipeline, PROMPTS[0], guidance_scale=0, generator=seeded(0)),
+    )
+
+
+# Output
+
+
+def test_output_types_show_the_same_picture(tiny_pipeline):
+    def draw(kind):
+        return tiny_pipeline(PROMPTS[:2], generator=seeded(0, 1), output_type=kind).images
+
+    array, tensor, pictures, latents = draw("np"), draw("pt"), draw("pil"), draw("latent")
+    assert (
+        array.shape == (2, 64, 64, 3) and tensor.shape == (2, 3, 64, 64) and latents.shape == (2, 4, 16, 16)
+    )
+    assert 0 <= array.min() and array.max() <= 1
+    np.testing.assert_allclose(array, tensor.permute(0, 2, 3, 1).numpy(), atol=1e-6)
+    assert isinstance(pictures[0], Image.Image)
+    np.testing.assert_array_equal(np.asarray(pictures[0]), (array[0] * 255).round().astype(np.uint8))
+    stats = LatentStats(tiny_pipeline.config.latents_mean, tiny_pipeline.config.latents_std)
+    decoded = decode_latents(tiny_pipeline.vae, latents, stats)
+    torch.testing.assert_close(tensor, (decoded + 1) / 2)
+
+
+def test_other_sizes_that_fit(tiny_pipeline):
+    image = tiny_pipeline(PROMPTS[0], height=128, width=64, num_inference_steps=1).images[0]
+    assert image.size == (64, 128)
+
+
+def test_callback_sees_every_step_and_may_change_the_latents(tiny_pipeline):
+    seen = []
+
+    def watch(pipeline, step, timestep, values):
+        seen.append((step, round(float(timestep)), tuple(values["latents"].shape)))
+        return {"latents": torch.zeros_like(values["latents"])} if step == 1 else None
+
+    drawn = latents_of(tiny_pipeline, PROMPTS[0], num_inference_steps=2, callback_on_step_end=watch)
+    assert seen == [(0, 1000, (1, 4, 16, 16)), (1, 500, (1, 4, 16, 16))]
+    assert not drawn.any()
+
+
+def test_progress_bar_counts_the_steps(tiny_pipeline, capfd):
+    tiny_pipeline.set_progress_bar_config(disable=False)
+    try:
+        tiny_pipeline(PROMPTS[0], num_inference_steps=2)
+    finally:
+        tiny_pipeline.set_progress_bar_config(disable=True)
+    assert "2/2" in capfd.readouterr().err
+
+
+def test_bfloat16_draws_nearly_the_same(tiny_folder):
+    exact, half = load_pipeline(tiny_folder, "cpu"), load_pipeline(tiny_folder, "cpu", "bfloat16")
+    assert {half.transformer.dtype, half.vae.dtype, half.text_encoder.dtype} == {torch.bfloat16}
+    one, two = (latents_of(p, PROMPTS[0], generator=seeded(0)) for p in (exact, half))
+    assert two.dtype is torch.float32  # the sampler adds up in float32 whatever the model computes in
+    assert (one - two).norm() / one.norm() < 0.05
+
+
+# Saving and loading
+
+
+def test_saved_and_loaded_draws_the_same_picture(tiny_pipeline, tiny_folder, tmp_path):
+    expected = tiny_pipeline(PROMPTS, generator=seeded(0, 1, 2), output_type="np").images
+    loaded = load_pipeline(tiny_folder, device="cpu")
+    loaded.save_pretrained(tmp_path / "again")
+    again = type(tiny_pipeline).from_pretrained(tmp_path / "again")
+    for pipeline in (loaded, again):
+        np.testing.assert_array_equal(
+            pipeline(PROMPTS, generator=seeded(0, 1, 2), output_type="np").images, expected
+        )
+    for file in (tmp_path / "again").rglob("*.json"):
+        assert str(tiny_folder) not in file.read_text(), f"{file.name} names the folder it was loaded from"
+
+
+@pytest.fixture
+def shipped(monkeypatch, tmp_path, tiny_folder):
+    """The tiny pipeline in the place of the shipped weights."""
+    shutil.copytree(tiny_folder, tmp_path / "lite")
+    common.write_manifest(tmp_path / "lite")
+    monkeypatch.setattr(common, "weights_dir", lambda: tmp_path)
+    return tmp_path / "lite"
+
+
+def test_shipped_weights_are_checked(shipped):
+    assert nitro_e_lite.load_pipeline(device="cpu").config.max_text_length == 16
+    index = shipped / "model_index.json"
+    index.write_text(index.read_text().replace("16", "17"))
+    with pytest.raises(ValueError, match="model_index.json: contents differ"):
+        nitro_e_lite.load_pipeline("lite")
+
+
+@pytest.mark.parametrize("inner", ["", "final", "transformer"])
+def test_a_transformer_alone_takes_the_other_parts_from_lite(shipped, tmp_path, inner):
+    other = build_tiny_pipeline().transformer
+    torch.nn.init.zeros_(other.proj_out.weight)
+    other.save_pretrained(tmp_path / "run" / inner)
+    loaded = load_pipeline(tmp_path / "run", device="cpu")
+    assert not loaded.transformer.proj_out.weight.any()
+    assert loaded(PROMPTS[0], output_type="np").images.shape == (1, 64, 64, 3)
+
+
+def test_a_transformer_that_does_not_fit_lite_is_refused(shipped, tmp_path):
+    build_tiny_pipeline(width=48).transformer.save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match="text_encoder: features of width 32, but the transformer takes 48"):
+        load_pipeline(tmp_path / "wide", device="cpu")
+
+
+def test_official_file_with_encoders_from_folders(tiny_pipeline, tiny_folder, tmp_path):
+    file = tmp_path / "Tiny-dist.safetensors"
+    save_official(tiny_pipeline.transformer, file)
+    config = {
+        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16,
+        "caption_channels": 32, "caption_projection_dim": 32,
+    }  # fmt: skip
+    loaded = load_pipeline(file, "cpu", text_encoder=tiny_folder, vae=tiny_folder / "vae", **config)
+    assert loaded.config.sigma_grid == "scheduler" and loaded.config.max_text_length == 128
+    assert loaded.config.default_steps == 4 and loaded.config.default_guidance == 0
+    image = loaded(PROMPTS[0], output_type="np").images
+    assert image.shape == (1, 64, 64, 3)
+    with pytest.raises((EncoderUnavailable, ValueError), match="--text-encoder PATH"):
+        load_pipeline(file, "cpu")
+    with pytest.raises(TypeError, match="sample_size: only official"):
+        load_pipeline(tiny_folder, "cpu", sample_size=32)
+
+
+def test_unknown_model_names_what_there_is(shipped):
+    with pytest.raises(ValueError, match=r"model: 'heavy' .*\(lite\)"):
+        load_pipeline("heavy")
+
+
+# Parts that do not fit together
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"latents_mean": [0.0], "latents_std": [1.0]},
+            "latents_mean: 1 latent channels, but the transformer has 4",
+        ),
+        ({"latents_mean": None}, "give both or neither"),
+        ({"sigma_grid": "cosine"}, "sigma_grid: 'cosine'"),
+        ({"max_text_length": 0}, "max_text_length: 0"),
+        ({"default_steps": 0}, "default_steps: 0"),
+        ({"default_guidance": -1.0}, "default_guidance: -1"),
+    ],
+)
+def test_constructor_refuses(tiny_pipeline, settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        type(tiny_pipeline)(**tiny_pipeline.components, **(tiny_pipeline.parameters | settings))
+
+
+# Bad input: every error names the field
+
+FEATURES = torch.zeros(1, 16, 32)
+NAN = float("nan")
+BAD = [
+    ({"prompt": None}, ValueError, "prompt, prompt_embeds"),
+    ({"prompt": 7}, TypeError, "prompt: expected a string"),
+    ({"prompt": []}, ValueError, "prompt: the list is empty"),
+    ({"prompt": ["a star", None]}, TypeError, "prompt[1]"),
+    ({"prompt_embeds": FEATURES}, ValueError, "prompt, prompt_embeds"),
+    ({"prompt": None, "prompt_embeds": [1.0]}, TypeError, "prompt_embeds: expected a floating-point tensor"),
+    ({"prompt": None, "prompt_embeds": FEATURES.long()}, TypeError, "prompt_embeds"),
+    ({"prompt": None, "prompt_embeds": FEATURES[0]}, ValueError, "prompt_embeds: shape (16, 32)"),
+    ({"prompt": None, "prompt_embeds": FEATURES[:, :8]}, ValueError, "expected (any, 16, 32)"),
+    ({"prompt": None, "prompt_embeds": FEATURES[:0]}, ValueError, "prompt_embeds: shape (0, 16, 32)"),
+    ({"prompt": None, "prompt_embeds": FEATURES * NAN}, ValueError, "prompt_embeds: holds NaN"),
+    ({"negative_prompt": ["a", "b"]}, ValueError, "negative_prompt: 2 strings for 1 prompts"),
+    ({"negative_prompt": 3}, TypeError, "negative_prompt: expected a string"),
+    ({"negative_prompt": "a", "negative_prompt_embeds": FEATURES}, ValueError, "negative_prompt_embeds"),
+    ({"negative_prompt_embeds": FEATURES.repeat(2, 1, 1)}, ValueError, "negative_prompt_embeds: shape"),
+    ({"num_inference_steps": 0}, ValueError, "num_inference_steps: 0 is below 1"),
+    ({"num_inference_steps": 2.5}, TypeError, "num_inference_steps: expected an integer"),
+    ({"num_inference_steps": True}, TypeError, "num_inference_steps"),
+    ({"guidance_scale": -0.5}, ValueError, "guidance_scale: -0.5"),
+    ({"guidance_scale": NAN}, ValueError, "guidance_scale: nan"),
+    ({"guidance_scale": "strong"}, TypeError, "guidance_scale: expected a number"),
+    ({"sigmas": []}, ValueError, "sigmas: empty"),
+    ({"sigmas": 0.5}, TypeError, "sigmas: expected a list"),
+    ({"sigmas": [0.5, "a"]}, TypeError, "sigmas[1]"),
+    ({"sigmas": [0.5, 0.5]}, ValueError, "must fall strictly"),
+    ({"sigmas": [1.5, 0.5]}, ValueError, "must fall strictly"),
+    ({"sigmas": [1.0, 0.0]}, ValueError, "must fall strictly"),
+    ({"sigmas": [1.0, 0.5], "num_inference_steps": 3}, ValueError, "3 steps for 2 sigmas"),
+    ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt: 0"),
+    ({"generator": 3}, TypeError, "generator: expected a torch.Generator"),
+    ({"generator": [3]}, TypeError, "generator: expected a torch.Generator"),
+    ({"generator": seeded(0, 1)}, ValueError, "generator: 2 generators for 1 pictures"),
+    ({"generator": []}, ValueError, "generator: 0 generators"),
+    ({"latents": torch.zeros(2, 4, 16, 16)}, ValueError, "latents: shape (2, 4, 16, 16)"),
+    ({"latents": torch.full((1, 4, 16, 16), NAN)}, ValueError, "latents: holds NaN"),
+    ({"latents": np.zeros((1, 4, 16, 16))}, TypeError, "latents: expected a floating-point tensor"),
+    ({"height": 72}, ValueError, "height: 72 px does not fit; expected a multiple of 16"),
+    ({"width": 0}, ValueError, "width: 0"),
+    ({"width": 64.0}, TypeError, "width: expected an integer"),
+    ({"height": 16 * 1000}, ValueError, "height: 16000 px does not fit"),
+    ({"height": 16, "width": 16}, ValueError, "height, width: 16 x 16 px"),
+    ({"output_type": "jpg"}, ValueError, "output_type: 'jpg'"),
+    ({"callback_on_step_end": 1}, TypeError, "callback_on_step_end"),
+    (
+        {"callback_on_step_end_tensor_inputs": ["noise"]},
+        ValueError,
+        "callback_on_step_end_tensor_inputs: ['noise']",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD, ids=[message for _, _, message in BAD])
+def test_bad_input_is_refused_before_any_work(tiny_pipeline, calls, arguments, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        tiny_pipeline(**({"prompt": "a red star"} | arguments))
+    assert not calls
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "transformer", "vae"])
+def test_a_part_that_breaks_is_named(part):
+    pipeline = build_tiny_pipeline()
+    with torch.no_grad():
+        next(p for p in reversed(list(getattr(pipeline, part).parameters())) if p.ndim == 1).fill_(NAN)
+    with pytest.raises(FloatingPointError, match=f"{part}: gave NaN"):
+        pipeline("a red star")
+
+
+def test_configuration_is_plain_json(tiny_folder):
+    config = json.loads((tiny_folder / "model_index.json").read_text())
+    assert config["latents_std"] == [1.0, 2.0, 0.5, 1.5] and config["sigma_grid"] == "linear"
