@@ -1,0 +1,263 @@
+"""Encoders: loading as from the hub, normalised latents, caption features, and what the shipped weights reach."""
+
+import json
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderDC
+from transformers import AutoModel, AutoTokenizer, LlamaModel
+
+from nitro_e_lite import encoder_training, encoders
+from nitro_e_lite.common import weights_dir
+from nitro_e_lite.encoders import EncoderUnavailable, LatentStats
+from nitro_e_lite.scenes import COLORS, SHAPES, SIZES, caption, render, sample_scene, words
+
+LITE = weights_dir() / "lite"
+NEW = 10_000  # a data set seed that no training used
+
+TINY_VAE = encoder_training.AutoencoderConfig(
+    steps=6, batch_size=2, image_size=32, latent_channels=4, encoder_widths=(8, 8, 16, 16),
+    decoder_widths=(8, 8, 16, 16), decoder_layers=(0, 1, 1, 1), warmup_steps=2, log_every=1, checkpoint_every=2,
+    statistics_scenes=4,
+)  # fmt: skip
+TINY_LM = encoder_training.LanguageModelConfig(
+    steps=6, batch_size=4, tokenizer_scenes=50, width=32, layers=1, heads=2, key_value_heads=1, intermediate=32,
+    decoder_layers=1, warmup_steps=2, log_every=1, checkpoint_every=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Folder of a smoke-scale autoencoder and language model, trained for six steps each."""
+    folder = tmp_path_factory.mktemp("encoders")
+    vae = encoder_training.train_autoencoder(TINY_VAE, folder / "vae_run")
+    text = encoder_training.train_language_model(TINY_LM, folder / "text_run")
+    return vae, text
+
+
+@pytest.fixture(scope="module")
+def lite():
+    """The shipped encoders: autoencoder, latent statistics, tokenizer, language model."""
+    vae = encoders.load_autoencoder(LITE / "vae")
+    tokenizer, model = encoders.load_text_encoder(LITE)
+    return vae, LatentStats.load(LITE / "vae"), tokenizer, model
+
+
+def new_images(count: int) -> np.ndarray:
+    return np.stack([render(sample_scene(NEW, i, "all")) for i in range(count)])
+
+
+# Loading
+
+
+def test_autoencoder_loads_from_a_local_folder(tiny):
+    vae = encoders.load_autoencoder(tiny[0], dtype=torch.bfloat16)
+    assert isinstance(vae, AutoencoderDC) and vae.dtype == torch.bfloat16 and not vae.training
+    assert not any(p.requires_grad for p in vae.parameters())
+
+
+def hub_layout(cache, hub_id: str, revision: str, parts):
+    """Copies folders into the layout in which the hub client keeps a downloaded repository."""
+    root = cache / ("models--" + hub_id.replace("/", "--"))
+    snapshot = root / "snapshots" / revision
+    snapshot.mkdir(parents=True)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(revision)
+    for part in parts:
+        for file in part.iterdir():
+            (snapshot / file.name).write_bytes(file.read_bytes())
+
+
+def test_full_loading_code_on_models_in_the_hub_layout(tiny, tmp_path, monkeypatch):
+    vae_id, text_id = encoders.FULL_AUTOENCODER, encoders.FULL_TEXT_ENCODER
+    hub_layout(tmp_path, vae_id, encoders.HUB_REVISIONS[vae_id], [tiny[0]])
+    parts = [tiny[1] / "tokenizer", tiny[1] / "text_encoder"]
+    hub_layout(tmp_path, text_id, encoders.HUB_REVISIONS[text_id], parts)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("diffusers.models.modeling_utils.HF_HUB_CACHE", str(tmp_path), raising=False)
+    vae = encoders.load_autoencoder(vae_id)
+    tokenizer, model = encoders.load_text_encoder(text_id)
+    assert vae.config.latent_channels == 4
+    assert isinstance(model, LlamaModel) and tokenizer.pad_token == tokenizer.eos_token
+    assert encoders.encode_text(tokenizer, model, ["a red star"], 16).shape == (1, 16, 32)
+
+
+def test_gated_model_offline_ends_in_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(EncoderUnavailable) as caught:
+        encoders.load_text_encoder("meta-llama/Llama-3.2-1B")
+    message = str(caught.value)
+    assert "https://huggingface.co/meta-llama/Llama-3.2-1B" in message and "--text-encoder PATH" in message
+    assert caught.value.__cause__ is None and caught.value.__context__ is None
+
+
+def test_unpinned_hub_id_needs_a_revision_and_bad_names_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="revision=None: someone/model"):
+        encoders.load_autoencoder("someone/model")
+    with pytest.raises(EncoderUnavailable, match="no such folder"):
+        encoders.load_autoencoder(tmp_path / "nothing")
+    with pytest.raises(EncoderUnavailable, match="cannot be loaded"):
+        encoders.load_text_encoder(tmp_path)
+    assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in encoders.HUB_REVISIONS.values())
+
+
+# Latents
+
+
+def test_latent_stats_check_their_input():
+    with pytest.raises(ValueError, match="LatentStats"):
+        LatentStats((0.0, 1.0), (1.0,))
+    with pytest.raises(ValueError, match="above 0"):
+        LatentStats((0.0,), (0.0,))
+    stats = LatentStats.from_scaling_factor(0.41407, 32)
+    latents = torch.randn(1, 32, 2, 2)
+    mean, std = stats.tensors(latents)
+    torch.testing.assert_close((latents - mean) / std, latents * 0.41407)
+    with pytest.raises(ValueError, match="32"):
+        stats.tensors(torch.randn(1, 8, 2, 2))
+
+
+def test_images_of_the_wrong_type_or_size_are_refused(tiny):
+    vae = encoders.load_autoencoder(tiny[0])
+    stats = LatentStats.load(tiny[0])
+    with pytest.raises(ValueError, match="divisible by 8"):
+        encoders.encode_images(vae, torch.zeros(1, 3, 30, 32), stats)
+    with pytest.raises(ValueError, match="uint8"):
+        encoders.encode_images(vae, np.zeros((32, 32, 3), np.uint8), stats)
+
+
+def test_encoding_uint8_equals_encoding_floats(tiny):
+    vae, stats = encoders.load_autoencoder(tiny[0]), LatentStats.load(tiny[0])
+    images = np.stack([render(sample_scene(0, i), 32) for i in range(2)])
+    floats = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    a, b = encoders.encode_images(vae, images, stats), encoders.encode_images(vae, floats, stats)
+    assert a.shape == (2, 4, 4, 4)
+    torch.testing.assert_close(a, b)
+    assert encoders.decode_latents(vae, a, stats).shape == (2, 3, 32, 32)
+
+
+# Captions
+
+
+def test_clean_caption():
+    assert encoders.clean_caption("  A Red&amp;Blue\n star  https://x.org/a ") == "a red&blue star"
+
+
+def test_caption_features_depend_on_their_caption_alone(tiny):
+    tokenizer, model = encoders.load_text_encoder(tiny[1])
+    captions = ["a red star", "three small green circles above a blue square", "", "A  RED star"]
+    together = encoders.encode_text(tokenizer, model, captions, 32)
+    assert together.shape == (4, 32, 32)
+    for row, text in zip(together, captions, strict=True):
+        torch.testing.assert_close(
+            row[None], encoders.encode_text(tokenizer, model, [text], 32), rtol=1e-4, atol=1e-4
+        )
+    torch.testing.assert_close(together[0], together[3], rtol=1e-4, atol=1e-4)
+    short = encoders.encode_text(tokenizer, model, captions[:1], 16)
+    torch.testing.assert_close(short, together[:1, :16], rtol=1e-4, atol=1e-4)
+
+
+def test_padding_is_the_end_token_and_is_not_attended_to(tiny):
+    tokenizer, model = encoders.load_text_encoder(tiny[1])
+    batch = tokenizer(["a red star"], padding="max_length", max_length=8)
+    ids, mask = batch["input_ids"][0], batch["attention_mask"][0]
+    assert sum(mask) == 4 and ids[3:] == [tokenizer.eos_token_id] * 5
+
+
+def test_long_captions_are_cut_with_a_warning(tiny):
+    tokenizer, model = encoders.load_text_encoder(tiny[1])
+    with pytest.warns(UserWarning, match="caption cut to 8 of .*a very long"):
+        features = encoders.encode_text(tokenizer, model, ["a very long " + "red star " * 20], 8)
+    assert features.shape == (1, 8, 32)
+    with pytest.raises(TypeError, match="list of strings"):
+        encoders.encode_text(tokenizer, model, "a red star", 8)
+
+
+def test_fingerprint_changes_with_any_weight_and_any_setting(tiny):
+    vae, (_, model) = encoders.load_autoencoder(tiny[0]), encoders.load_text_encoder(tiny[1])
+    stats = LatentStats.load(tiny[0])
+    base = encoders.fingerprint(vae, model, stats, 32)
+    assert base == encoders.fingerprint(vae, model, stats, 32) and re.fullmatch("[0-9a-f]{64}", base)
+    others = {
+        encoders.fingerprint(vae, model, stats, 16),
+        encoders.fingerprint(vae, model, stats, 32, image_size=64),
+        encoders.fingerprint(vae, model, LatentStats(stats.mean, tuple(2 * s for s in stats.std)), 32),
+        encoders.fingerprint(vae, None, stats, 32),
+        encoders.fingerprint(vae.to(torch.bfloat16), model, stats, 32),
+    }
+    vae.to(torch.float32)
+    next(model.parameters()).data[0, 0] += 1e-3
+    others.add(encoders.fingerprint(vae, model, stats, 32))
+    assert len(others | {base}) == 7
+
+
+# Training
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "language_model"])
+def test_training_resumes_bit_for_bit_and_learns(name, tmp_path):
+    config = {"autoencoder": TINY_VAE, "language_model": TINY_LM}[name]
+    train = getattr(encoder_training, f"train_{name}")
+    whole = train(config, tmp_path / "whole")
+    assert train(config, tmp_path / "parts", stop_at=3) is None
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(config, tmp_path / "parts")
+    parts = train(config, tmp_path / "parts", resume=True)
+    files = sorted(whole.rglob("*.safetensors"))
+    assert files
+    for file in files:
+        assert file.read_bytes() == (parts / file.relative_to(whole)).read_bytes()
+    rows = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (
+        tmp_path / "parts" / "metrics.jsonl"
+    ).read_text()
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_bad_training_settings_are_refused():
+    with pytest.raises(ValueError, match="steps=0"):
+        encoder_training.AutoencoderConfig(steps=0)
+
+
+# The shipped weights
+
+
+@torch.no_grad()
+def test_shipped_autoencoder_reaches_34_db_on_new_scenes(lite):
+    vae, stats, _, _ = lite
+    images = new_images(64)
+    latents = encoders.encode_images(vae, images, stats)
+    assert latents.shape[2:] == (16, 16)
+    spread = latents.std(dim=(0, 2, 3))
+    assert ((0.9 < spread) & (spread < 1.1)).all() and latents.mean(dim=(0, 2, 3)).abs().max() < 0.15
+    target = encoders.images_to_tensor(images)
+
+    def psnr(latents: torch.Tensor) -> float:
+        error = encoders.decode_latents(vae, latents, stats) - target
+        return (-10 * (error.square().mean(dim=(1, 2, 3)) / 4).log10()).mean().item()
+
+    assert psnr(latents) >= 34
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    assert psnr(latents + 0.1 * noise) >= 30
+
+
+def test_shipped_tokenizer_holds_every_caption(lite):
+    _, _, tokenizer, _ = lite
+    captions = [caption(sample_scene(NEW, i, "all"), i) for i in range(2000)]
+    lengths = np.array([len(ids) for ids in tokenizer(captions)["input_ids"]])
+    assert lengths.max() <= 32 and np.median(lengths) <= 14
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoders.encode_text(tokenizer, lite[3], captions[:8], 32)
+
+
+def test_shipped_text_encoder_loads_with_the_auto_classes(lite):
+    tokenizer = AutoTokenizer.from_pretrained(LITE / "tokenizer")
+    model = AutoModel.from_pretrained(LITE / "text_encoder")
+    assert isinstance(model, LlamaModel) and tokenizer.eos_token == tokenizer.pad_token
