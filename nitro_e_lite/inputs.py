@@ -3,8 +3,9 @@
 Every function here either returns its argument in the one form the sampler works with or raises an error that
 names the field, the value and the rule. Nothing is clamped, rounded or guessed.
 
-Noise is drawn picture by picture on the CPU, each from a generator of its own. That is what makes picture i
-the same in a batch of one and in a batch of eight, and the same on every device.
+Noise is drawn picture by picture, on the generator's device and then moved. With generators on the CPU,
+picture i is the same in a batch of one and in a batch of eight, and the same whatever device the model is
+on.
 """
 
 import math
@@ -138,32 +139,30 @@ def as_grid(height: object, width: object, transformer_config: dict, scale: int)
 
 
 def as_generators(generator: object, count: int) -> list[torch.Generator]:
-    """One generator a picture.
+    """The generator of each picture.
 
-    A list is used as it is. A single generator gives each picture a child generator seeded by one draw, in
-    order: so eight pictures at once are the eight that eight calls with the same generator would draw. None
-    draws the seeds from torch's global generator.
+    A list is used as it is, one a picture. A single generator serves all pictures in turn: eight pictures
+    at once are the eight that eight calls with that generator would draw, and the first is the one its
+    seed alone gives. None makes a generator, seeded from torch's global one.
 
     Raises:
         TypeError, ValueError: something else, or a list of another length than `count`.
     """
-    many = list(generator) if isinstance(generator, (list, tuple)) else [generator]
+    if generator is None:
+        generator = torch.Generator().manual_seed(torch.randint(2**62, ()).item())
+    many = list(generator) if isinstance(generator, (list, tuple)) else [generator] * count
     for item in many:
-        if not isinstance(item, torch.Generator) and generator is not None:
+        if not isinstance(item, torch.Generator):
             raise TypeError(
                 f"generator: expected a torch.Generator or a list of them, got {type(item).__name__}"
             )
-    if isinstance(generator, (list, tuple)):
-        if len(many) != count:
-            raise ValueError(f"generator: {len(many)} generators for {count} pictures; expected one each")
-        return many
-    device = "cpu" if generator is None else generator.device
-    seeds = [torch.randint(2**62, (1,), generator=generator, device=device).item() for _ in range(count)]
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    if len(many) != count:
+        raise ValueError(f"generator: {len(many)} generators for {count} pictures; expected one each")
+    return many
 
 
 def draw_noise(generators: list[torch.Generator], shape: tuple[int, int, int]) -> Tensor:
-    """Standard normal noise `(len(generators), *shape)`, float32 on the CPU."""
+    """Standard normal noise `(len(generators), *shape)`, float32 on the CPU, drawn picture after picture."""
     return torch.stack(
         [torch.randn(shape, generator=g, device=g.device).cpu() for g in generators]
     )  # (B, C, H, W)

@@ -109,6 +109,11 @@ def test_one_generator_gives_eight_pictures_at_once_or_one_by_one(tiny_pipeline)
         torch.testing.assert_close(alone[0], row, rtol=1e-4, atol=1e-5)
 
 
+def test_one_generator_or_a_list_of_one_is_the_same_picture(tiny_pipeline):
+    one = latents_of(tiny_pipeline, PROMPTS[0], generator=seeded(4)[0])
+    assert torch.equal(one, latents_of(tiny_pipeline, PROMPTS[0], generator=seeded(4)))
+
+
 def test_without_a_generator_the_global_seed_decides(tiny_pipeline):
     torch.manual_seed(1)
     first = latents_of(tiny_pipeline, PROMPTS[0])

@@ -1,0 +1,93 @@
+"""The evaluation: its card, its seeds, and a score that does not depend on the batch size."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_tiny_pipeline
+
+from nitro_e_lite import evaluate as ev
+from nitro_e_lite.geneval import load_prompts
+
+PROMPTS = load_prompts()[::60]  # a few, of several categories
+
+
+@pytest.fixture(scope="module")
+def result(tiny_pipeline):
+    return ev.evaluate(
+        tiny_pipeline,
+        PROMPTS,
+        seeds=(0, 3),
+        steps=1,
+        guidance=0,
+        batch_size=4,
+        keep_images=True,
+        progress=False,
+    )
+
+
+def test_card_holds_the_score_and_its_whole_recipe(result, tmp_path):
+    card = json.loads(result.save(tmp_path / "cards" / "tiny.json").read_text())
+    for field, value in dataclasses.asdict(result.score).items():
+        assert card[field] == value
+    assert card["images"] == card["images_expected"] == 2 * len(PROMPTS) == len(result.images)
+    assert card["seeds"] == [0, 3] and card["steps"] == 1 and card["guidance"] == 0
+    assert card["dtype"] == "float32" and card["sigma_grid"] == "linear" and card["seconds"] > 0
+    assert len(card["weights_sha256"]) == 64 and card["environment"]["packages"]["torch"] == torch.__version__
+
+
+def test_batch_size_changes_nothing(result, tiny_pipeline):
+    again = ev.evaluate(
+        tiny_pipeline,
+        PROMPTS,
+        seeds=(0, 3),
+        steps=1,
+        guidance=0,
+        batch_size=1,
+        keep_images=True,
+        progress=False,
+    )
+    assert again.verdicts == result.verdicts
+    for one, two in zip(again.images, result.images, strict=True):
+        assert np.abs(one.astype(int) - two).max() <= 1  # rounding to 8 bits
+
+
+def test_any_picture_can_be_drawn_again_from_its_seed(result, tiny_pipeline):
+    place = 2
+    generator = torch.Generator().manual_seed(ev.picture_seed(3, place))
+    image = tiny_pipeline(
+        PROMPTS[place].text, num_inference_steps=1, guidance_scale=0, generator=generator, output_type="np"
+    ).images[0]
+    difference = (image * 255).round() - result.images[len(PROMPTS) + place]
+    assert np.abs(difference).max() <= 1
+
+
+def test_progress_bar_settings_are_left_alone(result, tiny_pipeline):
+    assert tiny_pipeline._progress_bar_config == {"disable": True}
+
+
+def test_weights_hash_follows_the_weights(tiny_pipeline):
+    other = build_tiny_pipeline().transformer
+    assert ev.weights_hash(other) == ev.weights_hash(tiny_pipeline.transformer)
+    with torch.no_grad():
+        other.proj_out.bias[0] += 1
+    assert ev.weights_hash(other) != ev.weights_hash(tiny_pipeline.transformer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"prompts": []}, "prompts"),
+        ({"seeds": []}, "seeds"),
+        ({"seeds": [1, 1]}, "seeds"),
+        ({"seeds": [-1]}, "seeds"),
+        ({"seeds": [0.5]}, "seeds"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"steps": 0}, "num_inference_steps"),
+    ],
+)
+def test_evaluate_refuses(tiny_pipeline, arguments, field):
+    with pytest.raises((TypeError, ValueError), match=field):
+        ev.evaluate(tiny_pipeline, **({"prompts": PROMPTS, "progress": False} | arguments))
