@@ -34,9 +34,9 @@ from pathlib import Path
 
 import numpy as np
 
-from . import scenes
-from .scenes import COLORS, COUNT_WORDS, RELATIONS, SHAPES, SIZES, Scene, SceneObject, Stream
-from .verifier import UNKNOWN, Detection, detect
+from nitro_e_lite import scenes
+from nitro_e_lite.scenes import COLORS, COUNT_WORDS, RELATIONS, SHAPES, SIZES, Scene, SceneObject, Stream
+from nitro_e_lite.verifier import UNKNOWN, Detection, detect
 
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SPLITS = ("held_out_prompts", "held_out_compositions")
@@ -206,9 +206,10 @@ def _compose(tag: str, slot: int, held_out: bool, stream: Stream):
         kinds = [(s, c) for c in COLORS for s in SHAPES if ((s, c) in scenes.HELD_OUT_OBJECTS) == held_out]
         return (kinds[slot * 17 % len(kinds)],), relation  # 17: a stride that meets every kind
     if tag == "counting":
-        number = tuple(COUNT_WORDS)[1 + slot // 6 % 3]
-        color = stream.choice(tuple(COLORS)) if stream.random() < 1 / 3 else None
-        return ((SHAPES[slot % 6], color),) * number, relation
+        shape, number = SHAPES[slot % 6], tuple(COUNT_WORDS)[1 + slot // 6 % 3]
+        colors = [c for c in COLORS if (shape, c) not in scenes.HELD_OUT_OBJECTS]
+        color = stream.choice(colors) if stream.random() < 1 / 3 else None
+        return ((shape, color),) * number, relation
     new_pair = held_out and (tag == "two_object" or slot % 2 == 0)  # else the novelty is in a colour
     pairs = [p for p in combinations(SHAPES, 2) if (frozenset(p) in scenes.HELD_OUT_SHAPE_PAIRS) == new_pair]
     names = sorted(pairs[slot * 5 % len(pairs)], key=lambda _: stream.random())

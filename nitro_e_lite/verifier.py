@@ -25,7 +25,7 @@ from functools import cache
 
 import numpy as np
 
-from .scenes import COLORS, SHAPES, signed_distance
+from nitro_e_lite.scenes import COLORS, SHAPES, signed_distance
 
 UNKNOWN = "unknown"
 RESIDUAL_FLOOR = 20.0  # RGB distance from the background; in the scenes the palest object is over 45 away
