@@ -69,8 +69,7 @@ class TrainConfig:
     seed: int = 0
     steps: int = 6000
     batch_size: int = 64  # global: over all processes
-    precision: str = "bf16"  # compute copy; the master weights are float32
-    compile: bool = False
+    precision: str = "fp32"  # of the computation ("fp32" or "bf16"); master weights are float32 either way
     caption_dropout: float = 0.1  # replaced by the embedding of ""
     timestep_mean: float = 0.0  # logit-normal
     timestep_std: float = 1.0
@@ -198,5 +197,7 @@ def from_dict(cls: type[T], data: dict[str, Any]) -> T:
         current = getattr(defaults, name, dataclasses.MISSING)
         if current is dataclasses.MISSING:
             raise ValueError(f"{cls.__name__}.{name}: unknown field")
-        values[name] = from_dict(type(current), value) if dataclasses.is_dataclass(current) else _coerce(value, current, name)
+        values[name] = (
+            from_dict(type(current), value) if dataclasses.is_dataclass(current) else _coerce(value, current, name)
+        )
     return cls(**values)

@@ -8,7 +8,7 @@ Three things make a scene useful as data:
 * **A grammar.** ``sample_scene(seed, index)`` draws shapes, colours, sizes, places and a relation from a counter-based
   integer stream, so scene (seed, index) is the same on every machine and needs no file.
 * **A renderer.** Every shape is a signed distance ``d(p)`` in pixels; its coverage of a pixel is
-  ``clip(1/2 - d, 0, 1)``, which is anti-aliasing by geometry. Coordinates are fractions of the image, so any size works.
+  ``clip(1/2 - d, 0, 1)``, which is anti-aliasing by geometry. Coordinates are fractions of the image: any size works.
 * **Captions.** ``caption(scene, variant)`` says the same scene in many English ways. Some strings are *reserved*: they
   are never training captions, so that the evaluation prompts of ``geneval.py`` are new to the model. Some compositions
   (shape-colour pairs and shape pairs) are *held out*: they are never drawn in training.
@@ -404,8 +404,8 @@ def phrase_count(count: int, shape: str, color: str | None, size: str | None, st
     """A way to say ``count`` equal objects."""
     words = " ".join(w for w in (size, color, plural(shape)) if w)
     number = COUNT_WORDS[count]
-    return stream.choice((f"{number} {words}", f"{number} {words}", f"exactly {number} {words}",
-                          f"a group of {number} {words}", f"{count} {words}", f"a set of {number} {words}"))  # fmt: skip
+    way = stream.choice(("{number}", "{number}", "exactly {number}", "a group of {number}", "{count}", "a set of {number}"))
+    return f"{way.format(number=number, count=count)} {words}"
 
 
 def phrase_relation(first: str, relation: str, second: str, stream: Stream) -> str:

@@ -1,0 +1,92 @@
+"""Checkpoints: whole or absent, checked, and the newest good one wins."""
+
+import pytest
+import torch
+
+from nitro_e_lite.training_state import (
+    list_checkpoints,
+    load_checkpoint,
+    load_latest,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+
+
+def save(folder, step, keep=3):
+    return save_checkpoint(folder, step, {"weights": {"w": torch.full((4,), float(step))}}, {"seed": 1}, keep)
+
+
+def test_round_trip_and_keep(tmp_path):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, keep=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+    tensors, state = load_latest(tmp_path)
+    assert state["step"] == 4 and state["seed"] == 1
+    assert torch.equal(tensors["weights"]["w"], torch.full((4,), 4.0))
+
+
+def test_nothing_to_load(tmp_path):
+    assert load_latest(tmp_path) is None
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "state.json"])
+def test_damage_is_found_and_the_previous_one_used(tmp_path, file):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2) / file
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.warns(UserWarning, match="checkpoint skipped"):
+        _, state = load_latest(tmp_path)
+    assert state["step"] == 1
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    path = save(tmp_path, 1) / "weights.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        load_checkpoint(path.parent)
+
+
+def test_a_partial_folder_is_not_a_checkpoint(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / ".partial-00000002").mkdir()
+    (tmp_path / ".partial-00000002" / "weights.safetensors").write_bytes(b"half")
+    assert load_latest(tmp_path)[1]["step"] == 1
+    save(tmp_path, 2)
+    assert load_latest(tmp_path)[1]["step"] == 2
+
+
+def test_saving_the_same_step_again(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 1)
+    assert len(list_checkpoints(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Muon])
+def test_optimizer_state_round_trip(kind):
+    """After restoring, the next update equals that of the optimiser which was never stopped."""
+
+    def make():
+        torch.manual_seed(0)
+        parameter = torch.nn.Parameter(torch.randn(6, 4))
+        return {"p": parameter}, kind([parameter], lr=0.1)
+
+    def step(parameters, optimizer, seed):
+        parameters["p"].grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+
+    parameters, optimizer = make()
+    step(parameters, optimizer, 1)
+    saved = {k: v.clone() for k, v in optimizer_tensors(optimizer, {parameters["p"]: "p"}).items()}
+    assert saved
+    value = parameters["p"].detach().clone()
+    step(parameters, optimizer, 2)
+
+    again, other = make()
+    with torch.no_grad():
+        again["p"].copy_(value)
+    restore_optimizer(other, saved, again)
+    step(again, other, 2)
+    assert torch.equal(again["p"], parameters["p"])
