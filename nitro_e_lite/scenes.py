@@ -404,7 +404,8 @@ def phrase_count(count: int, shape: str, color: str | None, size: str | None, st
     """A way to say ``count`` equal objects."""
     words = " ".join(w for w in (size, color, plural(shape)) if w)
     number = COUNT_WORDS[count]
-    way = stream.choice(("{number}", "{number}", "exactly {number}", "a group of {number}", "{count}", "a set of {number}"))
+    ways = ("{number}", "{number}", "exactly {number}", "a group of {number}", "{count}", "a set of {number}")
+    way = stream.choice(ways)
     return f"{way.format(number=number, count=count)} {words}"
 
 
