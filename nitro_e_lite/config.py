@@ -22,10 +22,10 @@ class ModelConfig:
 
     sample_size: int = 16
     in_channels: int = 8
-    num_attention_heads: int = 8
+    num_attention_heads: int = 6
     attention_head_dim: int = 32
     caption_channels: int = 256
-    block_groups: tuple[int, ...] = (1, 6, 1)
+    block_groups: tuple[int, ...] = (1, 8, 1)
     mlp_ratio: float = 3.0
     attention_pattern: tuple[tuple[int, int], ...] = ((1, 1), (4, 1), (1, 1), (4, 4))
     modulation: str = "adaln_affine"
@@ -37,7 +37,7 @@ class ModelConfig:
 class DataConfig:
     """What a run trains on: cached latents of synthetic scenes, made on first use."""
 
-    scenes: int = 100_000  # distinct training scenes
+    scenes: int = 40_000  # distinct training scenes
     captions: int = 8  # paraphrases cached with each scene
     validation_scenes: int = 512
     seed: int = 0  # names the endless data set of scenes.sample_scene
@@ -56,8 +56,8 @@ class OptimizerConfig:
     eps: float = 1e-10
     weight_decay: float = 0.01
     clip: float = 1.0  # of the global gradient norm
-    warmup_steps: int = 200
-    decay_steps: int = 1500
+    warmup_steps: int = 100
+    decay_steps: int = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +67,18 @@ class TrainConfig:
     stage: str = "base"
     preset: str = "lite"
     seed: int = 0
-    steps: int = 6000
+    start_from: str = ""  # weights to start from: "lite", a pipeline folder or a transformer folder
+    steps: int = 2000
     batch_size: int = 64  # global: over all processes
     precision: str = "fp32"  # of the computation ("fp32" or "bf16"); master weights are float32 either way
     caption_dropout: float = 0.1  # replaced by the embedding of ""
     timestep_mean: float = 0.0  # logit-normal
     timestep_std: float = 1.0
-    ema_decay: float = 0.999
+    ema_decay: float = 0.997
     log_every: int = 20
-    validate_every: int = 500
-    sample_every: int = 1000
-    checkpoint_every: int = 500
+    validate_every: int = 250
+    sample_every: int = 250
+    checkpoint_every: int = 100
     keep_checkpoints: int = 2
     max_skipped: int = 20  # non-finite steps before the run stops
     guidance: float = 3.0  # of the sample grids

@@ -78,6 +78,16 @@ def load_pipeline(
     return pipeline.to(device)
 
 
+def load_transformer(source: str | Path) -> EMMDiTTransformer2DModel:
+    """The transformer alone, in float32, from any source that `load_pipeline` takes (official files of 512 px)."""
+    path = _find(source)
+    if path.is_file():
+        return load_official(path)
+    if (path / DiffusionPipeline.config_name).is_file():
+        path = path / "transformer"
+    return EMMDiTTransformer2DModel.from_pretrained(path)
+
+
 def _find(source: str | Path) -> Path:
     """The folder or file that `source` names, its checksums compared when it has any."""
     shipped = common.weights_dir() / source

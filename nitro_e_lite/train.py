@@ -31,6 +31,7 @@ from nitro_e_lite.common import MetricsWriter, environment_report
 from nitro_e_lite.config import TrainConfig, to_dict
 from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.encoder_set import load_encoders
+from nitro_e_lite.loading import load_transformer
 from nitro_e_lite.optimizers import MasterWeights, build_optimizers, hidden_matrices, learning_rate_scale
 from nitro_e_lite.pipeline import NitroEPipeline
 from nitro_e_lite.shards import LatentBatch, batch_indices
@@ -88,6 +89,8 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         torch.set_flush_denormal(True)  # CPUs compute with numbers below 1e-38 many times slower
         self.raw_model = EMMDiTTransformer2DModel(**to_dict(self.config.model))
+        if self.config.start_from:
+            self.raw_model.load_state_dict(load_transformer(self.config.start_from).state_dict())
         matrices = hidden_matrices(self.raw_model)
         self.raw_model.to(self.device)
         self.weights = MasterWeights(self.raw_model, self._dtype())
