@@ -143,9 +143,7 @@ def check_manifest(folder: str | Path) -> dict[str, str]:
         if not separator or len(digest) != 64:
             raise ValueError(f"{path}: cannot read the line {line!r}; expected '<sha256>  <file>'")
         if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name}: listed in {MANIFEST} but missing; get the folder again"
-            )
+            raise FileNotFoundError(f"{folder / name}: listed in {MANIFEST} but missing; get the folder again")
         if sha256_file(folder / name) != digest:
             raise ValueError(f"{folder / name}: contents differ from {MANIFEST}; get the file again")
         sums[name] = digest

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from nitro_e_lite import common
 from nitro_e_lite.geneval import Prompt, Score, Verdict, score, verify
-from nitro_e_lite.inputs import as_integer
+from nitro_e_lite.inputs import as_integer, seeded_generators
 from nitro_e_lite.pipeline import NitroEPipeline
 
 SEED_STRIDE = 1_000_000  # picture seed = SEED_STRIDE * seed + place of the prompt
@@ -109,9 +109,7 @@ def evaluate(
         for first in range(0, len(jobs), batch_size):
             batch = jobs[first : first + batch_size]
             pictures = draw(pipeline, batch, steps, guidance)
-            verdicts += [
-                verify(picture, prompt) for picture, (prompt, _) in zip(pictures, batch, strict=True)
-            ]
+            verdicts += [verify(picture, prompt) for picture, (prompt, _) in zip(pictures, batch, strict=True)]
             images += pictures if keep_images else []
             bar.update(len(batch))
     seconds = time.perf_counter() - start
@@ -123,9 +121,7 @@ def evaluate(
     return Evaluation(result, card, asked, verdicts, images)
 
 
-def draw(
-    pipeline: NitroEPipeline, jobs: Sequence[tuple[Prompt, int]], steps: int, guidance: float
-) -> list[np.ndarray]:
+def draw(pipeline: NitroEPipeline, jobs: Sequence[tuple[Prompt, int]], steps: int, guidance: float) -> list[np.ndarray]:
     """Pictures of (prompt, seed) pairs, uint8 `(H, W, 3)` each, without a progress bar of their own."""
     bar = getattr(pipeline, "_progress_bar_config", {})
     pipeline.set_progress_bar_config(disable=True)
@@ -134,7 +130,7 @@ def draw(
             [prompt.text for prompt, _ in jobs],
             num_inference_steps=steps,
             guidance_scale=guidance,
-            generator=[torch.Generator().manual_seed(seed) for _, seed in jobs],
+            generator=seeded_generators(seed for _, seed in jobs),
             output_type="np",
         )
     finally:

@@ -9,7 +9,7 @@ on.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
 import torch
@@ -89,11 +89,7 @@ def as_sigmas(sigmas: object, steps: int | None) -> list[float]:
     Raises:
         TypeError, ValueError: not numbers, not in that order, or not `steps` of them when that is given too.
     """
-    if (
-        isinstance(sigmas, str)
-        or not isinstance(sigmas, (Sequence, Tensor))
-        and not hasattr(sigmas, "tolist")
-    ):
+    if isinstance(sigmas, str) or not isinstance(sigmas, (Sequence, Tensor)) and not hasattr(sigmas, "tolist"):
         raise TypeError(f"sigmas: expected a list of numbers, got {type(sigmas).__name__}")
     values = sigmas.tolist() if hasattr(sigmas, "tolist") else list(sigmas)
     if not isinstance(values, list) or not values:
@@ -153,16 +149,17 @@ def as_generators(generator: object, count: int) -> list[torch.Generator]:
     many = list(generator) if isinstance(generator, (list, tuple)) else [generator] * count
     for item in many:
         if not isinstance(item, torch.Generator):
-            raise TypeError(
-                f"generator: expected a torch.Generator or a list of them, got {type(item).__name__}"
-            )
+            raise TypeError(f"generator: expected a torch.Generator or a list of them, got {type(item).__name__}")
     if len(many) != count:
         raise ValueError(f"generator: {len(many)} generators for {count} pictures; expected one each")
     return many
 
 
+def seeded_generators(seeds: Iterable[int]) -> list[torch.Generator]:
+    """One CPU generator for each seed."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
 def draw_noise(generators: list[torch.Generator], shape: tuple[int, int, int]) -> Tensor:
     """Standard normal noise `(len(generators), *shape)`, float32 on the CPU, drawn picture after picture."""
-    return torch.stack(
-        [torch.randn(shape, generator=g, device=g.device).cpu() for g in generators]
-    )  # (B, C, H, W)
+    return torch.stack([torch.randn(shape, generator=g, device=g.device).cpu() for g in generators])  # (B, C, H, W)

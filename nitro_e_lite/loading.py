@@ -55,9 +55,7 @@ def load_pipeline(
     path = _find(source)
     official = path.is_file()
     if official_config and not official:
-        raise TypeError(
-            f"{', '.join(official_config)}: only official .safetensors files take a configuration"
-        )
+        raise TypeError(f"{', '.join(official_config)}: only official .safetensors files take a configuration")
     if official:
         text_encoder, vae = text_encoder or FULL_TEXT_ENCODER, vae or FULL_AUTOENCODER
     parts: dict[str, Any] = {}

@@ -195,17 +195,13 @@ class NitroEPipeline(DiffusionPipeline):
         steps, guidance = num_inference_steps, guidance_scale
         steps = as_integer("num_inference_steps", steps, 1) if steps is not None else None
         sigmas = as_sigmas(sigmas, steps) if sigmas is not None else None
-        guidance = as_number(
-            "guidance_scale", self.config.default_guidance if guidance is None else guidance, 0.0
-        )
+        guidance = as_number("guidance_scale", self.config.default_guidance if guidance is None else guidance, 0.0)
         repeats = as_integer("num_images_per_prompt", num_images_per_prompt, 1)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type: {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         grid = as_grid(height, width, self.transformer.config, self.scale)
-        texts = self._check_texts(
-            prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, guided=guidance > 1
-        )
+        texts = self._check_texts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, guided=guidance > 1)
         count = len(texts[0]) * repeats
         shape = (self.transformer.config.in_channels, *grid)
         if latents is None:
@@ -226,9 +222,7 @@ class NitroEPipeline(DiffusionPipeline):
             offer = self._callback_tensor_inputs
             raise ValueError(f"callback_on_step_end_tensor_inputs: {sorted(unknown)} not among {offer}")
 
-    def _check_texts(
-        self, prompt, prompt_embeds, negative, negative_embeds, guided: bool
-    ) -> list[list[str] | Tensor]:
+    def _check_texts(self, prompt, prompt_embeds, negative, negative_embeds, guided: bool) -> list[list[str] | Tensor]:
         """What a step is told, as strings or features: `[negative, positive]`, or `[positive]` unguided."""
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("prompt, prompt_embeds: give exactly one of the two")
@@ -256,9 +250,7 @@ class NitroEPipeline(DiffusionPipeline):
         steps = steps if sigmas is None else None
         self.scheduler.set_timesteps(steps, sigmas=sigmas, device=self._execution_device)
 
-    def _denoise(
-        self, latents: Tensor, features: Tensor, guidance: float, callback: Callable | None
-    ) -> Tensor:
+    def _denoise(self, latents: Tensor, features: Tensor, guidance: float, callback: Callable | None) -> Tensor:
         """Walks `latents` `(B, C, h, w)`, float32, down the scheduler's grid."""
         with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
             for step, timestep in enumerate(self.scheduler.timesteps):
@@ -271,9 +263,7 @@ class NitroEPipeline(DiffusionPipeline):
                 self._check_finite("transformer", velocity)
                 latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
                 if callback is not None:
-                    latents = (callback(self, step, timestep, {"latents": latents}) or {}).pop(
-                        "latents", latents
-                    )
+                    latents = (callback(self, step, timestep, {"latents": latents}) or {}).pop("latents", latents)
                 bar.update()
         return latents
 

@@ -1,6 +1,7 @@
 """Settings and fixtures every test shares. Tests run offline, on the CPU, without touching the checkout."""
 
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -8,6 +9,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
+
+from nitro_e_lite import common
 
 
 def build_tiny_pipeline(width: int = 32):
@@ -93,3 +96,12 @@ def tiny_folder(tiny_pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipelines") / "tiny"
     tiny_pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def shipped(monkeypatch, tmp_path, tiny_folder):
+    """The tiny pipeline in the place of the shipped weights."""
+    shutil.copytree(tiny_folder, tmp_path / "lite")
+    common.write_manifest(tmp_path / "lite")
+    monkeypatch.setattr(common, "weights_dir", lambda: tmp_path)
+    return tmp_path / "lite"

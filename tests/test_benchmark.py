@@ -29,9 +29,7 @@ def test_flops_of_one_full_attention_block_by_hand():
         "caption_channels": 24, "block_groups": (1, 1), "attention_pattern": ((1, 1),), "compression": False,
     }  # fmt: skip
     batch, image, text, width = 3, 64, 16, 32
-    attention = (
-        2 * (2 * (image + text) ** 2 * width) * 2
-    )  # two products a block, two blocks, two FLOPs a product
+    attention = 2 * (2 * (image + text) ** 2 * width) * 2  # two products a block, two blocks, two FLOPs a product
     first = (image + text) * (4 + 6) * width**2  # q, k, v, out and the MLP of ratio 3, in both streams
     last = first - text * (1 + 6) * width**2  # the text stream ends without output projection and MLP
     time = 256 * width + width * width + width * 6 * width

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from conftest import build_tiny_pipeline
 from PIL import Image
 
 import nitro_e_lite
-from nitro_e_lite import common
 from nitro_e_lite.checkpoint import save_official
 from nitro_e_lite.encoders import EncoderUnavailable, LatentStats, decode_latents
 from nitro_e_lite.loading import load_pipeline
@@ -182,9 +180,7 @@ def test_output_types_show_the_same_picture(tiny_pipeline):
         return tiny_pipeline(PROMPTS[:2], generator=seeded(0, 1), output_type=kind).images
 
     array, tensor, pictures, latents = draw("np"), draw("pt"), draw("pil"), draw("latent")
-    assert (
-        array.shape == (2, 64, 64, 3) and tensor.shape == (2, 3, 64, 64) and latents.shape == (2, 4, 16, 16)
-    )
+    assert array.shape == (2, 64, 64, 3) and tensor.shape == (2, 3, 64, 64) and latents.shape == (2, 4, 16, 16)
     assert 0 <= array.min() and array.max() <= 1
     np.testing.assert_allclose(array, tensor.permute(0, 2, 3, 1).numpy(), atol=1e-6)
     assert isinstance(pictures[0], Image.Image)
@@ -237,20 +233,9 @@ def test_saved_and_loaded_draws_the_same_picture(tiny_pipeline, tiny_folder, tmp
     loaded.save_pretrained(tmp_path / "again")
     again = type(tiny_pipeline).from_pretrained(tmp_path / "again")
     for pipeline in (loaded, again):
-        np.testing.assert_array_equal(
-            pipeline(PROMPTS, generator=seeded(0, 1, 2), output_type="np").images, expected
-        )
+        np.testing.assert_array_equal(pipeline(PROMPTS, generator=seeded(0, 1, 2), output_type="np").images, expected)
     for file in (tmp_path / "again").rglob("*.json"):
         assert str(tiny_folder) not in file.read_text(), f"{file.name} names the folder it was loaded from"
-
-
-@pytest.fixture
-def shipped(monkeypatch, tmp_path, tiny_folder):
-    """The tiny pipeline in the place of the shipped weights."""
-    shutil.copytree(tiny_folder, tmp_path / "lite")
-    common.write_manifest(tmp_path / "lite")
-    monkeypatch.setattr(common, "weights_dir", lambda: tmp_path)
-    return tmp_path / "lite"
 
 
 def test_shipped_weights_are_checked(shipped):

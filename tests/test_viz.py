@@ -63,9 +63,7 @@ def test_grid_refuses(arguments, field):
 
 
 def test_film_strip():
-    strips = [
-        [np.full((8, 8, 3), 40 * row + 10 * column, np.uint8) for column in range(1, 4)] for row in (1, 2)
-    ]
+    strips = [[np.full((8, 8, 3), 40 * row + 10 * column, np.uint8) for column in range(1, 4)] for row in (1, 2)]
     strip = viz.film_strip(strips, column_labels=list("abc"), row_labels=["top", "bottom"], title="strip")
     assert min(shares(strip, [50, 60, 70, 90, 100, 110])) > 0.05
     for strips in ([], [[]], [pictures(2), pictures(3)]):
@@ -79,13 +77,9 @@ def test_film_strip():
 
 def test_curves_differ_in_colour_and_in_line_style():
     x = [0, 1, 2]
-    figure = viz.curve(
-        {name: (x, x) for name in "abc"}, "step", "loss", log_y=True, bands={"a": (x, [1, 2, 3])}
-    )
+    figure = viz.curve({name: (x, x) for name in "abc"}, "step", "loss", log_y=True, bands={"a": (x, [1, 2, 3])})
     lines = figure.axes[0].lines
-    assert (
-        len({line.get_color() for line in lines}) == len({str(line.get_linestyle()) for line in lines}) == 3
-    )
+    assert len({line.get_color() for line in lines}) == len({str(line.get_linestyle()) for line in lines}) == 3
     assert figure.axes[0].get_yscale() == "log"
 
 
@@ -101,17 +95,13 @@ def test_curve_refuses():
 def test_saved_figure_has_an_entry_and_equal_data_gives_equal_bytes(figures):
     def save(shade: int):
         figure = viz.curve({"shade": ([0, 1], [0, shade])}, "x", "y")
-        return viz.save_figure(
-            figure, "grey", source="a test", params={"shade": shade}, seed=0, alt="A grey square."
-        )
+        return viz.save_figure(figure, "grey", source="a test", params={"shade": shade}, seed=0, alt="A grey square.")
 
     path = save(1)
     first, ledger = path.read_bytes(), (figures / "ledger.json").read_text()
     assert path == figures / "grey.png"
     entry = json.loads(ledger)["grey.png"]
-    assert (
-        entry["source"] == "a test" and entry["params"] == {"shade": 1} and entry["alt"] == "A grey square."
-    )
+    assert entry["source"] == "a test" and entry["params"] == {"shade": 1} and entry["alt"] == "A grey square."
     assert set(entry) == {"source", "params", "seed", "alt", "commit", "device", "date"}
 
     save(1)
@@ -142,9 +132,7 @@ def test_save_figure_refuses(figures, name, source, alt):
 
 
 def test_saved_image_tells_how_it_was_made(tmp_path):
-    path = viz.save_image(
-        Image.new("RGB", (4, 4)), tmp_path / "new" / "a.png", {"prompt": "a rød star", "seed": 3}
-    )
+    path = viz.save_image(Image.new("RGB", (4, 4)), tmp_path / "new" / "a.png", {"prompt": "a rød star", "seed": 3})
     with Image.open(path) as image:
         assert image.text == {"prompt": "a rød star", "seed": "3"}
     with pytest.raises(ValueError, match=r"must end in \.png"):

@@ -1,0 +1,258 @@
+"""The command line: `nitro-e demo`, `sample`, `evaluate`, `train`, `doctor`, `count`, `benchmark`.
+
+Each command is a thin layer over a function that a notebook can call too. Three rules hold for all: what
+a person did wrong ends in one clear line and exit code 2, not in a traceback (`NITRO_E_DEBUG=1` shows
+it); with `--json` standard output holds one JSON object and nothing else; progress and warnings go to
+standard error.
+
+Heavy libraries are imported inside the commands, so that `nitro-e --help` answers at once. The commands that
+look at size, speed and installation are in `cli_measure.py`.
+"""
+
+import re
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nitro_e_lite import cli_measure
+from nitro_e_lite.terminal import (
+    Device,
+    Dtype,
+    Guidance,
+    Json,
+    Lora,
+    Model,
+    Overrides,
+    Resume,
+    RunDir,
+    Steps,
+    TextEncoder,
+    Vae,
+    command,
+    console,
+    errors,
+    output,
+    settings,
+    show_table,
+)
+
+app = typer.Typer(
+    help="Nitro-E Lite: pictures from captions, and everything behind them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+train_app = typer.Typer(help="Train one of the models of the course.", no_args_is_help=True)
+app.add_typer(cli_measure.app)
+app.add_typer(train_app, name="train")
+
+DEMO_CAPTIONS = (
+    "a red circle to the left of a blue square",
+    "two orange triangles",
+    "a photo of a pink heart and a green square",
+    "a yellow star above a purple cross",
+    "three small white circles",
+    "a large brown heart",
+    "a black cross below a red triangle",
+    "four blue stars",
+)
+
+
+@command(app, "demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("outputs/demo.png"),
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: int = 0,
+    json: Json = False,
+) -> None:
+    """Draw a handful of captions with the shipped weights: one labelled picture and a timing table."""
+    with output(json) as result:
+        clock = [time.perf_counter()]
+        from nitro_e_lite import load_pipeline, viz
+        from nitro_e_lite.inputs import seeded_generators
+
+        captions, count = list(DEMO_CAPTIONS), len(DEMO_CAPTIONS)
+        pipeline = load_pipeline("lite")
+        clock.append(time.perf_counter())
+        features = pipeline.encode_prompt([""] * count + captions)
+        clock.append(time.perf_counter())
+        latents = pipeline(
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=seeded_generators(range(seed, seed + count)),
+            negative_prompt_embeds=features[:count],
+            prompt_embeds=features[count:],
+            output_type="latent",
+        ).images
+        clock.append(time.perf_counter())
+        images = pipeline.decode(latents)
+        clock.append(time.perf_counter())
+        facts = settings(pipeline, "lite", steps, guidance)
+        picture = viz.image_grid(images, 4, captions, f"Nitro-E Lite, {facts['steps']} steps, seeds {seed} and up")
+        viz.save_image(picture, out, {"captions": " | ".join(captions), "first seed": seed} | facts)
+        clock.append(time.perf_counter())
+        names = ["load libraries and weights", "read the captions", "sample", "decode", "draw and save"]
+        seconds = {name: round(b - a, 3) for name, a, b in zip(names, clock, clock[1:], strict=False)}
+        result |= {"path": str(out), "captions": captions, "seed": seed, "seconds": seconds} | facts
+        result["total_seconds"] = round(clock[-1] - clock[0], 3)
+        if not json:
+            title = f"{count} pictures of {images[0].width} px on {facts['device']}"
+            rows = [[name, f"{value:.2f}"] for name, value in seconds.items()]
+            show_table(title, ["", "seconds"], [*rows, ["total", f"{result['total_seconds']:.2f}"]])
+            console.print(f"Picture: {out}", markup=False, soft_wrap=True)
+
+
+def warn_unknown_words(prompts: list[str]) -> None:
+    """Says which words the lite model has never seen, and which it knows."""
+    from nitro_e_lite import scenes
+
+    unknown = dict.fromkeys(word for prompt in prompts for word in scenes.unknown_words(prompt))
+    if unknown:
+        errors.print(
+            f"Note: the lite model was trained on pictures of simple shapes and has never read: "
+            f"{', '.join(unknown)}. It knows {', '.join(scenes.SHAPES)}; {', '.join(scenes.COLORS)}; "
+            f"{', '.join(scenes.SIZES)}; one to four of a kind; {', '.join(scenes.RELATIONS)}.",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def picture_paths(out: Path, prompts: list[str], seeds: list[int]) -> list[Path]:
+    """A file for each picture: `out` for one, numbered for more, or named after its caption in a folder."""
+    if out.suffix.lower() == ".png":
+        count = len(prompts)
+        return [out] if count == 1 else [out.with_stem(f"{out.stem}-{index}") for index in range(count)]
+    names = [re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture" for prompt in prompts]
+    return [out / f"{name}-{seed}.png" for name, seed in zip(names, seeds, strict=True)]
+
+
+@command(app, "sample")
+def sample(
+    captions: Annotated[list[str], typer.Argument(help="What to draw; each caption in quotes.")],
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture of a caption; the next has seed + 1.")] = 0,
+    num: Annotated[int, typer.Option(help="Pictures for each caption.")] = 1,
+    out: Annotated[Path, typer.Option(help="A .png file, or a folder.")] = Path("outputs"),
+    negative: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
+    height: int | None = None,
+    width: int | None = None,
+    model: Model = "lite",
+    text_encoder: TextEncoder = None,
+    vae: Vae = None,
+    lora: Lora = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Draw captions and save PNG files that hold prompt, seed and settings in their text chunks."""
+    with output(json) as result:
+        from nitro_e_lite import load_pipeline, viz
+        from nitro_e_lite.inputs import as_integer, seeded_generators
+
+        as_integer("num", num, 1)
+        pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora)
+        if not Path(model).is_file() and text_encoder is None:
+            warn_unknown_words(captions)
+        prompts = [caption for caption in captions for _ in range(num)]
+        seeds = [seed + index for _ in captions for index in range(num)]
+        paths, start = picture_paths(out, prompts, seeds), time.perf_counter()
+        images = pipeline(
+            prompts,
+            steps,
+            guidance,
+            negative_prompt=negative,
+            height=height,
+            width=width,
+            generator=seeded_generators(seeds),
+        ).images
+        seconds, facts = time.perf_counter() - start, settings(pipeline, model, steps, guidance)
+        for image, path, prompt, own_seed in zip(images, paths, prompts, seeds, strict=True):
+            viz.save_image(image, path, {"prompt": prompt, "negative prompt": negative or "", "seed": own_seed} | facts)
+            if not json:
+                console.print(str(path), markup=False, soft_wrap=True)
+        rows = zip(paths, prompts, seeds, strict=True)
+        result |= {"images": [{"path": str(a), "prompt": b, "seed": c} for a, b, c in rows]}
+        result |= {"seconds": round(seconds, 3)} | facts
+
+
+@command(app, "evaluate")
+def evaluate(
+    model: Model = "lite",
+    steps: Steps = None,
+    guidance: Guidance = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSON-lines file in GenEval's schema.")] = None,
+    split: Annotated[str, typer.Option(help="held_out_prompts or held_out_compositions.")] = "held_out_prompts",
+    seeds: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 2,
+    batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 25,
+    out: Annotated[Path | None, typer.Option(help="Also write the result card to this file.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Score a model on GenEval-lite: six categories, a 95 % interval and the whole recipe."""
+    with output(json) as result:
+        from nitro_e_lite import load_pipeline
+        from nitro_e_lite.evaluate import evaluate as run
+        from nitro_e_lite.geneval import load_prompts, read_prompts
+
+        asked = read_prompts(prompts) if prompts else load_prompts(split)
+        pipeline = load_pipeline(model, device, dtype)
+        found = run(pipeline, asked, seeds=range(seeds), steps=steps, guidance=guidance, batch_size=batch)
+        found.card |= {"model": model, "prompt_list": prompts.name if prompts else split}
+        result |= found.card
+        if out:
+            found.save(out)
+        if not json:
+            score = found.score
+            rows = [[name, f"{value:.3f}"] for name, value in score.categories.items()]
+            rows.append(["overall", f"{score.overall:.3f}  ({score.low:.3f} to {score.high:.3f})"])
+            title = f"GenEval-lite, {score.images} pictures, {found.card['seconds']:.0f} s"
+            show_table(title, ["category", "score"], rows)
+
+
+@command(train_app, "base")
+def train_base(
+    preset: Annotated[str, typer.Option(help="smoke, lite, ...")] = "lite",
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    device: Device = None,
+) -> None:
+    """Train the text-to-image transformer; `RUN_DIR/final` holds the weights at the end."""
+    from nitro_e_lite import config
+    from nitro_e_lite.train import train
+
+    chosen = config.override(config.preset("base", preset), overrides or [])
+    finish(train(chosen, run_dir or Path("runs") / f"base-{preset}", resume, device))
+
+
+@command(train_app, "autoencoder")
+def train_autoencoder(overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = False) -> None:
+    """Train the lite autoencoder."""
+    from nitro_e_lite import config, encoder_training
+
+    chosen = config.override(encoder_training.AutoencoderConfig(), overrides or [])
+    finish(encoder_training.train_autoencoder(chosen, run_dir or Path("runs/autoencoder"), resume))
+
+
+@command(train_app, "language-model")
+def train_language_model(overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = False) -> None:
+    """Train the lite tokenizer and language model."""
+    from nitro_e_lite import config, encoder_training
+
+    chosen = config.override(encoder_training.LanguageModelConfig(), overrides or [])
+    finish(encoder_training.train_language_model(chosen, run_dir or Path("runs/language-model"), resume))
+
+
+def finish(final: Path) -> None:
+    """Prints where the weights of a finished run are."""
+    console.print(f"Weights: {final}", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,95 @@
+"""How commands speak and the options they share.
+
+Results go to standard output, everything else to standard error; a foreseeable error is one line.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+console, errors = Console(), Console(stderr=True)
+
+Model = Annotated[str, typer.Option(help="Shipped name, folder, training run or official .safetensors file.")]
+Steps = Annotated[int | None, typer.Option(help="Sampler steps; the model's own default when not given.")]
+Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance; up to 1 switches it off.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; the accelerator when there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+TextEncoder = Annotated[str | None, typer.Option(help="Folder of a text encoder, for official weights.")]
+Vae = Annotated[str | None, typer.Option(help="Folder of an autoencoder, for official weights.")]
+Lora = Annotated[Path | None, typer.Option(help="PEFT LoRA folder to merge into official weights.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="field=value; may be given several times.")]
+RunDir = Annotated[Path | None, typer.Option(help="Folder of the run.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the folder; starts it when empty.")]
+
+
+def command(group: typer.Typer, name: str) -> Callable:
+    """Registers a command whose foreseeable errors become one line on standard error and exit code 2."""
+
+    def register(function: Callable) -> Callable:
+        @group.command(name)
+        @functools.wraps(function)
+        def run(*arguments: Any, **options: Any) -> None:
+            warnings.showwarning = show_warning
+            try:
+                function(*arguments, **options)
+            except (typer.Exit, typer.Abort):
+                raise
+            except (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
+                if os.environ.get("NITRO_E_DEBUG"):
+                    raise
+                message = " ".join(str(error).split()) or type(error).__name__
+                errors.print(f"Error: {message}", style="bold red", markup=False, soft_wrap=True)
+                raise typer.Exit(2) from None
+            except KeyboardInterrupt:
+                raise typer.Exit(130) from None
+
+        return run
+
+    return register
+
+
+def show_warning(message: Warning | str, *origin: Any, **more: Any) -> None:
+    """A warning as one line, without the place in the code that it came from."""
+    errors.print(f"Warning: {message}", style="yellow", markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def output(as_json: bool) -> Iterator[dict[str, Any]]:
+    """Collects the result of a command; with `--json` prints it alone on standard output at the end."""
+    result: dict[str, Any] = {}
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        yield result
+    if as_json:
+        print(json.dumps(result))
+
+
+def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table on standard output; all columns but the first are numbers."""
+    table = Table(*columns, title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def settings(pipeline: Any, model: str, steps: int | None, guidance: float | None) -> dict[str, Any]:
+    """The sampler settings in force, for a file's text chunks and for `--json`."""
+    return {
+        "model": str(model),
+        "steps": pipeline.config.default_steps if steps is None else steps,
+        "guidance": pipeline.config.default_guidance if guidance is None else guidance,
+        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
+        "device": str(pipeline.device),
+    }
