@@ -26,7 +26,7 @@ LAYERS = [
     "emmdit geneval training_data",
     "checkpoint optimizers pipeline",
     "benchmark doctor evaluate loading train",
-    "cli_measure lessons",
+    "cli_measure lessons notebooks",
     "cli",
 ]
 LAYER = {name: depth for depth, line in enumerate(LAYERS) for name in line.split()}
