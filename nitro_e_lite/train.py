@@ -116,13 +116,13 @@ class Trainer:
         noise = torch.randn(batch.latents.shape, generator=generator)
         return batch, captions, t, noise
 
-    def _loss(self, latents: Tensor, captions: list[str], t: Tensor, noise: Tensor) -> Tensor:
+    def _loss(self, model: nn.Module, latents: Tensor, captions: list[str], t: Tensor, noise: Tensor) -> Tensor:
         """Squared velocity error of each sample (B,), float32."""
         dtype = self._dtype()
         latents, noise, t = (x.to(self.device) for x in (latents, noise, t))
         text = self.encoders.encode_text(captions).to(dtype)  # (B, L, Dc)
         x_t = flow.interpolate(latents, noise, t)
-        output = self.model(x_t.to(dtype), text, flow.TIMESTEP_SCALE * t)
+        output = model(x_t.to(dtype), text, flow.TIMESTEP_SCALE * t)
         error = output.sample.float() - flow.velocity_target(latents, noise)
         return error.square().flatten(1).mean(1)
 
@@ -132,7 +132,7 @@ class Trainer:
         batch, captions, t, noise = self._draw(self.step)
         mine = slice(rank * len(captions) // world, (rank + 1) * len(captions) // world)
         self.model.train()
-        loss = self._loss(batch.latents[mine], captions[mine], t[mine], noise[mine]).mean()
+        loss = self._loss(self.model, batch.latents[mine], captions[mine], t[mine], noise[mine]).mean()
         self.accelerator.backward(loss)
         self.weights.collect_gradients()
         norm = nn.utils.clip_grad_norm_(self.masters.values(), self.config.optimizer.clip)
@@ -180,7 +180,7 @@ class Trainer:
                 batch = self.validation_data.batch(range(first, min(first + 64, count)))
                 noise = torch.randn(batch.latents.shape, generator=generator)
                 t = t_all[first : first + 64]
-                losses.append(self._loss(batch.latents, [ways[0] for ways in batch.captions], t, noise).cpu())
+                losses.append(self._loss(self.raw_model, batch.latents, [ways[0] for ways in batch.captions], t, noise).cpu())
         losses = torch.cat(losses)
         result = {"validation_loss": losses.mean().item()}
         for k in range(LOSS_BINS):
