@@ -41,8 +41,13 @@ class Encoders:
         return self.text_encoder.config.hidden_size
 
     @cached_property
+    def image_fingerprint(self) -> str:
+        """Names the autoencoder and its statistics; travels with cached latents."""
+        return encoders.fingerprint(self.vae, None, self.stats, 0)
+
+    @cached_property
     def fingerprint(self) -> str:
-        """Names weights and settings; travels with cached latents."""
+        """Names both encoders and their settings; kept with a run."""
         return encoders.fingerprint(self.vae, self.text_encoder, self.stats, self.max_text_length)
 
     def encode_images(self, images: Tensor) -> Tensor:

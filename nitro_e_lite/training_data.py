@@ -30,9 +30,9 @@ def encode_scenes(
 def cached_scenes(encoders: Encoders, data: DataConfig, split: str) -> LatentDataset:
     """The latents of the training or validation scenes, encoded on first use and then read from the cache folder."""
     start, count = (0, data.scenes) if split == "train" else (VALIDATION_START, data.validation_scenes)
-    name = f"scenes-{encoders.fingerprint[:12]}-seed{data.seed}-{start}-{count}x{data.captions}"
+    name = f"scenes-{encoders.image_fingerprint[:12]}-seed{data.seed}-{start}-{count}x{data.captions}"
     folder = cache_dir() / "latents" / name
     if not folder.exists():
         about = {"data": to_dict(data), "split": split}
-        write_latents(folder, encode_scenes(encoders, data, start, count), encoders.fingerprint, about)
-    return LatentDataset(folder, encoders.fingerprint)
+        write_latents(folder, encode_scenes(encoders, data, start, count), encoders.image_fingerprint, about)
+    return LatentDataset(folder, encoders.image_fingerprint)
