@@ -1,0 +1,179 @@
+"""The common start of the notebooks, self-checking exercises, intervals."""
+
+import json
+import math
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from PIL import Image
+
+from nitro_e_lite import lessons
+
+PARAMETERS = {"preset": "smoke", "seed": 3, "devices": 1, "overrides": []}
+
+
+@pytest.fixture
+def begin(tmp_path, monkeypatch):
+    monkeypatch.delenv("NITRO_E_FIGURES", raising=False)
+
+    def begin(**changes):
+        return lessons.start("99_lesson", **(PARAMETERS | {"run_dir": str(tmp_path / "run")} | changes))
+
+    return begin
+
+
+def test_start_seeds_everything_and_prints_one_line(begin, capsys):
+    first = begin()
+    draws = torch.randn(3), torch.randn(3, generator=first.generator)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    second = begin()
+    again = torch.randn(3), torch.randn(3, generator=second.generator)
+    assert torch.equal(torch.stack(draws), torch.stack(again))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("preset", "large"),
+        ("preset", 1),
+        ("seed", "3"),
+        ("seed", True),
+        ("seed", -1),
+        ("devices", 0),
+        ("devices", 1.0),
+        ("run_dir", None),
+        ("overrides", "steps=3"),
+        ("overrides", [3]),
+        ("train", "false"),
+        ("count", "3"),
+        ("rate", "1e-3"),
+    ],
+)
+def test_start_refuses_a_wrong_parameter_by_name(begin, name, value):
+    with pytest.raises((TypeError, ValueError), match=name):
+        begin(**{name: value})
+
+
+def test_start_takes_words_as_extra_parameters(begin):
+    assert begin(caption="two red stars", train=False, empty="").extra["caption"] == "two red stars"
+
+
+def test_a_relative_run_dir_lies_in_the_checkout(monkeypatch):
+    root = lessons.common.repo_root()
+    monkeypatch.chdir(root / "tests")
+    assert lessons._run_folder("runs/x") == root / "runs" / "x"
+
+
+def test_a_relative_run_dir_lies_in_the_current_folder_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert lessons._run_folder("runs/x") == tmp_path / "runs" / "x"
+
+
+DIALS = {
+    "smoke": {"steps": 6, "rate": 0.1, "widths": (8, 16)},
+    "lite": {"steps": 60, "rate": 0.1, "widths": (8, 16)},
+    "full": {"steps": 600, "rate": 0.1, "widths": (8, 16)},
+}
+
+
+def test_settings_follow_preset_and_overrides(begin):
+    settings = begin(preset="lite", overrides=["rate=1e-3", "widths=[4]"]).settings(**DIALS)
+    assert (settings.steps, settings.rate, settings.widths) == (60, 1e-3, (4,))
+
+
+@pytest.mark.parametrize("override", ["step=3", "steps=many", "steps"])
+def test_settings_refuse_an_override_that_does_not_fit(begin, override):
+    with pytest.raises(ValueError, match="step"):
+        begin(overrides=[override]).settings(**DIALS)
+
+
+def test_settings_need_the_same_dials_at_every_scale(begin):
+    with pytest.raises(ValueError, match="same names"):
+        begin().settings(**DIALS | {"full": {"steps": 600}})
+
+
+def test_figures_go_to_the_run_folder_and_name_their_notebook(begin):
+    lesson = begin(overrides=["steps=3"], caption="a star")
+    figure, axis = plt.subplots()
+    assert lesson.save_figure(figure, "99_empty", alt="An empty plot.") is figure
+    assert not plt.fignum_exists(figure.number)  # the cell shows what it returns; pyplot would show it again
+    lesson.save_figure(Image.new("RGB", (8, 8)), "99_black", alt="A black square.")
+    folder = lesson.run_dir / "figures"
+    assert Image.open(folder / "99_black.png").size == (8, 8)
+    entry = json.loads((folder / "ledger.json").read_text())["99_empty.png"]
+    assert entry["source"] == "notebooks/99_lesson.ipynb"
+    assert entry["seed"] == 3
+    assert entry["params"] == {"preset": "smoke", "devices": 1, "overrides": ["steps=3"], "caption": "a star"}
+
+
+def test_figures_go_to_the_checkout_when_notebooks_are_refreshed(begin, monkeypatch, tmp_path):
+    monkeypatch.setenv("NITRO_E_FIGURES", str(tmp_path / "figures"))
+    lesson = begin()
+    lesson.save_figure(Image.new("RGB", (8, 8)), "99_black", alt="A black square.")
+    assert (tmp_path / "figures" / "99_black.png").is_file()
+    assert not (lesson.run_dir / "figures").exists()
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (torch.ones(2) + 1e-7, torch.ones(2)),
+        ([1, 2], torch.tensor([1.0, 2.0])),
+        (3, 3.0),
+        ("two", "two"),
+        (True, True),
+        ({"a": 1}, {"a": 1}),
+        ([3, 1, 2], lambda answer: sorted(answer) == [1, 2, 3]),
+    ],
+)
+def test_check_accepts_a_right_answer(answer, expected, capsys):
+    lessons.check("1", answer, expected)
+    assert capsys.readouterr().out == "● 1: correct\n"
+
+
+def test_check_says_when_an_exercise_is_untouched(capsys):
+    lessons.check("1", None, 3)
+    assert capsys.readouterr().out == "○ 1: not attempted yet\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "message"),
+    [
+        (torch.ones(2), torch.ones(3), r"shape should be \(3,\)"),
+        (torch.tensor([1.0, 2, 4]), torch.tensor([1.0, 2, 3]), r"1 of 3 numbers differ; the first at \(2,\)"),
+        (4, 3, "expected 3, got 4"),
+        (math.nan, 3.0, "got nan"),
+        ("three", "two", "expected 'two'"),
+        (1, True, "expected True"),
+        ({"a": 1}, {"a": 2}, "expected {'a': 2}"),
+        ("three", 3, "expected 3"),
+        ([3], lambda answer: False, "property"),
+    ],
+)
+def test_check_explains_a_wrong_answer(answer, expected, message):
+    with pytest.raises(AssertionError, match=message):
+        lessons.check("1", answer, expected)
+
+
+def test_interval_of_three_values_against_the_textbook():
+    mean, half = lessons.interval([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert half == pytest.approx(4.303 / math.sqrt(3), rel=1e-4)  # t(0.975, 2) = 4.303, s = 1
+
+
+@pytest.mark.parametrize(("freedom", "truth"), [(10, 2.2281), (11, 2.2010), (20, 2.0860), (60, 2.0003), (10**6, 1.9600)])
+def test_students_t(freedom, truth):
+    assert lessons._t_95(freedom) == pytest.approx(truth, rel=1.5e-3)
+
+
+def test_interval_needs_repeats():
+    with pytest.raises(ValueError, match="two"):
+        lessons.interval([1.0])
+
+
+def test_measure_calls_with_arguments_and_without_gradients():
+    calls = []
+    seconds = lessons.measure(lambda x: calls.append((x, torch.is_grad_enabled())), 5, repeats=3)
+    assert calls == [(5, False)] * 4
+    assert 0 <= seconds < 1
