@@ -1,0 +1,328 @@
+"""The notebooks as documents: anatomy, parameters, outputs, links and figures. That their cells run is nbval's part."""
+
+import ast
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nitro_e_lite import lessons, notebooks
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "notebooks"
+LEDGER = json.loads((ROOT / "figures" / "ledger.json").read_text(encoding="utf-8"))
+BOOKS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.ipynb"))}
+COURSE = [
+    "00_start_here",
+    "01_data_and_captions",
+    "02_encoders",
+    "03_flow_matching",
+    "04_joint_attention",
+    "05_token_compression",
+    "06_alternating_subregion_attention",
+    "07_adaln_affine",
+    "08_emmdit_assembled",
+]
+HEADINGS = ["able to", "Check", "Measure", "Full scale", "Exercises", "Solutions", "Recap"]
+COMMON = ["preset", "seed", "devices", "run_dir", "overrides"]
+MAX_CELLS, MAX_MEDIAN, MAX_LINES, MAX_IDEA_WORDS, MAX_FIGURE_BYTES = 35, 8, 30, 120, 150_000
+
+every_notebook = pytest.mark.parametrize("name", BOOKS)
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def cells(name: str, kind: str = "code") -> list[dict]:
+    return [cell for cell in BOOKS[name]["cells"] if cell["cell_type"] == kind]
+
+
+def tagged(name: str, tag: str) -> list[dict]:
+    return [cell for cell in cells(name) if tag in cell["metadata"].get("tags", [])]
+
+
+def prose(name: str) -> str:
+    return "\n\n".join(source(cell) for cell in cells(name, "markdown"))
+
+
+def between(name: str, heading: str, end: str) -> list[dict]:
+    """The cells from one heading to another."""
+    titles = [source(cell) if cell["cell_type"] == "markdown" else "" for cell in BOOKS[name]["cells"]]
+    first, last = (next(i for i, title in enumerate(titles) if has_heading(title, h)) for h in (heading, end))
+    return BOOKS[name]["cells"][first:last]
+
+
+def has_heading(text: str, words: str) -> bool:
+    return re.search(rf"^#+ .*\b{words}\b", text, flags=re.MULTILINE) is not None
+
+
+def parameters(name: str) -> dict:
+    body = ast.parse(source(tagged(name, "parameters")[0])).body
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in body}
+
+
+def outputs(name: str) -> list[dict]:
+    return [output for cell in cells(name) for output in cell["outputs"]]
+
+
+def printed(some: list[dict]) -> str:
+    return "".join("".join(out.get("text", [])) for cell in some for out in cell.get("outputs", []))
+
+
+def test_course_is_complete():
+    assert set(COURSE) <= set(BOOKS)
+
+
+# Anatomy
+
+
+@every_notebook
+def test_begins_with_title_figure_and_table(name):
+    first = source(BOOKS[name]["cells"][0])
+    assert first.startswith(f"# {name[:2]} ")
+    assert re.search(r"!\[.+\]\(\.\./figures/.+\.png\)", first)
+    rows = " ".join(re.findall(r"^\| *\**(\w+)", first, flags=re.MULTILINE)).lower()
+    assert all(word in rows for word in ("needs", "time", "writes", "papers")), rows
+
+
+@every_notebook
+def test_has_its_parts_in_order(name):
+    texts = [source(cell) if cell["cell_type"] == "markdown" else "" for cell in BOOKS[name]["cells"]]
+    places = [next((i for i, text in enumerate(texts) if has_heading(text, part)), part) for part in HEADINGS]
+    assert places == sorted(places, key=int)
+    goals = next(text for text in texts if has_heading(text, "able to"))
+    assert 3 <= len(re.findall(r"^- ", goals, flags=re.MULTILINE)) <= 4
+    assert prose(name).count("**Notice") >= 3
+    assert len(re.findall(r"^- ", texts[places[-1]], flags=re.MULTILINE)) >= 3, "recap in three bullets"
+
+
+@every_notebook
+def test_shows_the_problem_before_the_first_formula(name):
+    code = 0
+    for cell in BOOKS[name]["cells"]:
+        code += cell["cell_type"] == "code"
+        if cell["cell_type"] == "markdown" and "$" in source(cell):
+            break
+    assert code >= 3, "parameters, start and a picture or cost come first"
+
+
+@every_notebook
+def test_cells_are_few_and_short(name):
+    lengths = [len(source(cell).splitlines()) for cell in cells(name)]
+    assert len(lengths) <= MAX_CELLS
+    assert statistics.median(lengths) <= MAX_MEDIAN
+    assert max(lengths) <= MAX_LINES
+
+
+@every_notebook
+def test_ideas_are_short(name):
+    inner = between(name, "able to", "Full scale")
+    texts = [source(cell) for cell in inner if cell["cell_type"] == "markdown" and "\n|" not in source(cell)]
+    assert {text[:60]: n for text in texts if (n := len(text.split())) > MAX_IDEA_WORDS} == {}
+
+
+@every_notebook
+def test_says_how_to_run_at_full_scale(name):
+    text = "\n".join(source(cell) for cell in between(name, "Full scale", "Exercises"))
+    assert f"papermill notebooks/{name}.ipynb runs/{name}.ipynb -f notebooks/params/{name}.full.yaml" in text
+
+
+@every_notebook
+def test_exercises_are_untouched_and_solutions_pass_the_same_checks(name):
+    solutions, stubs = tagged(name, "solution"), between(name, "Exercises", "Solutions")
+    code = cells(name)
+    assert solutions and code[-len(solutions) :] == solutions, "solutions are the last code cells"
+    assert all(cell["metadata"].get("jupyter", {}).get("source_hidden") for cell in solutions)
+    asked = re.findall(r"^○ (.+): not attempted yet$", printed(stubs), flags=re.MULTILINE)
+    assert 2 <= len(asked) <= 3
+    assert re.findall(r"^● (.+): correct$", printed(solutions), flags=re.MULTILINE) == asked
+    text = "\n".join(source(cell) for cell in stubs if cell["cell_type"] == "markdown")
+    assert len(re.findall(r"\d+ min", text)) >= len(asked), "each exercise says how long it takes"
+
+
+# Parameters
+
+
+@every_notebook
+def test_parameters_are_commented_literals_and_all_are_used(name):
+    (cell,) = tagged(name, "parameters")
+    found = parameters(name)
+    assert list(found)[:5] == COMMON and len(found) <= 8
+    assert all("  # " in line for line in source(cell).splitlines() if line.strip())
+    assert found["run_dir"] == f"runs/{name}"
+    assert found["devices"] == 1 and found["overrides"] == []
+    rest = "\n".join(source(other) for other in cells(name) if other is not cell)
+    assert all(re.search(rf"\b{parameter}\b", rest) for parameter in found)
+    assert "lesson.settings(" in rest or "lesson.overrides" in rest, "nothing reads overrides"
+
+
+@every_notebook
+@pytest.mark.parametrize("scale", ["lite", "full"])
+def test_parameter_files_use_only_names_the_notebook_has(name, scale):
+    values = yaml.safe_load((FOLDER / "params" / f"{name}.{scale}.yaml").read_text(encoding="utf-8"))
+    known = parameters(name)
+    assert {key: type(value) for key, value in values.items()} == {key: type(known[key]) for key in values}
+    assert values["preset"] == scale
+
+
+def test_no_parameter_file_is_left_over():
+    assert {path.name.split(".")[0] for path in (FOLDER / "params").iterdir()} <= set(BOOKS)
+
+
+# Outputs
+
+
+@every_notebook
+def test_was_executed_from_top_to_bottom(name):
+    assert [cell["execution_count"] for cell in cells(name)] == list(range(1, len(cells(name)) + 1))
+    assert [output for output in outputs(name) if output["output_type"] == "error"] == []
+    assert printed([{"outputs": [o for o in outputs(name) if o.get("name") == "stderr"]}]) == ""
+
+
+@every_notebook
+def test_runs_no_shell_or_magic_lines(name):
+    assert [line for cell in cells(name) for line in source(cell).splitlines() if re.match(r"\s*[!%]", line)] == []
+
+
+@every_notebook
+def test_holds_nothing_of_the_machine_it_ran_on(name):
+    text = (FOLDER / f"{name}.ipynb").read_text(encoding="utf-8")
+    assert len(text.encode()) <= notebooks.MAX_BYTES
+    assert BOOKS[name]["metadata"] == notebooks.METADATA
+    assert "application/vnd.jupyter.widget" not in text
+    assert notebooks.MACHINE_PATH.search(text) is None
+    assert re.search(r" at 0x[0-9a-f]{6}", text) is None, "an output shows the address of an object"
+    assert {key for cell in BOOKS[name]["cells"] for key in cell["metadata"]} <= set(notebooks.CELL_METADATA)
+
+
+@every_notebook
+def test_saved_figures_are_in_the_ledger(name):
+    code = "\n".join(source(cell) for cell in cells(name))
+    saved = re.findall(r"save_figure\(.*?\"(\d\d_[\w-]+)\"", code, flags=re.DOTALL)
+    assert len(saved) == code.count("save_figure(") and all(figure.startswith(name[:2]) for figure in saved)
+    entries = {f"{figure}.png": LEDGER.get(f"{figure}.png", {}).get("source") for figure in saved}
+    assert entries == dict.fromkeys(entries, f"notebooks/{name}.ipynb")
+    assert [figure for figure in entries if (ROOT / "figures" / figure).stat().st_size > MAX_FIGURE_BYTES] == []
+
+
+# Links
+
+
+@every_notebook
+def test_links_lead_somewhere(name):
+    targets = [target for target in re.findall(r"\]\(([^)#\s]+)", prose(name)) if not target.startswith("http")]
+    assert [target for target in targets if not (FOLDER / target).resolve().exists()] == []
+
+
+@every_notebook
+def test_pictures_have_a_description_and_an_origin(name):
+    for alt, target in re.findall(r"!\[(.*?)\]\(([^)\s]+)", prose(name)):
+        assert len(alt) > 20, f"{target}: say what there is to see"
+        assert Path(target).name in LEDGER, target
+
+
+def test_notebooks_link_to_the_next_one():
+    names = list(BOOKS)
+    for name, following in zip(names, names[1:], strict=False):
+        assert f"({following}.ipynb)" in source(cells(name, "markdown")[-1])
+
+
+# Running
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["07_adaln_affine", "08_emmdit_assembled"])
+def test_runs_with_other_parameters(name, tmp_path):
+    values = {"seed": 5, "run_dir": str(tmp_path / "run")}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    before = (ROOT / "figures" / "ledger.json").read_bytes()
+    run = notebooks.execute(FOLDER / f"{name}.ipynb", tmp_path / "other.yaml")
+    assert "seed 5" in printed(run["cells"])
+    assert all("error" not in {o["output_type"] for o in cell.get("outputs", [])} for cell in run["cells"])
+    assert (ROOT / "figures" / "ledger.json").read_bytes() == before
+    assert (tmp_path / "run" / "figures" / "ledger.json").is_file()
+
+
+def notebook_of(*sources: str) -> str:
+    made = [
+        {"cell_type": "code", "id": f"c{i}", "metadata": {}, "execution_count": None, "outputs": [], "source": text}
+        for i, text in enumerate(sources)
+    ]
+    return json.dumps({"cells": made, "metadata": notebooks.METADATA, "nbformat": 4, "nbformat_minor": 5})
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """A folder of notebooks in place of the checkout's."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    monkeypatch.setattr(notebooks, "notebooks_dir", lambda: folder)
+    return folder
+
+
+def test_refresh_stores_clean_outputs(shelf):
+    messy = "import os, sys\nprint(os.getcwd())\nprint('\\r5 %', file=sys.stderr)\nprint(os.environ['NITRO_E_FIGURES'])"
+    (shelf / "01_one.ipynb").write_text(notebook_of(messy, "1 + 1"))
+    (done,) = notebooks.refresh(["01"])
+    book = json.loads((shelf / "01_one.ipynb").read_text(encoding="utf-8"))
+    first, second = book["cells"]
+    assert first["outputs"] == [{"name": "stdout", "output_type": "stream", "text": ["notebooks\n", "figures\n"]}]
+    assert (first["metadata"], book["metadata"]) == ({}, notebooks.METADATA)
+    assert second["outputs"][0]["data"]["text/plain"] == ["2"] and second["execution_count"] == 2
+    assert done.name == "01_one" and done.seconds > 0 and done.size == (shelf / "01_one.ipynb").stat().st_size
+
+
+def test_refresh_leaves_a_notebook_that_fails_as_it_was(shelf):
+    text = notebook_of("raise RuntimeError('lost the plot')")
+    (shelf / "01_one.ipynb").write_text(text)
+    with pytest.raises(RuntimeError, match="lost the plot"):
+        list(notebooks.refresh())
+    assert (shelf / "01_one.ipynb").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ({"output_type": "stream", "name": "stdout", "text": ["/home/ada/data\n"]}, "path of this machine"),
+        ({"output_type": "stream", "name": "stdout", "text": ["x" * 600_000]}, "bytes"),
+    ],
+)
+def test_refresh_refuses_what_should_not_be_committed(shelf, monkeypatch, output, message):
+    text = notebook_of("1")
+    (shelf / "01_one.ipynb").write_text(text)
+    book = json.loads(text)
+    book["cells"][0]["outputs"] = [output]
+    monkeypatch.setattr(notebooks, "execute", lambda path, figures: book)
+    with pytest.raises(ValueError, match=message):
+        list(notebooks.refresh())
+    assert (shelf / "01_one.ipynb").read_text() == text
+
+
+def test_refresh_names_the_notebooks_there_are(shelf):
+    (shelf / "01_one.ipynb").write_text(notebook_of("1"))
+    with pytest.raises(ValueError, match="01_one"):
+        list(notebooks.refresh(["02"]))
+
+
+def test_clean_takes_out_widgets_timing_and_split_streams():
+    stream = {"output_type": "stream", "name": "stdout"}
+    view = {"output_type": "display_data", "metadata": {}, "data": {notebooks.WIDGET_VIEW: {}, "text/plain": "HBox()"}}
+    cell = {
+        "cell_type": "code",
+        "metadata": {"papermill": {"duration": 1}, "tags": ["solution"], "jupyter": {"source_hidden": True}},
+        "outputs": [{**stream, "text": "a\n"}, view, {**stream, "text": ["b\n"]}],
+    }
+    book = notebooks.clean({"metadata": {"widgets": {}, "kernelspec": {}}, "cells": [cell]})
+    assert book["metadata"] == notebooks.METADATA
+    assert book["cells"][0]["metadata"] == {"tags": ["solution"], "jupyter": {"source_hidden": True}}
+    assert book["cells"][0]["outputs"] == [{**stream, "text": ["a\n", "b\n"]}]
+
+
+def test_scales_are_those_of_the_benchmark():
+    from nitro_e_lite.benchmark import SIZES
+
+    assert set(lessons.SCALES) == set(SIZES)
