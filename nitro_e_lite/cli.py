@@ -45,14 +45,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 train_app = typer.Typer(help="Train one of the models of the course.", no_args_is_help=True)
+notebooks_app = typer.Typer(help="The notebooks of the course.", no_args_is_help=True)
 app.add_typer(cli_measure.app)
 app.add_typer(train_app, name="train")
+app.add_typer(notebooks_app, name="notebooks")
 
+LITE_VOCABULARY = 5000  # a tokenizer with fewer entries is one of this course
 DEMO_CAPTIONS = (
     "a red circle to the left of a blue square",
     "two orange triangles",
     "a photo of a pink heart and a green square",
-    "a yellow star above a purple cross",
+    "a yellow star above a purple heart",
     "three small white circles",
     "a large brown heart",
     "a black cross below a red triangle",
@@ -156,7 +159,7 @@ def sample(
 
         as_integer("num", num, 1)
         pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora)
-        if not Path(model).is_file() and text_encoder is None:
+        if len(pipeline.tokenizer) < LITE_VOCABULARY:
             warn_unknown_words(captions)
         prompts = [caption for caption in captions for _ in range(num)]
         seeds = [seed + index for _ in captions for index in range(num)]
@@ -203,7 +206,7 @@ def evaluate(
         asked = read_prompts(prompts) if prompts else load_prompts(split)
         pipeline = load_pipeline(model, device, dtype)
         found = run(pipeline, asked, seeds=range(seeds), steps=steps, guidance=guidance, batch_size=batch)
-        found.card |= {"model": model, "prompt_list": prompts.name if prompts else split}
+        found.card.update(model=model, prompt_list=prompts.name if prompts else split)
         result |= found.card
         if out:
             found.save(out)
@@ -247,6 +250,24 @@ def train_language_model(overrides: Overrides = None, run_dir: RunDir = None, re
 
     chosen = config.override(encoder_training.LanguageModelConfig(), overrides or [])
     finish(encoder_training.train_language_model(chosen, run_dir or Path("runs/language-model"), resume))
+
+
+@command(notebooks_app, "refresh")
+def notebooks_refresh(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Names or numbers, such as 08; all when none is given.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Run notebooks again with their default parameters and store outputs and figures in the checkout."""
+    with output(json) as result:
+        from nitro_e_lite.notebooks import refresh
+
+        result["notebooks"] = []
+        for done in refresh(names):
+            result["notebooks"].append(vars(done))
+            text = f"{done.name}: {done.seconds:.0f} s, {done.cpu_seconds:.0f} s of processor time, {done.size:,} bytes"
+            console.print(text, markup=False, soft_wrap=True)
 
 
 def finish(final: Path) -> None:

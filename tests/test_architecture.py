@@ -25,7 +25,8 @@ LAYERS = [
     "blocks encoder_set encoder_training verifier",
     "emmdit geneval training_data",
     "checkpoint optimizers pipeline",
-    "benchmark doctor evaluate loading train",
+    "benchmark doctor evaluate loading",
+    "train",
     "cli_measure lessons notebooks",
     "cli",
 ]
