@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderDC
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -181,7 +181,7 @@ def _attempt(source: str | Path, option: str, load, **arguments):
     """Calls a ``from_pretrained``; whatever the hub answers ends in one readable error."""
     try:
         return load(**arguments)
-    except (OSError, GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except (OSError, ValueError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(source).is_dir():
         message = f"{source}: cannot be loaded ({reason})"
@@ -211,8 +211,7 @@ def images_to_tensor(images: np.ndarray | Tensor) -> Tensor:
     if images.is_floating_point() and images.ndim == 4 and images.shape[1] == 3:
         return images
     raise ValueError(
-        f"images: {images.dtype} {tuple(images.shape)}; expected uint8 (B, H, W, 3) or float "
-        "(B, 3, H, W) in [-1, 1]"
+        f"images: {images.dtype} {tuple(images.shape)}; expected uint8 (B, H, W, 3) or float (B, 3, H, W) in [-1, 1]"
     )
 
 

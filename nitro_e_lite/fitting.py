@@ -77,6 +77,7 @@ def fit(
         ValueError: when ``run_dir`` holds a run and ``resume`` is false.
         FloatingPointError: when the loss is not finite.
     """
+    torch.set_flush_denormal(True)  # a CPU is up to 5x slower on numbers below 1e-38
     run_dir.mkdir(parents=True, exist_ok=True)
     start = 0
     if (run_dir / STATE).exists():

@@ -13,7 +13,8 @@ from transformers import AutoModel, AutoTokenizer, LlamaModel
 from nitro_e_lite import encoder_training, encoders
 from nitro_e_lite.common import weights_dir
 from nitro_e_lite.encoders import EncoderUnavailable, LatentStats
-from nitro_e_lite.scenes import COLORS, SHAPES, SIZES, caption, render, sample_scene, words
+from nitro_e_lite.geneval import load_prompts, true_scene, verify
+from nitro_e_lite.scenes import COLORS, SHAPES, SIZES, caption, plural, render, sample_scene, words
 
 LITE = weights_dir() / "lite"
 NEW = 10_000  # a data set seed that no training used
@@ -154,9 +155,7 @@ def test_caption_features_depend_on_their_caption_alone(tiny):
     together = encoders.encode_text(tokenizer, model, captions, 32)
     assert together.shape == (4, 32, 32)
     for row, text in zip(together, captions, strict=True):
-        torch.testing.assert_close(
-            row[None], encoders.encode_text(tokenizer, model, [text], 32), rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(row[None], encoders.encode_text(tokenizer, model, [text], 32), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(together[0], together[3], rtol=1e-4, atol=1e-4)
     short = encoders.encode_text(tokenizer, model, captions[:1], 16)
     torch.testing.assert_close(short, together[:1, :16], rtol=1e-4, atol=1e-4)
@@ -214,9 +213,7 @@ def test_training_resumes_bit_for_bit_and_learns(name, tmp_path):
         assert file.read_bytes() == (parts / file.relative_to(whole)).read_bytes()
     rows = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (
-        tmp_path / "parts" / "metrics.jsonl"
-    ).read_text()
+    assert (tmp_path / "whole" / "metrics.jsonl").read_text() == (tmp_path / "parts" / "metrics.jsonl").read_text()
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
@@ -247,6 +244,21 @@ def test_shipped_autoencoder_reaches_34_db_on_new_scenes(lite):
     assert psnr(latents + 0.1 * noise) >= 30
 
 
+@torch.no_grad()
+def test_verifier_passes_what_the_shipped_autoencoder_has_been_through(lite):
+    vae, stats, _, _ = lite
+    prompts = load_prompts("held_out_prompts")[::4]
+    passed = 0
+    for first in range(0, len(prompts), 32):
+        part = prompts[first : first + 32]
+        images = np.stack([render(true_scene(prompt, seed=1)) for prompt in part])
+        decoded = encoders.decode_latents(vae, encoders.encode_images(vae, images, stats), stats)
+        decoded = ((decoded.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()  # (B, H, W, 3)
+        passed += sum(verify(image, prompt).correct for image, prompt in zip(decoded, part, strict=True))
+    print(f"verifier passes {passed} of {len(prompts)} pictures after encode and decode")
+    assert passed / len(prompts) >= 0.97
+
+
 def test_shipped_tokenizer_holds_every_caption(lite):
     _, _, tokenizer, _ = lite
     captions = [caption(sample_scene(NEW, i, "all"), i) for i in range(2000)]
@@ -261,3 +273,65 @@ def test_shipped_text_encoder_loads_with_the_auto_classes(lite):
     tokenizer = AutoTokenizer.from_pretrained(LITE / "tokenizer")
     model = AutoModel.from_pretrained(LITE / "text_encoder")
     assert isinstance(model, LlamaModel) and tokenizer.eos_token == tokenizer.pad_token
+
+
+SIDES = {"left": "left of", "right": "right of", "above": "above", "over": "above", "higher": "above", "top": "above"}
+SIDES |= {word: "below" for word in ("below", "under", "underneath", "lower", "bottom")}
+
+
+def read_caption(tokens: list[str]) -> list[dict]:
+    """Each object mention of a caption: its place, its words, and the words said since the mention before."""
+    mentions, since = [], []
+    for place, token in enumerate(tokens):
+        word = token.removeprefix("\u0120")
+        shape = next((s for s in SHAPES if word in (s, plural(s))), None)
+        since.append(word)
+        if shape:
+            color, size = (next((w for w in since if w in names), None) for names in (COLORS, SIZES))
+            mentions.append({"place": place, "shape": shape, "color": color, "size": size, "since": since})
+            since = []
+    return mentions
+
+
+def probe_samples(tokenizer, model, first: int, count: int) -> dict[str, list]:
+    """Task -> (feature, answer) pairs: what a linear map should read off a single feature vector."""
+    samples: dict[str, list] = {}
+    for start in range(first, first + count, 100):
+        texts = [encoders.clean_caption(caption(sample_scene(NEW, i), i)) for i in range(start, start + 100)]
+        for text, states in zip(texts, encoders.encode_text(tokenizer, model, texts, 32), strict=True):
+            tokens = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
+            mentions = read_caption(tokens)
+            asked = {
+                f"{a}, at its shape word": (m["place"], m[a]) for m in mentions for a in ("shape", "color", "size")
+            }
+            asked |= {f"first {a}, at the end token": (len(tokens) - 1, mentions[0][a]) for a in ("shape", "color")}
+            count_word = next((w for w in words(text) if w in ("two", "three", "four", "2", "3", "4")), None)
+            asked["count, at the end token"] = (len(tokens) - 1, count_word and str(count_word))
+            if len(mentions) == 2 and " that is " not in text and " first " not in text:
+                side = next((SIDES[w] for w in mentions[1]["since"] if w in SIDES), None)
+                asked["relation, at the second shape word"] = (mentions[1]["place"], side)
+                asked["relation, at the last padding token"] = (31, side)
+            for task, (place, answer) in asked.items():
+                if answer is not None:
+                    samples.setdefault(task, []).append((states[place], answer))
+    return samples
+
+
+def probe_accuracy(known: list, new: list) -> float:
+    """Accuracy on ``new`` of a linear classifier (ridge regression to one-hot targets) fitted on ``known``."""
+    answers = sorted({answer for _, answer in known})
+    x, y = (torch.nn.functional.pad(torch.stack([f for f, _ in s]).double(), (0, 1), value=1.0) for s in (known, new))
+    target = torch.tensor([[float(a == answer) for a in answers] for _, answer in known], dtype=x.dtype)
+    weight = torch.linalg.solve(x.T @ x + 0.1 * torch.eye(x.shape[1], dtype=x.dtype), x.T @ target)
+    chosen = [answers[k] for k in (y @ weight).argmax(dim=1)]
+    return sum(c == answer for c, (_, answer) in zip(chosen, new, strict=True)) / len(new)
+
+
+def test_linear_probes_read_the_scene_off_the_shipped_features(lite):
+    known, new = (probe_samples(*lite[2:], *span) for span in ((0, 4000), (4000, 1000)))
+    table = {task: probe_accuracy(known[task], new[task]) for task in sorted(known)}
+    for task, accuracy in table.items():
+        print(f"{task:40s} {accuracy:.3f}  ({len(known[task])} to fit, {len(new[task])} to test)")
+    assert table["shape, at its shape word"] >= 0.97
+    assert table["count, at the end token"] >= 0.97
+    assert table["color, at its shape word"] >= 0.85
