@@ -41,7 +41,7 @@ class MasterWeights:
         """Moves the gradients of the computing copy to the masters."""
         for name, master in self.masters.items():
             parameter = self._trained[name]
-            if parameter is not master:
+            if parameter is not master and parameter.grad is not None:  # the last block never asks text queries
                 master.grad = parameter.grad.float()
                 parameter.grad = None
 
