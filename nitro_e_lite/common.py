@@ -6,6 +6,7 @@ a killed run can carry on. The rule for the metrics file: one JSON object a line
 written, so that a reader (or a resumed run) never needs more than the last whole line.
 """
 
+import ctypes
 import hashlib
 import importlib.metadata
 import json
@@ -45,6 +46,22 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def tune_cpu() -> None:
+    """Settings that make training on a CPU faster without changing what it learns.
+
+    Numbers below 1e-38 are flushed to zero: processors compute with them many times slower, and gradients are full of
+    them. The C library (glibc) keeps the memory of freed tensors: by default it hands back every block above 32 MB, and
+    the kernel then clears each page of the next one anew. Elsewhere than on Linux the second part does nothing.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD in <malloc.h>
+        mallopt(option, value)
 
 
 def pick_device(name: str | torch.device | None = None) -> torch.device:

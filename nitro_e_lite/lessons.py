@@ -140,7 +140,7 @@ def start(
     if devices < 1:
         raise ValueError(f"devices: {devices} is below 1")
     common.seed_everything(seed)
-    torch.set_flush_denormal(True)  # tiny numbers below 1e-38 make CPU arithmetic several times slower
+    common.tune_cpu()
     device = common.pick_device()
     folder = _run_folder(run_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nitro_e_lite import flow
-from nitro_e_lite.common import MetricsWriter, environment_report
+from nitro_e_lite.common import MetricsWriter, environment_report, tune_cpu
 from nitro_e_lite.config import TrainConfig, to_dict
 from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.encoder_set import load_encoders
@@ -87,7 +87,7 @@ class Trainer:
 
     def _build(self) -> None:
         torch.manual_seed(self.config.seed)
-        torch.set_flush_denormal(True)  # CPUs compute with numbers below 1e-38 many times slower
+        tune_cpu()
         self.raw_model = EMMDiTTransformer2DModel(**to_dict(self.config.model))
         if self.config.start_from:
             self.raw_model.load_state_dict(load_transformer(self.config.start_from).state_dict())

@@ -122,3 +122,15 @@ def test_metrics_survive_a_kill_and_a_resume(tmp_path):
 def test_metrics_refuse_nan(tmp_path):
     with common.MetricsWriter(tmp_path / "m.jsonl") as metrics, pytest.raises(ValueError):
         metrics.write(step=0, loss=float("nan"))
+
+
+def test_tune_cpu_flushes_denormals():
+    """Products below 1e-38 become zero, in this thread and in those torch starts."""
+    torch.set_flush_denormal(False)
+    small = torch.full((200_000,), 2e-38)
+    assert (small * 0.1).all()
+    try:
+        common.tune_cpu()
+        assert not (small * 0.1).any()
+    finally:
+        torch.set_flush_denormal(False)
