@@ -280,7 +280,7 @@ def encode_text(
     if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
         raise TypeError(f"captions: expected a list of strings, got {captions!r}")
     texts = [clean_caption(c) for c in captions]
-    for text, tokens in zip(texts, tokenizer(texts)["input_ids"], strict=True):
+    for text, tokens in zip(texts, tokenizer(texts, verbose=False)["input_ids"], strict=True):
         if len(tokens) > max_length:
             warnings.warn(f"caption cut to {max_length} of {len(tokens)} tokens: {text!r}", stacklevel=2)
     padding = {"padding": "max_length", "truncation": True, "max_length": max_length}

@@ -187,9 +187,8 @@ def test_fingerprint_changes_with_any_weight_and_any_setting(tiny):
         encoders.fingerprint(vae, model, stats, 32, image_size=64),
         encoders.fingerprint(vae, model, LatentStats(stats.mean, tuple(2 * s for s in stats.std)), 32),
         encoders.fingerprint(vae, None, stats, 32),
-        encoders.fingerprint(vae.to(torch.bfloat16), model, stats, 32),
+        encoders.fingerprint(encoders.load_autoencoder(tiny[0], dtype=torch.bfloat16), model, stats, 32),
     }
-    vae.to(torch.float32)
     next(model.parameters()).data[0, 0] += 1e-3
     others.add(encoders.fingerprint(vae, model, stats, 32))
     assert len(others | {base}) == 7
@@ -239,9 +238,10 @@ def test_shipped_autoencoder_reaches_34_db_on_new_scenes(lite):
         error = encoders.decode_latents(vae, latents, stats) - target
         return (-10 * (error.square().mean(dim=(1, 2, 3)) / 4).log10()).mean().item()
 
-    assert psnr(latents) >= 34
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    assert psnr(latents + 0.1 * noise) >= 30
+    reached = {level: psnr(latents + level * noise) for level in (0.0, 0.1, 0.2)}
+    print("PSNR in dB by latent noise: " + ", ".join(f"{level}: {value:.2f}" for level, value in reached.items()))
+    assert reached[0.0] >= 34 and reached[0.1] >= 33
 
 
 @torch.no_grad()
@@ -301,17 +301,18 @@ def probe_samples(tokenizer, model, first: int, count: int) -> dict[str, list]:
         for text, states in zip(texts, encoders.encode_text(tokenizer, model, texts, 32), strict=True):
             tokens = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
             mentions = read_caption(tokens)
-            asked = {
-                f"{a}, at its shape word": (m["place"], m[a]) for m in mentions for a in ("shape", "color", "size")
-            }
-            asked |= {f"first {a}, at the end token": (len(tokens) - 1, mentions[0][a]) for a in ("shape", "color")}
-            count_word = next((w for w in words(text) if w in ("two", "three", "four", "2", "3", "4")), None)
-            asked["count, at the end token"] = (len(tokens) - 1, count_word and str(count_word))
+            end = len(tokens) - 1
+            asked = [
+                (f"{a}, at its shape word", m["place"], m[a]) for m in mentions for a in ("shape", "color", "size")
+            ]
+            asked += [(f"first {a}, at the end token", end, mentions[0][a]) for a in ("shape", "color")]
+            number = next((w for w in words(text) if w in ("two", "three", "four", "2", "3", "4")), None)
+            asked += [("count, at the end token", end, number)]
             if len(mentions) == 2 and " that is " not in text and " first " not in text:
                 side = next((SIDES[w] for w in mentions[1]["since"] if w in SIDES), None)
-                asked["relation, at the second shape word"] = (mentions[1]["place"], side)
-                asked["relation, at the last padding token"] = (31, side)
-            for task, (place, answer) in asked.items():
+                asked += [("relation, at the second shape word", mentions[1]["place"], side)]
+                asked += [("relation, at the last padding token", 31, side)]
+            for task, place, answer in asked:
                 if answer is not None:
                     samples.setdefault(task, []).append((states[place], answer))
     return samples
