@@ -17,9 +17,11 @@ sets `NITRO_E_FIGURES` to the checkout's `figures/`: only then are the committed
 
 import contextlib
 import dataclasses
+import io
 import math
 import os
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,6 +143,7 @@ def start(
         raise ValueError(f"devices: {devices} is below 1")
     common.seed_everything(seed)
     common.tune_cpu()
+    _show_pictures_small()
     device = common.pick_device()
     folder = _run_folder(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,6 +162,21 @@ def start(
         device=device,
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def _show_pictures_small() -> None:
+    """In a notebook, a picture is stored as one palette PNG; by default it is a large PNG and a JPEG."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None:
+        formatters = shell.display_formatter.formatters
+        formatters["image/png"].for_type(Image.Image, _palette_png)
+        formatters["image/jpeg"].for_type(Image.Image, lambda image: None)
+
+
+def _palette_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.convert("RGB").quantize(256).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def _meant(text: str) -> bool | int | float | str:

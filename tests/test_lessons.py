@@ -177,3 +177,9 @@ def test_measure_calls_with_arguments_and_without_gradients():
     seconds = lessons.measure(lambda x: calls.append((x, torch.is_grad_enabled())), 5, repeats=3)
     assert calls == [(5, False)] * 4
     assert 0 <= seconds < 1
+
+
+def test_a_picture_is_shown_as_one_small_png():
+    picture = Image.linear_gradient("L").resize((400, 400)).convert("RGB")
+    data = lessons._palette_png(picture)
+    assert data.startswith(b"\x89PNG") and len(data) < len(picture._repr_png_()) / 2
