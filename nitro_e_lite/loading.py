@@ -91,7 +91,7 @@ def _find(source: str | Path) -> Path:
     shipped = common.weights_dir() / source
     path = shipped if (shipped / common.MANIFEST).is_file() else Path(source)
     for folder in (path, path / "transformer", path / "final"):
-        if any((folder / name).is_file() for name in (DiffusionPipeline.config_name, "config.json")):
+        if (folder / DiffusionPipeline.config_name).is_file() or [*folder.glob("diffusion_pytorch_model*.safetensors")]:
             if (folder / common.MANIFEST).is_file():
                 common.check_manifest(folder)
             return folder
