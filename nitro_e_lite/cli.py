@@ -234,6 +234,19 @@ def train_base(
     finish(train(chosen, run_dir or Path("runs") / f"base-{preset}", resume, device))
 
 
+@command(app, "ship")
+def ship(
+    source: Annotated[Path, typer.Argument(help="A finished training run.")],
+    name: Annotated[str, typer.Option(help="Shipped weights, or a folder with encoders.")] = "lite",
+    steps: Annotated[int, typer.Option(help="Sampler steps of a call that names none.")] = 20,
+    guidance: Annotated[float, typer.Option(help="Guidance of a call that names none.")] = 3.0,
+) -> None:
+    """Put a trained transformer into the package (or a folder), in float16 and with fresh checksums."""
+    from nitro_e_lite import shipping
+
+    finish(shipping.ship(source, name, steps=steps, guidance=guidance))
+
+
 @command(train_app, "autoencoder")
 def train_autoencoder(overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = False) -> None:
     """Train the lite autoencoder."""

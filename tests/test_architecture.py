@@ -26,7 +26,7 @@ LAYERS = [
     "emmdit geneval training_data",
     "checkpoint optimizers pipeline",
     "benchmark doctor evaluate loading",
-    "train",
+    "shipping train",
     "cli_measure lessons notebooks",
     "cli",
 ]

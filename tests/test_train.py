@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nitro_e_lite.common import read_jsonl
+from nitro_e_lite.common import check_manifest, read_jsonl, sha256_file, weights_dir
 from nitro_e_lite.config import override, preset
 from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.encoders import LatentStats
+from nitro_e_lite.loading import load_pipeline
 from nitro_e_lite.optimizers import MasterWeights, build_optimizers, hidden_matrices, learning_rate_scale
+from nitro_e_lite.shipping import ship
 from nitro_e_lite.train import Trainer, train
 
 SMOKE = preset("base", "smoke")
@@ -56,6 +60,20 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     assert about["config"]["preset"] == "smoke" and about["environment"]["packages"]["torch"]
     model = EMMDiTTransformer2DModel.from_pretrained(uninterrupted / "final")
     assert tuple(model.config.block_groups) == SMOKE.model.block_groups
+
+
+def test_a_run_can_be_shipped(uninterrupted, tmp_path):
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(weights_dir() / "lite" / part, tmp_path / part)
+    encoder = sha256_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    ship(uninterrupted, str(tmp_path), steps=7)
+    sums = check_manifest(tmp_path)
+    assert sums["vae/diffusion_pytorch_model.safetensors"] == encoder
+    assert json.loads((tmp_path / "transformer" / "training.json").read_text())["preset"] == "smoke"
+    pipeline = load_pipeline(tmp_path, device="cpu")
+    assert pipeline.config.default_steps == 7 and pipeline.stats == LatentStats.load(tmp_path / "vae")
+    for name, value in final_weights(uninterrupted).items():
+        assert torch.equal(pipeline.transformer.state_dict()[name], value.half().float()), name
 
 
 def test_the_same_run_twice_is_the_same(uninterrupted, tmp_path):

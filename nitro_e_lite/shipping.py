@@ -1,0 +1,60 @@
+"""Putting a trained transformer into a folder of shipped weights.
+
+A shipped folder is a diffusers pipeline in float16 with a model card for each part and one list of checksums. The
+encoders in it stay as they are, byte for byte: cached latents and every transformer trained on them depend on them.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from nitro_e_lite.common import weights_dir, write_manifest
+from nitro_e_lite.encoder_set import load_encoders
+from nitro_e_lite.loading import load_transformer
+from nitro_e_lite.pipeline import NitroEPipeline
+
+
+def ship(source: str | Path, name: str = "lite", *, steps: int = 20, guidance: float = 3.0) -> Path:
+    """Replaces the transformer of shipped weights.
+
+    Args:
+        source: a training run, its ``final/`` folder, or anything else ``load_transformer`` takes.
+        name: of the shipped weights, or a folder; must hold the encoders.
+        steps: sampler steps of a call that names none.
+        guidance: guidance scale of a call that names none.
+
+    Returns:
+        The folder.
+
+    Raises:
+        EncoderUnavailable: the folder holds no encoders.
+        ValueError: transformer and encoders do not fit.
+    """
+    shipped = weights_dir() / name
+    folder = shipped if shipped.is_dir() else Path(name)
+    transformer = load_transformer(source).to(torch.float16)
+    pipeline = NitroEPipeline(
+        transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
+        **load_encoders(folder).parts(),
+        default_steps=steps,
+        default_guidance=guidance,
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        pipeline.save_pretrained(temporary)
+        for part in ("transformer", "scheduler"):
+            (folder / part).mkdir(exist_ok=True)
+            for file in (Path(temporary) / part).iterdir():
+                shutil.copyfile(file, folder / part / file.name)
+        shutil.copyfile(Path(temporary) / "model_index.json", folder / "model_index.json")
+    run = Path(source) / "config.json"
+    if run.is_file():  # how it was trained travels with it
+        about = json.loads(run.read_text(encoding="utf-8"))
+        text = json.dumps(about["config"], indent=1) + "\n"
+        (folder / "transformer" / "training.json").write_text(text, encoding="utf-8")
+    write_manifest(folder)
+    return folder
