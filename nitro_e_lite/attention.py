@@ -1,12 +1,15 @@
 """Joint attention over image and text tokens, whole or in subregions.
 
-Image and text have their own query, key and value projections and look at one common sequence `[image, text]`. Queries
-and keys are RMS-normalised per head, which keeps the logits bounded in half precision.
+Image and text have their own query, key and value projections and look at one common sequence, image first.
+Queries and keys are RMS-normalised per head, which keeps the logits bounded in half precision.
 
-*Alternating subregion attention* (ASA) cuts that sequence into `s` groups that attend only within themselves, which
-divides the cost of attention by `s`. A token at position `(l, s, n)` of the regrouping `(l s n)` goes to group `s`:
-chunk size `n = 1` gives strided groups (every s-th token), `n = 4` gives blocks of 4. The groups change from block to
-block: full, strided, blocks, full, ... so that information still reaches every token.
+*Alternating subregion attention* (ASA) cuts that sequence into `s` groups that attend only within themselves,
+which divides the cost of attention by `s`. A token at position `(l, s, n)` of the regrouping `(l s n)` goes to
+group `s`: chunk size `n = 1` gives strided groups (every s-th token), `n = 4` gives blocks of 4. The groups change
+from block to block (full, strided, blocks, full, ...), so information still reaches every token.
+
+Normalising, regrouping and joining the two streams is one step here, `join_heads`: each is a pass over memory, and
+on a CPU passes over memory, not matrix products, are what attention can save.
 
 Source: Stable Diffusion 3 (MM-DiT); Nitro-E (E-MMDiT), alternating subregion attention.
 """
@@ -14,8 +17,12 @@ Source: Stable Diffusion 3 (MM-DiT); Nitro-E (E-MMDiT), alternating subregion at
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from nitro_e_lite import fused
 
 BACKENDS = ("auto", "sdpa", "math")
+EPS = 1e-6  # of the RMS norm of queries and keys
 
 
 def subregion_split(tokens: Tensor, ratio: int, chunk: int) -> Tensor:
@@ -32,11 +39,7 @@ def subregion_split(tokens: Tensor, ratio: int, chunk: int) -> Tensor:
     Raises:
         ValueError: `N` is not a multiple of `ratio * chunk`.
     """
-    if tokens.shape[1] % (ratio * chunk):
-        raise ValueError(
-            f"{tokens.shape[1]} tokens cannot be split into {ratio} groups of chunks of {chunk}: "
-            f"the number of tokens must be a multiple of {ratio * chunk}"
-        )
+    _check_divisible(tokens.shape[1], ratio, chunk)
     if ratio == 1:
         return tokens
     groups = tokens.unflatten(1, (-1, ratio, chunk)).transpose(1, 2)  # (B, s, l, n, D)
@@ -61,31 +64,150 @@ def subregion_merge(groups: Tensor, ratio: int, chunk: int) -> Tensor:
 
 
 def joint_attention_probabilities(query: Tensor, key: Tensor) -> Tensor:
-    """Softmax attention probabilities `(..., S, S)` of normalised queries and keys `(..., S, E)`."""
+    """Softmax attention probabilities `(..., S, S')` of queries `(..., S, E)` and keys `(..., S', E)`."""
     return torch.softmax((query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2), dim=-1)
 
 
 def scaled_attention(query: Tensor, key: Tensor, value: Tensor, backend: str = "auto") -> Tensor:
-    """Softmax attention over `(B, M, S, E)`.
+    """Softmax attention.
 
     Args:
         query: `(B, M, S, E)`.
         key: `(B, M, S', E)`.
         value: `(B, M, S', E)`.
-        backend: "sdpa" is torch's fused kernel; "math" is two matrix products and a softmax, which forward-mode
-            differentiation needs; "auto" takes the faster of the two: "math" for half precision training on a CPU,
-            where the backward of the fused kernel is slow, "sdpa" everywhere else.
+        backend: "sdpa" is torch's fused kernel; "math" is two matrix products and a softmax, which forward-mode and
+            double differentiation need; "auto" is the faster of the two that works.
 
     Returns:
         `(B, M, S, E)`.
     """
-    if backend == "auto":
-        trains = torch.is_grad_enabled() and query.requires_grad
-        slow = query.device.type == "cpu" and query.dtype != torch.float32 and trains
-        backend = "math" if slow else "sdpa"
-    if backend == "math":
+    if backend == "math" or (backend == "auto" and _math_is_better(query, key)):
         return joint_attention_probabilities(query, key) @ value
     return F.scaled_dot_product_attention(query, key, value)
+
+
+def _math_is_better(query: Tensor, key: Tensor) -> bool:
+    """The fused kernel has no forward mode, and on a CPU its half precision backward is slow."""
+    if fused.forward_mode():
+        return True
+    trains = torch.is_grad_enabled() and query.requires_grad
+    return query.device.type == "cpu" and query.dtype != torch.float32 and trains
+
+
+def _check_divisible(tokens: int, ratio: int, chunk: int) -> None:
+    if tokens % (ratio * chunk):
+        raise ValueError(
+            f"{tokens} tokens cannot be split into {ratio} groups of chunks of {chunk}: "
+            f"the number of tokens must be a multiple of {ratio * chunk}"
+        )
+
+
+def join_heads(image: Tensor, text: Tensor, weights: tuple[Tensor, Tensor], ratio: int, chunk: int):
+    """Two projected streams to the queries, keys and values of their common (sub)sequences.
+
+    Args:
+        image: Queries, keys and values of the image `(B, N, 3, M, E)`.
+        text: The same of the text `(B, L, 3, M, E)`, or `(B, L, 2, M, E)` without queries.
+        weights: RMS norm weights of image (query, key) `(2, E)` and of text `(2, E)` or, without queries, `(1, E)`.
+        ratio: ASA groups `s`.
+        chunk: ASA chunk `n`.
+
+    Returns:
+        Queries, keys and values `(B * s, M, S, E)`, `S = (N + L) / s`, image tokens first.
+    """
+    for stream in (image, text):
+        _check_divisible(stream.shape[1], ratio, chunk)
+    if fused.usable(image):
+        joined = _JoinHeads.apply(image, text, *weights, ratio, chunk)
+    else:
+        joined = _join_heads_plain(image, text, weights, ratio, chunk)
+    return tuple(part.transpose(1, 2) for part in joined)  # (B*s, M, S, E)
+
+
+def _join_heads_plain(image, text, weights, ratio, chunk):
+    parts = ([], [], [])
+    for stream, weight in zip((image, text), weights, strict=True):
+        heads = stream.shape[2:]
+        groups = subregion_split(stream.flatten(2), ratio, chunk).unflatten(2, heads)  # (B*s, N/s, 3, M, E)
+        norms, missing = len(weight), 3 - heads[0]
+        for p in range(heads[0]):
+            part = groups[:, :, p]
+            parts[p + missing].append(F.rms_norm(part, part.shape[-1:], weight[p], EPS) if p < norms else part)
+    return [torch.cat(part, dim=1) for part in parts]  # (B*s, S, M, E)
+
+
+class _JoinHeads(torch.autograd.Function):
+    """`_join_heads_plain`, written straight into the joint sequence, a cache full of samples at a time."""
+
+    @staticmethod
+    def forward(ctx, image, text, image_weight, text_weight, ratio, chunk):
+        batch, length, _, *heads = image.shape
+        total = length + text.shape[1]
+        joint = image.new_empty(3, batch, ratio, total // ratio, *heads)
+        inverses = []
+        for stream, weight, rows in _streams(image, text, image_weight, text_weight, ratio):
+            norms, parts, row_weight = len(weight), stream.shape[2], weight.unsqueeze(1)
+            inverse = stream.new_empty(batch, stream.shape[1], norms, heads[0], 1)
+            source = _grouped(stream, ratio, chunk)  # (B, s, l, n, 3, M, E)
+            into = joint[3 - parts :, :, :, rows].unflatten(3, (-1, chunk)).permute(1, 2, 3, 4, 0, 5, 6)
+            normed, grouped_inverse = into[..., :norms, :, :], _grouped(inverse, ratio, chunk)
+            for i in fused.pieces(batch, stream[0].numel()):
+                size = torch.linalg.vector_norm(stream[i, :, :norms], dim=-1, keepdim=True)
+                torch.rsqrt(size.square_().mul_(1 / heads[1]).add_(EPS), out=inverse[i])
+                torch.mul(source[i, ..., :norms, :, :], grouped_inverse[i], out=normed[i])
+                normed[i].mul_(row_weight)
+                into[i, ..., norms:, :, :].copy_(source[i, ..., norms:, :, :])
+            inverses.append(inverse)
+        ctx.save_for_backward(image, text, image_weight, text_weight, *inverses)
+        ctx.pattern = ratio, chunk
+        queries = length if text.shape[2] == 2 else total
+        query, key, value = joint.flatten(1, 2).unbind(0)
+        return query[:, : queries // ratio], key, value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        image, text, image_weight, text_weight, *inverses = ctx.saved_tensors
+        ratio, chunk = ctx.pattern
+        results = []
+        streams = _streams(image, text, image_weight, text_weight, ratio)
+        for (stream, weight, rows), inverse in zip(streams, inverses, strict=True):
+            grad_stream, grad_weight = torch.empty_like(stream), torch.zeros_like(weight)
+            own = [  # (B, l, s, n, M, E): the order of the stream itself
+                grad.unflatten(0, (-1, ratio))[:, :, rows].unflatten(2, (-1, chunk)).transpose(1, 2)
+                for grad in grads[3 - stream.shape[2] :]
+            ]
+            split = (-1, ratio, chunk)
+            tokens, into, inverse = (x.unflatten(1, split) for x in (stream, grad_stream, inverse))
+            for i in fused.pieces(len(stream), stream[0].numel()):
+                for p in range(len(weight)):
+                    views = (x[i, ..., p, :, :] for x in (tokens, inverse, into))
+                    _norm_backward(own[p][i], *views, weight[p], grad_weight[p])
+                into[i, ..., -1, :, :].copy_(own[-1][i])
+            results.append((grad_stream, grad_weight))
+        (grad_image, grad_image_weight), (grad_text, grad_text_weight) = results
+        return grad_image, grad_text, grad_image_weight, grad_text_weight, None, None
+
+
+def _streams(image, text, image_weight, text_weight, ratio):
+    """Each stream with its weights and its place in the joint sequence."""
+    border = image.shape[1] // ratio
+    return (image, image_weight, slice(0, border)), (text, text_weight, slice(border, None))
+
+
+def _grouped(stream: Tensor, ratio: int, chunk: int) -> Tensor:
+    """View `(B, N, ...)` as `(B, s, l, n, ...)`."""
+    return stream.unflatten(1, (-1, ratio, chunk)).transpose(1, 2)
+
+
+def _norm_backward(grad, tokens, inverse, into, weight, grad_weight) -> None:
+    """Backward of `tokens * inverse * weight`, `inverse = rsqrt(mean(tokens^2) + eps)`; fills the last two."""
+    product = tokens.new_empty(tokens.shape)
+    product = torch.mul(grad, tokens, out=product).view(-1, tokens.shape[-1])  # (rows, E)
+    grad_weight += inverse.flatten() @ product
+    slope = (product @ weight).view(inverse.shape) * inverse**3 / tokens.shape[-1]
+    torch.mul(grad, weight, out=into)
+    into.mul_(inverse).addcmul_(tokens, slope, value=-1)
 
 
 class JointAttention(nn.Module):
@@ -95,34 +217,41 @@ class JointAttention(nn.Module):
         num_heads: `M`.
         head_dim: `E`; the width is `D = M * E`.
         pattern: ASA pattern `(ratio, chunk)`; `(1, 1)` is full attention.
-        context_pre_only: The text stream ends here: no text queries, no text output.
+        context_pre_only: The text stream ends here: its queries are not computed and it has no output.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, pattern=(1, 1), context_pre_only: bool = False):
+    def __init__(
+        self, num_heads: int, head_dim: int, pattern: tuple[int, int] = (1, 1), context_pre_only: bool = False
+    ):
         super().__init__()
         dim = num_heads * head_dim
-        self.num_heads, self.head_dim, self.context_pre_only = num_heads, head_dim, context_pre_only
-        self.ratio, self.chunk = pattern
+        self.heads, self.pattern, self.context_pre_only = (num_heads, head_dim), pattern, context_pre_only
         self.backend = "auto"
         self.qkv = nn.Linear(dim, 3 * dim)
         self.qkv_context = nn.Linear(dim, 3 * dim)
-        self.norm_q, self.norm_k = nn.RMSNorm(head_dim, eps=1e-6), nn.RMSNorm(head_dim, eps=1e-6)
-        self.norm_q_context, self.norm_k_context = (
-            nn.RMSNorm(head_dim, eps=1e-6),
-            nn.RMSNorm(head_dim, eps=1e-6),
-        )
+        self.norm_q, self.norm_k = nn.RMSNorm(head_dim, eps=EPS), nn.RMSNorm(head_dim, eps=EPS)
+        self.norm_q_context, self.norm_k_context = nn.RMSNorm(head_dim, eps=EPS), nn.RMSNorm(head_dim, eps=EPS)
         self.out = nn.Linear(dim, dim)
         self.out_context = None if context_pre_only else nn.Linear(dim, dim)
+        # Kept because official files have it; without a gradient it must not wait for one (distributed training).
+        self.norm_q_context.requires_grad_(not context_pre_only)
 
-    def project(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised joint queries, keys and values `(B, M, N + L, E)` of tokens `(B, N, D)` and `(B, L, D)`."""
-        heads = (3, self.num_heads, self.head_dim)
-        q, k, v = self.qkv(image).unflatten(-1, heads).unbind(2)  # (B, N, M, E) each
-        q_text, k_text, v_text = self.qkv_context(text).unflatten(-1, heads).unbind(2)
-        query = torch.cat([self.norm_q(q), self.norm_q_context(q_text)], dim=1)
-        key = torch.cat([self.norm_k(k), self.norm_k_context(k_text)], dim=1)
-        value = torch.cat([v, v_text], dim=1)
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, M, N+L, E)
+    def joint_heads(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised queries, keys and values `(B * s, M, (N + L) / s, E)` of tokens `(B, N, D)` and `(B, L, D)`.
+
+        `joint_attention_probabilities(query, key)` of them are the attention maps. In a `context_pre_only` block the
+        queries are those of the image alone.
+        """
+        qkv = self.qkv(image).unflatten(-1, (3, *self.heads))  # (B, N, 3, M, E)
+        weight = torch.stack([self.norm_q.weight, self.norm_k.weight])  # (2, E)
+        if self.context_pre_only:
+            width = self.qkv_context.in_features
+            kv = F.linear(text, self.qkv_context.weight[width:], self.qkv_context.bias[width:])
+            qkv_context, weight_context = kv.unflatten(-1, (2, *self.heads)), self.norm_k_context.weight[None]
+        else:
+            qkv_context = self.qkv_context(text).unflatten(-1, (3, *self.heads))  # (B, L, 3, M, E)
+            weight_context = torch.stack([self.norm_q_context.weight, self.norm_k_context.weight])
+        return join_heads(qkv, qkv_context, (weight, weight_context), *self.pattern)
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:
         """Attend.
@@ -134,14 +263,11 @@ class JointAttention(nn.Module):
         Returns:
             `(B, N, D)` and `(B, L, D)`, or None for the text when `context_pre_only`.
         """
-        image = subregion_split(image, self.ratio, self.chunk)  # (B*s, N/s, D)
-        text = subregion_split(text, self.ratio, self.chunk)  # (B*s, L/s, D)
-        query, key, value = self.project(image, text)
-        mixed = scaled_attention(query, key, value, self.backend)
-        mixed = mixed.transpose(1, 2).flatten(2)  # (B*s, (N+L)/s, D)
-        sizes = (image.shape[1], text.shape[1])
-        mixed_image, mixed_text = mixed.split(sizes, dim=1)
-        image = subregion_merge(self.out(mixed_image), self.ratio, self.chunk)
+        query, key, value = self.joint_heads(image, text)
+        mixed = scaled_attention(query, key, value, self.backend).transpose(1, 2).flatten(2)  # (B*s, S, D)
+        border = image.shape[1] // self.pattern[0]
+        mixed_image, mixed_text = mixed.tensor_split([border], dim=1)
+        image = self.out(subregion_merge(mixed_image, *self.pattern).contiguous())
         if self.out_context is None:
             return image, None
-        return image, subregion_merge(self.out_context(mixed_text), self.ratio, self.chunk)
+        return image, self.out_context(subregion_merge(mixed_text, *self.pattern).contiguous())

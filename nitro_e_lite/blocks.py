@@ -1,10 +1,10 @@
 """The joint transformer block and how the noise level steers it.
 
-Each block normalises its tokens and then shifts, scales and gates them by six vectors that depend on the noise level `t`
-(shift, scale, gate before attention; shift, scale, gate before the MLP). Three ways to get the six vectors `m_t`:
+Each block normalises its tokens and then shifts, scales and gates them by six vectors `m` that depend on the noise
+level: shift, scale, gate around attention and shift, scale, gate around the MLP. Three ways to get them:
 
 - `adaln`: a Linear from the time embedding for each block and stream; a third of all parameters in a DiT.
-- `adaln_single`: one global `t6 = Linear(SiLU(embedding))` for all blocks, `m = bias + t6` with a `bias` per block.
+- `adaln_single`: one global `t6 = Linear(SiLU(embedding))`, and `m = bias + t6` with a `bias` per block.
 - `adaln_affine`: `m = bias + t6 * (1 + scale)`; a second vector per block lets it also rescale the global signal.
   This is Nitro-E's; it costs `12 D` parameters per block and stream where `adaln` costs `6 D^2`.
 
@@ -16,6 +16,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nitro_e_lite import fused
 from nitro_e_lite.attention import JointAttention
 
 MODULATIONS = ("adaln_affine", "adaln_single", "adaln")
@@ -69,11 +70,6 @@ class Modulation(nn.Module):
         return self.bias + time * (1 + self.scale)
 
 
-def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """`tokens * (1 + scale) + shift` for tokens `(B, N, D)`, shift and scale `(B, 1, D)`."""
-    return torch.addcmul(shift, tokens, 1 + scale)
-
-
 class FeedForward(nn.Module):
     """Linear, GELU (tanh), Linear with `hidden` features between.
 
@@ -89,7 +85,7 @@ class FeedForward(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`(B, N, D)` to `(B, N, D)`."""
-        return self.down(F.gelu(self.up(tokens), approximate="tanh"))
+        return self.down(fused.gelu(self.up(tokens)))
 
 
 class Stream(nn.Module):
@@ -110,13 +106,15 @@ class Stream(nn.Module):
 
     def before_attention(self, tokens: Tensor, six: Tensor) -> Tensor:
         """Normalised and modulated tokens `(B, N, D)`."""
-        return modulate(self.norm1(tokens), six[:, 0:1], six[:, 1:2])
+        shift, scale = six[:, 0], 1 + six[:, 1]  # (B, D)
+        shift = torch.addcmul(shift, self.norm1.bias, scale)  # the norm's own scale and shift join the modulation
+        return fused.modulated_norm(tokens, self.norm1.weight * scale, shift, self.norm1.eps)
 
     def after_attention(self, tokens: Tensor, mixed: Tensor, six: Tensor) -> Tensor:
         """Gated residuals of attention and MLP: `(B, N, D)`."""
-        tokens = torch.addcmul(tokens, six[:, 2:3], mixed)
-        inner = modulate(self.norm2(tokens), six[:, 3:4], six[:, 4:5])
-        return torch.addcmul(tokens, six[:, 5:6], self.mlp(inner))
+        tokens = fused.gated_residual(tokens, six[:, 2], mixed)
+        inner = fused.modulated_norm(tokens, 1 + six[:, 4], six[:, 3], self.norm2.eps)
+        return fused.gated_residual(tokens, six[:, 5], self.mlp(inner))
 
 
 class JointBlock(nn.Module):
@@ -128,17 +126,17 @@ class JointBlock(nn.Module):
         mlp_ratio: Inner width of the MLP over `D`.
         pattern: ASA pattern `(ratio, chunk)`.
         modulation: One of `MODULATIONS`.
-        context_pre_only: The last block: the text stream is read but not continued (norm only, no modulation).
+        context_pre_only: The last block: the text stream is read (norm only, no modulation) but not continued.
     """
 
     def __init__(
         self,
-        num_heads,
-        head_dim,
-        mlp_ratio=3.0,
-        pattern=(1, 1),
-        modulation="adaln_affine",
-        context_pre_only=False,
+        num_heads: int,
+        head_dim: int,
+        mlp_ratio: float = 3.0,
+        pattern: tuple[int, int] = (1, 1),
+        modulation: str = "adaln_affine",
+        context_pre_only: bool = False,
     ):
         super().__init__()
         dim = num_heads * head_dim
@@ -156,16 +154,14 @@ class JointBlock(nn.Module):
             time: Global time signal of `TimeEmbedding`.
 
         Returns:
-            Image `(B, N, D)` and text `(B, L, D)` tokens; the text comes back untouched when `context_pre_only`.
+            Image `(B, N, D)` and text `(B, L, D)` tokens; the text is untouched when `context_pre_only`.
         """
         six = self.image.modulation(time)
+        image_in = self.image.before_attention(image, six)
         if self.context_pre_only:
-            mixed, _ = self.attention(self.image.before_attention(image, six), self.text(text))
+            mixed, _ = self.attention(image_in, self.text(text))
             return self.image.after_attention(image, mixed, six), text
         six_text = self.text.modulation(time)
-        mixed, mixed_text = self.attention(
-            self.image.before_attention(image, six), self.text.before_attention(text, six_text)
-        )
-        return self.image.after_attention(image, mixed, six), self.text.after_attention(
-            text, mixed_text, six_text
-        )
+        mixed, mixed_text = self.attention(image_in, self.text.before_attention(text, six_text))
+        image = self.image.after_attention(image, mixed, six)
+        return image, self.text.after_attention(text, mixed_text, six_text)

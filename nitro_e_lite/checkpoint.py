@@ -1,11 +1,11 @@
 """Official Nitro-E weight files <-> this project's model.
 
-The official layout keeps queries, keys and values in separate matrices and the 1x1 convolutions as convolutions; ours fuses
-the former and writes the latter as matrix products. Both directions only rename, stack, split and permute: no bit of a
-weight changes, and saving what was loaded gives the tensors of the first file back, bit for bit.
+The official layout keeps queries, keys and values in separate matrices and the 1x1 convolutions as convolutions;
+ours fuses the former and writes the latter as matrix products. Both directions only rename, stack, split and
+permute: no bit of a weight changes, and saving what was loaded gives the tensors of the first file back.
 
-LoRA folders in PEFT's format that name the official modules (the published GRPO weights are one) are merged into the fused
-matrices: `W += alpha / r * B @ A` on the rows that belong to the named projection.
+LoRA folders in PEFT's format that name the official modules (the published GRPO weights are one) are merged into
+the fused matrices: `W += alpha / r * B @ A` on the rows that belong to the named projection.
 """
 
 import json
@@ -36,8 +36,8 @@ REFERENCE_CONFIG = {
     "projector_dim": 2048,
     "z_dims": None,
 }
-"""Constructor arguments of the published code and their defaults. Three change nothing there and nothing here:
-`num_layers` (the blocks in the file count), `interpolation_scale` and `repa_depth` (the tap is after group 1)."""
+"""Constructor arguments of the published code and their defaults. `interpolation_scale` and `repa_depth` change
+nothing, there or here; `num_layers` is the number of blocks in the file, which the published code fixes at 24."""
 
 # Our name (regular expression) -> official names (one, or three for a fused matrix).
 _BLOCK = r"groups\.(\d+)\.(\d+)\."
@@ -81,9 +81,7 @@ _PROJECTIONS = {  # official LoRA module -> our matrix and which third of its ro
     "to_out.0": ("out", None),
     "to_add_out": ("out_context", None),
 }
-_LORA_KEY = re.compile(
-    r"(?:base_model\.model\.)?(block_groups\.(\d+)\.(\d+)\.attn\.(.+))\.lora_([AB])\.weight"
-)
+_LORA_KEY = re.compile(r"(?:base_model\.model\.)?(block_groups\.(\d+)\.(\d+)\.attn\.(.+))\.lora_([AB])\.weight")
 
 
 def official_names(name: str) -> list[str]:
@@ -103,9 +101,7 @@ def _from_official(name: str, parts: list[Tensor]) -> Tensor:
     tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
     if match := re.fullmatch(r"compressor\.paths\.(\d)\.0\.weight", name):
         ratio = (2, 4)[int(match[1])]
-        tensor = (
-            tensor[:, :, 0, 0].unflatten(1, (-1, ratio, ratio)).permute(0, 2, 3, 1)
-        )  # (D, C, r, r) -> (D, r, r, C)
+        tensor = tensor[:, :, 0, 0].unflatten(1, (-1, ratio, ratio)).permute(0, 2, 3, 1)  # (D, C, r, r) -> (D, r, r, C)
     return tensor.flatten(1).contiguous() if name.endswith("weight") and tensor.ndim == 4 else tensor
 
 
@@ -123,35 +119,30 @@ def _to_official(name: str, tensor: Tensor, patch_size: int) -> list[Tensor]:
     return [tensor.contiguous()]
 
 
+def _block_groups(weights: dict[str, Tensor], num_layers: int) -> tuple[int, ...]:
+    """Blocks in each group of a file; the published (4, 16, 4), so that the rest is missed, if they are too few."""
+    blocks = {match[0] for name in weights if (match := re.match(r"block_groups\.\d+\.\d+\.", name))}
+    groups = [int(block.split(".")[1]) for block in blocks]
+    return tuple(map(groups.count, sorted(set(groups)))) if len(groups) == num_layers else (4, 16, 4)
+
+
 def _model_config(config: dict, weights: dict[str, Tensor]) -> dict:
     """Our constructor arguments from the reference's."""
     if unknown := sorted(set(config) - set(REFERENCE_CONFIG)):
-        raise ValueError(
-            f"unknown configuration {unknown}; the reference constructor takes {sorted(REFERENCE_CONFIG)}"
-        )
+        raise ValueError(f"unknown configuration {unknown}; the reference constructor takes {sorted(REFERENCE_CONFIG)}")
     config = REFERENCE_CONFIG | config
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    rules = {
-        "out_channels": (config["in_channels"], None),
-        "caption_projection_dim": (width,),
-        "qk_norm": ("rms_norm",),
-    }
-    for field, allowed in rules.items():
-        if config[field] not in allowed:
-            raise ValueError(f"{field} must be {allowed[0]!r} here, got {config[field]!r}")
+    fixed = {"out_channels": config["in_channels"], "caption_projection_dim": width, "qk_norm": "rms_norm"}
+    for field, value in fixed.items():
+        if config[field] != value:
+            raise ValueError(f"{field} must be {value!r} with these other arguments, got {config[field]!r}")
     channels = list(config["z_dims"] or [])
     if len(channels) > 1:
         raise ValueError(f"z_dims must name one REPA projector at most, got {channels}")
-    blocks = {
-        tuple(map(int, m.groups()))
-        for m in map(re.compile(r"block_groups\.(\d+)\.(\d+)\.").match, weights)
-        if m
-    }
-    groups = sorted({group for group, _ in blocks})
     return {
         **{k: config[k] for k in ("sample_size", "patch_size", "in_channels", "num_attention_heads",
                                   "attention_head_dim", "caption_channels", "pos_embed_max_size")},
-        "block_groups": tuple(sum(group == g for g, _ in blocks) for group in groups),
+        "block_groups": _block_groups(weights, config["num_layers"]),
         "attention_pattern": ((1, 1), (4, 1), (4, 4)) if config["use_sub_attn"] else ((1, 1),),
         "repa_channels": channels[0] if channels else None,
         "repa_hidden": config["projector_dim"],
@@ -184,9 +175,7 @@ def load_official(path: str | Path, **config) -> EMMDiTTransformer2DModel:
             continue
         state[name] = _from_official(name, [weights.pop(n) for n in names])
         if state[name].shape != expected.shape:
-            misfits.append(
-                f"{names[0]} gives {tuple(state[name].shape)}, the model needs {tuple(expected.shape)}"
-            )
+            misfits.append(f"{names[0]} gives {tuple(state[name].shape)}, the model needs {tuple(expected.shape)}")
     if missing or weights or misfits:
         raise ValueError(
             f"{path} does not fit the configuration: missing {missing}; left over {sorted(weights)}; shapes {misfits}"
@@ -227,11 +216,20 @@ def _lora_scale(config: dict) -> float:
              "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False}  # fmt: skip
     for field, value in plain.items():
         if config.get(field) and config[field] != value:
-            raise ValueError(
-                f"adapter_config.json: only plain LoRA can be merged, got {field}={config[field]!r}"
-            )
+            raise ValueError(f"adapter_config.json: only plain LoRA can be merged, got {field}={config[field]!r}")
     rank = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
     return config["lora_alpha"] / rank
+
+
+def _lora_target(parameters: dict[str, Tensor], key: str) -> tuple[str, str, Tensor] | None:
+    """Official module name, "A" or "B", and the rows of our matrix an adapter key belongs to; None if to none."""
+    if not (match := _LORA_KEY.fullmatch(key)) or match[4] not in _PROJECTIONS:
+        return None
+    matrix, third = _PROJECTIONS[match[4]]
+    weight = parameters.get(f"groups.{match[2]}.{match[3]}.attention.{matrix}.weight")
+    if weight is None:
+        return None
+    return match[1], match[5], weight if third is None else weight.chunk(3)[third]
 
 
 @torch.no_grad()
@@ -247,31 +245,27 @@ def merge_lora(model: EMMDiTTransformer2DModel, folder: str | Path) -> EMMDiTTra
         The same model.
 
     Raises:
-        ValueError: No adapters, an adapter that fits nowhere, half a pair, or a kind of LoRA other than the plain one.
-            The model is unchanged then.
+        ValueError: No adapters, keys that fit nowhere, half a pair, a wrong shape, or a kind of LoRA other than the
+            plain one. The model is unchanged then.
     """
-    scale = _lora_scale(json.loads((Path(folder) / "adapter_config.json").read_text()))
-    pairs: dict[str, dict] = {}
-    unknown, parameters = [], dict(model.named_parameters())
+    scale = _lora_scale(json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8")))
+    parameters, pairs, unknown = dict(model.named_parameters()), {}, []
     for key, tensor in load_file(Path(folder) / "adapter_model.safetensors").items():
-        match = _LORA_KEY.fullmatch(key)
-        matrix, third = _PROJECTIONS.get(match[4], (None, None)) if match else (None, None)
-        target = parameters.get(f"groups.{match[2]}.{match[3]}.attention.{matrix}.weight") if matrix else None
-        if target is None:
+        if (target := _lora_target(parameters, key)) is None:
             unknown.append(key)
-            continue
-        rows = target if third is None else target.chunk(3)[third]
-        pairs.setdefault(match[1], {"rows": rows})[match[5]] = tensor
-    halves = [name for name, pair in pairs.items() if len(pair) != 3]
-    shapes = [
+        else:
+            pairs.setdefault(target[0], {"rows": target[2]})[target[1]] = tensor
+    halves = sorted(name for name, pair in pairs.items() if len(pair) < 3)
+    misfits = sorted(
         name
-        for name, p in pairs.items()
-        if len(p) == 3 and (*p["B"].shape[:1], *p["A"].shape[1:]) != p["rows"].shape
-    ]
-    if unknown or halves or shapes or not pairs:
+        for name, pair in pairs.items()
+        if len(pair) == 3 and (len(pair["B"]), pair["A"].shape[1]) != tuple(pair["rows"].shape)
+    )
+    if unknown or halves or misfits or not pairs:
         raise ValueError(
-            f"{folder}: {len(pairs)} adapters; keys that fit nowhere {unknown}; half a pair {halves}; wrong shape {shapes}"
+            f"{folder} cannot be merged: {len(pairs)} adapters found; keys that fit nowhere {unknown}; "
+            f"only one of A and B {halves}; wrong shape {misfits}"
         )
     for pair in pairs.values():
-        pair["rows"] += (scale * (pair["B"].float() @ pair["A"].float())).to(pair["rows"])
+        pair["rows"].copy_(pair["rows"].float() + scale * (pair["B"].float() @ pair["A"].float()))
     return model

@@ -1,15 +1,19 @@
 """E-MMDiT: the transformer of Nitro-E.
 
-Latents become tokens, three groups of joint blocks work on them together with the text tokens, and a linear layer reads
-the velocity off. The middle group, which holds most of the blocks, sees 80 tokens where the outer ones see 256.
+Latents become tokens, three groups of joint blocks work on them together with the text tokens, and a linear layer
+reads the velocity off. The middle group, which holds most of the blocks, sees 80 tokens where the others see 256.
 
-    latents -> tokens + positions -> group 1 -> compress -> group 2 -> reconstruct + positions -> group 3 -> velocity
+    latents -> tokens + positions -> group 1 -> compress
+            -> group 2 -> reconstruct + positions
+            -> group 3 -> velocity
 
-Source: Nitro-E (E-MMDiT). Differs from the published code: `forward` returns one type in training and evaluation, latents
-need not be square, and queries, keys and values of a stream are one matrix.
+Source: Nitro-E (E-MMDiT). Differs from the published code: `forward` returns one type in training and evaluation,
+latents need not be square, and the query, key and value projections of a stream are one matrix.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -36,7 +40,8 @@ class EMMDiTOutput(BaseOutput):
 
     Attributes:
         sample: Velocity `(B, C, H, W)`.
-        features: The REPA tap, tokens after group 1 through the REPA projector `(B, N, repa_channels)`; None without one.
+        features: The REPA tap, tokens after group 1 through the REPA projector `(B, N, repa_channels)`; None
+            without one.
     """
 
     sample: Tensor
@@ -55,9 +60,9 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         caption_channels: Width `Dc` of the text features.
         block_groups: Blocks before compression, between, and after reconstruction.
         mlp_ratio: Inner width of the MLPs over `D`.
-        attention_pattern: Cycle of ASA patterns `(ratio, chunk)`, one a block; `((1, 1),)` is full attention throughout.
+        attention_pattern: Cycle of ASA patterns `(ratio, chunk)`, one a block; `((1, 1),)` is full attention.
         modulation: "adaln_affine", "adaln_single" or "adaln".
-        compression: Compress tokens for the middle group. Without it `block_groups` may have any number of groups.
+        compression: Compress tokens for the middle group. Without it `block_groups` may have any length.
         position_reinforcement: Add the positions again after the reconstruction.
         pos_embed_max_size: Side of the stored position table; images take their positions from its centre.
         repa_channels: Width of the vision features to align with; builds the REPA projector.
@@ -101,44 +106,41 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.text_embed = nn.Linear(caption_channels, dim)
         self.time_embed = TimeEmbedding(dim, modulation)
 
-        self.groups, index, last = nn.ModuleList(), 0, sum(block_groups) - 1
-        for count in block_groups:
-            group = nn.ModuleList()
-            for index in range(index, index + count):
-                pattern = tuple(attention_pattern[index % len(attention_pattern)])
-                group.append(
-                    JointBlock(
-                        num_attention_heads, attention_head_dim, mlp_ratio, pattern, modulation, index == last
-                    )
-                )
-            index += 1
-            self.groups.append(group)
-
+        block = partial(JointBlock, num_attention_heads, attention_head_dim, mlp_ratio, modulation=modulation)
+        self.groups = _build_groups(block, block_groups, attention_pattern)
         self.compressor = TokenCompressor(dim) if compression else None
         self.reconstructor = TokenReconstructor(dim) if compression else None
-        self.projector = None
-        if repa_channels is not None:
-            self.projector = nn.Sequential(
-                nn.Linear(dim, repa_hidden),
-                nn.SiLU(),
-                nn.Linear(repa_hidden, repa_hidden),
-                nn.SiLU(),
-                nn.Linear(repa_hidden, repa_channels),
-            )
+        self.projector = None if repa_channels is None else _repa_projector(dim, repa_hidden, repa_channels)
         self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(dim, patch_size * patch_size * in_channels)
 
     def set_attention_backend(self, backend: str) -> None:
-        """Choose how attention is computed: "auto" (default), "sdpa" or "math" (see `attention.scaled_attention`)."""
+        """Choose how attention is computed: "auto", "sdpa" or "math", see `attention.scaled_attention`.
+
+        Raises:
+            ValueError: Another name.
+        """
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
         for module in self.modules():
             if isinstance(module, JointAttention):
                 module.backend = backend
 
-    def run_group(
-        self, group: nn.ModuleList, image: Tensor, text: Tensor, time: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _check_inputs(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> None:
+        config = self.config
+        if hidden_states.ndim != 4 or hidden_states.shape[1] != config.in_channels:
+            shape = tuple(hidden_states.shape)
+            raise ValueError(f"hidden_states must be (B, {config.in_channels}, H, W), got {shape}")
+        if encoder_hidden_states.ndim != 3 or encoder_hidden_states.shape[2] != config.caption_channels:
+            shape = tuple(encoder_hidden_states.shape)
+            raise ValueError(f"encoder_hidden_states must be (B, L, {config.caption_channels}), got {shape}")
+        square = config.patch_size * (4 if config.compression else 1)
+        if any(side % square for side in hidden_states.shape[2:]):
+            raise ValueError(
+                f"height and width of hidden_states must be multiples of {square}, got {tuple(hidden_states.shape)}"
+            )
+
+    def run_group(self, group: nn.ModuleList, image: Tensor, text: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """Both streams through one group of blocks."""
         for block in group:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -164,10 +166,13 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         Returns:
             `EMMDiTOutput` with `sample` `(B, C, H, W)` and `features` (see there).
+
+        Raises:
+            ValueError: A shape the model cannot take.
         """
-        batch, _, height, width = hidden_states.shape
-        size = self.config.patch_size
-        height, width = height // size, width // size
+        self._check_inputs(hidden_states, encoder_hidden_states)
+        batch, size = len(hidden_states), self.config.patch_size
+        height, width = (side // size for side in hidden_states.shape[2:])
         positions = crop_positions(self.positions, height, width)  # (1, N, D)
 
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch)  # (B,)
@@ -191,18 +196,33 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return EMMDiTOutput(velocity, features) if return_dict else (velocity, features)
 
 
+def _build_groups(block: Callable[..., JointBlock], block_groups, attention_pattern) -> nn.ModuleList:
+    groups, index, last = nn.ModuleList(), 0, sum(block_groups) - 1
+    for count in block_groups:
+        numbers = range(index, index + count)
+        patterns = [tuple(attention_pattern[i % len(attention_pattern)]) for i in numbers]
+        groups.append(
+            nn.ModuleList(
+                block(pattern=pattern, context_pre_only=i == last) for i, pattern in zip(numbers, patterns, strict=True)
+            )
+        )
+        index += count
+    return groups
+
+
+def _repa_projector(dim: int, hidden: int, channels: int) -> nn.Sequential:
+    inner = nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()
+    return nn.Sequential(*inner, nn.Linear(hidden, channels))
+
+
 def _check_config(dim: int, block_groups, attention_pattern, modulation: str, compression: bool) -> None:
     if dim % 16:
         raise ValueError(f"num_attention_heads * attention_head_dim must be a multiple of 16, got {dim}")
     if modulation not in MODULATIONS:
         raise ValueError(f"modulation must be one of {MODULATIONS}, got {modulation!r}")
     if compression and len(block_groups) != 3:
-        raise ValueError(
-            f"block_groups must have 3 entries when compression is on, got {tuple(block_groups)}"
-        )
+        raise ValueError(f"block_groups must have 3 entries with compression, got {tuple(block_groups)}")
     if not block_groups or min(block_groups) < 1:
-        raise ValueError(
-            f"block_groups must name at least one block in each group, got {tuple(block_groups)}"
-        )
+        raise ValueError(f"block_groups must be positive, got {tuple(block_groups)}")
     if not attention_pattern or any(len(p) != 2 or min(p) < 1 for p in attention_pattern):
-        raise ValueError(f"attention_pattern must be pairs (ratio >= 1, chunk >= 1), got {attention_pattern}")
+        raise ValueError(f"attention_pattern must be pairs (ratio, chunk) of at least 1, got {attention_pattern}")

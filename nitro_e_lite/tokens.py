@@ -1,15 +1,15 @@
 """From latents to tokens and back, and from 256 tokens to 80 and back.
 
-A latent image of `H x W` positions becomes one token per position (patch size 1). Attention costs the square of the
-number of tokens and everything else costs its first power, so Nitro-E thins the tokens out after the first group of
-blocks: `TokenCompressor` looks at the grid at half and at quarter resolution (`N/4 + N/16` tokens, 256 -> 64 + 16 = 80)
-and `TokenReconstructor` brings both back to `N` tokens and merges them with the tokens saved before the compression.
+A latent image of `H x W` positions becomes one token per position (patch size 1). Attention costs the square of
+the number of tokens and everything else its first power, so Nitro-E thins the tokens out after the first group of
+blocks: `TokenCompressor` looks at the grid at half and at quarter resolution (`N/4 + N/16` tokens, 256 becomes
+64 + 16 = 80) and `TokenReconstructor` brings both back to `N` tokens and merges them with the tokens saved before.
 
 Compressing and reconstructing blurs where a token stands. *Position reinforcement* therefore adds the fixed 2-D
 sine-cosine table a second time, right after the reconstruction.
 
-A 1x1 convolution over a grid is a matrix product over tokens, and PixelUnshuffle is a regrouping of tokens: both are
-written that way here, so tokens never take the detour through `(B, D, H, W)`.
+A 1x1 convolution over a grid is a matrix product over tokens, and PixelUnshuffle is a regrouping of tokens: both
+are written that way here, so tokens never take the detour through `(B, D, H, W)`.
 
 Source: Nitro-E (E-MMDiT), sections on token compression and position reinforcement.
 """
@@ -66,7 +66,7 @@ def crop_positions(table: Tensor, height: int, width: int) -> Tensor:
 
 
 def patchify(latents: Tensor, patch_size: int = 1) -> Tensor:
-    """Latents `(B, C, H, W)` to tokens `(B, N, C * p * p)`, row by row, features in (channel, row, column) order."""
+    """Latents `(B, C, H, W)` to tokens `(B, N, C * p * p)`, features in (channel, row, column) order."""
     if patch_size == 1:
         return latents.flatten(2).transpose(1, 2)  # (B, N, C)
     return F.pixel_unshuffle(latents, patch_size).flatten(2).transpose(1, 2)  # (B, N, C*p*p)
@@ -141,8 +141,7 @@ class TokenCompressor(nn.Module):
     def forward(self, tokens: Tensor, height: int, width: int) -> Tensor:
         """Tokens `(B, H * W, D)` to `(B, H * W / 4 + H * W / 16, D)`."""
         coarse = [
-            path(gather_squares(tokens, height, width, ratio))
-            for path, ratio in zip(self.paths, RATIOS, strict=True)
+            path(gather_squares(tokens, height, width, ratio)) for path, ratio in zip(self.paths, RATIOS, strict=True)
         ]
         return torch.cat(coarse, dim=1)  # (B, N/4 + N/16, D)
 
