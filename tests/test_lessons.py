@@ -182,4 +182,4 @@ def test_measure_calls_with_arguments_and_without_gradients():
 def test_a_picture_is_shown_as_one_small_png():
     picture = Image.effect_noise((200, 200), 50).convert("RGB")
     data = lessons._palette_png(picture)
-    assert data.startswith(b"\x89PNG") and len(data) < len(picture._repr_png_()) / 2
+    assert data.startswith(b"\x89PNG") and len(data) < 0.7 * len(picture._repr_png_())
