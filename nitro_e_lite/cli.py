@@ -193,6 +193,7 @@ def evaluate(
     seeds: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 2,
     batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 25,
     out: Annotated[Path | None, typer.Option(help="Also write the result card to this file.")] = None,
+    grid: Annotated[Path | None, typer.Option(help="Also write the first pictures of every category here.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
@@ -205,11 +206,15 @@ def evaluate(
 
         asked = read_prompts(prompts) if prompts else load_prompts(split)
         pipeline = load_pipeline(model, device, dtype)
-        found = run(pipeline, asked, seeds=range(seeds), steps=steps, guidance=guidance, batch_size=batch)
+        sampler = {"steps": steps, "guidance": guidance, "batch_size": batch}
+        found = run(pipeline, asked, seeds=range(seeds), keep_images=grid is not None, **sampler)
         found.card.update(model=model, prompt_list=prompts.name if prompts else split)
         result |= found.card
         if out:
             found.save(out)
+        if grid:
+            grid.parent.mkdir(parents=True, exist_ok=True)
+            found.grid().save(grid)
         if not json:
             score = found.score
             rows = [[name, f"{value:.3f}"] for name, value in score.categories.items()]

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -26,6 +27,7 @@ from nitro_e_lite import common
 from nitro_e_lite.geneval import Prompt, Score, Verdict, score, verify
 from nitro_e_lite.inputs import as_integer, seeded_generators
 from nitro_e_lite.pipeline import NitroEPipeline
+from nitro_e_lite.viz import image_grid
 
 SEED_STRIDE = 1_000_000  # picture seed = SEED_STRIDE * seed + place of the prompt
 
@@ -46,6 +48,22 @@ class Evaluation:
     prompts: list[Prompt]
     verdicts: list[Verdict]
     images: list[np.ndarray]
+
+    def grid(self, each: int = 8) -> Image.Image:
+        """The first pictures of every category with caption and verdict: nothing chosen, nothing left out.
+
+        Args:
+            each: pictures a category, one row.
+
+        Raises:
+            ValueError: when the evaluation kept no images.
+        """
+        if not self.images:
+            raise ValueError("images: this evaluation kept none; ask for keep_images=True")
+        rows = [[i for i, p in enumerate(self.prompts) if p.category == c][:each] for c in self.score.categories]
+        chosen = [i for row in rows for i in row]
+        labels = [f"{'✓' if self.verdicts[i].correct else '✗'} {self.prompts[i].text}" for i in chosen]
+        return image_grid([self.images[i] for i in chosen], columns=max(map(len, rows)), labels=labels)
 
     def save(self, path: str | Path) -> Path:
         """Writes the card as JSON."""

@@ -38,6 +38,13 @@ def test_card_holds_the_score_and_its_whole_recipe(result, tmp_path):
     assert len(card["weights_sha256"]) == 64 and card["environment"]["packages"]["torch"] == torch.__version__
 
 
+def test_grid_shows_the_first_pictures_of_every_category(result):
+    wide, narrow = result.grid(each=2), result.grid(each=1)
+    assert wide.width > 1.8 * narrow.width and abs(wide.height - narrow.height) < 0.2 * narrow.height
+    with pytest.raises(ValueError, match="keep_images"):
+        dataclasses.replace(result, images=[]).grid()
+
+
 def test_batch_size_changes_nothing(result, tiny_pipeline):
     again = ev.evaluate(
         tiny_pipeline,
