@@ -60,7 +60,7 @@ class Evaluation:
         """
         if not self.images:
             raise ValueError("images: this evaluation kept none; ask for keep_images=True")
-        rows = [[i for i, p in enumerate(self.prompts) if p.category == c][:each] for c in self.score.categories]
+        rows = [[i for i, p in enumerate(self.prompts) if p.tag == c][:each] for c in self.score.categories]
         chosen = [i for row in rows for i in row]
         labels = [f"{'✓' if self.verdicts[i].correct else '✗'} {self.prompts[i].text}" for i in chosen]
         return image_grid([self.images[i] for i in chosen], columns=max(map(len, rows)), labels=labels)
