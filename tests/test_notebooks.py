@@ -28,7 +28,7 @@ COURSE = [
 ]
 HEADINGS = ["able to", "Check", "Measure", "Full scale", "Exercises", "Solutions", "Recap"]
 COMMON = ["preset", "seed", "devices", "run_dir", "overrides"]
-MAX_CELLS, MAX_MEDIAN, MAX_LINES, MAX_IDEA_WORDS, MAX_FIGURE_BYTES = 35, 8, 30, 120, 150_000
+MAX_CELLS, MAX_MEDIAN, MAX_LINES, MAX_IDEA_WORDS, MAX_FIGURE_BYTES = 35, 8, 30, 120, 250_000
 
 every_notebook = pytest.mark.parametrize("name", BOOKS)
 
