@@ -107,8 +107,8 @@ def join_heads(image: Tensor, text: Tensor, weights: tuple[Tensor, Tensor], rati
 
     Args:
         image: Queries, keys and values of the image `(B, N, 3, M, E)`.
-        text: The same of the text `(B, L, 3, M, E)`, or `(B, L, 2, M, E)` without queries.
-        weights: RMS norm weights of image (query, key) `(2, E)` and of text `(2, E)` or, without queries, `(1, E)`.
+        text: The same of the text `(B, L, 3, M, E)`.
+        weights: RMS norm weights (query, key) of image and of text, `(2, E)` each.
         ratio: ASA groups `s`.
         chunk: ASA chunk `n`.
 
@@ -125,15 +125,14 @@ def join_heads(image: Tensor, text: Tensor, weights: tuple[Tensor, Tensor], rati
 
 
 def _join_heads_plain(image, text, weights, ratio, chunk):
-    parts = ([], [], [])
+    joined = []
     for stream, weight in zip((image, text), weights, strict=True):
         heads = stream.shape[2:]
         groups = subregion_split(stream.flatten(2), ratio, chunk).unflatten(2, heads)  # (B*s, N/s, 3, M, E)
-        norms, missing = len(weight), 3 - heads[0]
-        for p in range(heads[0]):
-            part = groups[:, :, p]
-            parts[p + missing].append(F.rms_norm(part, part.shape[-1:], weight[p], EPS) if p < norms else part)
-    return [torch.cat(part, dim=1) for part in parts]  # (B*s, S, M, E)
+        query, key, value = groups.unbind(2)
+        query, key = (F.rms_norm(x, x.shape[-1:], w, EPS) for x, w in zip((query, key), weight, strict=True))
+        joined.append((query, key, value))
+    return [torch.cat(parts, dim=1) for parts in zip(*joined, strict=True)]  # (B*s, S, M, E)
 
 
 class _JoinHeads(torch.autograd.Function):
@@ -142,27 +141,27 @@ class _JoinHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, text, image_weight, text_weight, ratio, chunk):
         batch, length, _, *heads = image.shape
-        total = length + text.shape[1]
-        joint = image.new_empty(3, batch, ratio, total // ratio, *heads)
+        joint = image.new_empty(3, batch, ratio, (length + text.shape[1]) // ratio, *heads)
         inverses = []
         for stream, weight, rows in _streams(image, text, image_weight, text_weight, ratio):
-            norms, parts, row_weight = len(weight), stream.shape[2], weight.unsqueeze(1)
-            inverse = stream.new_empty(batch, stream.shape[1], norms, heads[0], 1)
+            inverse = stream.new_empty(batch, stream.shape[1], 2, heads[0], 1)
             source = _grouped(stream, ratio, chunk)  # (B, s, l, n, 3, M, E)
-            into = joint[3 - parts :, :, :, rows].unflatten(3, (-1, chunk)).permute(1, 2, 3, 4, 0, 5, 6)
-            normed, grouped_inverse = into[..., :norms, :, :], _grouped(inverse, ratio, chunk)
+            into = joint[:, :, :, rows].unflatten(3, (-1, chunk)).permute(1, 2, 3, 4, 0, 5, 6)
+            normed, grouped_inverse, row_weight = (
+                into[..., :2, :, :],
+                _grouped(inverse, ratio, chunk),
+                weight.unsqueeze(1),
+            )
             for i in fused.pieces(batch, stream[0].numel()):
-                size = torch.linalg.vector_norm(stream[i, :, :norms], dim=-1, keepdim=True)
+                size = torch.linalg.vector_norm(stream[i, :, :2], dim=-1, keepdim=True)
                 torch.rsqrt(size.square_().mul_(1 / heads[1]).add_(EPS), out=inverse[i])
-                torch.mul(source[i, ..., :norms, :, :], grouped_inverse[i], out=normed[i])
+                torch.mul(source[i, ..., :2, :, :], grouped_inverse[i], out=normed[i])
                 normed[i].mul_(row_weight)
-                into[i, ..., norms:, :, :].copy_(source[i, ..., norms:, :, :])
+                into[i, ..., 2, :, :].copy_(source[i, ..., 2, :, :])
             inverses.append(inverse)
         ctx.save_for_backward(image, text, image_weight, text_weight, *inverses)
         ctx.pattern = ratio, chunk
-        queries = length if text.shape[2] == 2 else total
-        query, key, value = joint.flatten(1, 2).unbind(0)
-        return query[:, : queries // ratio], key, value
+        return joint.flatten(1, 2).unbind(0)
 
     @staticmethod
     @once_differentiable
@@ -173,17 +172,15 @@ class _JoinHeads(torch.autograd.Function):
         streams = _streams(image, text, image_weight, text_weight, ratio)
         for (stream, weight, rows), inverse in zip(streams, inverses, strict=True):
             grad_stream, grad_weight = torch.empty_like(stream), torch.zeros_like(weight)
-            own = [  # (B, l, s, n, M, E): the order of the stream itself
-                grad.unflatten(0, (-1, ratio))[:, :, rows].unflatten(2, (-1, chunk)).transpose(1, 2)
-                for grad in grads[3 - stream.shape[2] :]
-            ]
-            split = (-1, ratio, chunk)
-            tokens, into, inverse = (x.unflatten(1, split) for x in (stream, grad_stream, inverse))
+            query, key, value = (  # (B, l, s, n, M, E): the order of the stream itself
+                grad.unflatten(0, (-1, ratio))[:, :, rows].unflatten(2, (-1, chunk)).transpose(1, 2) for grad in grads
+            )
+            tokens, into, inverse = (x.unflatten(1, (-1, ratio, chunk)) for x in (stream, grad_stream, inverse))
             for i in fused.pieces(len(stream), stream[0].numel()):
-                for p in range(len(weight)):
+                for p, grad in enumerate((query, key)):
                     views = (x[i, ..., p, :, :] for x in (tokens, inverse, into))
-                    _norm_backward(own[p][i], *views, weight[p], grad_weight[p])
-                into[i, ..., -1, :, :].copy_(own[-1][i])
+                    _norm_backward(grad[i], *views, weight[p], grad_weight[p])
+                into[i, ..., 2, :, :].copy_(value[i])
             results.append((grad_stream, grad_weight))
         (grad_image, grad_image_weight), (grad_text, grad_text_weight) = results
         return grad_image, grad_text, grad_image_weight, grad_text_weight, None, None
@@ -217,7 +214,7 @@ class JointAttention(nn.Module):
         num_heads: `M`.
         head_dim: `E`; the width is `D = M * E`.
         pattern: ASA pattern `(ratio, chunk)`; `(1, 1)` is full attention.
-        context_pre_only: The text stream ends here: its queries are not computed and it has no output.
+        context_pre_only: The text stream ends here: it has no output.
     """
 
     def __init__(
@@ -233,25 +230,19 @@ class JointAttention(nn.Module):
         self.norm_q_context, self.norm_k_context = nn.RMSNorm(head_dim, eps=EPS), nn.RMSNorm(head_dim, eps=EPS)
         self.out = nn.Linear(dim, dim)
         self.out_context = None if context_pre_only else nn.Linear(dim, dim)
-        # Kept because official files have it; without a gradient it must not wait for one (distributed training).
-        self.norm_q_context.requires_grad_(not context_pre_only)
 
     def joint_heads(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised queries, keys and values `(B * s, M, (N + L) / s, E)` of tokens `(B, N, D)` and `(B, L, D)`.
 
-        `joint_attention_probabilities(query, key)` of them are the attention maps. In a `context_pre_only` block the
-        queries are those of the image alone.
+        `joint_attention_probabilities(query, key)` of them are the attention maps.
         """
         qkv = self.qkv(image).unflatten(-1, (3, *self.heads))  # (B, N, 3, M, E)
-        weight = torch.stack([self.norm_q.weight, self.norm_k.weight])  # (2, E)
-        if self.context_pre_only:
-            width = self.qkv_context.in_features
-            kv = F.linear(text, self.qkv_context.weight[width:], self.qkv_context.bias[width:])
-            qkv_context, weight_context = kv.unflatten(-1, (2, *self.heads)), self.norm_k_context.weight[None]
-        else:
-            qkv_context = self.qkv_context(text).unflatten(-1, (3, *self.heads))  # (B, L, 3, M, E)
-            weight_context = torch.stack([self.norm_q_context.weight, self.norm_k_context.weight])
-        return join_heads(qkv, qkv_context, (weight, weight_context), *self.pattern)
+        qkv_context = self.qkv_context(text).unflatten(-1, (3, *self.heads))  # (B, L, 3, M, E)
+        weights = (
+            torch.stack([self.norm_q.weight, self.norm_k.weight]),
+            torch.stack([self.norm_q_context.weight, self.norm_k_context.weight]),
+        )
+        return join_heads(qkv, qkv_context, weights, *self.pattern)
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:
         """Attend.

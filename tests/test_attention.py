@@ -69,7 +69,7 @@ def test_fused_heads_equal_plain_ones(pattern, context_pre_only, monkeypatch):
 
     def run():
         output = [x for x in module(*streams) if x is not None]
-        wanted = [*streams, *(p for p in module.parameters() if p.requires_grad)]
+        wanted = [*streams, *module.parameters()]
         return output + list(torch.autograd.grad(sum(x.square().sum() for x in output), wanted))
 
     mine = run()
@@ -88,14 +88,14 @@ def test_plain_heads_are_rms_normalised():
     torch.testing.assert_close(value[:, :, :96], raw.transpose(1, 2))
 
 
-def test_last_block_ignores_text_queries():
+def test_last_block_has_no_text_output_and_ignores_text_queries():
     module, streams = attention(context_pre_only=True), inputs()
     image, text = module(*streams)
     assert text is None
     module.qkv_context.weight.data[:16] += 1.0
-    assert torch.equal(module(*streams)[0], image)
+    torch.testing.assert_close(module(*streams)[0], image)
     module.qkv_context.weight.data[16:] += 1.0
-    assert not torch.equal(module(*streams)[0], image)
+    assert not torch.allclose(module(*streams)[0], image)
 
 
 def test_backends_agree_and_probabilities_are_the_attention():
@@ -124,7 +124,7 @@ def test_plain_operations_differentiate_twice():
     module.backend = "math"
     streams = [x.requires_grad_() for x in inputs(batch=1, image=4, text=4)]
     with fused.plain_operations():
-        assert torch.autograd.gradgradcheck(lambda *x: module(*x)[0][0, :2], streams)
+        assert torch.autograd.gradgradcheck(lambda *x: module(*x)[0], streams, fast_mode=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         (grad,) = torch.autograd.grad(module(*streams)[0].sum(), streams[0], create_graph=True)
         grad.sum().backward()
