@@ -6,8 +6,7 @@ being stored, so the full 302M-parameter model is counted on any laptop in a sec
 What counts as a FLOP: a multiplication and an addition are two. The headline number holds the products with weights
 (linear layers and convolutions), which is how 0.0775 TFLOPs comes about for the published model (batch 1, 128 text
 tokens). The products inside attention, query x key and probability x value, hold no weights and are reported beside it;
-with them it is 0.0804, and either rounds to the published 0.08. The published code computes text queries in the last
-block that nothing reads. This code does not, which saves 0.00015; the headline counts them all the same.
+with them it is 0.0804, and either rounds to the published 0.08.
 
 Speed is the median of several runs after a warm-up, with the device idle before the clock is read.
 """
@@ -50,14 +49,12 @@ class FlopCount:
     """FLOPs of one forward pass.
 
     Attributes:
-        weights: products with weights, those of the last block's text queries included.
-        skipped: the part of `weights` that this code leaves out because nothing reads the result.
+        weights: products with weights.
         attention: products inside attention, which hold no weights.
         components: part of the model -> what is computed there, products of both kinds.
     """
 
     weights: int
-    skipped: int
     attention: int
     components: dict[str, int]
 
@@ -117,10 +114,8 @@ def count_flops(config: Mapping[str, Any], batch: int = 1, text_tokens: int = 12
         if re.fullmatch(r"\w+|groups\.\d+\.\d+", inner):
             components[part_of(inner)] += sum(operations.values())
     total = sum(counts["Global"].values())
-    width = size.num_attention_heads * size.attention_head_dim
-    skipped = 2 * batch * text_tokens * width**2  # text queries of the last block
     attention = sum(n for operation, n in counts["Global"].items() if "bmm" in str(operation))
-    return FlopCount(total - attention + skipped, skipped, attention, dict(components))
+    return FlopCount(total - attention, attention, dict(components))
 
 
 def median_seconds(function: Callable[[], Any], repeats: int = 5, warmup: int = 1) -> float:

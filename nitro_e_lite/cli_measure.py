@@ -43,7 +43,6 @@ def count(
             "parameters": sum(parameters.values()),
         }
         result |= {"tflops": flops.weights / 1e12, "tflops_attention_products": flops.attention / 1e12}
-        result["tflops_skipped"] = flops.skipped / 1e12
         result["parts"] = {
             part: {"parameters": n, "tflops": flops.components.get(part, 0) / 1e12} for part, n in parameters.items()
         }
@@ -53,8 +52,7 @@ def count(
             show_table(f"{size} model, batch {batch}, {tokens} text tokens", ["", "parameters", "TFLOPs"], rows)
             console.print(
                 f"{flops.weights / 1e12:.4f} TFLOPs are products with weights, counted as for the published model; "
-                f"{flops.attention / 1e12:.4f} more are products inside attention. {flops.skipped / 1e12:.5f} are not "
-                "computed here because nothing reads the result. A multiply-add is two FLOPs.",
+                f"{flops.attention / 1e12:.4f} more are products inside attention. A multiply-add is two FLOPs.",
                 soft_wrap=True,
             )
 
