@@ -95,11 +95,12 @@ def test_a_run_stopped_and_resumed_equals_one_in_one_go(uninterrupted, tmp_path)
 def test_sigkill_and_resume_equals_one_in_one_go(tmp_path):
     """Killed at random moments, also while writing a checkpoint, until it is through."""
     settings = ["steps=30", "checkpoint_every=1", "validate_every=30", "sample_every=30"]
-    train(override(SMOKE, settings), tmp_path / "whole", device="cpu")
     command = [sys.executable, "-m", "nitro_e_lite.cli", "train", "base", "--preset", "smoke", "--device", "cpu"]
-    command += [*(x for s in settings for x in ("--set", s)), "--run-dir", str(tmp_path / "killed"), "--resume"]
+    command += [*(x for s in settings for x in ("--set", s)), "--resume", "--run-dir"]
     draw, kills = random.Random(0), 0
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run([*command, str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
+    command.append(str(tmp_path / "killed"))
     while kills < 3:
         process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         checkpoints, seen = tmp_path / "killed" / "checkpoints", None
