@@ -23,6 +23,7 @@ from nitro_e_lite import fused
 
 BACKENDS = ("auto", "sdpa", "math")
 EPS = 1e-6  # of the RMS norm of queries and keys
+SHORT = 112  # tokens; up to here two matrix products beat the fused kernel on a CPU, most of all in the backward
 
 
 def subregion_split(tokens: Tensor, ratio: int, chunk: int) -> Tensor:
@@ -87,11 +88,12 @@ def scaled_attention(query: Tensor, key: Tensor, value: Tensor, backend: str = "
 
 
 def _math_is_better(query: Tensor, key: Tensor) -> bool:
-    """The fused kernel has no forward mode, and on a CPU its half precision backward is slow."""
+    """The fused kernel has no forward mode; on a CPU it is slow on short sequences and in half precision training."""
     if fused.forward_mode():
         return True
+    half_precision = query.dtype in (torch.float16, torch.bfloat16)
     trains = torch.is_grad_enabled() and query.requires_grad
-    return query.device.type == "cpu" and query.dtype != torch.float32 and trains
+    return query.device.type == "cpu" and (key.shape[-2] <= SHORT or (half_precision and trains))
 
 
 def _check_divisible(tokens: int, ratio: int, chunk: int) -> None:
@@ -141,7 +143,7 @@ class _JoinHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, text, image_weight, text_weight, ratio, chunk):
         batch, length, _, *heads = image.shape
-        joint = image.new_empty(3, batch, ratio, (length + text.shape[1]) // ratio, *heads)
+        joint = image.new_empty(3, batch, ratio, heads[0], (length + text.shape[1]) // ratio, heads[1]).transpose(3, 4)
         inverses = []
         for stream, weight, rows in _streams(image, text, image_weight, text_weight, ratio):
             inverse = stream.new_empty(batch, stream.shape[1], 2, heads[0], 1)
