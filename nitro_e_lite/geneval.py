@@ -293,9 +293,7 @@ def stands(first, relation: str, second, margin: float = POSITION_MARGIN) -> boo
     return along >= margin and along > abs(across)
 
 
-def score(
-    prompts: Sequence[Prompt], verdicts: Sequence[Verdict], resamples: int = 2000, seed: int = 0
-) -> Score:
+def score(prompts: Sequence[Prompt], verdicts: Sequence[Verdict], resamples: int = 2000, seed: int = 0) -> Score:
     """The mean of the category means and its 95 % bootstrap interval.
 
     Prompts are resampled within their category, with all their images: images of one prompt are alike.

@@ -44,9 +44,7 @@ def write_sample(root: str | Path, index: int, metadata: dict, images: Sequence[
     if index < 0:
         raise ValueError(f"index={index}: must be >= 0")
     if missing or not len(images):
-        raise ValueError(
-            f"prompt {index}: missing keys {missing}, {len(images)} images; must be none and > 0"
-        )
+        raise ValueError(f"prompt {index}: missing keys {missing}, {len(images)} images; must be none and > 0")
     for image in images:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"image {image.dtype} {image.shape}: must be uint8 (H, W, 3)")

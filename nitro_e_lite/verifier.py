@@ -14,8 +14,9 @@ background, so the detector can be arithmetic: no network, no randomness, the sa
    is not of one colour has none.
 5. **Shape.** With background ``b`` and object colour ``c``, coverage is ``a = (p - b).(c - b) / |c - b|^2``.
    The coverage mask, moved to its centre of mass and scaled to unit area, is compared with templates of every
-   shape at small angles by ``IoU = sum min(a, t) / sum max(a, t)``. The best must be good and clearly better
-   than the second best, otherwise the shape is "unknown": a blob between circle and square is neither.
+   shape at small angles, sharp and softened (autoencoders round the tips of small stars), by
+   ``IoU = sum min(a, t) / sum max(a, t)``. The best must be good and clearly better than the second best,
+   otherwise the shape is "unknown": a blob between circle and square is neither.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ UNKNOWN = "unknown"
 RESIDUAL_FLOOR = 20.0  # RGB distance from the background; in the scenes the palest object is over 45 away
 NEARBY = 0.4  # fraction of the largest residual nearby
 MIN_AREA = 0.003  # fraction of the image; the smallest object in the scenes, a small star, covers 0.014
-MIN_OVERLAP = 0.84  # IoU with the best template
-MIN_LEAD = 0.04  # and how much the next shape must stay behind
+MIN_OVERLAP = 0.85  # IoU with the best template
+MIN_LEAD = 0.05  # and how much the next shape must stay behind
 MAX_COLOR_DISTANCE = 26.0  # CIE Lab; the closest palette colours, blue and purple, are 28 apart
 MAX_MIXED = 0.15  # share of core pixels that may be of another colour
 ANGLES = tuple(np.linspace(-0.3, 0.3, 13))  # radians
+SOFTNESS = (0.0, 0.1, 0.2)  # blur of the templates, Gaussian sigma over nominal radius
 _CELLS = 48  # side of the normalised mask
 _SHARPEN = 4.0  # contrast around half coverage: outlines stay comparable at every resolution
 _HALF_WIDTH = 1.1  # its half width, in units of the square root of the object's area
@@ -281,13 +283,21 @@ def _normalise(coverage: np.ndarray, centre: np.ndarray, area: float) -> np.ndar
     return np.clip((top * (1 - v) + bottom * v - 0.5) * _SHARPEN + 0.5, 0, 1).ravel().astype(np.float32)
 
 
+def _blur(image: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian blur of an image (n, n) with an empty border."""
+    place = np.arange(len(image))
+    kernel = np.exp(-((place[:, None] - place) ** 2) / (2 * max(sigma, 1e-3) ** 2))  # (n, n)
+    kernel /= kernel.sum(1, keepdims=True)
+    return kernel @ image @ kernel.T
+
+
 @cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
-    """Normalised masks (shapes, angles, cells * cells) and nominal minus mass centre (shapes, angles, 2).
+    """Normalised masks (shapes, poses, cells * cells) and nominal minus mass centre (shapes, poses, 2).
 
-    The latter are in units of the square root of the area.
+    A pose is an angle and a softness; offsets are in units of the square root of the area.
     """
-    size, radius = 96, 32.0
+    size, radius = 112, 32.0
     y, x = (np.mgrid[:size, :size] - (size - 1) / 2).astype(np.float32) / radius
     masks, offsets = [], []
     for shape in SHAPES:
@@ -295,9 +305,10 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
             c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
             coverage = np.clip(0.5 - radius * signed_distance(shape, c * x + s * y, c * y - s * x), 0, 1)
             centre, area = _centre_and_area(coverage)
-            masks.append(_normalise(coverage, centre, area))
-            offsets.append(((size - 1) / 2 - centre) / np.sqrt(area))
-    grid = (len(SHAPES), len(ANGLES), -1)
+            for softness in SOFTNESS:
+                masks.append(_normalise(_blur(coverage, softness * radius), centre, area))
+                offsets.append(((size - 1) / 2 - centre) / np.sqrt(area))
+    grid = (len(SHAPES), len(ANGLES) * len(SOFTNESS), -1)
     return np.array(masks).reshape(grid), np.array(offsets).reshape(grid)
 
 
@@ -313,7 +324,7 @@ def classify(coverage: np.ndarray) -> tuple[str, float, np.ndarray, float]:
     centre, area = _centre_and_area(coverage)
     mask = _normalise(coverage, centre, area)
     templates, offsets = _templates()
-    common = np.minimum(templates, mask).sum(-1)  # (shapes, angles)
+    common = np.minimum(templates, mask).sum(-1)  # (shapes, poses)
     overlap = common / (templates.sum(-1) + mask.sum() - common)
     by_shape = overlap.max(1)
     second, best = np.argsort(by_shape)[-2:]

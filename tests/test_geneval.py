@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from nitro_e_lite import geneval, scenes, verifier
+from nitro_e_lite.common import weights_dir
+from nitro_e_lite.encoders import LatentStats, decode_latents, encode_images, load_autoencoder
 from nitro_e_lite.geneval import CATEGORIES, Prompt, Verdict, judge, load_prompts, score, true_scene, verify
 from nitro_e_lite.geneval_files import check_folder, write_sample
 from nitro_e_lite.verifier import Detection, detect
@@ -54,9 +56,7 @@ def picture(*shapes, size=128):
 
 def test_prompt_lists_are_balanced_and_never_seen_in_training():
     assert Counter(p.tag for p in PROMPTS) == dict.fromkeys(CATEGORIES, 50)
-    assert Counter(p.tag for p in NEW) == dict.fromkeys(
-        ("two_object", "colors", "position", "color_attr"), 24
-    )
+    assert Counter(p.tag for p in NEW) == dict.fromkeys(("two_object", "colors", "position", "color_attr"), 24)
     texts = [p.text for p in PROMPTS + NEW]
     assert len(set(texts)) == len(texts)
     assert all(scenes.is_reserved(t) for t in texts)
@@ -150,14 +150,26 @@ def test_true_renders_pass_in_every_category(size, soft):
         assert min(result.categories.values()) >= 0.99, result
 
 
+def test_the_shipped_autoencoder_keeps_what_is_asked_for():
+    """The ceiling of every model that is trained on its latents."""
+    folder = weights_dir() / "lite" / "vae"
+    vae, stats = load_autoencoder(folder), LatentStats.load(folder)
+    prompts, verdicts = PROMPTS[::3], []
+    for start in range(0, len(prompts), 10):
+        batch = prompts[start : start + 10]
+        images = np.stack([scenes.render(true_scene(p, seed=55)) for p in batch])
+        decoded = decode_latents(vae, encode_images(vae, images, stats), stats)
+        pixels = ((decoded + 1) * 127.5).round().permute(0, 2, 3, 1).numpy().astype(np.uint8)
+        verdicts += [verify(i, p) for i, p in zip(pixels, batch, strict=True)]
+    assert score(prompts, verdicts).overall >= 0.97
+
+
 def test_random_scenes_are_read_exactly():
     wrong = 0
     for index in range(300):
         scene = scenes.sample_scene(41, index, "all")
         found = detect(scenes.render(scene))
-        wrong += Counter((d.shape, d.color) for d in found) != Counter(
-            (o.shape, o.color) for o in scene.objects
-        )
+        wrong += Counter((d.shape, d.color) for d in found) != Counter((o.shape, o.color) for o in scene.objects)
         for d in found:
             assert min(max(abs(d.x - o.x), abs(d.y - o.y)) for o in scene.objects) < 0.01
     assert wrong <= 3
@@ -184,9 +196,7 @@ def test_small_lies_fail():
         found = detect(scenes.render(true_scene(prompt, seed=9)))
         (shape, color), *rest = prompt.objects
         others = [s for s in scenes.SHAPES if s not in {s for s, _ in prompt.objects}]
-        lies["count"].append(
-            (found, replace(prompt, objects=prompt.objects + ((shape, color),), relation=None))
-        )
+        lies["count"].append((found, replace(prompt, objects=prompt.objects + ((shape, color),), relation=None)))
         lies["shape"].append((found, replace(prompt, objects=((others[0], color), *rest))))
         if color and not rest:
             other = "red" if color != "red" else "blue"
@@ -214,9 +224,7 @@ def test_extra_missing_and_strange_things_fail():
     assert verify(picture(star), prompt) == Verdict(True)
     assert verify(GREY, prompt).reason == "count: expected 1, found 0 (nothing)"
     assert verify(picture(star, ("circle", BLUE, 0.75, 0.3, 0.05)), prompt).reason.startswith("count")
-    assert verify(
-        picture(star, ("circle", BLUE, 0.75, 0.3, 0.02)), prompt
-    ).correct  # a speck is not an object
+    assert verify(picture(star, ("circle", BLUE, 0.75, 0.3, 0.02)), prompt).correct  # a speck is not an object
     assert verify(picture(("star", BLUE, 0.4, 0.5, 0.14)), prompt).reason == "color: found blue star"
     half_star = picture(star)
     half_star[:, :51] = 180

@@ -137,9 +137,7 @@ def test_rendering_is_fast():
     start = time.process_time()
     for scene in SCENES[:150]:
         render(scene)
-    assert (
-        150 / (time.process_time() - start) > 150
-    )  # about 600 images/s on an idle core; half the floor of 300
+    assert 150 / (time.process_time() - start) > 150  # about 600 images/s on an idle core; half the floor of 300
 
 
 @pytest.mark.parametrize(
