@@ -180,7 +180,9 @@ class Trainer:
                 batch = self.validation_data.batch(range(first, min(first + 64, count)))
                 noise = torch.randn(batch.latents.shape, generator=generator)
                 t = t_all[first : first + 64]
-                losses.append(self._loss(self.raw_model, batch.latents, [ways[0] for ways in batch.captions], t, noise).cpu())
+                losses.append(
+                    self._loss(self.raw_model, batch.latents, [ways[0] for ways in batch.captions], t, noise).cpu()
+                )
         losses = torch.cat(losses)
         result = {"validation_loss": losses.mean().item()}
         for k in range(LOSS_BINS):

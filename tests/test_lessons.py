@@ -162,7 +162,9 @@ def test_interval_of_three_values_against_the_textbook():
     assert half == pytest.approx(4.303 / math.sqrt(3), rel=1e-4)  # t(0.975, 2) = 4.303, s = 1
 
 
-@pytest.mark.parametrize(("freedom", "truth"), [(10, 2.2281), (11, 2.2010), (20, 2.0860), (60, 2.0003), (10**6, 1.9600)])
+@pytest.mark.parametrize(
+    ("freedom", "truth"), [(10, 2.2281), (11, 2.2010), (20, 2.0860), (60, 2.0003), (10**6, 1.9600)]
+)
 def test_students_t(freedom, truth):
     assert lessons._t_95(freedom) == pytest.approx(truth, rel=1.5e-3)
 
