@@ -79,6 +79,7 @@ def demo(
 
         captions, count = list(DEMO_CAPTIONS), len(DEMO_CAPTIONS)
         pipeline = load_pipeline("lite")
+        pipeline.set_progress_bar_config(disable=None)  # None: shown on a terminal only
         clock.append(time.perf_counter())
         features = pipeline.encode_prompt([""] * count + captions)
         clock.append(time.perf_counter())
@@ -159,6 +160,7 @@ def sample(
 
         as_integer("num", num, 1)
         pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora)
+        pipeline.set_progress_bar_config(disable=None)
         if len(pipeline.tokenizer) < LITE_VOCABULARY:
             warn_unknown_words(captions)
         prompts = [caption for caption in captions for _ in range(num)]

@@ -108,7 +108,7 @@ def evaluate(
         steps, guidance: of the sampler; the pipeline's own when not given.
         batch_size: pictures drawn at once.
         keep_images: also return the pictures.
-        progress: show a progress bar on standard error.
+        progress: show a progress bar when standard error is a terminal.
 
     Raises:
         TypeError, ValueError: no prompts, no seeds, a repeated or negative seed, a batch size below 1.
@@ -123,7 +123,7 @@ def evaluate(
     guidance = pipeline.config.default_guidance if guidance is None else guidance
     jobs = [(prompt, picture_seed(seed, place)) for seed in seeds for place, prompt in enumerate(prompts)]
     verdicts, images, start = [], [], time.perf_counter()
-    with tqdm(total=len(jobs), desc="evaluating", unit="image", disable=not progress) as bar:
+    with tqdm(total=len(jobs), desc="evaluating", unit="image", disable=None if progress else True) as bar:
         for first in range(0, len(jobs), batch_size):
             batch = jobs[first : first + batch_size]
             pictures = draw(pipeline, batch, steps, guidance)
