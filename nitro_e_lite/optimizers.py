@@ -5,14 +5,19 @@ Optimiser and EMA therefore work on float32 masters, which are copied into the n
 instead cast every weight again in every forward pass.
 
 **Muon.** The matrices inside the blocks are updated along orthogonalised momentum, everything else by AdamW.
-Differs: the paper trains with AdamW alone; ``OptimizerConfig(name="adamw")`` does too. Source: Jordan et al., 2024.
+``Muon`` below is torch's with another ``step``: on a CPU without matrix units bf16 is the slow type, and each process
+would repeat the work of all. Differs: the paper trains with AdamW alone; ``OptimizerConfig(name="adamw")`` does too.
+Source: Jordan et al., 2024.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nitro_e_lite.config import OptimizerConfig
@@ -62,6 +67,62 @@ class MasterWeights:
             self.publish(kept)
 
 
+def orthogonalize(matrices: Tensor, coefficients=(3.4445, -4.7750, 2.0315), steps: int = 5) -> Tensor:
+    """Moves the singular values of each matrix `(K, rows, columns)` to about 0.7 ... 1.2 by Newton-Schulz iterations.
+
+    Source: coefficients by Jordan et al., 2024.
+    """
+    a, b, c = coefficients
+    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    if tall := x.shape[1] > x.shape[2]:
+        x = x.mT
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon with the work divided among the processes, and in float32 on a CPU.
+
+    Each of N processes orthogonalises every N-th matrix, equal shapes together; the directions are then summed, so that
+    all processes hold the same weights, bit for bit.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        shared = dist.is_initialized() and dist.get_world_size() > 1
+        rank, world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
+        for group in self.param_groups:
+            parameters, gradients, momenta = [], [], []
+            self._init_group(group, parameters, gradients, momenta)
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
+            sizes = [p.numel() for p in parameters]
+            flat = torch.zeros(sum(sizes), device=parameters[0].device)
+            directions = [part.view_as(p) for part, p in zip(flat.split(sizes), parameters, strict=True)]
+            for members in _equal_shapes(parameters, range(rank, len(parameters), world)):
+                stack = torch.stack([nesterov[k] for k in members])
+                stack = stack.float() if stack.device.type == "cpu" else stack.bfloat16()
+                for k, direction in zip(members, orthogonalize(stack, group["ns_coefficients"]), strict=True):
+                    directions[k].copy_(direction)
+            if shared:
+                dist.all_reduce(flat)
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            for p, direction in zip(parameters, directions, strict=True):
+                p.sub_(direction, alpha=group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+
+
+def _equal_shapes(parameters: list[Tensor], chosen: Iterable[int]) -> Iterator[list[int]]:
+    """The chosen positions in lists of equal shape, each list small enough (about 4 MB) for a cache."""
+    by_shape = defaultdict(list)
+    for k in chosen:
+        by_shape[parameters[k].shape].append(k)
+    for shape, members in by_shape.items():
+        length = max(1, 2**20 // shape.numel())
+        yield from (members[first : first + length] for first in range(0, len(members), length))
+
+
 def build_optimizers(masters: dict[str, Tensor], matrices: set[str], config: OptimizerConfig):
     """The optimisers of a run.
 
@@ -81,7 +142,7 @@ def build_optimizers(masters: dict[str, Tensor], matrices: set[str], config: Opt
         )
     }
     if chosen:
-        optimizers["muon"] = torch.optim.Muon(
+        optimizers["muon"] = Muon(
             [p for name, p in masters.items() if name in chosen],
             lr=config.muon_lr,
             momentum=config.momentum,

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import build_tiny_pipeline
+from tiny import build_tiny_pipeline
 
 from nitro_e_lite import evaluate as ev
 from nitro_e_lite.geneval import load_prompts

@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import build_tiny_pipeline
 from PIL import Image
+from tiny import build_tiny_pipeline
 
 import nitro_e_lite
 from nitro_e_lite.checkpoint import save_official
