@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -175,7 +176,13 @@ def time_transformer(
     dtype: str | torch.dtype | None = None,
     repeats: int = 3,
 ) -> dict[str, float]:
-    """Times one batch through random weights: `forward_seconds` and `forward_backward_seconds`."""
+    """Times one batch through random weights.
+
+    Returns:
+        Medians `forward_seconds` and `forward_backward_seconds`, and `products_seconds`: the matrix products
+        of the forward pass's Linear layers alone, with weights that lie in the cache. No implementation in this number
+        type can make the forward faster than that, nor forward and backward faster than three times that.
+    """
     device = common.pick_device(device)
     dtype = common.pick_dtype(dtype, device)
     model = EMMDiTTransformer2DModel(**config).to(device, dtype)
@@ -194,5 +201,35 @@ def time_transformer(
         model(*inputs).sample.float().square().mean().backward()
 
     with torch.no_grad():
+        products = time_products(model, inputs, repeats)
         forward = median_seconds(lambda: model(*inputs), repeats)
-    return {"forward_seconds": forward, "forward_backward_seconds": median_seconds(step, repeats)}
+    return {
+        "products_seconds": products,
+        "forward_seconds": forward,
+        "forward_backward_seconds": median_seconds(step, repeats),
+    }
+
+
+@torch.no_grad()
+def time_products(model: nn.Module, inputs: Sequence[torch.Tensor], repeats: int = 3) -> float:
+    """Seconds of the matrix products in the Linear layers of `model(*inputs)`, each shape timed by itself."""
+    seconds = 0.0
+    for (rows, width, out), count in product_shapes(model, inputs).items():
+        tokens, weight = inputs[0].new_ones(rows, width), inputs[0].new_ones(out, width)
+        seconds += count * median_seconds(partial(F.linear, tokens, weight), max(5, repeats))
+    return seconds
+
+
+@torch.no_grad()
+def product_shapes(model: nn.Module, inputs: Sequence[torch.Tensor]) -> Counter[tuple[int, int, int]]:
+    """(rows, inputs, outputs) -> how many Linear layers of `model(*inputs)` multiply so."""
+    shapes: Counter[tuple[int, int, int]] = Counter()
+
+    def record(layer: nn.Linear, arguments: tuple[torch.Tensor, ...]) -> None:
+        shapes[arguments[0].numel() // layer.in_features, layer.in_features, layer.out_features] += 1
+
+    handles = [m.register_forward_pre_hook(record) for m in model.modules() if isinstance(m, nn.Linear)]
+    model(*inputs)
+    for handle in handles:
+        handle.remove()
+    return shapes

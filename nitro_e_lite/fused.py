@@ -142,6 +142,6 @@ def gated_residual(tokens: Tensor, gate: Tensor, update: Tensor) -> Tensor:
 
 def gelu(inputs: Tensor) -> Tensor:
     """GELU in its tanh form, any shape."""
-    if usable(inputs) and inputs.dtype == torch.float32:
+    if usable(inputs) and inputs.dtype == torch.float32 and torch.is_grad_enabled() and inputs.requires_grad:
         return _Gelu.apply(inputs)
     return F.gelu(inputs, approximate="tanh")

@@ -61,7 +61,16 @@ def test_time_transformer_trains_and_draws():
     times = benchmark.time_transformer(
         benchmark.model_config("smoke"), batch=1, text_tokens=16, device="cpu", repeats=1
     )
+    assert 0 < times["products_seconds"] < times["forward_backward_seconds"]
     assert 0 < times["forward_seconds"] < times["forward_backward_seconds"]
+
+
+def test_product_shapes_hold_all_counted_flops():
+    config = benchmark.model_config("smoke")
+    inputs = torch.randn(2, 8, 16, 16), torch.randn(2, 16, 256), torch.rand(2)
+    shapes = benchmark.product_shapes(EMMDiTTransformer2DModel(**config), inputs)
+    flops = sum(2 * rows * width * out * count for (rows, width, out), count in shapes.items())
+    assert flops == benchmark.count_flops(config, batch=2, text_tokens=16).weights
 
 
 def test_smoke_and_lite_sizes_build():
