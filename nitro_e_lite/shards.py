@@ -29,14 +29,12 @@ its number alone: the length and the place of every other row stay as they are, 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import shutil
 import warnings
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -447,46 +445,3 @@ def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     """The order of one epoch; remembered, because every step of the epoch asks for it."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(length, generator=generator).numpy()
-
-
-def batches(
-    data: LatentDataset,
-    seed: int,
-    batch_size: int,
-    first_step: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    workers: int = 0,
-) -> Iterator[LatentBatch]:
-    """This process's part of every step from ``first_step`` on, without end.
-
-    The parts of all processes, put one after the other, are the rows of ``batch_indices``, whatever ``world`` is: a run
-    may be resumed in the middle of an epoch with another number of processes.
-
-    Args:
-        data: what to read.
-        seed: of the order.
-        batch_size: rows a step, over all processes.
-        first_step: global step to begin with.
-        rank: number of this process.
-        world: number of processes.
-        workers: threads that read ahead; 0 reads when asked.
-
-    Raises:
-        ValueError: when ``batch_size`` cannot be divided by ``world``.
-    """
-    if batch_size % world:
-        raise ValueError(f"batch_size={batch_size}: must be a multiple of the {world} processes")
-    mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-
-    def read(step: int) -> LatentBatch:
-        return data.batch(batch_indices(seed, len(data), batch_size, step)[mine])
-
-    if workers == 0:
-        yield from map(read, itertools.count(first_step))
-    with ThreadPoolExecutor(workers) as pool:
-        ahead = deque(pool.submit(read, first_step + k) for k in range(2 * workers))
-        for step in itertools.count(first_step + 2 * workers):
-            result = ahead.popleft().result()
-            ahead.append(pool.submit(read, step))
-            yield result

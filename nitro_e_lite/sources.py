@@ -1,0 +1,378 @@
+"""Raw data sets as they are downloaded: layouts on disk to pictures with captions.
+
+Every data set comes in its own shape: a thousand tar files and ten million text files, one long list of JSON lines
+beside two hundred folders, a list of prompts with no pictures at all. A *source* hides that. It names its **parts**,
+independent pieces of work in a fixed order, and gives the **items** of a part from any position on. That is all that
+``encode_data.py`` needs to share the work among processes and to carry on after a kill.
+
+============  ==========================================================================================
+kind          layout
+============  ==========================================================================================
+``sa1b``      ``sa_*.tar`` (or unpacked folders ``sa_*/``) and ``captions/sa_<number>.txt``
+``journeydb`` ``data/train/train_anno_realease_repath.jsonl`` beside ``data/train/imgs/<000..199>/*.jpg``
+``fluxdb``    a file of prompts (.txt, .jsonl, .parquet); a diffusers pipeline draws the pictures
+``folder``    ``captions.jsonl`` with ``{"file_name": ..., "text": ...}`` lines beside the pictures
+============  ==========================================================================================
+
+An item is a ``Record`` or, where something is wrong with it, a ``Problem`` with the reason. Nothing is left out without
+one. Source: the layouts are those that the published preparation code of Nitro-E reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import tarfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+LINES = 10_000  # of a list of captions that make one part
+FLUX = {"height": 512, "width": 512, "num_inference_steps": 20, "guidance_scale": 3.5, "max_sequence_length": 512}
+"""How the published FLUXDB was drawn with FLUX.1-dev."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A picture, not decoded yet (file contents, path or PIL image), with its captions."""
+
+    key: str
+    image: bytes | Path | Image.Image
+    captions: list[str]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why an item gives no picture."""
+
+    key: str
+    reason: str
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Pictures
+# -----------------------------------------------------------------------------------------------------------
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture as 8-bit RGB: turned as its EXIF entry says, transparent parts over white, the first frame only."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # more than 8 bits a pixel, which Pillow would cut off at 255
+        values = np.asarray(image).astype(np.float64)
+        top = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0
+        image = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def square(image: bytes | Path | Image.Image, size: int) -> np.ndarray:
+    """A picture as training sees it: centre crop, shorter side resized to ``size`` (bicubic).
+
+    Returns:
+        uint8 (size, size, 3).
+
+    Raises:
+        ValueError: a file that is no picture, is cut short, or has a side below half of ``size``.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd files that it can read
+            if not isinstance(image, Image.Image):
+                image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+            if min(image.size) < size // 2:
+                raise ValueError(f"picture is smaller than {size // 2} px")
+            return np.asarray(ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC))
+    except FileNotFoundError:
+        reason = "picture is missing"
+    except (OSError, SyntaxError, EOFError, TypeError, OverflowError, Image.DecompressionBombError) as error:
+        reason = f"picture cannot be read ({type(error).__name__})"
+    raise ValueError(reason)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Layouts
+# -----------------------------------------------------------------------------------------------------------
+
+
+class Source:
+    """A raw data set. Subclasses give ``kind``, ``parts`` and ``items``."""
+
+    kind: str
+
+    def parts(self) -> list[str]:
+        """Names of independent pieces of work, in the order of the data set."""
+        raise NotImplementedError
+
+    def items(self, part: str, start: int = 0) -> Iterator[Record | Problem]:
+        """The items of a part from number ``start`` on; always the same ones in the same order."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for the data set's card; a run that resumes must find the same."""
+        return {"source": self.kind}
+
+
+def record(key: str, image: bytes | Path | Image.Image, captions: Any) -> Record | Problem:
+    """A record, or a problem where ``captions`` (a text or a list of texts) is missing, empty or something else."""
+    texts = [captions] if isinstance(captions, str) else captions if isinstance(captions, list) else []
+    texts = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+    return Record(key, image, texts) if texts else Problem(key, "caption is missing or empty")
+
+
+class SA1B(Source):
+    """Tar files of SA-1B as Meta serves them, captions of SAM-LLaVA-Captions10M unpacked into ``captions``.
+
+    Tar files may also be unpacked, a folder each. Masks are skipped over. A part is a tar file.
+
+    Args:
+        path: folder with ``sa_*.tar`` or ``sa_*/``.
+        captions: folder with ``sa_<number>.txt``; ``path/captions`` when None.
+
+    Raises:
+        FileNotFoundError: no tar files or no captions there.
+    """
+
+    kind = "sa1b"
+
+    def __init__(self, path: str | Path, captions: str | Path | None = None):
+        self.path, self.captions = Path(path), Path(captions or Path(path) / "captions")
+        self._parts = {p.stem: p for p in sorted(self.path.glob("sa_*")) if p.suffix == ".tar" or p.is_dir()}
+        if not self._parts:
+            raise FileNotFoundError(f"{path}: no sa_*.tar and no folders sa_*; see data_cards/sa1b.md")
+        if not self.captions.is_dir():
+            raise FileNotFoundError(f"{self.captions}: unpack SA1B_caption.tar.gz here; see data_cards/sa1b.md")
+        inside = [p for p in itertools.islice(self.captions.iterdir(), 2)]
+        if len(inside) == 1 and inside[0].is_dir():  # the archive packed its folder too
+            self.captions = inside[0]
+
+    def parts(self) -> list[str]:
+        return list(self._parts)
+
+    def items(self, part: str, start: int = 0) -> Iterator[Record | Problem]:
+        path = self._parts[part]
+        if path.is_dir():
+            for file in sorted(path.rglob("*.jpg"))[start:]:
+                yield self._with_caption(file.stem, file)
+            return
+        number, size, whole = 0, path.stat().st_size, False
+        with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.offset_data + member.size > size:
+                    break
+                if member.isfile() and member.name.endswith(".jpg"):
+                    if number >= start:
+                        yield self._with_caption(PurePosixPath(member.name).stem, tar.extractfile(member).read())
+                    number += 1
+            else:
+                tar.fileobj.seek(-min(1024, size), 2)
+                whole = not any(tar.fileobj.read())  # two empty blocks end a tar file
+        if not whole and number >= start:
+            yield Problem(f"{path.name} after {number} pictures", "tar file is cut short or damaged; get it again")
+
+    def _with_caption(self, key: str, image: bytes | Path) -> Record | Problem:
+        try:
+            return record(key, image, (self.captions / f"{key}.txt").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return Problem(key, "caption is missing or empty")
+        except ValueError:
+            return Problem(key, "caption is not UTF-8")
+
+
+class JsonLines(Source):
+    """A file with one JSON object a line. A part is ``LINES`` of them, found by its place in the file."""
+
+    names: tuple[str, ...]
+
+    def __init__(self, path: str | Path):
+        self.file = self._find(Path(path))
+        self._offsets, self._lines, offset = [], 0, 0
+        with open(self.file, "rb") as file:
+            for line in file:
+                if self._lines % LINES == 0:
+                    self._offsets.append(offset)
+                offset += len(line)
+                self._lines += 1
+
+    def _find(self, path: Path) -> Path:
+        for candidate in (path, *(path / name for name in self.names)):
+            if candidate.is_file():
+                return candidate
+        raise FileNotFoundError(f"{path}: holds none of {', '.join(self.names)}; see the data card of {self.kind!r}")
+
+    def parts(self) -> list[str]:
+        return [f"lines-{k * LINES:09d}" for k in range(len(self._offsets))]
+
+    def describe(self) -> dict[str, Any]:
+        return {"source": self.kind, "lines": self._lines}
+
+    def items(self, part: str, start: int = 0) -> Iterator[Record | Problem]:
+        first = int(part.removeprefix("lines-"))
+        with open(self.file, "rb") as file:
+            file.seek(self._offsets[first // LINES])
+            for number, line in enumerate(itertools.islice(file, LINES)):
+                if number >= start:
+                    yield self._item(f"{self.file.name}, line {first + number + 1}", line)
+
+    def _item(self, place: str, line: bytes) -> Record | Problem:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        return self.read(entry) if isinstance(entry, dict) else Problem(place, "line is no JSON object")
+
+    def read(self, entry: dict[str, Any]) -> Record | Problem:
+        """One line to an item."""
+        raise NotImplementedError
+
+    @staticmethod
+    def inside(name: Any) -> PurePosixPath | None:
+        """A relative path that stays in its folder, or None."""
+        path = PurePosixPath(name) if isinstance(name, str) and name else None
+        return None if path is None or path.is_absolute() or ".." in path.parts else path
+
+
+class JourneyDB(JsonLines):
+    """JourneyDB as its hub repository unpacks: a list of lines beside one folder for each archive of pictures.
+
+    The caption is the prompt, as in the published preparation. Archives that were not downloaded cost one count each.
+    """
+
+    kind = "journeydb"
+    names = tuple(
+        f"{folder}{name}"
+        for folder in ("", "train/", "data/train/")
+        for name in ("train_anno_realease_repath.jsonl", "train_anno.jsonl", "valid_anno_repath.jsonl")
+    )
+
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        self.images = self.file.parent / "imgs"
+        self._archives = {p.name for p in self.images.iterdir() if p.is_dir()} if self.images.is_dir() else set()
+        if not self._archives:
+            raise FileNotFoundError(f"{self.images}: no folders of pictures; unpack 000.tgz and others here")
+
+    def read(self, entry: dict[str, Any]) -> Record | Problem:
+        path = self.inside(entry.get("img_path"))
+        if path is None:
+            return Problem(str(entry.get("img_path")), "img_path is missing or leads out of the folder")
+        if path.parts[0] not in self._archives:
+            return Problem(f"archive {path.parts[0]}", "archive was not downloaded")
+        return record(str(path), self.images / path, entry.get("prompt"))
+
+
+class Folder(JsonLines):
+    """Your own pictures: a folder with ``captions.jsonl`` (or ``metadata.jsonl``, as Hugging Face names it).
+
+    A line is ``{"file_name": "a.jpg", "text": "..."}``; ``captions`` with a list in place of ``text`` gives several.
+    """
+
+    kind = "folder"
+    names = ("captions.jsonl", "metadata.jsonl")
+
+    def parts(self) -> list[str]:
+        """As of any list, and one more for pictures without a line."""
+        return [*super().parts(), "unlisted"]
+
+    def items(self, part: str, start: int = 0) -> Iterator[Record | Problem]:
+        if part != "unlisted":
+            yield from super().items(part, start)
+            return
+        root = self.file.parent
+        named = {item.key for p in self.parts()[:-1] for item in super(Folder, self).items(p)}
+        found = (p.relative_to(root).as_posix() for p in sorted(root.rglob("*")) if p.suffix.lower() in PICTURES)
+        for name in itertools.islice((name for name in found if name not in named), start, None):
+            yield Problem(name, f"no line in {self.file.name} names this picture")
+
+    def read(self, entry: dict[str, Any]) -> Record | Problem:
+        name = entry.get("file_name", entry.get("image"))
+        path = self.inside(name)
+        if path is None:
+            return Problem(str(name), "file_name is missing or leads out of the folder")
+        texts = next((entry[field] for field in ("text", "caption", "captions") if field in entry), None)
+        return record(str(path), self.file.parent / path, texts)
+
+
+class Prompts(Source):
+    """Pictures drawn from a list of prompts: how FLUXDB was made. The prompt is the caption.
+
+    The picture of a prompt depends on the prompt's number and ``seed`` alone, not on the batch or the process.
+
+    Args:
+        path: ``.txt`` (a prompt a line), ``.jsonl`` (field ``prompt``) or ``.parquet``.
+        pipeline: any diffusers text-to-image pipeline, ready on its device.
+        settings: arguments of its call; ``FLUX`` for FLUX.1-dev.
+        column: field that holds the prompt; None finds ``prompt``, ``re_caption``, ``caption`` or ``text``.
+        batch: prompts drawn at once.
+        seed: of the noise.
+
+    Raises:
+        ValueError: another kind of file, or no such column.
+    """
+
+    kind = "fluxdb"
+
+    def __init__(
+        self,
+        path: str | Path,
+        pipeline: Callable[..., Any],
+        settings: dict[str, Any],
+        column: str | None = None,
+        batch: int = 8,
+        seed: int = 0,
+    ):
+        kinds = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
+        if Path(path).suffix not in kinds:
+            raise ValueError(f"path={str(path)!r}: must be a file that ends in {', '.join(kinds)}")
+        rows = datasets.load_dataset(kinds[Path(path).suffix], data_files=str(path), split="train")
+        known = [column] if column else ["prompt", "re_caption", "caption", "text"]
+        column = next((name for name in known if name in rows.column_names), None)
+        if column is None:
+            raise ValueError(f"column: {path} has {', '.join(rows.column_names)}, none of {', '.join(known)}")
+        self._prompts: Sequence[str] = rows[column]
+        self._pipeline, self._settings, self._batch, self._seed = pipeline, settings, batch, seed
+        digests = b"".join(hashlib.blake2b(str(text).encode(), digest_size=8).digest() for text in self._prompts)
+        self._first = np.zeros(len(self._prompts), bool)  # whether a prompt occurs for the first time
+        self._first[np.unique(np.frombuffer(digests, np.uint64), return_index=True)[1]] = True
+
+    def parts(self) -> list[str]:
+        return [f"prompts-{first:09d}" for first in range(0, len(self._prompts), LINES)]
+
+    def describe(self) -> dict[str, Any]:
+        return {"source": self.kind, "prompts": len(self._prompts), "settings": self._settings, "seed": self._seed}
+
+    def items(self, part: str, start: int = 0) -> Iterator[Record | Problem]:
+        first = int(part.removeprefix("prompts-"))
+        end = min(first + LINES, len(self._prompts))
+        for begin in range(first + start, end, self._batch):
+            chunk = range(begin, min(begin + self._batch, end))
+            drawn = [n for n in chunk if self._first[n] and self._prompts[n] and self._prompts[n].strip()]
+            images = dict(zip(drawn, self._draw(drawn), strict=True))
+            for n in chunk:
+                yield self._item(n, images.get(n))
+
+    def _draw(self, numbers: list[int]) -> list[Image.Image]:
+        if not numbers:
+            return []
+        generators = [torch.Generator().manual_seed(self._seed * 1_000_003 + n) for n in numbers]
+        return self._pipeline([self._prompts[n] for n in numbers], generator=generators, **self._settings).images
+
+    def _item(self, number: int, image: Image.Image | None) -> Record | Problem:
+        key = f"prompt {number}"
+        if image is None:
+            return Problem(key, "prompt is missing or empty" if self._first[number] else "prompt was there before")
+        if len(set(image.convert("L").getextrema())) == 1:
+            return Problem(key, "picture of one colour: the pipeline's numbers overflowed")
+        return record(key, image, self._prompts[number])

@@ -1,0 +1,341 @@
+"""The raw layouts, each built here on a small scale with everything that is wrong in the real ones."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import build_tiny_pipeline
+
+from nitro_e_lite.sources import SA1B, Folder, JourneyDB, Problem, Prompts, Record, square
+
+
+def photo(width=40, height=30, mode="RGB", seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def encoded(image, kind="JPEG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def everything(source):
+    return [item for part in source.parts() for item in source.items(part)]
+
+
+def problems(items):
+    return {item.key: item.reason for item in items if isinstance(item, Problem)}
+
+
+def check_positions(source):
+    """Items from any position on are the rest of all items."""
+    for part in source.parts():
+        whole = list(source.items(part))
+        for start in range(len(whole) + 1):
+            rest = list(source.items(part, start))
+            assert [item.key for item in rest] == [item.key for item in whole[start:]]
+            assert [type(item) for item in rest] == [type(item) for item in whole[start:]]
+
+
+# pictures
+
+
+def test_square_keeps_the_middle():
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, :20], wide[:, 20:40], wide[:, 40:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    assert (square(Image.fromarray(wide), 20) == (0, 255, 0)).all()
+    assert (square(Image.fromarray(wide.transpose(1, 0, 2)), 20) == (0, 255, 0)).all()
+    assert square(Image.fromarray(wide), 40).shape == (40, 40, 3)  # enlarged: not below half
+
+
+@pytest.mark.parametrize("width, height", [(16, 16), (17, 31), (333, 16), (33, 500), (8, 9)])
+def test_odd_sizes(width, height):
+    assert square(encoded(photo(width, height)), 16).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("mode, kind", [("L", "PNG"), ("1", "PNG"), ("P", "GIF"), ("CMYK", "JPEG"), ("CMYK", "TIFF")])
+def test_other_colour_modes_keep_their_colour(mode, kind):
+    color = {"L": 200, "1": 1, "P": 3, "CMYK": (0, 255, 0, 0)}[mode]
+    image = Image.new(mode, (32, 32), color)
+    if mode == "P":
+        image.putpalette([0, 0, 0] * 3 + [10, 120, 230])
+    wanted = {"L": (200,) * 3, "1": (255,) * 3, "P": (10, 120, 230), "CMYK": (255, 0, 255)}[mode]
+    found = square(encoded(image, kind), 16)
+    assert found.dtype == np.uint8 and np.abs(found.astype(int) - wanted).max() <= 4
+
+
+@pytest.mark.parametrize("bits", [np.uint16, np.int32])
+def test_sixteen_bit_grey_keeps_its_range(bits):
+    values = np.full((32, 32), 128 * 257, bits)
+    kind = "PNG" if bits is np.uint16 else "TIFF"
+    assert (square(encoded(Image.fromarray(values), kind), 16) == 128).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_parts_become_white(mode):
+    image = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    options = {}
+    if mode == "P":
+        image, options = Image.new("P", (32, 32), 0), {"transparency": 0}
+    assert (square(encoded(image.convert(mode), "PNG", **options), 16) == 255).all()
+
+
+def test_exif_turns_the_picture():
+    image = Image.new("RGB", (32, 32), "white")
+    image.paste("black", (0, 0, 32, 16))  # upper half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    turned = square(encoded(image, exif=exif), 32)
+    assert turned[:, 24:].mean() < 20 and turned[:, :8].mean() > 235
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "cannot be read"),
+        (b"<html>link expired</html>", "cannot be read"),
+        (encoded(photo(400, 300))[:3000], "cannot be read"),
+        (encoded(photo(400, 300), "PNG")[:3000], "cannot be read"),
+        (encoded(photo(7, 300)), "smaller than 8 px"),
+        (Path("nowhere.jpg"), "is missing"),
+    ],
+)
+def test_broken_pictures_say_why(data, reason):
+    with pytest.raises(ValueError, match=reason):
+        square(data, 16)
+
+
+# SA-1B
+
+
+def add(tar, name, data):
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def sa1b(tmp_path):
+    """Two tar files with masks, as served; captions as text files."""
+    captions = tmp_path / "captions"
+    captions.mkdir()
+    for number, first in enumerate((1, 11186)):
+        with tarfile.open(tmp_path / f"sa_{number:06d}.tar", "w") as tar:
+            for k in range(first, first + 4):
+                add(tar, f"./sa_{k}.jpg", encoded(photo(60 + k % 7, 45, seed=k)))
+                add(tar, f"./sa_{k}.json", b'{"annotations": []}')
+                (captions / f"sa_{k}.txt").write_text(f"A photo, number {k}: café, 東京.\n", encoding="utf-8")
+    (captions / "sa_2.txt").unlink()
+    (captions / "sa_3.txt").write_text(" \n")
+    (captions / "sa_4.txt").write_bytes(b"\xff\xfe\x00broken")
+    return tmp_path
+
+
+def test_sa1b(sa1b):
+    source = SA1B(sa1b)
+    assert source.parts() == ["sa_000000", "sa_000001"]
+    items = everything(source)
+    assert [item.key for item in items] == [f"sa_{k}" for k in (1, 2, 3, 4, 11186, 11187, 11188, 11189)]
+    assert items[0].captions == ["A photo, number 1: café, 東京."]
+    assert square(items[0].image, 32).shape == (32, 32, 3)
+    reasons = problems(items)
+    assert reasons["sa_2"] == reasons["sa_3"] == "caption is missing or empty"
+    assert reasons["sa_4"] == "caption is not UTF-8" and len(reasons) == 3
+    check_positions(source)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.45, 0.62])
+def test_sa1b_tar_cut_short(sa1b, share):
+    path = sa1b / "sa_000001.tar"
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    source = SA1B(sa1b)
+    items = list(source.items("sa_000001"))
+    assert len(items) < 5 and isinstance(items[-1], Problem) and "tar file is cut short" in items[-1].reason
+    assert all(isinstance(item, Record) for item in items[:-1])
+    check_positions(source)
+
+
+def test_sa1b_that_is_no_tar_at_all(sa1b):
+    (sa1b / "sa_000001.tar").write_bytes(b"<html>URL signature expired</html>")
+    (item,) = SA1B(sa1b).items("sa_000001")
+    assert "tar file is cut short or damaged" in item.reason and "sa_000001.tar" in item.key
+
+
+def test_sa1b_unpacked_and_captions_one_folder_deeper(sa1b):
+    tarred = [item.key for item in everything(SA1B(sa1b))]
+    for path in sorted(sa1b.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            tar.extractall(path.with_suffix(""), filter="data")
+        path.unlink()
+    (sa1b / "captions").rename(sa1b / "inner")
+    (sa1b / "captions").mkdir()
+    (sa1b / "inner").rename(sa1b / "captions" / "SA1B_caption")
+    source = SA1B(sa1b)
+    assert [item.key for item in everything(source)] == tarred
+    assert len(problems(everything(source))) == 3
+    check_positions(source)
+
+
+def test_sa1b_says_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no sa_"):
+        SA1B(tmp_path)
+    (tmp_path / "sa_000000").mkdir()
+    with pytest.raises(FileNotFoundError, match="unpack SA1B_caption.tar.gz"):
+        SA1B(tmp_path)
+
+
+# JourneyDB
+
+
+@pytest.fixture
+def journeydb(tmp_path):
+    """One archive of three, with the fields of the real annotation file."""
+    train = tmp_path / "data" / "train"
+    (train / "imgs" / "000").mkdir(parents=True)
+    entries = []
+    for k in range(6):
+        name = f"{k:08x}-ünïcode-星.jpg"
+        photo(70, 50 + k, seed=k).save(train / "imgs" / "000" / name)
+        entry = {"img_path": f"./000/{name}", "prompt": f"a castle, 8k, octane render --ar 16:9 {k}"}
+        entry |= {"Task1": {"Subject": "castle", "Style": "8k"}, "Task2": {"Caption": "A castle."}}
+        entries.append(entry | {"Task3": {"Content": []}})
+    entries[1]["prompt"] = ""
+    del entries[2]["prompt"]
+    entries[3]["img_path"] = "./000/gone.jpg"
+    entries[4]["img_path"] = "../../../etc/passwd"
+    lines = [json.dumps(entry, ensure_ascii=k % 2 == 0) for k, entry in enumerate(entries)]
+    lines += [json.dumps({"img_path": f"./{k:03d}/x.jpg", "prompt": "p"}) for k in (17, 17, 199)]
+    lines += ['{"img_path": "./000/', "[]"]
+    (train / "train_anno_realease_repath.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("at", ["", "data/train", "data/train/train_anno_realease_repath.jsonl"])
+def test_journeydb(journeydb, at):
+    source = JourneyDB(journeydb / at)
+    items = everything(source)
+    assert len(items) == 11 and source.describe()["lines"] == 11
+    good = [item for item in items if isinstance(item, Record)]
+    assert [item.key for item in good] == [
+        "000/00000000-ünïcode-星.jpg",
+        "000/gone.jpg",
+        "000/00000005-ünïcode-星.jpg",
+    ]
+    assert good[0].captions == ["a castle, 8k, octane render --ar 16:9 0"]
+    assert square(good[0].image, 32).shape == (32, 32, 3)
+    with pytest.raises(ValueError, match="picture is missing"):
+        square(good[1].image, 32)
+    reasons = [item.reason for item in items if isinstance(item, Problem)]
+    assert reasons.count("caption is missing or empty") == 2 and reasons.count("archive was not downloaded") == 3
+    assert reasons.count("line is no JSON object") == 2
+    assert reasons.count("img_path is missing or leads out of the folder") == 1
+    assert {item.key for item in items if "archive" in getattr(item, "reason", "")} == {"archive 017", "archive 199"}
+    check_positions(source)
+
+
+def test_journeydb_says_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train_anno_realease_repath"):
+        JourneyDB(tmp_path)
+    (tmp_path / "train_anno.jsonl").write_text("{}\n")
+    with pytest.raises(FileNotFoundError, match="unpack 000.tgz"):
+        JourneyDB(tmp_path)
+
+
+# your own folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    lines = []
+    for k in range(5):
+        photo(50, 40, seed=k).save(tmp_path / f"bild {k} ä.png")
+        lines.append({"file_name": f"bild {k} ä.png", "text": f"caption {k} – 星"})
+    (tmp_path / "broken.jpg").write_bytes(b"not a picture")
+    photo().save(tmp_path / "nobody.webp")
+    lines[1] = {"file_name": "bild 1 ä.png", "captions": ["one way", "", "another way"]}
+    lines[2]["text"] = 5
+    lines += [{"file_name": "broken.jpg", "text": "a"}, {"text": "no name"}, {"file_name": "/etc/hosts", "text": "a"}]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return tmp_path
+
+
+def test_own_folder(folder):
+    source = Folder(folder)
+    items = everything(source)
+    assert items[0] == Record("bild 0 ä.png", folder / "bild 0 ä.png", ["caption 0 – 星"])
+    assert items[1].captions == ["one way", "another way"]
+    reasons = problems(items)
+    assert reasons["bild 2 ä.png"] == "caption is missing or empty"
+    assert reasons["None"] == reasons["/etc/hosts"] == "file_name is missing or leads out of the folder"
+    assert reasons["nobody.webp"] == "no line in captions.jsonl names this picture"
+    assert len(items) == 9 and len(reasons) == 4
+    check_positions(source)
+
+
+def test_lists_longer_than_a_part(folder, monkeypatch):
+    monkeypatch.setattr("nitro_e_lite.sources.LINES", 3)
+    source = Folder(folder)
+    assert source.parts() == ["lines-000000000", "lines-000000003", "lines-000000006", "unlisted"]
+    assert [item.key for item in source.items("lines-000000003")] == ["bild 3 ä.png", "bild 4 ä.png", "broken.jpg"]
+    check_positions(source)
+
+
+# prompts
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return build_tiny_pipeline()
+
+
+SETTINGS = {"num_inference_steps": 1, "guidance_scale": 0.0}
+PROMPTS = ["a red star", "a blue heart", "", "a red star", "two white circles"]
+
+
+@pytest.fixture(params=[".txt", ".jsonl", ".parquet"])
+def prompts(request, tmp_path):
+    import datasets
+
+    path = tmp_path / f"prompts{request.param}"
+    if request.param == ".txt":
+        path.write_text("\n".join(PROMPTS) + "\n")
+    else:
+        rows = datasets.Dataset.from_dict({"prompt": PROMPTS, "prompt_nsfw": [0.0] * 5})
+        rows.to_json(path) if request.param == ".jsonl" else rows.to_parquet(path)
+    return path
+
+
+def test_prompts_are_drawn(prompts, pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    source = Prompts(prompts, pipeline, SETTINGS, batch=2)
+    items = everything(source)
+    assert [item.captions[0] for item in items if isinstance(item, Record)] == [PROMPTS[k] for k in (0, 1, 4)]
+    assert problems(items) == {"prompt 2": "prompt is missing or empty", "prompt 3": "prompt was there before"}
+    assert np.abs(np.asarray(items[0].image) - np.asarray(items[1].image).astype(int)).max() > 0
+    if prompts.suffix == ".txt":  # a picture depends on its number alone
+        other = Prompts(prompts, pipeline, SETTINGS, batch=3)
+        (last,) = other.items(other.parts()[0], 4)
+        assert np.abs(np.asarray(last.image).astype(int) - np.asarray(items[4].image)).max() <= 1
+
+
+def test_overflowed_pictures_are_problems(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "p.txt").write_text("a red star\n")
+    broken = build_tiny_pipeline()
+    broken.vae.decoder.conv_out.weight.data.fill_(0)
+    (item,) = everything(Prompts(tmp_path / "p.txt", broken, SETTINGS))
+    assert "overflowed" in item.reason
+
+
+def test_prompt_files_that_cannot_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"must be a file that ends in \.txt"):
+        Prompts(tmp_path / "p.csv", None, {})
+    (tmp_path / "p.jsonl").write_text('{"words": "a"}\n')
+    with pytest.raises(ValueError, match="has words, none of prompt"):
+        Prompts(tmp_path / "p.jsonl", None, {})
