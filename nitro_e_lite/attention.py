@@ -23,7 +23,6 @@ from nitro_e_lite import fused
 
 BACKENDS = ("auto", "sdpa", "math")
 EPS = 1e-6  # of the RMS norm of queries and keys
-SHORT = 112  # tokens; up to here two matrix products beat the fused kernel on a CPU, most of all in the backward
 
 
 def subregion_split(tokens: Tensor, ratio: int, chunk: int) -> Tensor:
@@ -82,18 +81,18 @@ def scaled_attention(query: Tensor, key: Tensor, value: Tensor, backend: str = "
     Returns:
         `(B, M, S, E)`.
     """
-    if backend == "math" or (backend == "auto" and _math_is_better(query, key)):
+    if backend == "math" or (backend == "auto" and _math_is_better(query)):
         return joint_attention_probabilities(query, key) @ value
     return F.scaled_dot_product_attention(query, key, value)
 
 
-def _math_is_better(query: Tensor, key: Tensor) -> bool:
-    """The fused kernel has no forward mode; on a CPU it is slow on short sequences and in half precision training."""
+def _math_is_better(query: Tensor) -> bool:
+    """The fused kernel has no forward mode; on a CPU its backward is slow in half precision."""
     if fused.forward_mode():
         return True
     half_precision = query.dtype in (torch.float16, torch.bfloat16)
     trains = torch.is_grad_enabled() and query.requires_grad
-    return query.device.type == "cpu" and (key.shape[-2] <= SHORT or (half_precision and trains))
+    return query.device.type == "cpu" and half_precision and trains
 
 
 def _check_divisible(tokens: int, ratio: int, chunk: int) -> None:
