@@ -6,7 +6,7 @@ it); with `--json` standard output holds one JSON object and nothing else; progr
 standard error.
 
 Heavy libraries are imported inside the commands, so that `nitro-e --help` answers at once. The commands that
-look at size, speed and installation are in `cli_measure.py`.
+look at size, speed and installation are in `cli_measure.py`, those that train in `cli_train.py`.
 """
 
 import re
@@ -16,7 +16,8 @@ from typing import Annotated
 
 import typer
 
-from nitro_e_lite import cli_measure
+from nitro_e_lite import cli_measure, cli_train
+from nitro_e_lite.cli_train import finish
 from nitro_e_lite.terminal import (
     Device,
     Dtype,
@@ -24,9 +25,6 @@ from nitro_e_lite.terminal import (
     Json,
     Lora,
     Model,
-    Overrides,
-    Resume,
-    RunDir,
     Steps,
     TextEncoder,
     Vae,
@@ -44,10 +42,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-train_app = typer.Typer(help="Train one of the models of the course.", no_args_is_help=True)
 notebooks_app = typer.Typer(help="The notebooks of the course.", no_args_is_help=True)
 app.add_typer(cli_measure.app)
-app.add_typer(train_app, name="train")
+app.add_typer(cli_train.app)
 app.add_typer(notebooks_app, name="notebooks")
 
 LITE_VOCABULARY = 5000  # a tokenizer with fewer entries is one of this course
@@ -225,22 +222,6 @@ def evaluate(
             show_table(title, ["category", "score"], rows)
 
 
-@command(train_app, "base")
-def train_base(
-    preset: Annotated[str, typer.Option(help="smoke, lite, ...")] = "lite",
-    overrides: Overrides = None,
-    run_dir: RunDir = None,
-    resume: Resume = False,
-    device: Device = None,
-) -> None:
-    """Train the text-to-image transformer; `RUN_DIR/final` holds the weights at the end."""
-    from nitro_e_lite import config
-    from nitro_e_lite.train import train
-
-    chosen = config.override(config.preset("base", preset), overrides or [])
-    finish(train(chosen, run_dir or Path("runs") / f"base-{preset}", resume, device))
-
-
 @command(app, "ship")
 def ship(
     source: Annotated[Path, typer.Argument(help="A finished training run.")],
@@ -252,24 +233,6 @@ def ship(
     from nitro_e_lite import shipping
 
     finish(shipping.ship(source, name, steps=steps, guidance=guidance))
-
-
-@command(train_app, "autoencoder")
-def train_autoencoder(overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = False) -> None:
-    """Train the lite autoencoder."""
-    from nitro_e_lite import config, encoder_training
-
-    chosen = config.override(encoder_training.AutoencoderConfig(), overrides or [])
-    finish(encoder_training.train_autoencoder(chosen, run_dir or Path("runs/autoencoder"), resume))
-
-
-@command(train_app, "language-model")
-def train_language_model(overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = False) -> None:
-    """Train the lite tokenizer and language model."""
-    from nitro_e_lite import config, encoder_training
-
-    chosen = config.override(encoder_training.LanguageModelConfig(), overrides or [])
-    finish(encoder_training.train_language_model(chosen, run_dir or Path("runs/language-model"), resume))
 
 
 @command(notebooks_app, "refresh")
@@ -288,11 +251,6 @@ def notebooks_refresh(
             result["notebooks"].append(vars(done))
             text = f"{done.name}: {done.seconds:.0f} s, {done.cpu_seconds:.0f} s of processor time, {done.size:,} bytes"
             console.print(text, markup=False, soft_wrap=True)
-
-
-def finish(final: Path) -> None:
-    """Prints where the weights of a finished run are."""
-    console.print(f"Weights: {final}", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

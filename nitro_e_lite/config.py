@@ -1,7 +1,9 @@
 """Every hyper-parameter, once: frozen dataclasses, presets, and overrides that refuse what they do not know.
 
 A run is described by one ``TrainConfig``. ``preset("base", "lite")`` is the recipe of the lite model; what trained the
-shipped weights is written beside them, in ``weights/lite/transformer/training.json``.
+shipped weights is written beside them, in ``weights/lite/transformer/training.json``. Stage "base" learns from
+everything, stage "finetune" continues on the better part of the data with a lower learning rate and a longer average.
+The full presets are the paper's: 100,000 and 50,000 steps of 2048 pictures.
 ``override(config, ["optimizer.lr=1e-3", "model.block_groups=[1, 4, 1]"])`` changes some fields. Unknown names and wrong
 types are errors, so a misspelt option never trains the wrong model for two hours.
 """
@@ -9,6 +11,8 @@ types are errors, so a misspelt option never trains the wrong model for two hour
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -36,13 +40,22 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What a run trains on: cached latents of synthetic scenes, made on first use."""
+    """What a run trains on: cached latents of synthetic scenes, made on first use, or a folder of shards.
 
+    ``quality="readable"`` is the lite counterpart of the paper's high-quality subset: only scenes whose stored latents,
+    decoded again, are read by the verifier as exactly the objects of the scene, each in its place. It removes what the
+    autoencoder blurs beyond recognition. At full scale the subset is a shorter list of folders: the paper leaves SA1B
+    out.
+    """
+
+    folders: tuple[str, ...] = ()  # shards of ``nitro-e data encode``; then the fields about scenes count for nothing
+    validation_folders: tuple[str, ...] = ()  # shards to validate on
+    quality: str = "all"  # of scenes: "all" or "readable"
     scenes: int = 40_000  # distinct training scenes
     captions: int = 8  # paraphrases cached with each scene
     validation_scenes: int = 512
     seed: int = 0  # names the endless data set of scenes.sample_scene
-    encoders: str = "lite"  # "lite" or a pipeline folder: gives the autoencoder and the language model
+    encoders: str = "lite"  # "lite", a pipeline folder or "full" (hub ids): autoencoder and language model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +75,15 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RepaConfig:
+    """Alignment with a vision model, see ``repa.py``."""
+
+    weight: float = 0.0  # of the alignment loss; 0 switches it off
+    vision: str = "lite"  # folder of a Dinov2Model or "facebook/dinov2-base"; not loaded when shards hold features
+    hidden: int = 2048  # inner width of the projector
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run of the transformer."""
 
@@ -70,7 +92,8 @@ class TrainConfig:
     seed: int = 0
     start_from: str = ""  # weights to start from: "lite", a pipeline folder or a transformer folder
     steps: int = 6000
-    batch_size: int = 32  # global: over all processes
+    batch_size: int = 32  # global: over all processes and accumulated parts
+    accumulate: int = 1  # parts in which each process works its share off, to save memory
     precision: str = "fp32"  # of the computation ("fp32" or "bf16"); master weights are float32 either way
     caption_dropout: float = 0.1  # replaced by the embedding of ""
     timestep_mean: float = 0.0  # logit-normal
@@ -83,9 +106,14 @@ class TrainConfig:
     keep_checkpoints: int = 2
     max_skipped: int = 20  # non-finite steps before the run stops
     guidance: float = 3.0  # of the sample grids
+    gradient_checkpointing: bool = False  # computes activations again instead of keeping them
+    compile: str = ""  # back end of torch.compile, such as "inductor"; "" computes as written
+    tracker: str = "auto"  # "tensorboard", "wandb", ... or "none"; "auto" is tensorboard when it is installed
+    peak_tflops: float = 0.0  # of one device in bf16, for the utilisation; 0 looks it up in ``hardware.py``
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    repa: RepaConfig = field(default_factory=RepaConfig)
 
     def __post_init__(self):
         _require(self.steps >= 1, "steps", self.steps, ">= 1")
@@ -94,7 +122,14 @@ class TrainConfig:
         _require(0 <= self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "in [0, 1]")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         _require(self.optimizer.name in ("muon", "adamw"), "optimizer.name", self.optimizer.name, "'muon' or 'adamw'")
-        _require(self.data.scenes >= self.batch_size, "data.scenes", self.data.scenes, "at least one batch")
+        _require(self.data.quality in ("all", "readable"), "data.quality", self.data.quality, "'all' or 'readable'")
+        if self.data.folders:
+            _require(bool(self.data.validation_folders), "data.validation_folders", (), "given with data.folders")
+        else:
+            _require(self.data.scenes >= self.batch_size, "data.scenes", self.data.scenes, "at least one batch")
+        _require(self.repa.weight >= 0, "repa.weight", self.repa.weight, ">= 0")
+        _require(self.peak_tflops >= 0, "peak_tflops", self.peak_tflops, ">= 0")
+        _require(self.accumulate >= 1, "accumulate", self.accumulate, ">= 1")
         for name in ("log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
 
@@ -113,14 +148,76 @@ _SMOKE = TrainConfig(
     validate_every=5,
     sample_every=10,
     checkpoint_every=5,
+    tracker="none",
     model=ModelConfig(num_attention_heads=2, attention_head_dim=16, block_groups=(1, 1, 1)),
     data=DataConfig(scenes=32, captions=2, validation_scenes=8),
     optimizer=OptimizerConfig(warmup_steps=2, decay_steps=4),
 )
 
+_FULL = TrainConfig(  # stage 1 of the paper, 8 x 256 pictures a step
+    preset="full",
+    steps=100_000,
+    batch_size=2048,
+    precision="bf16",
+    ema_decay=0.0,  # averaging begins with stage 2
+    log_every=50,
+    validate_every=2000,
+    sample_every=5000,
+    checkpoint_every=1000,
+    keep_checkpoints=3,
+    guidance=4.5,
+    model=ModelConfig(
+        in_channels=32,
+        num_attention_heads=24,
+        caption_channels=2048,
+        block_groups=(4, 16, 4),
+        attention_pattern=((1, 1), (4, 1), (4, 4)),
+    ),
+    data=DataConfig(
+        folders=("data/sa1b", "data/journeydb", "data/fluxdb"), validation_folders=("data/validation",), encoders="full"
+    ),
+    optimizer=OptimizerConfig(
+        name="adamw",
+        lr=3e-4,
+        betas=(0.9, 0.999),  # not published: torch's own
+        weight_decay=0.03,
+        clip=0.5,
+        warmup_steps=500,
+        decay_steps=0,
+    ),
+    repa=RepaConfig(weight=0.5, vision="facebook/dinov2-base"),
+)
+
+
+def _finetune(base: TrainConfig, optimizer: dict[str, Any], data: dict[str, Any], **changes: Any) -> TrainConfig:
+    """Stage 2 of ``base``: the better part of its data, a third of its learning rate, without REPA."""
+    return dataclasses.replace(
+        base,
+        stage="finetune",
+        data=dataclasses.replace(base.data, **data),
+        optimizer=dataclasses.replace(base.optimizer, **optimizer),
+        repa=RepaConfig(),
+        **changes,
+    )
+
+
+_THIRD = {"lr": 7e-4, "muon_lr": 7e-3}
 PRESETS: dict[tuple[str, str], TrainConfig] = {
     ("base", "smoke"): _SMOKE,
     ("base", "lite"): TrainConfig(),
+    ("base", "full"): _FULL,
+    ("finetune", "smoke"): _finetune(_SMOKE, _THIRD, {"quality": "readable"}),
+    ("finetune", "lite"): _finetune(
+        TrainConfig(),
+        _THIRD | {"warmup_steps": 50, "decay_steps": 1000},
+        {"quality": "readable"},
+        start_from="lite",
+        steps=3000,
+        ema_decay=0.999,
+    ),
+    ("finetune", "full"): _finetune(
+        _FULL, {"lr": 1e-4, "clip": 1.0}, {"folders": ("data/journeydb", "data/fluxdb")}, steps=50_000, ema_decay=0.9999
+    ),
 }
 
 
@@ -152,6 +249,20 @@ def override(config: T, assignments: list[str]) -> T:
             raise ValueError(f"{assignment!r}: must read field=value")
         config = _replace(config, path.strip().split("."), yaml.safe_load(text), path)
     return config
+
+
+def assignments(config: TrainConfig) -> list[str]:
+    """The ``override`` strings that make ``config`` out of its preset."""
+    return list(_differences(preset(config.stage, config.preset), config))
+
+
+def _differences(before, now, path: str = "") -> Iterator[str]:
+    for item in dataclasses.fields(now):
+        one, other, name = getattr(before, item.name), getattr(now, item.name), f"{path}{item.name}"
+        if dataclasses.is_dataclass(other):
+            yield from _differences(one, other, f"{name}.")
+        elif one != other:
+            yield f"{name}={json.dumps(other)}"
 
 
 def _replace(config, names: list[str], value, path: str):

@@ -17,7 +17,7 @@ from nitro_e_lite import encoders
 from nitro_e_lite.common import weights_dir
 from nitro_e_lite.encoders import LatentStats
 
-LITE_TEXT_LENGTH = 32  # tokens a lite caption is padded to
+LITE_TEXT_LENGTH, FULL_TEXT_LENGTH = 32, 128  # tokens a caption is padded to
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,18 @@ def load_encoders(
     """Loads ``vae`` (with ``latent_stats.json``), ``text_encoder`` and ``tokenizer`` of one folder.
 
     Args:
-        source: a name of shipped weights, or a folder.
+        source: a name of shipped weights, a folder, or "full": DC-AE f32c32 and Llama-3.2-1B from the hub.
         device: where to put the models.
         dtype: of the language model and the autoencoder.
 
     Raises:
         EncoderUnavailable: when the folder holds no such models.
     """
+    if source == "full":
+        tokenizer, text_encoder = encoders.load_text_encoder(encoders.FULL_TEXT_ENCODER, device=device, dtype=dtype)
+        vae = encoders.load_autoencoder(encoders.FULL_AUTOENCODER, device=device, dtype=dtype)
+        stats = LatentStats.from_scaling_factor(vae.config.scaling_factor, vae.config.latent_channels)
+        return Encoders(vae, tokenizer, text_encoder, stats, FULL_TEXT_LENGTH)
     shipped = weights_dir() / source
     folder = shipped if shipped.is_dir() else Path(source)
     if not (folder / "vae" / "latent_stats.json").is_file():

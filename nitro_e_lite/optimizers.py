@@ -43,11 +43,12 @@ class MasterWeights:
         self._trained = trained
 
     def collect_gradients(self) -> None:
-        """Moves the gradients of the computing copy to the masters."""
+        """Moves the gradients of the computing copy to the masters, adding to what is there, in float32."""
         for name, master in self.masters.items():
             parameter = self._trained[name]
-            if parameter is not master and parameter.grad is not None:  # the last block never asks text queries
-                master.grad = parameter.grad.float()
+            if parameter is not master and parameter.grad is not None:
+                gradient = parameter.grad.float()
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 parameter.grad = None
 
     @torch.no_grad()

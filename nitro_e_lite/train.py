@@ -1,12 +1,18 @@
 """Training E-MMDiT: one loop for the laptop and the node.
 
 Each step takes the next batch of cached latents, mixes it with noise at a random ``t``, and moves the model's velocity
-towards ``eps - x0``. Around that line of mathematics stand the things that make a run trustworthy:
+towards ``eps - x0``; with REPA it also turns the early tokens towards a vision model's features. Around these lines of
+mathematics stand the things that make a run trustworthy:
 
 * **Masters and Muon.** See ``optimizers.py``.
-* **Randomness from the step number.** Noise, timesteps, caption choice and caption dropout of step k come from a
-  generator seeded with (seed, k); the batch from ``shards.batch_indices``. A resumed run needs no generator state and
-  repeats an uninterrupted one bit for bit.
+* **Randomness from the step number.** Everything random of step k comes from (seed, k), see ``batches.py``. A resumed
+  run needs no generator state and repeats an uninterrupted one bit for bit.
+* **Stops without loss.** SIGTERM ends the step and saves; SIGKILL costs the steps since the last checkpoint; a full
+  disk ends the run and leaves the last checkpoint whole. See ``training_state.py``.
+* **Processes.** Each works on its share of the batch; weights are the same everywhere, and the main process writes.
+  A number of processes other than the launcher was asked for is an error.
+
+Stage "base" learns from everything, stage "finetune" goes on from its weights: better data, lower rate, longer average.
 
 Source: Nitro-E training recipe; the target and the timestep density are those of ``flow.py``.
 """
@@ -16,30 +22,37 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
-import time
+import os
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from nitro_e_lite import flow
-from nitro_e_lite.common import MetricsWriter, environment_report, tune_cpu
+from nitro_e_lite.batches import Batches, Share
+from nitro_e_lite.common import environment_report, tune_cpu
 from nitro_e_lite.config import TrainConfig, to_dict
 from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.encoder_set import load_encoders
 from nitro_e_lite.loading import load_transformer
 from nitro_e_lite.optimizers import MasterWeights, build_optimizers, hidden_matrices, learning_rate_scale
 from nitro_e_lite.pipeline import NitroEPipeline
-from nitro_e_lite.shards import LatentBatch, batch_indices
-from nitro_e_lite.training_data import cached_scenes
-from nitro_e_lite.training_state import load_latest, optimizer_tensors, restore_optimizer, save_checkpoint
+from nitro_e_lite.progress import Progress, model_flops, tracker_name
+from nitro_e_lite.repa import load_vision, repa_loss
+from nitro_e_lite.training_state import (
+    RunStopped,
+    StopRequest,
+    load_latest,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
 from nitro_e_lite.viz import image_grid
 
 LOSS_BINS = 5  # validation loss is reported in this many equal ranges of t
+PROJECTOR = "projector."  # names of the REPA projector's weights: kept in checkpoints, not in the final weights
 
 
 class Trainer:
@@ -53,6 +66,7 @@ class Trainer:
 
     Raises:
         FileExistsError: ``run_dir`` holds a run and ``resume`` is False.
+        RuntimeError: not as many processes found each other as were started.
         ValueError: a checkpoint of a differently shaped model is resumed, or model and encoders do not fit.
     """
 
@@ -61,18 +75,24 @@ class Trainer:
         self.checkpoints = self.run_dir / "checkpoints"
         if not resume and (self.checkpoints.exists() or (self.run_dir / "final").exists()):
             raise FileExistsError(f"run_dir={self.run_dir}: holds a run already; resume it or name another folder")
-        self.accelerator = Accelerator(cpu=device == "cpu")
-        self.device = self.accelerator.device
-        world = self.accelerator.num_processes
-        if config.batch_size % world:
-            raise ValueError(f"batch_size={config.batch_size}: must be a multiple of the {world} processes")
+        if config.stage == "finetune" and not config.start_from:
+            raise ValueError("start_from='': fine-tuning goes on from a base model; name its run folder")
+        self.accelerator = start_accelerator(config, self.run_dir, device)
+        self.device, world = self.accelerator.device, self.accelerator.num_processes
+        if config.batch_size % (world * config.accumulate):
+            raise ValueError(
+                f"batch_size={config.batch_size}: must be a multiple of the {world} processes times "
+                f"accumulate={config.accumulate}"
+            )
         self.encoders = load_encoders(config.data.encoders, device=self.device, dtype=self._dtype())
         self._check_encoders()
         with self.accelerator.main_process_first():
-            self.train_data = cached_scenes(self.encoders, config.data, "train")
-            self.validation_data = cached_scenes(self.encoders, config.data, "validation")
+            self.batches = Batches(config, self.encoders, self.accelerator.process_index, world)
+        self.vision = None
         self._build()
-        self.step, self.skipped, self.seconds = 0, 0, 0.0
+        flops = model_flops(dict(self._model_arguments()), self.encoders.max_text_length)
+        self.progress = Progress(self.accelerator, config, self.run_dir, flops)
+        self.step, self.skipped = 0, 0
         if resume:
             self._restore()
 
@@ -85,58 +105,92 @@ class Trainer:
             if getattr(model, name) != there:
                 raise ValueError(f"model.{name}={getattr(model, name)}: the encoders in use give {there}")
 
+    def _model_arguments(self) -> dict:
+        """Constructor arguments of the model in training; with REPA it has a projector."""
+        config, arguments = self.config, to_dict(self.config.model)
+        if config.repa.weight:
+            arguments |= {"repa_channels": self._vision_width, "repa_hidden": config.repa.hidden}
+        return arguments
+
+    def _open_vision(self) -> int:
+        """Finds the vision features: stored ones, or a vision model that looks at scenes; returns their width."""
+        stored = self.batches.training.batch([0]).vision
+        if stored is not None:
+            return stored.shape[-1]
+        if self.config.data.folders:
+            raise ValueError(
+                f"repa.weight={self.config.repa.weight}: {self.config.data.folders[0]} holds no vision features; "
+                "encode the data with them, or train with repa.weight=0"
+            )
+        self.vision = load_vision(self.config.repa.vision, self.device, self._dtype())
+        self.batches.needs_images = True
+        return self.vision.width
+
     def _build(self) -> None:
-        torch.manual_seed(self.config.seed)
+        config = self.config
+        torch.manual_seed(config.seed)
         tune_cpu()
-        self.raw_model = EMMDiTTransformer2DModel(**to_dict(self.config.model))
-        if self.config.start_from:
-            self.raw_model.load_state_dict(load_transformer(self.config.start_from).state_dict())
+        if torch.version.hip:
+            torch.backends.cudnn.benchmark = False  # MIOpen would search for minutes
+        self._vision_width = self._open_vision() if config.repa.weight else None
+        self.raw_model = EMMDiTTransformer2DModel(**self._model_arguments())
+        if config.start_from:
+            self._load_weights(load_transformer(config.start_from).state_dict())
+        if config.gradient_checkpointing:
+            self.raw_model.enable_gradient_checkpointing()
         matrices = hidden_matrices(self.raw_model)
         self.raw_model.to(self.device)
         self.weights = MasterWeights(self.raw_model, self._dtype())
         self.masters = self.weights.masters
         self.ema = {name: p.detach().clone() for name, p in self.masters.items()}
-        self.optimizers = build_optimizers(self.masters, matrices, self.config.optimizer)
+        self.optimizers = build_optimizers(self.masters, matrices, config.optimizer)
+        if config.compile:
+            self.raw_model.compile(backend=config.compile)
         self.model = self.accelerator.prepare(self.raw_model)
+        self._no_text = self.encoders.encode_text([""]).to(self._dtype())  # (1, L, Dc)
+
+    def _load_weights(self, state: dict[str, Tensor]) -> None:
+        """Starts from other weights; only a projector may be missing there or left over."""
+        state = {name: value for name, value in state.items() if not name.startswith(PROJECTOR)}
+        own = {n: v for n, v in self.raw_model.state_dict().items() if n.startswith(PROJECTOR)}
+        self.raw_model.load_state_dict({**own, **state})
 
     # -- one step
 
-    def _draw(self, step: int) -> tuple[LatentBatch, list[str], Tensor, Tensor]:
-        """The global batch of a step and its random choices: batch, captions, t (B,), noise (B, C, H, W)."""
-        config = self.config
-        batch = self.train_data.batch(batch_indices(config.seed, len(self.train_data), config.batch_size, step))
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        which = torch.rand(config.batch_size, generator=generator).tolist()
-        dropped = (torch.rand(config.batch_size, generator=generator) < config.caption_dropout).tolist()
-        captions = [
-            "" if drop else ways[int(u * len(ways))]
-            for ways, u, drop in zip(batch.captions, which, dropped, strict=True)
-        ]
-        t = flow.sample_timesteps(config.batch_size, generator, config.timestep_mean, config.timestep_std)
-        noise = torch.randn(batch.latents.shape, generator=generator)
-        return batch, captions, t, noise
+    def _text(self, share: Share) -> Tensor:
+        """Text features (B, L, Dc) in the number type of the computation."""
+        if share.text is None:
+            return self.encoders.encode_text(share.captions).to(self._dtype())
+        dropped = torch.tensor([caption == "" for caption in share.captions], device=self.device)
+        return torch.where(dropped[:, None, None], self._no_text, share.text.to(self.device, self._dtype()))
 
-    def _loss(self, model: nn.Module, latents: Tensor, captions: list[str], t: Tensor, noise: Tensor) -> Tensor:
-        """Squared velocity error of each sample (B,), float32."""
+    def _losses(self, model: nn.Module, share: Share) -> dict[str, Tensor]:
+        """Losses of each sample, float32 (B,): the squared velocity error, and with REPA the alignment."""
         dtype = self._dtype()
-        latents, noise, t = (x.to(self.device) for x in (latents, noise, t))
-        text = self.encoders.encode_text(captions).to(dtype)  # (B, L, Dc)
+        latents, noise, t = (x.to(self.device) for x in (share.latents, share.noise, share.t))
         x_t = flow.interpolate(latents, noise, t)
-        output = model(x_t.to(dtype), text, flow.TIMESTEP_SCALE * t)
+        output = model(x_t.to(dtype), self._text(share), flow.TIMESTEP_SCALE * t)
         error = output.sample.float() - flow.velocity_target(latents, noise)
-        return error.square().flatten(1).mean(1)
+        losses = {"loss": error.square().flatten(1).mean(1)}
+        if output.features is not None and model.training:
+            features = share.vision.to(self.device) if self.vision is None else self.vision.encode(share.images)
+            losses["repa_loss"] = repa_loss(output.features, features)
+        return losses
 
     def train_step(self) -> dict[str, float]:
-        """One optimiser step; returns what it measured. A non-finite gradient leaves the weights as they are."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        batch, captions, t, noise = self._draw(self.step)
-        mine = slice(rank * len(captions) // world, (rank + 1) * len(captions) // world)
+        """One optimiser step; returns what this process measured. A non-finite gradient leaves the weights as they are.
+
+        The share of the process is worked off in ``accumulate`` parts. Their gradients are summed in float32.
+        """
+        config, totals = self.config, {}
         self.model.train()
-        loss = self._loss(self.model, batch.latents[mine], captions[mine], t[mine], noise[mine]).mean()
-        self.accelerator.backward(loss)
-        self.weights.collect_gradients()
-        norm = nn.utils.clip_grad_norm_(self.masters.values(), self.config.optimizer.clip)
-        scale = learning_rate_scale(self.step, self.config.steps, self.config.optimizer)
+        for part in self.batches.share(self.step).parts(config.accumulate):
+            means = {name: values.mean() / config.accumulate for name, values in self._losses(self.model, part).items()}
+            self.accelerator.backward(means["loss"] + config.repa.weight * means.get("repa_loss", 0.0))
+            self.weights.collect_gradients()
+            totals = {name: totals.get(name, 0.0) + mean.item() for name, mean in means.items()}
+        norm = nn.utils.clip_grad_norm_(self.masters.values(), config.optimizer.clip)
+        scale = learning_rate_scale(self.step, config.steps, config.optimizer)
         if math.isfinite(norm):
             self._update(scale)
         else:
@@ -144,7 +198,7 @@ class Trainer:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
         self.step += 1
-        return {"loss": loss.item(), "gradient_norm": norm.item(), "lr_scale": scale}
+        return {**totals, "gradient_norm": norm.item(), "lr_scale": scale}
 
     def _update(self, scale: float) -> None:
         settings = self.config.optimizer
@@ -171,29 +225,22 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Loss of the EMA weights on fixed images, captions, timesteps and noise: in all, and by range of t."""
         self.model.eval()
-        count = len(self.validation_data)
-        generator = torch.Generator().manual_seed(2**31 + self.config.seed)
-        t_all = (torch.randperm(count, generator=generator) + 0.5) / count  # every part of [0, 1] alike
-        losses = []
+        losses, times = [], []
         with self.weights.showing(self.ema):
-            for first in range(0, count, 64):
-                batch = self.validation_data.batch(range(first, min(first + 64, count)))
-                noise = torch.randn(batch.latents.shape, generator=generator)
-                t = t_all[first : first + 64]
-                losses.append(
-                    self._loss(self.raw_model, batch.latents, [ways[0] for ways in batch.captions], t, noise).cpu()
-                )
-        losses = torch.cat(losses)
+            for share in self.batches.validation_shares():
+                losses.append(self._losses(self.raw_model, share)["loss"].cpu())
+                times.append(share.t)
+        losses, times = torch.cat(losses), torch.cat(times)
         result = {"validation_loss": losses.mean().item()}
         for k in range(LOSS_BINS):
-            inside = (t_all >= k / LOSS_BINS) & (t_all < (k + 1) / LOSS_BINS)
+            inside = (times >= k / LOSS_BINS) & (times < (k + 1) / LOSS_BINS)
             if inside.any():
                 result[f"validation_loss_{k / LOSS_BINS:.1f}_{(k + 1) / LOSS_BINS:.1f}"] = losses[inside].mean().item()
         return result
 
     def sample_grid(self) -> Path:
         """A picture of eight fixed validation captions drawn with the EMA weights."""
-        captions = [ways[0] for ways in self.validation_data.batch(range(min(8, len(self.validation_data)))).captions]
+        captions = self.batches.validation_captions(8)
         self.model.eval()
         with self.weights.showing(self.ema):
             pipeline = NitroEPipeline(
@@ -219,7 +266,7 @@ class Trainer:
         optimizer: dict[str, Tensor] = {}
         for one in self.optimizers.values():
             optimizer |= optimizer_tensors(one, names)
-        state = {"config": to_dict(self.config), "skipped": self.skipped, "seconds": self.seconds}
+        state = {"config": to_dict(self.config), "skipped": self.skipped, "seconds": self.progress.seconds}
         tensors = {"weights": self.masters, "ema": self.ema, "optimizer": optimizer}
         return save_checkpoint(self.checkpoints, self.step, tensors, state, self.config.keep_checkpoints)
 
@@ -232,6 +279,8 @@ class Trainer:
             before, now = state["config"][field], json.loads(json.dumps(to_dict(self.config)))[field]
             if before != now:
                 raise ValueError(f"{field}={now}: the run in {self.run_dir} was started with {before}")
+        if tensors["weights"].keys() != self.masters.keys():
+            raise ValueError(f"repa: the run in {self.run_dir} was started with another setting; keep repa.weight")
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(tensors["weights"][name])
@@ -239,65 +288,103 @@ class Trainer:
         self.weights.publish()
         for optimizer in self.optimizers.values():
             restore_optimizer(optimizer, tensors["optimizer"], self.masters)
-        self.step, self.skipped, self.seconds = state["step"], state["skipped"], state["seconds"]
+        self.step, self.skipped, self.progress.seconds = state["step"], state["skipped"], state["seconds"]
 
     def finish(self) -> Path:
-        """Writes the EMA weights to ``run_dir/final`` in ``save_pretrained`` layout."""
+        """Writes the EMA weights to ``run_dir/final`` in ``save_pretrained`` layout, without a REPA projector."""
         final = self.run_dir / "final"
         model = EMMDiTTransformer2DModel(**to_dict(self.config.model))
-        model.load_state_dict({**model.state_dict(), **{k: v.cpu() for k, v in self.ema.items()}})
+        ema = {name: value.cpu() for name, value in self.ema.items() if not name.startswith(PROJECTOR)}
+        model.load_state_dict({**model.state_dict(), **ema})
         model.save_pretrained(final)
         return final
 
     def fit(self) -> Path:
-        """Trains to ``config.steps`` and returns the folder of the final weights."""
-        config, main = self.config, self.accelerator.is_main_process
+        """Trains to ``config.steps`` and returns the folder of the final weights.
+
+        Raises:
+            RunStopped: SIGTERM or SIGINT came; the checkpoint is written.
+            OSError: a checkpoint could not be written; the one before it is intact.
+            FloatingPointError: too many steps had non-finite gradients.
+        """
+        main = self.accelerator.is_main_process
         if main:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            about = {
-                "config": to_dict(config),
-                "environment": environment_report(),
-                "encoders": self.encoders.fingerprint,
-            }
-            (self.run_dir / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        metrics = MetricsWriter(self.run_dir / "metrics.jsonl") if main else None
-        if main:
-            metrics.truncate_after(self.step)
-        bar = tqdm(
-            total=config.steps, initial=self.step, disable=not main, mininterval=1 if sys.stderr.isatty() else 30
-        )
-        while self.step < config.steps:
-            started = time.perf_counter()
-            row = self.train_step()
-            self.seconds += time.perf_counter() - started
-            bar.update()
-            if main:
-                self._report(row, metrics, bar, time.perf_counter() - started)
-            if self.step % config.checkpoint_every == 0 or self.step == config.steps:
-                if main:
-                    self.save()
-                self.accelerator.wait_for_everyone()
+            self._describe()
+        try:
+            self.progress.start(self.step)
+            with StopRequest() as request:
+                while self.step < self.config.steps:
+                    self.progress.begin_step()
+                    row = self.train_step()
+                    self.progress.end_step()
+                    stop = self._agree(request.name is not None)
+                    self._report(row)
+                    if stop or self._due(self.config.checkpoint_every):
+                        if main:
+                            self.save()
+                        self.accelerator.wait_for_everyone()
+                    if stop and self.step < self.config.steps:
+                        raise RunStopped(self._farewell(request.name))
+        finally:
+            self.progress.close()
         if main:
             self.finish()
         self.accelerator.wait_for_everyone()
         return self.run_dir / "final"
 
-    def _report(self, row: dict[str, float], metrics: MetricsWriter, bar: tqdm, seconds: float) -> None:
-        config, due = self.config, lambda every: self.step % every == 0 or self.step == config.steps
-        if due(config.log_every):
-            speed = config.batch_size / seconds
-            metrics.write(step=self.step, samples=self.step * config.batch_size, seconds=round(self.seconds, 3),
-                          samples_per_second=round(speed, 2), skipped=self.skipped, **finite(row))  # fmt: skip
-            bar.set_postfix(loss=f"{row['loss']:.3f}", speed=f"{speed:.0f}/s", refresh=False)
-        if due(config.validate_every):
-            metrics.write(step=self.step, samples=self.step * config.batch_size, **finite(self.validate()))
-        if due(config.sample_every):
+    def _describe(self) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        about = {
+            "config": to_dict(self.config),
+            "processes": self.accelerator.num_processes,
+            "environment": environment_report(),
+            "encoders": self.encoders.fingerprint,
+        }
+        (self.run_dir / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.steps
+
+    def _agree(self, wish: bool) -> bool:
+        """Whether any process wants to stop: the answer is the same on all of them."""
+        if self.accelerator.num_processes == 1:
+            return wish
+        return self.accelerator.reduce(torch.tensor(float(wish), device=self.device), "sum").item() > 0
+
+    def _farewell(self, name: str | None) -> str:
+        return (
+            f"Stopped by {name or 'a signal to another process'} after step {self.step} of {self.config.steps}; "
+            f"the checkpoint is in {self.checkpoints}. The same command with --resume continues."
+        )
+
+    def _report(self, row: dict[str, float]) -> None:
+        config, main = self.config, self.accelerator.is_main_process
+        if self._due(config.log_every):
+            values = torch.tensor([row[name] for name in row], device=self.device)
+            values = self.accelerator.reduce(values, "mean").tolist()  # over the processes
+            self.progress.report(self.step, self.skipped, dict(zip(row, values, strict=True)))
+        if main and self._due(config.validate_every):
+            self.progress.write(self.step, self.validate())
+        if main and self._due(config.sample_every):
             self.sample_grid()
 
 
-def finite(row: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN: non-finite numbers become None."""
-    return {name: value if math.isfinite(value) else None for name, value in row.items()}
+def start_accelerator(config: TrainConfig, run_dir: Path, device: str | None) -> Accelerator:
+    """The processes of the run, joined.
+
+    Raises:
+        RuntimeError: the launcher (torchrun) was asked for another number of processes than found each other.
+        ValueError: a tracker that is not installed or unknown.
+    """
+    cpu = device == "cpu" or (device is None and not torch.accelerator.is_available())
+    accelerator = Accelerator(cpu=cpu, log_with=tracker_name(config.tracker), project_dir=run_dir)
+    asked = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != asked:
+        raise RuntimeError(
+            f"WORLD_SIZE={asked}, but accelerate sees {accelerator.num_processes}: the processes would train "
+            f"separate models; start them with torchrun, on a machine without accelerator with ACCELERATE_USE_CPU=true"
+        )
+    return accelerator
 
 
 def train(config: TrainConfig, run_dir: str | Path, resume: bool = False, device: str | None = None) -> Path:

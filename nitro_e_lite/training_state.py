@@ -3,7 +3,10 @@
 A checkpoint is a folder ``step-00001000`` with safetensors files and ``state.json``; the latter lists the sha256 of
 every file and is written last. The folder gets its name by one atomic rename after everything is on disk, so a run
 killed at any moment leaves either the whole checkpoint or none of it. A checkpoint that does not match its own list is
-skipped and the one before it is used.
+skipped and the one before it is used. A checkpoint that cannot be written (a full disk) is an error, and the ones
+before it are untouched: old ones are removed only after the new one stands.
+
+A run that is *asked* to stop, by SIGTERM or SIGINT, ends the step in progress and writes a checkpoint first.
 """
 
 from __future__ import annotations
@@ -11,12 +14,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -47,10 +53,34 @@ def save_checkpoint(
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        OSError: it could not be written, for example because the disk is full; what was there before still is.
     """
     final = folder / f"step-{step:08d}"
     partial = folder / f".partial-{step:08d}"
     shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write(partial, step, tensors, state)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        last = list_checkpoints(folder)[-1:]
+        left = f"{last[0].name} is intact" if last else "there is none before it"
+        raise OSError(
+            f"{final}: the checkpoint could not be written ({error}); {left}; make room ("
+            f"{shutil.disk_usage(folder.parent).free / 1e9:.1f} GB are free) and resume"
+        ) from error
+    if final.exists():  # a resumed run came back to the same step
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    _fsync(folder)
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def _write(partial: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
+    """Writes all files of a checkpoint, ``state.json`` last."""
     partial.mkdir(parents=True)
     sums = {}
     for stem, named in tensors.items():
@@ -61,13 +91,6 @@ def save_checkpoint(
     path = partial / STATE
     path.write_text(json.dumps({"step": step, "sha256": sums, **state}, indent=1) + "\n", encoding="utf-8")
     _fsync(path)
-    if final.exists():  # a resumed run came back to the same step
-        shutil.rmtree(final)
-    os.replace(partial, final)
-    _fsync(folder)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
-    return final
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -119,3 +142,39 @@ def restore_optimizer(
         name, entry = key.rsplit("/", 1)
         if parameters[name] in owned:
             optimizer.state[parameters[name]][entry] = value.clone()
+
+
+class RunStopped(Exception):
+    """A run was asked to stop and has written its checkpoint; the message says how to continue."""
+
+
+class StopRequest:
+    """Listens for SIGTERM and SIGINT while a run lasts; ``name`` is the signal's name once one came.
+
+    The signal only leaves a note: the step in progress is finished, then the loop sees the note and saves. Signals that
+    follow are ignored, because a launcher and a terminal may both send one. Outside of the main thread, where Python
+    delivers no signals, nothing is listened for.
+
+    Args:
+        action: also called when the first signal comes.
+    """
+
+    def __init__(self, action: Callable[[], None] = lambda: None):
+        self.name: str | None = None
+        self._action = action
+
+    def __enter__(self) -> StopRequest:
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.name is None:
+            self.name = signal.Signals(number).name
+            self._action()
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -20,14 +20,16 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # A module imports only from lines above its own.
 LAYERS = [
-    "common config fused",
-    "attention encoders fitting flow geneval_files inputs scenes shards terminal tokens training_state viz",
-    "blocks encoder_set encoder_training verifier",
-    "emmdit geneval training_data",
-    "checkpoint optimizers pipeline",
+    "common config fused hardware",
+    "attention encoders fitting flow geneval_files inputs scenes shards sources terminal tokens training_state viz",
+    "blocks encoder_set encoder_training repa verifier",
+    "emmdit geneval quality training_data",
+    "batches checkpoint optimizers pipeline",
     "benchmark doctor evaluate loading",
-    "shipping train",
-    "cli_measure lessons notebooks",
+    "progress shipping",
+    "train",
+    "launch",
+    "cli_measure cli_train lessons notebooks",
     "cli",
 ]
 LAYER = {name: depth for depth, line in enumerate(LAYERS) for name in line.split()}

@@ -1,28 +1,32 @@
-"""The training loop at smoke scale: it learns, repeats bit for bit, and survives kills."""
+"""The training loop at smoke scale: it learns, repeats bit for bit, and survives kills, with one process and two."""
 
+import importlib.util
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from ranks import ranks  # noqa: F401
 from safetensors.torch import load_file
 
+from nitro_e_lite.benchmark import count_flops
 from nitro_e_lite.common import check_manifest, read_jsonl, sha256_file, weights_dir
-from nitro_e_lite.config import override, preset
+from nitro_e_lite.config import override, preset, to_dict
 from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.encoders import LatentStats
 from nitro_e_lite.loading import load_pipeline
 from nitro_e_lite.optimizers import MasterWeights, build_optimizers, hidden_matrices, learning_rate_scale
+from nitro_e_lite.progress import tracker_name
 from nitro_e_lite.shipping import ship
 from nitro_e_lite.train import Trainer, train
+from nitro_e_lite.training_state import RunStopped, list_checkpoints
 
 SMOKE = preset("base", "smoke")
+TWO_PROCESSES = 1e-2  # largest relative difference of a weight tensor after ten steps
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,40 +96,128 @@ def test_a_run_stopped_and_resumed_equals_one_in_one_go(uninterrupted, tmp_path)
     assert_same(final_weights(tmp_path), final_weights(uninterrupted))
 
 
-def test_sigkill_and_resume_equals_one_in_one_go(tmp_path):
-    """Killed at random moments, also while writing a checkpoint, until it is through."""
-    settings = ["steps=30", "checkpoint_every=1", "validate_every=30", "sample_every=30"]
-    command = [sys.executable, "-m", "nitro_e_lite.cli", "train", "base", "--preset", "smoke", "--device", "cpu"]
-    command += [*(x for s in settings for x in ("--set", s)), "--resume", "--run-dir"]
-    draw, kills = random.Random(0), 0
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    subprocess.run([*command, str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
-    command.append(str(tmp_path / "killed"))
-    while kills < 3:
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        checkpoints, seen = tmp_path / "killed" / "checkpoints", None
-        started = time.monotonic()
-        while process.poll() is None and time.monotonic() - started < 120:
-            newest = sorted(checkpoints.glob("step-*"))[-1:]
-            seen = newest if seen is None else seen
-            if newest != seen:  # it has moved on since this process started
-                time.sleep(draw.uniform(0, 0.2))
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.01)
-        assert process.wait(timeout=120) == -signal.SIGKILL, "the run ended before it could be killed"
-        kills += 1
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    assert_same(final_weights(tmp_path / "killed"), final_weights(tmp_path / "whole"))
-    steps = [row["step"] for row in read_jsonl(tmp_path / "killed" / "metrics.jsonl") if "loss" in row]
-    assert steps == list(range(1, 31))
+# -- kills, one process
+
+
+def words(run_dir, *assignments):
+    """The command of a run that saves after every step."""
+    every_step = ["checkpoint_every=1", "validate_every=1000", "sample_every=1000", *assignments]
+    sets = [word for a in every_step for word in ("--set", a)]
+    return ["train", "base", "--preset", "smoke", "--device", "cpu", *sets, "--resume", "--run-dir", str(run_dir)]
+
+
+def newest_step(run_dir):
+    folders = list_checkpoints(run_dir / "checkpoints")
+    return int(folders[-1].name.removeprefix("step-")) if folders else 0
+
+
+def test_sigkill_and_resume_equals_one_in_one_go(ranks, tmp_path):  # noqa: F811
+    """Killed at random moments, among them the writing of a checkpoint, until it is through."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    ranks.run(1, *words(whole, "steps=12"))
+    draw = random.Random(0)
+    for _ in range(2):
+        before = newest_step(killed)
+        ranks.start(1, *words(killed, "steps=12"))
+        ranks.until(lambda before=before: newest_step(killed) > before)  # it has moved on
+        time.sleep(draw.uniform(0, 0.1))
+        ranks.kill()
+    ranks.run(1, *words(killed, "steps=12"))
+    assert_same(final_weights(killed), final_weights(whole))
+    steps = [row["step"] for row in read_jsonl(killed / "metrics.jsonl") if "loss" in row]
+    assert steps == list(range(1, 13))
+
+
+def test_a_full_disk_ends_the_run_and_spares_the_checkpoint(ranks, tmp_path):  # noqa: F811
+    ranks.start(1, *words(tmp_path, "steps=1000"))
+    ranks.until(lambda: newest_step(tmp_path) >= 1)
+    ranks.limit_files(30_000)
+    assert ranks.wait() == [2]
+    said = ranks.log.read_text()
+    assert "could not be written" in said and "is intact" in said and "Traceback" not in said
+    last = newest_step(tmp_path)
+    assert not list((tmp_path / "checkpoints").glob(".partial-*"))
+    ranks.run(1, *words(tmp_path, f"steps={last + 1}"))
+    assert newest_step(tmp_path) == last + 1
+
+
+# -- two processes
+
+
+@pytest.fixture(scope="module")
+def two(ranks, tmp_path_factory):  # noqa: F811
+    """The smoke run by two processes, in one go."""
+    run_dir = tmp_path_factory.mktemp("runs") / "two"
+    ranks.run(2, *words(run_dir))
+    return run_dir
+
+
+def test_two_processes_equal_one(two, uninterrupted):
+    """Same batch, same noise; only the order of summation differs, and ten steps let rounding grow."""
+    one, other = final_weights(uninterrupted), final_weights(two)
+    for name in one:
+        difference = (one[name] - other[name]).norm() / one[name].norm().clamp(min=1e-3)
+        assert difference < TWO_PROCESSES, f"{name}: {difference}"
+    losses = [[r["loss"] for r in read_jsonl(run / "metrics.jsonl") if "loss" in r] for run in (uninterrupted, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # the reported loss is the mean over the processes
+    assert json.loads((two / "config.json").read_text())["processes"] == 2
+
+
+def test_two_processes_killed_while_writing_and_a_damaged_checkpoint(ranks, two, tmp_path):  # noqa: F811
+    """Killed within an epoch (4 steps) with a checkpoint half written; the newest whole one is then damaged as well."""
+    folder = tmp_path / "checkpoints"
+    for after in (1, 5):
+        ranks.start(2, *words(tmp_path))
+        ranks.until(lambda after=after: newest_step(tmp_path) > after and [*folder.glob(".partial-*/weights*")])
+        ranks.kill()
+        assert newest_step(tmp_path) % 4, "not within an epoch"
+    newest = list_checkpoints(folder)[-1] / "weights.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    assert f"{newest}: missing or damaged" in ranks.run(2, *words(tmp_path))
+    assert_same(final_weights(tmp_path), final_weights(two))
+
+
+def test_sigterm_to_one_of_two_saves_and_ends_well(ranks, two, tmp_path):  # noqa: F811
+    pids = ranks.start(2, *words(tmp_path, "checkpoint_every=1000"))
+    ranks.until(
+        lambda: (tmp_path / "metrics.jsonl").is_file() and '"step": 2' in (tmp_path / "metrics.jsonl").read_text()
+    )
+    os.kill(pids[1], signal.SIGTERM)
+    assert ranks.wait() == [0, 0]
+    step = newest_step(tmp_path)
+    lines = [line for line in ranks.log.read_text().splitlines() if line.startswith("Stopped by")]
+    assert len(lines) == 1 and f"after step {step} of 10" in lines[0] and 2 <= step < 10
+    assert not (tmp_path / "final").exists()
+    ranks.run(2, *words(tmp_path))
+    assert_same(final_weights(tmp_path), final_weights(two))
+
+
+def test_sigint_in_place_saves_and_says_so(uninterrupted, tmp_path):
+    trainer = Trainer(SMOKE, tmp_path, device="cpu")
+    step = trainer.train_step
+    trainer.train_step = lambda: (os.kill(os.getpid(), signal.SIGINT), step())[1]
+    with pytest.raises(RunStopped, match="Stopped by SIGINT after step 1 of 10"):
+        trainer.fit()
+    train(SMOKE, tmp_path, resume=True, device="cpu")
+    assert_same(final_weights(tmp_path), final_weights(uninterrupted))
+
+
+def test_processes_that_did_not_find_each_other_are_refused(uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="WORLD_SIZE=2, but accelerate sees 1"):
+        Trainer(SMOKE, tmp_path, device="cpu")
+
+
+# -- one step
 
 
 def test_one_batch_is_learned_by_heart(tmp_path):
     config = override(SMOKE, ["data.scenes=8", "caption_dropout=0", "optimizer.decay_steps=0", "steps=1000"])
     trainer = Trainer(config, tmp_path, device="cpu")
-    batch, captions, t, noise = trainer._draw(0)
-    trainer._draw = lambda step: (batch, captions, t, noise)
+    share = trainer.batches.share(0)
+    trainer.batches.share = lambda step: share
     losses = [trainer.train_step()["loss"] for _ in range(120)]
     assert losses[-1] < 0.25 * losses[0]
 
@@ -150,6 +242,75 @@ def test_a_non_finite_gradient_changes_nothing_and_many_end_the_run(tmp_path):
     assert_same(before, {name: p.detach() for name, p in trainer.masters.items()})
     with pytest.raises(FloatingPointError, match="2 steps had non-finite gradients"):
         trainer.train_step()
+
+
+def after_three_steps(run_dir, *assignments):
+    trainer = Trainer(override(SMOKE, list(assignments)), run_dir, device="cpu")
+    rows = [trainer.train_step() for _ in range(3)]
+    return rows, {name: p.detach() for name, p in trainer.masters.items()}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Three steps as they are."""
+    return after_three_steps(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.mark.parametrize("how", ["accumulate=4", "gradient_checkpointing=true", "compile=eager"])
+def test_the_same_step_in_another_way(how, plain, tmp_path):
+    """Accumulation sums in another order; checkpointing and compilation with no optimising change nothing else."""
+    rows, weights = after_three_steps(tmp_path, how)
+    assert [r["loss"] for r in rows] == pytest.approx([r["loss"] for r in plain[0]], rel=1e-4)
+    for name, value in weights.items():
+        assert (value - plain[1][name]).norm() <= 1e-3 * value.norm() + 1e-5, name
+
+
+def test_bf16_parts_are_summed_in_float32(tmp_path):
+    trainer = Trainer(override(SMOKE, ["precision=bf16", "accumulate=2"]), tmp_path, device="cpu")
+    sums, collect = [], trainer.weights.collect_gradients
+
+    def watch():
+        collect()
+        sums.append({name: p.grad.clone() for name, p in trainer.masters.items() if p.grad is not None})
+
+    trainer.weights.collect_gradients = watch
+    trainer.train_step()
+    assert len(sums) == 2 and all(g.dtype == torch.float32 for g in sums[1].values())
+    assert any((g.bfloat16().float() != g).any() for g in sums[1].values())  # more digits than bfloat16 holds
+
+
+def test_speed_and_utilisation(tmp_path):
+    config = override(SMOKE, ["steps=4", "log_every=2", "validate_every=4", "sample_every=9", "peak_tflops=0.001"])
+    train(config, tmp_path, device="cpu")
+    first, second = [row for row in read_jsonl(tmp_path / "metrics.jsonl") if "mfu" in row]
+    seconds = second["seconds"] - first["seconds"]  # both rows are over two steps
+    assert second["samples_per_second"] == pytest.approx(2 * config.batch_size / seconds, rel=0.02)
+    flops = count_flops(to_dict(config.model), 1, 32)
+    expected = second["samples_per_second"] * 3 * (flops.weights + flops.attention) / 1e9
+    assert second["mfu"] == pytest.approx(expected, rel=0.01)
+
+
+def test_trackers(tmp_path):
+    there = importlib.util.find_spec("tensorboard") is not None
+    assert tracker_name("none") is None and tracker_name("auto") == ("tensorboard" if there else None)
+    with pytest.raises(ValueError, match="tracker='swanlab': not installed"):
+        tracker_name("swanlab")
+    train(override(SMOKE, ["steps=1", "tracker=auto", "sample_every=9"]), tmp_path, device="cpu")
+    assert bool([*tmp_path.rglob("events.out.tfevents*")]) == there
+
+
+def test_fine_tuning_goes_on_from_the_base(uninterrupted, tmp_path):
+    stage = override(preset("finetune", "smoke"), ["steps=2"])
+    with pytest.raises(ValueError, match="start_from=''"):
+        Trainer(stage, tmp_path, device="cpu")
+    trainer = Trainer(override(stage, [f"start_from={uninterrupted}"]), tmp_path, device="cpu")
+    assert_same(
+        {n: p.detach() for n, p in trainer.masters.items()},
+        {n: v for n, v in final_weights(uninterrupted).items() if n in trainer.masters},
+    )
+    assert 8 <= len(trainer.batches.rows) <= 32
+    trainer.fit()
+    assert (tmp_path / "final" / "config.json").is_file()
 
 
 def test_wrong_starts_are_refused(uninterrupted, tmp_path):

@@ -1,0 +1,145 @@
+"""What one process reads in one step: its share of the batch and all that is drawn at random for it.
+
+Everything of step k is a function of (seed, k): the rows, the caption among a picture's paraphrases, the captions that
+are dropped, the timesteps, the noise. It is drawn for the whole batch and then cut, so that two processes see together
+exactly what one process would see. The next batch is prepared in a thread while the current one is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nitro_e_lite import flow
+from nitro_e_lite.config import TrainConfig
+from nitro_e_lite.encoder_set import Encoders
+from nitro_e_lite.quality import readable_rows
+from nitro_e_lite.scenes import render, sample_scene
+from nitro_e_lite.shards import LatentBatch, LatentDataset, batch_indices
+from nitro_e_lite.training_data import cached_scenes
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process works on.
+
+    Attributes:
+        latents: clean (B, C, H, W).
+        captions: one a picture; "" where the caption was dropped.
+        t: noise levels (B,).
+        noise: (B, C, H, W).
+        text: stored text features (B, L, Dc), of captions that were not dropped; None when they are not stored.
+        vision: stored vision features (B, N, Cv), or None.
+        images: the pictures uint8 (B, H, W, 3), drawn only when a vision model has to look at them; or None.
+    """
+
+    latents: Tensor
+    captions: list[str]
+    t: Tensor
+    noise: Tensor
+    text: Tensor | None = None
+    vision: Tensor | None = None
+    images: Tensor | None = None
+
+    def parts(self, count: int) -> list[Share]:
+        """The share in ``count`` equal parts."""
+        size = len(self.captions) // count
+        cuts = [slice(k * size, (k + 1) * size) for k in range(count)]
+        return [Share(**{name: v if v is None else v[cut] for name, v in vars(self).items()}) for cut in cuts]
+
+
+class Batches:
+    """The training and validation data of a run.
+
+    Args:
+        config: of the run.
+        encoders: make the latents, or must match those that are stored.
+        rank: of this process.
+        world: number of processes.
+
+    Raises:
+        FileNotFoundError: a folder holds no data.
+        ValueError: fewer rows than one batch are left, or stored latents are of another encoder.
+    """
+
+    def __init__(self, config: TrainConfig, encoders: Encoders, rank: int = 0, world: int = 1):
+        self.config = config
+        self.mine = slice(rank * config.batch_size // world, (rank + 1) * config.batch_size // world)
+        self.training = _open(config, encoders, "train")
+        self.validation = _open(config, encoders, "validation")
+        self.rows = self._chosen_rows(encoders)
+        if len(self.rows) < config.batch_size:
+            raise ValueError(
+                f"batch_size={config.batch_size}: only {len(self.rows)} of {len(self.training)} rows are left by "
+                f"data.quality={config.data.quality!r}"
+            )
+        self.needs_images = False
+        self._thread = ThreadPoolExecutor(1, "next batch")
+        self._ahead: tuple[int, Future[Share]] | None = None
+
+    def _chosen_rows(self, encoders: Encoders) -> np.ndarray:
+        data = self.config.data
+        if data.quality == "readable" and not data.folders:
+            store = self.training.folders[0] / "readable.json"
+            return readable_rows(encoders, self.training, data.seed, 0, store)
+        return np.arange(len(self.training))
+
+    def share(self, step: int) -> Share:
+        """This process's share of step ``step``."""
+        if self._ahead is None or self._ahead[0] != step:
+            self._ahead = (step, self._thread.submit(self._draw, step))
+        share = self._ahead[1].result()
+        if step + 1 < self.config.steps:
+            self._ahead = (step + 1, self._thread.submit(self._draw, step + 1))
+        return share
+
+    def _draw(self, step: int) -> Share:
+        config, mine = self.config, self.mine
+        rows = self.rows[batch_indices(config.seed, len(self.rows), config.batch_size, step)[mine]]
+        batch = self.training.batch(rows)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        which = torch.rand(config.batch_size, generator=generator)[mine].tolist()
+        dropped = (torch.rand(config.batch_size, generator=generator) < config.caption_dropout)[mine].tolist()
+        captions = [
+            "" if drop else ways[int(u * len(ways))]
+            for ways, u, drop in zip(batch.captions, which, dropped, strict=True)
+        ]
+        t = flow.sample_timesteps(config.batch_size, generator, config.timestep_mean, config.timestep_std)[mine]
+        noise = torch.randn(config.batch_size, *batch.latents.shape[1:], generator=generator)[mine]
+        images = self._pictures(rows) if self.needs_images else None
+        return Share(batch.latents, captions, t, noise, batch.text, batch.vision, images)
+
+    def _pictures(self, rows: np.ndarray) -> Tensor:
+        seed = self.config.data.seed
+        return torch.stack([torch.from_numpy(render(sample_scene(seed, int(row)))) for row in rows])  # (B, H, W, 3)
+
+    def validation_shares(self, size: int = 64) -> Iterator[Share]:
+        """Yields the validation set in shares of ``size``: first captions, fixed noise, t spread over [0, 1]."""
+        count = len(self.validation)
+        generator = torch.Generator().manual_seed(2**31 + self.config.seed)
+        t = (torch.randperm(count, generator=generator) + 0.5) / count
+        for first in range(0, count, size):
+            batch = self.validation.batch(range(first, min(first + size, count)))
+            noise = torch.randn(batch.latents.shape, generator=generator)
+            yield Share(batch.latents, first_captions(batch), t[first : first + size], noise, batch.text)
+
+    def validation_captions(self, count: int) -> list[str]:
+        """The first captions of the first ``count`` validation pictures."""
+        return first_captions(self.validation.batch(range(min(count, len(self.validation)))))
+
+
+def first_captions(batch: LatentBatch) -> list[str]:
+    """One caption a picture."""
+    return [ways[0] for ways in batch.captions]
+
+
+def _open(config: TrainConfig, encoders: Encoders, split: str) -> LatentDataset:
+    if not config.data.folders:
+        return cached_scenes(encoders, config.data, split)
+    folders = config.data.folders if split == "train" else config.data.validation_folders
+    return LatentDataset(folders, encoders.image_fingerprint)
