@@ -49,6 +49,8 @@ def command(group: typer.Typer, name: str) -> Callable:
                 if os.environ.get("NITRO_E_DEBUG"):
                     raise
                 message = " ".join(str(error).split()) or type(error).__name__
+                if isinstance(error, OSError) and error.filename:
+                    message = f"{error.filename}: {error.strerror}"
                 errors.print(f"Error: {message}", style="bold red", markup=False, soft_wrap=True)
                 raise typer.Exit(2) from None
             except KeyboardInterrupt:
