@@ -96,7 +96,7 @@ class TrainConfig:
     accumulate: int = 1  # parts in which each process works its share off, to save memory
     precision: str = "fp32"  # of the computation ("fp32" or "bf16"); master weights are float32 either way
     caption_dropout: float = 0.1  # replaced by the embedding of ""
-    timestep_mean: float = 0.0  # logit-normal
+    timestep_mean: float = 0.0  # logit-normal density of t, as published; a larger mean prefers noise
     timestep_std: float = 1.0
     ema_decay: float = 0.998
     log_every: int = 20
@@ -154,6 +154,10 @@ _SMOKE = TrainConfig(
     optimizer=OptimizerConfig(warmup_steps=2, decay_steps=4),
 )
 
+# Lite latents say little twice: where an object lies and what it is are decided above t = 0.75. The published density
+# draws 14 % of its t there, this one about half; with it the same samples teach far more.
+_LITE = TrainConfig(timestep_mean=1.2, timestep_std=1.2)
+
 _FULL = TrainConfig(  # stage 1 of the paper, 8 x 256 pictures a step
     preset="full",
     steps=100_000,
@@ -204,11 +208,11 @@ def _finetune(base: TrainConfig, optimizer: dict[str, Any], data: dict[str, Any]
 _THIRD = {"lr": 7e-4, "muon_lr": 7e-3}
 PRESETS: dict[tuple[str, str], TrainConfig] = {
     ("base", "smoke"): _SMOKE,
-    ("base", "lite"): TrainConfig(),
+    ("base", "lite"): _LITE,
     ("base", "full"): _FULL,
     ("finetune", "smoke"): _finetune(_SMOKE, _THIRD, {"quality": "readable"}),
     ("finetune", "lite"): _finetune(
-        TrainConfig(),
+        _LITE,
         _THIRD | {"warmup_steps": 50, "decay_steps": 1000},
         {"quality": "readable"},
         start_from="lite",
