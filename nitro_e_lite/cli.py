@@ -6,7 +6,8 @@ it); with `--json` standard output holds one JSON object and nothing else; progr
 standard error.
 
 Heavy libraries are imported inside the commands, so that `nitro-e --help` answers at once. The commands that
-look at size, speed and installation are in `cli_measure.py`, those that train in `cli_train.py`.
+look at size, speed and installation are in `cli_measure.py`, those that train in `cli_train.py`, those for data in
+`cli_data.py`.
 """
 
 import re
@@ -16,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from nitro_e_lite import cli_measure, cli_train
+from nitro_e_lite import cli_data, cli_measure, cli_train
 from nitro_e_lite.cli_train import finish
 from nitro_e_lite.terminal import (
     Device,
@@ -44,6 +45,7 @@ app = typer.Typer(
 )
 notebooks_app = typer.Typer(help="The notebooks of the course.", no_args_is_help=True)
 app.add_typer(cli_measure.app)
+app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_train.app)
 app.add_typer(notebooks_app, name="notebooks")
 

@@ -52,6 +52,7 @@ from nitro_e_lite.common import read_jsonl, sha256_file
 CARD, SHARDS, QUARANTINE = "card.json", "shards", "quarantine.jsonl"
 ARRAYS = ("latents", "text", "vision")  # columns of float16 numbers
 SHARD_ROWS = 10_000
+WRITE_BYTES = 2**27  # rows are gathered up to this size: few large pieces are quick to open and to search
 LARGEST_FINITE = 0x7BFF  # bits of the largest finite float16, sign left out
 
 
@@ -73,7 +74,8 @@ class LatentBatch:
 
 def bad_rows(values: np.ndarray) -> np.ndarray:
     """Which rows of float16 (B, n) hold a NaN or an infinity: bool (B,)."""
-    return ((values.view(np.uint16) & 0x7FFF) > LARGEST_FINITE).any(1)
+    positive, negative = values.view(np.int16).max(1), values.view(np.uint16).max(1)  # the sign is the highest bit
+    return (positive > LARGEST_FINITE) | (negative > 0x8000 + LARGEST_FINITE)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -100,6 +102,7 @@ class Chunk:
     rows: int
     arrays: dict[str, np.ndarray] | None = None  # float16 (rows, n) by column
     captions: Any = None  # Arrow column of lists of strings
+    sources: Any = None  # Arrow column of strings, or None
 
 
 class LatentDataset:
@@ -243,10 +246,10 @@ def array_shapes(card: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(shape) for name, shape in shapes.items()}
 
 
-def sidecars(folder: Path) -> dict[str, dict[str, Any] | None]:
+def sidecars(folder: Path, names: str = "*") -> dict[str, dict[str, Any] | None]:
     """Shard name -> what its JSON file says (None: unreadable), in the order of the rows."""
     found = {}
-    for path in sorted((folder / SHARDS).glob("*.json")):
+    for path in sorted((folder / SHARDS).glob(f"{names}.json")):
         try:
             found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
@@ -295,7 +298,8 @@ def _chunks(table: Any, shard: Shard, shapes: dict[str, tuple[int, ...]]) -> lis
                 )
             values = column.values.to_numpy(zero_copy_only=True)
             arrays[name] = values[column.offset * width :][: len(column) * width].reshape(-1, width)
-        chunks.append(Chunk(shard, first, len(batch), arrays, batch.column("captions")))
+        sources = batch.column("source") if "source" in batch.schema.names else None
+        chunks.append(Chunk(shard, first, len(batch), arrays, batch.column("captions"), sources))
         first += len(batch)
     return chunks
 
@@ -337,7 +341,7 @@ class ShardWriter:
         features = {n: datasets.List(datasets.Value("float16"), length=prod(s)) for n, s in shapes.items()}
         features |= {"captions": datasets.List(strings), "source": strings, "key": strings}
         self._shapes, self._writer = shapes, ArrowWriter(path=str(self._partial), features=datasets.Features(features))
-        self.rows, self._sources = 0, Counter()
+        self.rows, self._sources, self._waiting = 0, Counter(), []
 
     def add(self, batch: LatentBatch) -> None:
         """Appends rows; numbers are stored as float16."""
@@ -345,14 +349,24 @@ class ShardWriter:
         columns = {n: getattr(batch, n).to(torch.float16).flatten(1).cpu().numpy() for n in self._shapes}
         columns |= {"captions": batch.captions, "source": batch.sources or [""] * count}
         columns |= {"key": batch.keys or [""] * count}
-        self._writer.write_batch(columns)
+        self._waiting.append(columns)
         self.rows += count
         self._sources.update(columns["source"])
+        if sum(c[n].nbytes for c in self._waiting for n in self._shapes) > WRITE_BYTES:
+            self._write()
+
+    def _write(self) -> None:
+        if self._waiting:
+            joined = {n: np.concatenate([c[n] for c in self._waiting]) for n in self._shapes}
+            joined |= {n: sum((c[n] for c in self._waiting), []) for n in ("captions", "source", "key")}
+            self._writer.write_batch(joined)
+            self._waiting = []
 
     def finish(self, **about: Any) -> None:
         """Closes the shard; from now on it counts. ``about`` goes into its JSON file."""
         state = {"rows": self.rows, "bytes": 0, "sha256": "", "sources": dict(self._sources), "end": True, **about}
         if self.rows:
+            self._write()
             self._writer.finalize()
             self._writer.close()
             with open(self._partial, "rb+") as file:

@@ -92,12 +92,12 @@ def square(image: bytes | Path | Image.Image, size: int) -> np.ndarray:
             warnings.simplefilter("ignore")  # Pillow warns of odd files that it can read
             if not isinstance(image, Image.Image):
                 image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-            if min(image.size) < size // 2:
-                raise ValueError(f"picture is smaller than {size // 2} px")
-            return np.asarray(ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC))
+            if min(image.size) >= size // 2:
+                return np.asarray(ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC))
+            reason = f"picture is smaller than {size // 2} px"
     except FileNotFoundError:
         reason = "picture is missing"
-    except (OSError, SyntaxError, EOFError, TypeError, OverflowError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers raise many kinds on damaged files; each costs one picture
         reason = f"picture cannot be read ({type(error).__name__})"
     raise ValueError(reason)
 
@@ -351,7 +351,8 @@ class Prompts(Source):
         return [f"prompts-{first:09d}" for first in range(0, len(self._prompts), LINES)]
 
     def describe(self) -> dict[str, Any]:
-        return {"source": self.kind, "prompts": len(self._prompts), "settings": self._settings, "seed": self._seed}
+        drawn = {"pipeline": type(self._pipeline).__name__, "settings": self._settings, "seed": self._seed}
+        return {"source": self.kind, "prompts": len(self._prompts), **drawn}
 
     def items(self, part: str, start: int = 0) -> Iterator[Record | Problem]:
         first = int(part.removeprefix("prompts-"))

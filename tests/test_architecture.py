@@ -21,15 +21,16 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A module imports only from lines above its own.
 LAYERS = [
     "common config fused hardware",
-    "attention encoders fitting flow geneval_files inputs scenes shards sources terminal tokens training_state viz",
-    "blocks encoder_set encoder_training repa verifier",
-    "emmdit geneval quality training_data",
+    "training_state",
+    "attention encoders fitting flow geneval_files inputs scenes shards sources terminal tokens viz",
+    "blocks data_check encoder_set encoder_training repa verifier",
+    "emmdit encode_data geneval quality training_data vision_training",
     "batches checkpoint optimizers pipeline",
     "benchmark doctor evaluate loading",
     "progress shipping",
-    "train",
+    "planner train",
     "launch",
-    "cli_measure cli_train lessons notebooks",
+    "cli_data cli_measure cli_train lessons notebooks",
     "cli",
 ]
 LAYER = {name: depth for depth, line in enumerate(LAYERS) for name in line.split()}

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import build_tiny_pipeline
+from tiny_flux import build_tiny_flux
 
-from nitro_e_lite.sources import SA1B, Folder, JourneyDB, Problem, Prompts, Record, square
+from nitro_e_lite.sources import FLUX, SA1B, Folder, JourneyDB, Problem, Prompts, Record, square
 
 
 def photo(width=40, height=30, mode="RGB", seed=0):
@@ -290,11 +290,11 @@ def test_lists_longer_than_a_part(folder, monkeypatch):
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return build_tiny_pipeline()
+    return build_tiny_flux()
 
 
-SETTINGS = {"num_inference_steps": 1, "guidance_scale": 0.0}
-PROMPTS = ["a red star", "a blue heart", "", "a red star", "two white circles"]
+SETTINGS = FLUX | {"height": 32, "width": 32, "num_inference_steps": 1, "max_sequence_length": 16}
+PROMPTS = ["a red star", "a blue heart", "", "a red star", "two étoiles 星"]
 
 
 @pytest.fixture(params=[".txt", ".jsonl", ".parquet"])
@@ -326,8 +326,8 @@ def test_prompts_are_drawn(prompts, pipeline, tmp_path, monkeypatch):
 def test_overflowed_pictures_are_problems(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "p.txt").write_text("a red star\n")
-    broken = build_tiny_pipeline()
-    broken.vae.decoder.conv_out.weight.data.fill_(0)
+    broken = build_tiny_flux()
+    broken.transformer.proj_out.weight.data.fill_(float("nan"))
     (item,) = everything(Prompts(tmp_path / "p.txt", broken, SETTINGS))
     assert "overflowed" in item.reason
 

@@ -1,0 +1,279 @@
+"""Raw pictures to shards: what is stored, what is reported, and that a kill or another number of processes changes
+nothing."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_flux import build_tiny_flux
+from transformers import Dinov2Config, Dinov2Model
+from typer.testing import CliRunner
+
+from nitro_e_lite import encoders as encoder_functions
+from nitro_e_lite.cli import app
+from nitro_e_lite.encode_data import Encoding, drawn_source, open_source
+from nitro_e_lite.encoder_set import Encoders
+from nitro_e_lite.encoders import EncoderUnavailable, LatentStats
+from nitro_e_lite.repa import VisionEncoder
+from nitro_e_lite.shards import LatentDataset, sidecars
+from nitro_e_lite.sources import Folder, square
+
+SIZE, COUNT = 64, 22
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """Own pictures, two of them broken, one without a caption."""
+    folder, lines = tmp_path_factory.mktemp("raw"), []
+    for k in range(COUNT):
+        pixels = np.random.default_rng(k).integers(0, 255, (70 + k, 66, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{k:02d}.png")
+        lines.append({"file_name": f"{k:02d}.png", "captions": [f"a red star {k}", f"ein Stern № {k}"]})
+    (folder / "05.png").write_bytes((folder / "05.png").read_bytes()[:500])
+    (folder / "11.png").unlink()
+    lines[17]["captions"] = []
+    (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+GOOD = [k for k in range(COUNT) if k not in (5, 11, 17)]
+
+
+@pytest.fixture(scope="module")
+def models(tiny_pipeline):
+    p = tiny_pipeline
+    stats = LatentStats(p.config.latents_mean, p.config.latents_std)
+    return Encoders(p.vae, p.tokenizer, p.text_encoder, stats, 16)
+
+
+@pytest.fixture(scope="module")
+def vision():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = Dinov2Config(patch_size=4, image_size=64, mlp_ratio=2, **sizes)
+    return VisionEncoder(Dinov2Model(config).eval().requires_grad_(False))
+
+
+def encode(raw, models, out, **options):
+    options = {"size": SIZE, "batch": 3, "shard_rows": 6, "threads": 2} | options
+    return Encoding(Folder(raw), models, out, **options).run()
+
+
+def files(folder):
+    """Contents of the data set's files."""
+    return {path.name: path.read_bytes() for path in sorted((folder / "shards").iterdir())}
+
+
+@pytest.fixture(scope="module")
+def whole(raw, models, tmp_path_factory):
+    out = tmp_path_factory.mktemp("encoded") / "whole"
+    result = encode(raw, models, out)
+    assert result["rows"] == len(GOOD) and result["skipped"] == 3 and result["rows_per_second"] > 0
+    return out
+
+
+def test_rows_are_the_encoded_pictures(raw, models, whole):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = LatentDataset(whole, models.image_fingerprint)
+        batch = data.batch(range(len(GOOD)))
+    assert len(data) == len(GOOD) and data.shape == (4, 16, 16)
+    assert batch.captions == [[f"a red star {k}", f"ein Stern № {k}"] for k in GOOD]
+    pictures = np.stack([square(raw / f"{k:02d}.png", SIZE) for k in GOOD])
+    torch.testing.assert_close(batch.latents, models.encode_images(pictures), rtol=2e-3, atol=2e-3)
+
+
+def test_what_gives_no_row_is_reported_with_its_reason(whole):
+    states = sidecars(whole)
+    left_out = {key: (reason, count) for state in states.values() for key, reason, count in state["skipped"]}
+    assert left_out == {
+        "05.png": ("picture cannot be read (OSError)", 1),
+        "11.png": ("picture is missing", 1),
+        "17.png": ("caption is missing or empty", 1),
+    }
+    assert sum(state["sources"].get("folder", 0) for state in states.values()) == len(GOOD)
+    assert [state["end"] for name, state in states.items() if name.startswith("lines")] == [False, False, False, True]
+
+
+def test_any_number_of_processes_writes_the_same(raw, models, whole, tmp_path, monkeypatch):
+    world = 3
+    monkeypatch.setattr("nitro_e_lite.sources.LINES", 8)
+    encode(raw, models, tmp_path / "one")
+    for rank in reversed(range(world)):
+        encode(raw, models, tmp_path / "many", rank=rank, world=world)
+    assert files(tmp_path / "many") == files(tmp_path / "one")
+    for rank in range(world):  # nothing is left to do, for another number of processes either
+        assert encode(raw, models, tmp_path / "many", rank=rank, world=4)["rows"] == 0
+
+
+def test_features_are_those_of_the_encoders(raw, models, vision, tmp_path):
+    encode(raw, models, tmp_path / "out", text=True, vision=vision)
+    batch = LatentDataset(tmp_path / "out", models.image_fingerprint).batch(range(len(GOOD)))
+    assert batch.captions == [[f"a red star {k}"] for k in GOOD]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        text = models.encode_text([texts[0] for texts in batch.captions])
+    torch.testing.assert_close(batch.text.float(), text, rtol=2e-3, atol=2e-3)
+    pictures = np.stack([square(raw / f"{k:02d}.png", SIZE) for k in GOOD])
+    torch.testing.assert_close(batch.vision.float(), vision.encode(pictures), rtol=2e-3, atol=2e-3)
+    notes = [
+        state["notes"]["further caption left out"] for state in sidecars(tmp_path / "out").values() if state["rows"]
+    ]
+    assert sum(notes) == len(GOOD)
+
+
+def test_pictures_that_encode_to_nan_are_left_out(raw, models, tmp_path):
+    class Overflowing(Encoders):
+        def encode_images(self, images):
+            latents = super().encode_images(images)
+            latents[0] = float("inf")
+            return latents
+
+    broken = Overflowing(**{name: getattr(models, name) for name in Encoders.__dataclass_fields__})
+    result = encode(raw, broken, tmp_path / "out", batch=6, shard_rows=99)
+    assert result["rows"] == len(GOOD) - 4 and result["skipped"] == 3 + 4
+    reasons = [r for state in sidecars(tmp_path / "out").values() for _, r, _ in state["skipped"]]
+    assert reasons.count("encoded to numbers that are not finite") == 4
+
+
+def test_another_recipe_is_not_mixed_in(raw, models, vision, whole):
+    with pytest.raises(ValueError, match=r"shape was \[4, 16, 16\] and is \[4, 32, 32\] now"):
+        encode(raw, models, whole, size=128)
+    with pytest.raises(ValueError, match="arrays was"):
+        encode(raw, models, whole, text=True)
+    with pytest.raises(ValueError, match="size=65: must be a multiple of 4"):
+        encode(raw, models, whole, size=65)
+    with pytest.raises(ValueError, match="batch=0"):
+        encode(raw, models, whole, batch=0)
+
+
+def test_a_lost_or_cut_shard_is_made_again(raw, models, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "copy")
+    path = tmp_path / "copy" / "shards" / "lines-000000000-00001.arrow"
+    path.write_bytes(path.read_bytes()[:-10])
+    encode(raw, models, tmp_path / "copy")
+    assert files(tmp_path / "copy") == files(whole)
+
+
+SLOW = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import torch
+from tiny import build_tiny_pipeline
+from nitro_e_lite.encode_data import Encoding
+from nitro_e_lite.encoder_set import Encoders
+from nitro_e_lite.encoders import LatentStats
+from nitro_e_lite.sources import Folder
+
+p = build_tiny_pipeline()
+models = Encoders(p.vae, p.tokenizer, p.text_encoder, LatentStats(p.config.latents_mean, p.config.latents_std), 16)
+encoding = Encoding(Folder(sys.argv[2]), models, sys.argv[3], size=64, batch=3, shard_rows=6, threads=2)
+fast = encoding._encode
+def slow(*arguments):
+    fast(*arguments)
+    time.sleep(0.5)
+encoding._encode = slow
+encoding.run()
+"""
+
+
+def test_kill_loses_the_unfinished_shard_only(raw, models, whole, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", SLOW, str(Path(__file__).parent), str(raw), str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    first, partial = out / "shards" / "lines-000000000-00000.json", out / "shards" / "lines-000000000-00001.partial"
+    deadline = time.monotonic() + 300
+    while not (first.is_file() and partial.is_file()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = sidecars(out)
+    assert list(done) == ["lines-000000000-00000"]
+    stamp = (out / "shards" / "lines-000000000-00000.arrow").stat().st_mtime_ns
+    with pytest.warns(UserWarning, match="0 of 2 parts"):
+        assert len(LatentDataset(out, models.image_fingerprint)) == 6  # what is there can be read
+    result = encode(raw, models, out)
+    assert result["rows"] == len(GOOD) - 6
+    assert (out / "shards" / "lines-000000000-00000.arrow").stat().st_mtime_ns == stamp
+    assert LatentDataset(out, models.image_fingerprint).batch(range(len(GOOD))).captions[6:] == [
+        [f"a red star {k}", f"ein Stern № {k}"] for k in GOOD[6:]
+    ]
+    assert not list((out / "shards").glob("*.partial"))
+
+
+# the command
+
+
+def test_command_encodes_and_continues(raw, tiny_folder, shipped, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    shutil.copy(save_stats(tiny_folder, tmp_path), shipped / "vae" / "latent_stats.json")
+    arguments = [
+        "data",
+        "encode",
+        "folder",
+        str(raw),
+        str(tmp_path / "out"),
+        "--size",
+        "64",
+        "--text",
+        "--device",
+        "cpu",
+    ]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["rows"] == len(GOOD) and found["skipped"] == 3 and found["world"] == 1
+    monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")
+    result = CliRunner().invoke(app, arguments)
+    assert "Process 1 of 2: 0 rows" in result.stdout
+    result = CliRunner().invoke(app, ["data", "encode", "tapes", str(raw), str(tmp_path / "x")])
+    assert result.exit_code == 2 and "kind='tapes'" in result.stderr
+
+
+def save_stats(tiny_folder, tmp_path):
+    config = json.loads((tiny_folder / "model_index.json").read_text())
+    stats = LatentStats(config["latents_mean"], config["latents_std"])
+    (tmp_path / "latent_stats.json").write_text(stats.to_json())
+    return tmp_path / "latent_stats.json"
+
+
+def test_fluxdb_from_prompts_to_rows(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    build_tiny_flux().save_pretrained(tmp_path / "flux")
+    (tmp_path / "prompts.txt").write_text("a red star\n\na blue heart\na red star\na star\n")
+    small = {"height": 32, "width": 32, "num_inference_steps": 1, "max_sequence_length": 16}
+    source = drawn_source(tmp_path / "prompts.txt", tmp_path / "flux", settings=small)
+    encoding = Encoding(source, models, tmp_path / "out", size=SIZE)
+    assert encoding.run()["rows"] == 3
+    data = LatentDataset(tmp_path / "out", models.image_fingerprint)
+    assert data.batch(range(3)).captions == [["a red star"], ["a blue heart"], ["a star"]]
+    assert data.card["pipeline"] == "FluxPipeline" and data.card["settings"]["guidance_scale"] == 3.5
+    with pytest.raises(ValueError, match="FluxPipeline does not know steps"):
+        drawn_source(tmp_path / "prompts.txt", tmp_path / "flux", settings={"steps": 1})
+
+
+def test_a_gated_generator_says_what_to_do(tmp_path):
+    with pytest.raises(EncoderUnavailable, match="accept its licence at https://huggingface.co/black-forest-labs"):
+        drawn_source(tmp_path / "prompts.txt")
+
+
+def test_kinds_and_their_options(raw):
+    assert isinstance(open_source("folder", raw), Folder)
+    with pytest.raises(ValueError, match="there are sa1b, journeydb, folder, fluxdb"):
+        open_source("imagenet", raw)
+    with pytest.raises(ValueError, match="only 'sa1b'"):
+        open_source("folder", raw, captions=raw)
+
+
+def test_fingerprint_is_that_of_the_encoder(models, whole):
+    stats = models.stats
+    assert LatentDataset(whole, None).card["fingerprint"] == encoder_functions.fingerprint(models.vae, None, stats, 0)
