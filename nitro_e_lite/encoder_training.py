@@ -161,7 +161,7 @@ def train_autoencoder(
 
     Args:
         config: everything the result depends on.
-        run_dir: gets ``metrics.jsonl``, ``state.pt`` and, at the end, ``final/vae``.
+        run_dir: gets ``metrics.jsonl``, ``checkpoints/`` and, at the end, ``final/vae``.
         resume: continue a run that is already there.
         stop_at: ends early after this step, without a result.
 
@@ -325,7 +325,7 @@ def train_language_model(
 
     Args:
         config: everything the result depends on.
-        run_dir: gets ``metrics.jsonl``, ``state.pt`` and, at the end, ``final/tokenizer`` and
+        run_dir: gets ``metrics.jsonl``, ``checkpoints/`` and, at the end, ``final/tokenizer`` and
             ``final/text_encoder``.
         resume: continue a run that is already there.
         stop_at: ends early after this step, without a result.

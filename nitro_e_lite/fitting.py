@@ -6,7 +6,6 @@ generator state.
 """
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nitro_e_lite.common import MetricsWriter, tune_cpu
-
-STATE = "state.pt"
+from nitro_e_lite.training_state import load_latest, optimizer_tensors, restore_optimizer, save_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +59,7 @@ def fit(
     title: str,
     stop_at: int | None = None,
 ) -> None:
-    """Minimises ``losses(step)["loss"]``, with a progress bar, ``metrics.jsonl`` and ``state.pt``.
+    """Minimises ``losses(step)["loss"]``, with a progress bar, ``metrics.jsonl`` and ``checkpoints/``.
 
     Args:
         config: steps, rates, intervals.
@@ -69,7 +67,7 @@ def fit(
         optimizers: optimisers over those parameters.
         losses: step -> scalar tensors by name, of which ``loss`` is minimised.
         run_dir: folder of the run.
-        resume: continue from ``run_dir/state.pt`` when there is one.
+        resume: continue from the newest checkpoint of ``run_dir`` when there is one.
         title: label of the progress bar.
         stop_at: ends early after this step (the tests' kill).
 
@@ -79,15 +77,10 @@ def fit(
     """
     tune_cpu()
     run_dir.mkdir(parents=True, exist_ok=True)
-    start = 0
-    if (run_dir / STATE).exists():
-        if not resume:
-            raise ValueError(f"run_dir={run_dir}: holds a run already; pass resume=True or another folder")
-        state = torch.load(run_dir / STATE, weights_only=True)
-        start = state["step"]
-        module.load_state_dict(state["module"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+    checkpoints = run_dir / "checkpoints"
+    if checkpoints.exists() and not resume:
+        raise ValueError(f"run_dir={run_dir}: holds a run already; pass resume=True or another folder")
+    start = _restore(checkpoints, module, optimizers)
     rates = [[g.setdefault("initial_lr", g["lr"]) for g in o.param_groups] for o in optimizers]
     metrics = MetricsWriter(run_dir / "metrics.jsonl")
     metrics.truncate_after(start)
@@ -110,10 +103,29 @@ def fit(
             metrics.write(step=done, **row, grad_norm=round(norm.item(), 5), lr_factor=round(factor, 6))
             bar.set_postfix({name: f"{value:.4f}" for name, value in row.items()})
         if done % config.checkpoint_every == 0 or done == end:
-            _save_state(run_dir / STATE, done, module, optimizers)
+            _save(checkpoints, done, module, optimizers)
 
 
-def _save_state(path: Path, step: int, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
-    state = {"step": step, "module": module.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def _save(checkpoints: Path, step: int, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    names = {p: name for name, p in module.named_parameters()}
+    entries: dict[str, Tensor] = {}
+    for optimizer in optimizers:
+        entries |= optimizer_tensors(optimizer, names)
+    save_checkpoint(checkpoints, step, {"module": _tensors(module), "optimizer": entries}, {}, keep=1)
+
+
+def _restore(checkpoints: Path, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
+    """Loads the newest checkpoint and returns its step, 0 when there is none."""
+    if (found := load_latest(checkpoints)) is None:
+        return 0
+    tensors, state = found
+    with torch.no_grad():
+        for name, value in _tensors(module).items():
+            value.copy_(tensors["module"][name])
+    for optimizer in optimizers:
+        restore_optimizer(optimizer, tensors["optimizer"], dict(module.named_parameters()))
+    return state["step"]
