@@ -56,5 +56,6 @@ def ship(source: str | Path, name: str = "lite", *, steps: int = 20, guidance: f
         about = json.loads(run.read_text(encoding="utf-8"))
         text = json.dumps(about["config"], indent=1) + "\n"
         (folder / "transformer" / "training.json").write_text(text, encoding="utf-8")
+        shutil.copyfile(run.with_name("metrics.jsonl"), folder / "transformer" / "metrics.jsonl")
     write_manifest(folder)
     return folder
