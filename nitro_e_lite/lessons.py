@@ -22,6 +22,7 @@ import math
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,6 +107,7 @@ class Lesson:
                 del os.environ["NITRO_E_FIGURES"]
         if isinstance(figure, Figure):
             plt.close(figure)
+            _show_figures_small()
         return figure
 
 
@@ -172,6 +174,19 @@ def _show_pictures_small() -> None:
         formatters = shell.display_formatter.formatters
         formatters["image/png"].for_type(Image.Image, _palette_png)
         formatters["image/jpeg"].for_type(Image.Image, lambda image: None)
+
+
+def _show_figures_small() -> None:
+    """The same for a plot. Only now: pyplot sets its own formatter when the first figure of a notebook is made."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None:
+        shell.display_formatter.formatters["image/png"].for_type(Figure, _palette_plot)
+
+
+def _palette_plot(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=figure.dpi, bbox_inches="tight")
+    return _palette_png(Image.open(buffer))
 
 
 def _small(image: Image.Image) -> Image.Image:
@@ -276,3 +291,36 @@ def measure(function: Callable[..., Any], *args: Any, repeats: int = 5) -> float
 
     with torch.no_grad():
         return median_seconds(lambda: function(*args), repeats)
+
+
+def race(runners: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, list[float]]:
+    """Seconds of each function, one after the other, round after round, without gradients.
+
+    Turns are fair: whatever slows the machine down slows all runners. On a CPU, the processor's seconds are counted
+    (the sum over threads), which do not grow when other programs are given their share; on an accelerator, the
+    clock's, until the work is done. A first round warms up and does not count.
+
+    Args:
+        runners: name -> function without arguments.
+        rounds: how often each of them runs.
+
+    Returns:
+        name -> seconds of each round, in order.
+
+    Raises:
+        ValueError: no runner, or no round.
+    """
+    if not runners or rounds < 1:
+        raise ValueError(f"rounds: {rounds} with {len(runners)} runners; give at least one of each")
+    device = torch.accelerator.is_available()
+    clock = time.perf_counter if device else time.process_time
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    with torch.no_grad():
+        for _ in range(rounds + 1):
+            for name, run in runners.items():
+                begin = clock()
+                run()
+                if device:
+                    torch.accelerator.synchronize()
+                seconds[name].append(clock() - begin)
+    return {name: values[1:] for name, values in seconds.items()}

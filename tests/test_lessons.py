@@ -1,5 +1,6 @@
 """The common start of the notebooks, self-checking exercises, intervals."""
 
+import io
 import json
 import math
 
@@ -185,3 +186,27 @@ def test_a_picture_is_shown_as_one_small_png():
     picture = Image.effect_noise((200, 200), 50).convert("RGB")
     data = lessons._palette_png(picture)
     assert data.startswith(b"\x89PNG") and len(data) < 0.7 * len(picture._repr_png_())
+
+
+def test_race_takes_turns_and_leaves_out_the_first_round():
+    turns = []
+    runners = {"one": lambda: turns.append(1), "two": lambda: (turns.append(2), sum(range(300_000)))}
+    seconds = lessons.race(runners, rounds=5)
+    assert turns == [1, 2] * 6
+    assert {name: len(values) for name, values in seconds.items()} == {"one": 5, "two": 5}
+    assert sum(seconds["two"]) > 10 * sum(seconds["one"])
+
+
+def test_race_needs_runners_and_rounds():
+    with pytest.raises(ValueError, match="at least one"):
+        lessons.race({}, rounds=3)
+    with pytest.raises(ValueError, match="at least one"):
+        lessons.race({"one": int}, rounds=0)
+
+
+def test_a_plot_is_shown_as_a_palette_picture():
+    figure, axis = plt.subplots(figsize=(2, 1))
+    axis.plot([0, 1])
+    shown = Image.open(io.BytesIO(lessons._palette_plot(figure)))
+    plt.close(figure)
+    assert shown.mode == "P" and shown.width > 150
