@@ -24,7 +24,9 @@ def encode_scenes(
         scenes = [sample_scene(data.seed, start + i) for i in range(first, min(first + batch, count))]
         images = torch.stack([torch.from_numpy(render(scene)) for scene in scenes])  # (B, H, W, 3)
         captions = [[caption(scene, variant) for variant in range(data.captions)] for scene in scenes]
-        yield LatentBatch(encoders.encode_images(images).float(), captions)
+        keys = [f"seed {data.seed}, scene {start + first + k}" for k in range(len(scenes))]
+        sources = ["synthetic_scenes"] * len(scenes)
+        yield LatentBatch(encoders.encode_images(images).float(), captions, sources=sources, keys=keys)
 
 
 def cached_scenes(encoders: Encoders, data: DataConfig, split: str) -> LatentDataset:

@@ -1,13 +1,18 @@
 """The data cards: valid for the Hugging Face hub, complete, honest about the code they describe."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import typer
 from huggingface_hub import DatasetCard
 
 from nitro_e_lite import scenes
+from nitro_e_lite.cli import app
 from nitro_e_lite.config import preset
+from nitro_e_lite.encode_data import SOURCES
+from nitro_e_lite.sources import Prompts
 
 FOLDER = Path(__file__).resolve().parents[1] / "data_cards"
 NAMES = ("synthetic_scenes", "sa1b", "journeydb", "fluxdb", "nitro_e_25m")
@@ -59,6 +64,38 @@ def test_local_links_lead_somewhere(name):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", load(name).text)
     missing = [target for target in targets if not (FOLDER / target).exists()]
     assert not missing
+
+
+def commands(name: str) -> list[list[str]]:
+    """The words of every `nitro-e` command of a card, whichever way it is started."""
+    blocks = re.findall(r"```bash\n(.*?)```", load(name).text, flags=re.DOTALL)
+    lines = re.findall(r"^(?:nitro-e|torchrun .* -m nitro_e_lite\.cli) (.+)$", "".join(blocks), flags=re.MULTILINE)
+    return [shlex.split(line) for line in lines]
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_commands_of_the_cards_exist(name):
+    assert commands(name)
+    for words in commands(name):
+        found = typer.main.get_command(app)
+        while words and words[0] in getattr(found, "commands", {}):
+            found = found.commands[words.pop(0)]
+        assert not hasattr(found, "commands"), f"{words} names no command"
+        options = {option for parameter in found.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= options
+
+
+@pytest.mark.parametrize("name", sorted({*SOURCES, Prompts.kind} - {"folder"}))
+def test_every_kind_that_can_be_encoded_has_its_command_and_gate_in_its_card(name):
+    assert any(words[:3] == ["data", "encode", name] for words in commands(name))
+    assert "**gate**" in load(name).text.lower() and "expire" in load("sa1b").text
+
+
+def test_full_presets_read_the_folders_that_the_cards_write():
+    written = {words[4] for name in NAMES for words in commands(name) if words[:2] == ["data", "encode"]}
+    for stage in ("base", "finetune"):
+        data = preset(stage, "full").data
+        assert {*data.folders, *data.validation_folders} <= written
 
 
 def test_counts_of_the_parts_add_up_to_the_mix():

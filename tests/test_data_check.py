@@ -1,0 +1,152 @@
+"""The complete check of a data set: finds what was put in, and nothing in a good one; the reader's speed."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from nitro_e_lite.cli import app
+from nitro_e_lite.data_check import NEEDED_SAMPLES_PER_SECOND, check, measure_reading
+from nitro_e_lite.shards import CARD, LatentBatch, LatentDataset, ShardWriter, read_quarantine, write_latents
+
+SHAPE = (3, 8, 8)
+
+
+def batches(count=48, size=8, scale=1.0, shift=0.0):
+    generator = torch.Generator().manual_seed(0)
+    for first in range(0, count, size):
+        latents = torch.randn(size, *SHAPE, generator=generator) * scale + shift
+        captions = [[f"caption {first + k}", "another"] for k in range(size)]
+        yield LatentBatch(latents, captions, sources=["a" if first + k < 10 else "b" for k in range(size)])
+
+
+def write(folder, written):
+    write_latents(folder, written, "abc", shard_rows=16)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write(tmp_path / "data", batches())
+
+
+def test_good_data_set(folder):
+    found = check(folder)
+    assert found["ok"] and not found["problems"] and not (folder / "quarantine.jsonl").exists()
+    assert (found["rows"], found["captions"], found["sources"]) == (48, 96, {"a": 10, "b": 38})
+    assert found["shards"] == {"all": 3, "quarantined": 0} and found["parts"] is None
+    everything = LatentDataset(folder, "abc").batch(range(48)).latents.double().transpose(0, 1).flatten(1)
+    assert found["latent_mean"] == pytest.approx(everything.mean(1).tolist(), abs=1e-4)
+    assert found["latent_std"] == pytest.approx(everything.std(1, correction=0).tolist(), abs=1e-4)
+    json.dumps(found, allow_nan=False)
+
+
+def test_bad_rows_are_counted_and_quarantined(tmp_path):
+    written = list(batches())
+    written[0].latents[3, 0, 0, 0] = float("nan")
+    written[4].latents[1, 2, 7, 7] = float("inf")
+    written[2].captions[5][:] = [" "]
+    found = check(write(tmp_path / "data", written))
+    assert not found["ok"] and (found["not_finite"], found["without_caption"]) == (2, 1)
+    assert found["quarantined_rows"] == 3 and all(abs(mean) < 0.2 for mean in found["latent_mean"])
+    lines = {(line["shard"], line["row"]) for line in read_quarantine(tmp_path / "data")}
+    assert lines == {("000000", 3), ("000001", 5), ("000002", 1)}
+    assert any("not finite" in text for text in found["problems"])
+    assert any("1 rows have no caption" in text for text in found["problems"])
+
+
+def test_a_changed_byte_is_found_and_kept_from_training(folder):
+    path = folder / "shards" / "000001.arrow"
+    before = LatentDataset(folder, "abc").batch(range(48))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1  # one bit in the middle of the numbers
+    path.write_bytes(bytes(data))
+    assert len(LatentDataset(folder, "abc")) == 48  # opening does not read every byte
+    found = check(folder)
+    assert not found["ok"] and found["shards"]["quarantined"] == 1 and found["rows"] == 32
+    assert "1 of 3 shards are damaged" in found["problems"]
+    (line,) = read_quarantine(folder)
+    assert line == {"shard": "000001", "row": None, "reason": "contents differ from the checksum"}
+    with pytest.warns(UserWarning, match="1 of 3 shards, 16 of 48 rows"):
+        after = LatentDataset(folder, "abc").batch(range(48))
+    assert torch.equal(after.latents[:16], before.latents[:16]) and torch.equal(after.latents[32:], before.latents[32:])
+    assert {text[0] for text in after.captions[16:32]} <= {
+        text[0] for text in before.captions[:16] + before.captions[32:]
+    }
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))  # the shard is copied again
+    assert check(folder)["ok"] and not read_quarantine(folder)
+
+
+def test_a_shard_cut_short_is_found(folder):
+    path = folder / "shards" / "000002.arrow"
+    path.write_bytes(path.read_bytes()[:-7])
+    found = check(folder)
+    assert found["rows"] == 32 and found["shards"] == {"all": 3, "quarantined": 1}
+
+
+def test_repeated_pictures_and_captions(tmp_path):
+    written = list(batches())
+    written[3].latents[:] = written[2].latents
+    written[5].captions[0][:] = written[0].captions[0]
+    found = check(write(tmp_path / "data", written))
+    assert (found["repeated_pictures"], found["repeated_captions"]) == (8, 1)
+    assert found["problems"] == ["8 pictures occur before"]
+    assert check(tmp_path / "data", max_repeated=0.2)["ok"]
+
+
+@pytest.mark.parametrize("scale, shift", [(1 / 0.41407, 0.0), (0.41407, 0.0), (1.0, 2.0)])
+def test_latents_that_are_not_normalised(tmp_path, scale, shift):
+    found = check(write(tmp_path / "data", batches(scale=scale, shift=shift)))
+    assert any("normalised ones have 0 and 1" in text for text in found["problems"])
+
+
+def test_one_odd_channel(tmp_path):
+    written = list(batches())
+    for batch in written:
+        batch.latents[:, 1] *= 0.1
+        batch.latents[:, 2] *= 1.9
+    found = check(write(tmp_path / "data", written))
+    (problem,) = found["problems"]
+    assert problem.startswith("1 channels are far from mean 0, spread 1; first 1: ") and problem.endswith("0.10")
+
+
+def test_unfinished_and_skipped(folder):
+    card = json.loads((folder / CARD).read_text()) | {"parts": 5}
+    (folder / CARD).write_text(json.dumps(card))
+    writer = ShardWriter(folder, "000003", {"latents": SHAPE})
+    writer.finish(skipped=[["x.jpg", "picture is missing", 1], ["archive 7", "archive was not downloaded", 40]])
+    found = check(folder)
+    assert found["skipped"] == {"archive was not downloaded": 40, "picture is missing": 1}
+    assert found["parts"] == {"all": 5, "encoded": 4}
+    assert found["problems"] == ["4 of 5 parts are encoded: run the same command again"]
+
+
+def test_command(folder, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    run = CliRunner().invoke
+    result = run(app, ["data", "check", str(folder)])
+    assert result.exit_code == 0 and "Nothing is wrong." in result.stdout and "from a" in result.stdout
+    (folder / "shards" / "000000.arrow").unlink()
+    result = run(app, ["data", "check", str(folder)])
+    assert result.exit_code == 1 and "Wrong: 1 of 3 shards are damaged" in result.stderr
+    result = run(app, ["data", "check", str(folder), "--json"])
+    assert result.exit_code == 1 and json.loads(result.stdout)["rows"] == 32
+    assert run(app, ["data", "check", "nowhere"]).exit_code == 2
+
+
+def test_reader_reads_faster_than_the_full_run_needs():
+    found = measure_reading(rows=1024, batch=128, seconds=0.3)
+    assert found["needed_samples_per_second"] == NEEDED_SAMPLES_PER_SECOND == round(150_000 * 2048 / 1.5 / 86_400, -1)
+    assert found["bytes_per_sample"] == 16_384
+    assert found["margin"] > 1 and found["margin"] == round(found["samples_per_second_per_core"] / 2370, 2)
+
+
+def test_reading_with_features_and_bad_arguments():
+    found = measure_reading(("latents", "text"), rows=16, batch=8, seconds=0.05)
+    assert found["columns"] == ["latents", "text"] and found["bytes_per_sample"] == 16_384 + 524_288
+    with pytest.raises(ValueError, match="columns are latents, text, vision"):
+        measure_reading(("pixels",))
+    with pytest.raises(ValueError, match="batch is 1 to 4"):
+        measure_reading(rows=4, batch=8)
