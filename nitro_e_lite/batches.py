@@ -142,4 +142,6 @@ def _open(config: TrainConfig, encoders: Encoders, split: str) -> LatentDataset:
     if not config.data.folders:
         return cached_scenes(encoders, config.data, split)
     folders = config.data.folders if split == "train" else config.data.validation_folders
+    if not folders:
+        raise ValueError("data.validation_folders=(): name shards to validate on, along with data.folders")
     return LatentDataset(folders, encoders.image_fingerprint)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from nitro_e_lite.terminal import Device, Overrides, Resume, RunDir, command, console
+from nitro_e_lite.terminal import Device, Json, Overrides, Resume, RunDir, command, console, output, show_table
 
 app = typer.Typer()
 train_app = typer.Typer(help="Train one of the models of the course.", no_args_is_help=True)
@@ -79,6 +79,64 @@ def train_language_model(overrides: Overrides = None, run_dir: RunDir = None, re
 
     chosen = config.override(encoder_training.LanguageModelConfig(), overrides or [])
     finish(encoder_training.train_language_model(chosen, run_dir or Path("runs/language-model"), resume))
+
+
+@command(train_app, "vision")
+def train_vision(overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = False) -> None:
+    """Train the lite vision model for REPA, and probe its features for shape and colour."""
+    import json as reader
+
+    from nitro_e_lite import config, vision_training
+
+    chosen = config.override(vision_training.VisionConfig(), overrides or [])
+    final = vision_training.train_vision(chosen, run_dir or Path("runs/vision"), resume)
+    found = reader.loads((final / "probe.json").read_text(encoding="utf-8"))
+    rows = [[name, f"{row['shape']:.3f}", f"{row['color']:.3f}"] for name, row in found.items()]
+    show_table("linear probe of single patches, held-out scenes", ["features", "shape", "color"], rows)
+    finish(final)
+
+
+@command(app, "plan")
+def plan_command(
+    preset: Preset = "full",
+    stage: Annotated[str, typer.Option(help="base or finetune.")] = "base",
+    hardware: Annotated[str, typer.Option(help="mi300x, h100, h200, a100, rtx4090 or cpu.")] = "mi300x",
+    devices: Annotated[int, typer.Option(help="How many of them.")] = 8,
+    mfu: Annotated[float | None, typer.Option(help="Utilisation; that of the published run when not given.")] = None,
+    peak_tflops: Annotated[float | None, typer.Option(help="Of one device, instead of the data sheet's.")] = None,
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Say what a training stage needs, before it is started: memory, hours, disk; nothing is trained."""
+    with output(json) as result:
+        import dataclasses
+
+        from nitro_e_lite import config, planner
+        from nitro_e_lite.hardware import HARDWARE
+
+        chosen = config.override(config.preset(stage, preset), overrides or [])
+        found = planner.plan(chosen, hardware, devices, mfu, peak_tflops)
+        result |= {"stage": stage, "preset": preset, "hardware": hardware, "devices": devices}
+        result |= dataclasses.asdict(found) | {"published_mfu": planner.published_mfu()}
+        if json:
+            return
+        rows = [["parameters", f"{found.parameters:,}"], ["forward pass, TFLOP", f"{found.forward_flops / 1e12:.4f}"]]
+        rows += [[f"encoder of {name}, TFLOP", f"{e.flops / 1e12:.4f}"] for name, e in found.encoders.items()]
+        rows += [[f"memory: {name}, GB", f"{size / 1e9:.2f}"] for name, size in found.memory.items()]
+        rows.append(["memory in all / of the device, GB", f"{found.needed / 1e9:.1f} / {found.capacity / 1e9:.0f}"])
+        rows += [[f"disk: {name}, GB", f"{size / 1e9:,.1f}"] for name, size in found.disk.items()]
+        show_table(f"{stage}/{preset} on {devices} x {hardware}", ["", ""], rows)
+        columns = ["", "TFLOP a sample", "samples/s", "hours"]
+        rows = [
+            [way, f"{flops / 1e12:.3f}", f"{found.samples_per_second[way]:,.4g}", f"{found.hours[way]:,.1f}"]
+            for way, flops in found.sample_flops.items()
+        ]
+        show_table(f"at {found.mfu:.1%} of {found.peak / 1e12:,.4g} TFLOP/s a device", columns, rows)
+        source, published = HARDWARE[hardware].source, planner.published_mfu()
+        bounds = "; ".join(f"{way}: {value:.1%}" for way, value in published.items())
+        typer.echo(f"Peak: {source}. MFU that the published 1.5 days on 8 MI300X imply, {bounds}.")
+        if found.needed > found.capacity:
+            typer.echo("It does not fit: set accumulate, or gradient_checkpointing=true (not modelled here).")
 
 
 def finish(final: Path) -> None:

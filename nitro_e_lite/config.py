@@ -123,9 +123,7 @@ class TrainConfig:
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         _require(self.optimizer.name in ("muon", "adamw"), "optimizer.name", self.optimizer.name, "'muon' or 'adamw'")
         _require(self.data.quality in ("all", "readable"), "data.quality", self.data.quality, "'all' or 'readable'")
-        if self.data.folders:
-            _require(bool(self.data.validation_folders), "data.validation_folders", (), "given with data.folders")
-        else:
+        if not self.data.folders:
             _require(self.data.scenes >= self.batch_size, "data.scenes", self.data.scenes, "at least one batch")
         _require(self.repa.weight >= 0, "repa.weight", self.repa.weight, ">= 0")
         _require(self.peak_tflops >= 0, "peak_tflops", self.peak_tflops, ">= 0")

@@ -2,12 +2,14 @@
 
 import ast
 import dataclasses
+import inspect
 from pathlib import Path
 
 import pytest
 
 from nitro_e_lite import config as module
-from nitro_e_lite.config import PRESETS, TrainConfig, from_dict, override, preset, to_dict
+from nitro_e_lite.config import PRESETS, TrainConfig, assignments, from_dict, override, preset, to_dict
+from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
 
 PACKAGE = Path(module.__file__).parent
 
@@ -36,6 +38,9 @@ def test_override_reads_yaml_and_keeps_types():
         ("optimizer.name=sgd", "sgd"),
         ("ema_decay=1.0", "ema_decay"),
         ("data.scenes=4", "data.scenes=4"),
+        ("data.quality=best", "data.quality='best'"),
+        ("accumulate=0", "accumulate=0"),
+        ("repa.weight=-1", "repa.weight=-1"),
     ],
 )
 def test_bad_overrides_name_field_and_value(assignment, words):
@@ -53,6 +58,39 @@ def test_round_trip(config):
     assert from_dict(TrainConfig, to_dict(config)) == config
 
 
+def test_assignments_are_what_makes_a_config_of_its_preset():
+    changes = ["optimizer.lr=1e-3", "model.block_groups=[1, 2, 1]", "data.validation_folders=[v]", "precision=bf16"]
+    changes += ["data.folders=[a, b]", "compile=eager", "gradient_checkpointing=true", "start_from=a b"]
+    config = override(preset("finetune", "smoke"), changes)
+    assert override(preset("finetune", "smoke"), assignments(config)) == config
+    assert len(assignments(config)) == len(changes) and assignments(preset("base", "lite")) == []
+
+
+def test_full_presets_are_the_papers():
+    base, finetune = preset("base", "full"), preset("finetune", "full")
+    assert (base.steps, finetune.steps, base.batch_size, finetune.batch_size) == (100_000, 50_000, 2048, 2048)
+    assert (base.optimizer.lr, finetune.optimizer.lr) == (3e-4, 1e-4)
+    assert (base.optimizer.clip, finetune.optimizer.clip) == (0.5, 1.0)
+    assert (base.repa.weight, finetune.repa.weight) == (0.5, 0.0)
+    assert (base.ema_decay, finetune.ema_decay) == (0.0, 0.9999)
+    for config in (base, finetune):
+        adam = config.optimizer
+        assert (adam.name, adam.weight_decay, adam.eps) == ("adamw", 0.03, 1e-10)
+        assert (adam.warmup_steps, adam.decay_steps) == (500, 0)
+        assert (config.precision, config.caption_dropout) == ("bf16", 0.1)
+        assert (config.timestep_mean, config.timestep_std) == (0.0, 1.0)
+    assert set(base.data.folders) - set(finetune.data.folders) == {"data/sa1b"}
+    published = inspect.signature(EMMDiTTransformer2DModel.__init__).parameters
+    for name, value in to_dict(base.model).items():
+        assert value == published[name].default, name
+
+
+def test_a_run_that_began_before_a_field_existed_keeps_its_recipe():
+    config = TrainConfig()
+    assert (config.accumulate, config.gradient_checkpointing, config.compile) == (1, False, "")
+    assert config.repa.weight == 0 and config.data.folders == () and config.data.quality == "all"
+
+
 def test_round_trip_refuses_unknown_fields():
     with pytest.raises(ValueError, match="colour"):
         from_dict(TrainConfig, {"colour": 1})
@@ -68,6 +106,6 @@ def test_every_field_is_read_somewhere():
             if isinstance(node, ast.Attribute):
                 read.add(node.attr)
     described = {"stage", "preset"}  # say which run this is; stored with it
-    for cls in (module.TrainConfig, module.DataConfig, module.OptimizerConfig):
+    for cls in (module.TrainConfig, module.DataConfig, module.OptimizerConfig, module.RepaConfig):
         unread = {field.name for field in dataclasses.fields(cls)} - read - described
         assert not unread, f"{cls.__name__}: nothing reads {unread}"

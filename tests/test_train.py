@@ -74,6 +74,7 @@ def test_a_run_can_be_shipped(uninterrupted, tmp_path):
     sums = check_manifest(tmp_path)
     assert sums["vae/diffusion_pytorch_model.safetensors"] == encoder
     assert json.loads((tmp_path / "transformer" / "training.json").read_text())["preset"] == "smoke"
+    assert (tmp_path / "transformer" / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
     pipeline = load_pipeline(tmp_path, device="cpu")
     assert pipeline.config.default_steps == 7 and pipeline.stats == LatentStats.load(tmp_path / "vae")
     for name, value in final_weights(uninterrupted).items():
@@ -177,6 +178,38 @@ def test_two_processes_killed_while_writing_and_a_damaged_checkpoint(ranks, two,
     newest.write_bytes(content)
     assert f"{newest}: missing or damaged" in ranks.run(2, *words(tmp_path))
     assert_same(final_weights(tmp_path), final_weights(two))
+
+
+MUON = """
+import os, sys, torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from nitro_e_lite.optimizers import Muon
+
+if "WORLD_SIZE" in os.environ:
+    dist.init_process_group("gloo")
+generator = torch.Generator().manual_seed(0)
+shapes = [(24, 8), (8, 24), (16, 16), (24, 8), (48, 16)]
+values = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+muon = Muon(values, lr=0.02, momentum=0.95, weight_decay=0.1)
+for _ in range(3):
+    for value in values:
+        value.grad = torch.randn(value.shape, generator=generator)
+    muon.step()
+save_file({str(k): v.detach() for k, v in enumerate(values)}, sys.argv[1] + os.environ.get("RANK", "alone"))
+"""
+
+
+def test_muon_of_two_processes_is_that_of_one(ranks, tmp_path):  # noqa: F811
+    """Both hold the same weights, bit for bit; alone, matrices are stacked otherwise, which is worth rounding."""
+    script = tmp_path / "muon.py"
+    script.write_text(MUON)
+    ranks.run(1, script, tmp_path / "weights-")
+    ranks.run(2, script, tmp_path / "weights-")
+    alone, first, second = (load_file(tmp_path / f"weights-{name}") for name in ("alone", "0", "1"))
+    assert_same(first, second)
+    for name in alone:
+        assert torch.allclose(alone[name], first[name], rtol=0, atol=1e-6), name
 
 
 def test_sigterm_to_one_of_two_saves_and_ends_well(ranks, two, tmp_path):  # noqa: F811

@@ -1,0 +1,136 @@
+"""Several processes and machines: output comes back, failures are raised, stops are passed on, commands are right."""
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import threading
+
+import pytest
+import torch
+
+from nitro_e_lite.config import assignments, override, preset
+from nitro_e_lite.launch import (
+    LaunchError,
+    child_environment,
+    launch,
+    run_processes,
+    slurm_script,
+    torchrun_commands,
+    torchrun_words,
+    train_arguments,
+)
+from nitro_e_lite.training_state import RunStopped, list_checkpoints
+
+SUM = """
+import os, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+total = torch.tensor(10.0 ** dist.get_rank())
+dist.all_reduce(total)
+print(f"rank {dist.get_rank()} of {dist.get_world_size()}: {total.item()}, MPLBACKEND={os.environ.get('MPLBACKEND')}")
+dist.destroy_process_group()
+"""
+
+
+def test_two_nodes_on_this_machine(tmp_path):
+    """Two torchrun agents with a process each, as two machines would run them, find each other."""
+    script = tmp_path / "sum.py"
+    script.write_text(SUM)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = child_environment(2, "cpu", {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"})
+    lines = {0: [], 1: []}
+    nodes = [
+        threading.Thread(
+            target=run_processes,
+            args=([str(script)], 1, environment, lines[rank].append),
+            kwargs={"nodes": 2, "rank": rank, "address": address},
+        )
+        for rank in lines
+    ]
+    for node in nodes:
+        node.start()
+    for node in nodes:
+        node.join(timeout=120)
+    for rank, said in lines.items():
+        assert f"rank {rank} of 2: 11.0, MPLBACKEND=None" in said, said
+
+
+def test_a_failure_is_raised_with_its_last_lines(tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text("print('so far so good', flush=True)\nraise SystemExit('the disk is on fire')\n")
+    lines = []
+    with pytest.raises(LaunchError, match=r"(?s)1 processes: torchrun ended with code 1.*the disk is on fire"):
+        run_processes([str(script)], 1, child_environment(1, "cpu"), lines.append)
+    assert "so far so good" in lines and any("the disk is on fire" in line for line in lines)
+
+
+def test_training_in_two_processes_stops_on_request(tmp_path, monkeypatch):
+    """The whole way: torchrun, the command line, progress streamed back, SIGTERM passed on, a checkpoint, code 0."""
+    monkeypatch.setenv("NITRO_E_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    config = override(preset("base", "smoke"), ["steps=100000", "validate_every=100000", "sample_every=100000"])
+    lines = []
+
+    def on_line(line):
+        lines.append(line)
+        if "/100000" in line:  # the progress bar: it trains
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(RunStopped, match="Stopped by SIGTERM after step"):
+        launch(config, tmp_path / "run", processes=2, device="cpu", on_line=on_line)
+    (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")[-1:]
+    assert any(checkpoint.name.removeprefix("step-").lstrip("0") in line for line in lines if "Stopped" in line)
+
+
+def test_in_place_and_refusals(tmp_path):
+    with pytest.raises(ValueError, match="processes=0"):
+        launch(preset("base", "smoke"), tmp_path, processes=0)
+    if torch.accelerator.is_available():
+        with pytest.raises(ValueError, match="accelerators; one process uses one"):
+            launch(preset("base", "smoke"), tmp_path, processes=99)
+    (tmp_path / "final").mkdir()
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        launch(preset("base", "smoke"), tmp_path, device="cpu")
+
+
+def test_environment_of_the_processes():
+    notebook = {"MPLBACKEND": "inline", "JPY_PARENT_PID": "1", "FORCE_COLOR": "1", "PATH": "/bin"}
+    environment = child_environment(2, "cpu", notebook)
+    assert environment["ACCELERATE_USE_CPU"] == "true" and environment["PATH"] == "/bin"
+    assert not {"MPLBACKEND", "JPY_PARENT_PID", "FORCE_COLOR"} & environment.keys()
+    assert child_environment(2, "cpu", {"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
+
+
+def test_commands_for_several_machines():
+    config = override(preset("base", "full"), ["optimizer.lr=1e-4", "data.folders=[one dir, two]"])
+    words = train_arguments(config, "runs/full", True, None)
+    commands = torchrun_commands(words, nodes=4, processes=8, address="node0:29600")
+    assert len(commands) == 4
+    for rank, command in enumerate(commands):
+        read = shlex.split(command)
+        assert read == ["python", *torchrun_words(["-m", "nitro_e_lite.cli", *words], 8, 4, rank, "node0:29600")]
+        assert read[read.index("--node_rank") + 1] == str(rank) and read[read.index("--nnodes") + 1] == "4"
+    sets = [words[k + 1] for k, word in enumerate(words) if word == "--set"]
+    assert sets == assignments(config) and override(preset("base", "full"), sets) == config
+
+
+def test_slurm_script_passes_words_and_ranks(tmp_path):
+    """The script is run by bash with stand-ins for Slurm's two programs; each task prints what it was given."""
+    words = ["train", "base", "--set", "data.folders=[one dir]"]
+    script = slurm_script(words, nodes=2, processes=8, hours=36)
+    assert "#SBATCH --nodes=2" in script and "#SBATCH --ntasks-per-node=8" in script and "--signal=TERM@600" in script
+    for name, text in {
+        "scontrol": "echo node0; echo node1",
+        "srun": 'SLURM_PROCID=9 SLURM_LOCALID=1 SLURM_NTASKS=16 exec "$@"',
+        "nitro-e": 'echo $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT; printf "<%s>" "$@"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[0-1]"}
+    said = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True).stdout
+    assert re.match(r"9 1 16 8 node0 29500\n", said)
+    assert said.endswith("".join(f"<{word}>" for word in [*words, "--resume"]))

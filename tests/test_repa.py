@@ -1,0 +1,196 @@
+"""REPA: the loss, the vision model, features stored and on-line, and the training of the lite vision model."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import Dinov2Config, Dinov2Model
+
+from nitro_e_lite.config import override, preset
+from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.encoder_set import load_encoders
+from nitro_e_lite.encoders import EncoderUnavailable
+from nitro_e_lite.repa import MEAN, STD, load_vision, prepare_pixels, repa_loss
+from nitro_e_lite.scenes import render, sample_scene
+from nitro_e_lite.shards import LatentBatch, write_latents
+from nitro_e_lite.train import Trainer, train
+from nitro_e_lite.vision_training import (
+    VisionConfig,
+    baselines,
+    cut_patches,
+    draw_mask,
+    patches_of_objects,
+    train_vision,
+)
+
+REPA = ["repa.weight=0.5", "repa.hidden=32", "steps=4", "sample_every=9", "validate_every=9", "checkpoint_every=2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NITRO_E_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory):
+    """A vision model with random weights, as `save_pretrained` writes it."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vision")
+    size = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8, "image_size": 128}
+    Dinov2Model(Dinov2Config(**size)).save_pretrained(folder)
+    return folder
+
+
+# -- loss and features
+
+
+def test_the_loss_is_minus_one_for_the_same_direction():
+    features = torch.randn(3, 256, 24)
+    for scale, expected in ((1.0, -1.0), (7.0, -1.0), (-2.0, 1.0)):
+        assert torch.allclose(repa_loss(scale * features, features), torch.full((3,), expected), atol=1e-5)
+    half = torch.cat([features[:, :128], -features[:, 128:]], 1)
+    assert torch.allclose(repa_loss(half, features), torch.zeros(3), atol=1e-5)
+    with pytest.raises(ValueError, match="as many patches"):
+        repa_loss(features[:, :80], features)
+
+
+def test_pictures_are_cut_scaled_and_normalised_as_dinov2_expects():
+    pixels = torch.rand(2, 3, 40, 60) * 2 - 1
+    prepared = prepare_pixels(pixels, 40)
+    middle = pixels[:, :, :, 10:50] / 2 + 0.5
+    for channel in range(3):
+        assert torch.allclose(prepared[:, channel], (middle[:, channel] - MEAN[channel]) / STD[channel], atol=1e-6)
+    flat = prepare_pixels(torch.zeros(1, 3, 512, 700), 224)
+    assert flat.shape == (1, 3, 224, 224) and torch.allclose(flat[0, 0], torch.tensor((0.5 - MEAN[0]) / STD[0]))
+
+
+def test_features_are_those_of_the_library(vision):
+    encoder = load_vision(vision)
+    images = np.stack([render(sample_scene(0, index)) for index in range(2)])
+    features = encoder.encode(images)
+    assert features.shape == (2, 256, encoder.width) and encoder.size == 128
+    pixels = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(
+        STD
+    )[:, None, None]
+    expected = Dinov2Model.from_pretrained(vision).eval()(pixels).last_hidden_state[:, 1:]
+    assert torch.allclose(features, expected, atol=1e-4)
+    assert len(encoder.fingerprint) == 64 and not any(p.requires_grad for p in encoder.model.parameters())
+    with pytest.raises(EncoderUnavailable, match="nitro-e train vision"):
+        load_vision("nowhere")
+
+
+# -- in training
+
+
+def test_training_aligns_and_the_final_weights_have_no_projector(vision, tmp_path):
+    config = override(
+        preset("base", "smoke"), [*REPA, f"repa.vision={vision}", "steps=1000", "optimizer.decay_steps=0"]
+    )
+    trainer = Trainer(config, tmp_path / "long", device="cpu")
+    share = trainer.batches.share(0)
+    assert share.images.shape == (8, 128, 128, 3)
+    trainer.batches.share = lambda step: share
+    rows = [trainer.train_step() for _ in range(40)]
+    assert rows[-1]["repa_loss"] < rows[0]["repa_loss"] - 0.2 and rows[-1]["loss"] < rows[0]["loss"]
+    assert "projector.0.weight" in trainer.masters
+    final = EMMDiTTransformer2DModel.from_pretrained(trainer.finish())
+    assert final.projector is None
+
+
+def test_a_run_with_repa_resumes_and_fine_tuning_leaves_the_projector(vision, tmp_path):
+    config = override(preset("base", "smoke"), [*REPA, f"repa.vision={vision}"])
+    whole = train(config, tmp_path / "whole", device="cpu")
+    trainer = Trainer(config, tmp_path / "resumed", device="cpu")
+    for _ in range(2):
+        trainer.train_step()
+    trainer.save()
+    resumed = train(config, tmp_path / "resumed", resume=True, device="cpu")
+    one, other = (EMMDiTTransformer2DModel.from_pretrained(path).state_dict() for path in (whole, resumed))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(ValueError, match="keep repa.weight"):
+        Trainer(override(config, ["repa.weight=0"]), tmp_path / "whole", resume=True, device="cpu")
+    stage = override(preset("finetune", "smoke"), [f"start_from={whole}", "data.quality=all"])
+    assert Trainer(stage, tmp_path / "finetune", device="cpu").raw_model.projector is None
+    again = Trainer(override(config, [f"start_from={whole}"]), tmp_path / "again", device="cpu")
+    assert torch.equal(again.masters["proj_out.weight"], one["proj_out.weight"])
+
+
+@pytest.fixture(scope="module")
+def shards(vision, tmp_path_factory):
+    """Scenes with stored text and vision features: what the full run reads."""
+    encoders, teacher = load_encoders("lite"), load_vision(vision)
+    images = np.stack([render(sample_scene(0, index)) for index in range(16)])
+    captions = [[f"scene number {index}"] for index in range(16)]
+    batch = LatentBatch(
+        encoders.encode_images(images),
+        captions,
+        encoders.encode_text([ways[0] for ways in captions]).half(),
+        teacher.encode(images).half(),
+    )
+    folder = tmp_path_factory.mktemp("shards")
+    write_latents(folder / "with", [batch], encoders.image_fingerprint)
+    write_latents(folder / "without", [LatentBatch(batch.latents, captions)], encoders.image_fingerprint)
+    return folder
+
+
+def test_stored_features_train_as_on_line_ones_do(shards, vision, tmp_path):
+    """The same pictures and captions once with features from shards (float16), once with text computed on the way."""
+    where = [f"data.folders=[{shards / 'with'}]", f"data.validation_folders=[{shards / 'with'}]"]
+    stored = Trainer(override(preset("base", "smoke"), [*REPA, *where]), tmp_path / "stored", device="cpu")
+    assert stored.vision is None
+    row = stored.train_step()
+    assert -1 <= row["repa_loss"] <= 1
+    share = stored.batches.share(0)
+    assert share.text is not None and share.vision is not None and share.images is None
+    dropped = [k for k, caption in enumerate(share.captions) if caption == ""]
+    text = stored._text(share)
+    for k, caption in enumerate(share.captions):
+        assert torch.allclose(text[k], stored.encoders.encode_text([caption])[0], atol=2e-2), caption
+    where = [line.replace("with", "without") for line in where]
+    with pytest.raises(ValueError, match="holds no vision features"):
+        Trainer(override(preset("base", "smoke"), [*REPA, *where]), tmp_path / "none", device="cpu")
+    with pytest.raises(ValueError, match="data.validation_folders"):
+        Trainer(override(preset("base", "smoke"), where[:1]), tmp_path / "none", device="cpu")
+    plain = Trainer(override(preset("base", "smoke"), [*where, "steps=4"]), tmp_path / "plain", device="cpu")
+    assert plain.batches.share(0).text is None and len(dropped) < 8
+    assert plain.train_step()["loss"] == pytest.approx(row["loss"], rel=0.5)
+
+
+# -- the lite vision model
+
+
+TINY = VisionConfig(steps=24, batch_size=8, width=32, layers=1, heads=2, warmup_steps=4, probe_scenes=64, log_every=1)
+
+
+def test_vision_training_learns_and_repeats_after_a_stop(tmp_path):
+    whole = train_vision(TINY, tmp_path / "whole")
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["pixel_loss"] < 0.8 * rows[0]["pixel_loss"]
+    assert min(row["spread"] for row in rows) > 0.01  # no collapse
+    assert train_vision(TINY, tmp_path / "stopped", stop_at=10) is None
+    again = train_vision(TINY, tmp_path / "stopped", resume=True)
+    one, other = (load_vision(path).model.state_dict() for path in (whole, again))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    found = json.loads((whole / "probe.json").read_text())
+    assert set(found) == {"trained", "pixels", "untrained"} and found["trained"]["patches"] > 100
+    assert load_vision(tmp_path / "whole").width == 32
+
+
+def test_the_probe_reads_colour_from_pixels():
+    """A single patch of an object is all of one colour, and says little of the shape."""
+    found = baselines(TINY)["pixels"]
+    assert found["color"] > 0.45 and found["shape"] < 0.45  # chance: 0.1 and 0.17
+
+
+def test_gaps_and_patches():
+    mask = draw_mask(3, 0.6, torch.Generator().manual_seed(0))
+    assert mask.shape == (3, 256) and (mask.sum(1) == 4 * round(0.6 * 64)).all()
+    square = mask.view(3, 8, 2, 8, 2)
+    assert (square.amax((2, 4)) == square.amin((2, 4))).all() and not torch.equal(mask[0], mask[1])
+    pixels = torch.arange(3 * 128 * 128.0).view(1, 3, 128, 128)
+    assert torch.equal(cut_patches(pixels, 8)[0, 17].view(3, 8, 8), pixels[0, :, 8:16, 8:16])
+    scene = sample_scene(20_000, 3)
+    assert {item for _, item in patches_of_objects(3)} <= set(scene.objects)
