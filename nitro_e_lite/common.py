@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 MANIFEST = "SHA256SUMS"
@@ -177,9 +178,22 @@ def environment_report() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "device": str(device),
         "device_name": device_name(device),
+        "attention": attention_backend(device),
+        "rocm": torch.version.hip,
         "cpu_threads": torch.get_num_threads(),
         "packages": {name: package_version(name) for name in REPORTED_PACKAGES},
     }
+
+
+def attention_backend(device: torch.device) -> str:
+    """Which implementation torch chooses for fused attention in training on ``device``.
+
+    A GPU that answers "MATH" computes attention slowly and with much memory: on ROCm that means a build without
+    kernels for this GPU.
+    """
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    query = torch.empty(1, 2, 256, 32, dtype=dtype, device=device, requires_grad=True)
+    return SDPBackend(torch._fused_sdp_choice(query, query, query)).name
 
 
 def package_version(name: str) -> str | None:

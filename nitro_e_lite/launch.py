@@ -30,6 +30,7 @@ from nitro_e_lite.train import train
 from nitro_e_lite.training_state import RunStopped, StopRequest
 
 NOTEBOOK_SETTINGS = ("MPLBACKEND", "JPY_PARENT_PID", "FORCE_COLOR", "CLICOLOR_FORCE")
+TORCHRUN_SAYS = "failed (exitcode"  # where torchrun's own report of a failure begins; what counts stands before it
 LAST_LINES = 25  # of the output that a failure repeats
 PORT = 29500
 
@@ -146,13 +147,14 @@ def run_processes(
         **machines: ``nodes``, ``rank`` and ``address`` for ``torchrun_words``.
 
     Returns:
-        The last lines of output.
+        The last lines of what the processes printed.
 
     Raises:
         LaunchError: torchrun ended with an error.
     """
     command = [sys.executable, *torchrun_words(words, processes, **machines)]
     last: deque[str] = deque(maxlen=LAST_LINES)
+    failed = False
     process = subprocess.Popen(
         command,
         env=dict(environment),
@@ -165,9 +167,11 @@ def run_processes(
     with StopRequest(lambda: _terminate_children(process.pid)):
         try:
             for line in process.stdout:
-                if line.strip():
-                    last.append(line.rstrip())
-                    on_line(last[-1])
+                if line := line.rstrip():
+                    failed = failed or TORCHRUN_SAYS in line
+                    if not failed:
+                        last.append(line)
+                    on_line(line)
             code = process.wait()
         finally:
             if process.poll() is None:

@@ -42,7 +42,7 @@ CORE = 0.6  # a patch belongs to an object whose centre is nearer than this, in 
 class VisionConfig(FitConfig):
     """The lite vision model: 128 px in patches of 8, so that it has a feature for each latent."""
 
-    steps: int = 3000
+    steps: int = 1500
     batch_size: int = 32
     learning_rate: float = 1.5e-3
     warmup_steps: int = 100

@@ -98,7 +98,9 @@ def test_manifest_round_trip_and_damage(tmp_path):
 def test_environment_report_is_json_and_complete():
     report = json.loads(json.dumps(common.environment_report()))
     assert report["packages"]["torch"] == torch.__version__
-    assert {"commit", "device", "device_name", "python", "cpu_threads"} <= set(report)
+    assert {"commit", "device", "device_name", "python", "cpu_threads", "rocm"} <= set(report)
+    if report["device"] == "cpu":
+        assert report["attention"] == "FLASH_ATTENTION"
 
 
 def test_metrics_survive_a_kill_and_a_resume(tmp_path):
