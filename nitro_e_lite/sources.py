@@ -38,7 +38,7 @@ import torch
 from PIL import Image, ImageOps
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-LINES = 10_000  # of a list of captions that make one part
+LINES = 2_000  # of a list of captions that make one part: the grain in which processes share the work
 FLUX = {"height": 512, "width": 512, "num_inference_steps": 20, "guidance_scale": 3.5, "max_sequence_length": 512}
 """How the published FLUXDB was drawn with FLUX.1-dev."""
 
