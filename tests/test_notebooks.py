@@ -244,7 +244,7 @@ def test_notebooks_link_to_the_next_one():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["07_adaln_affine", "08_emmdit_assembled"])
+@pytest.mark.parametrize("name", ["01_data_and_captions", "08_emmdit_assembled"])
 def test_runs_with_other_parameters(name, tmp_path):
     values = {"seed": 5, "run_dir": str(tmp_path / "run")}
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
