@@ -70,13 +70,11 @@ def encode(
         encoding = encode_data.Encoding(source, models, out, text=text, vision=eyes, rank=rank, world=world, **options)
         result |= {"out": str(out), "rank": rank, "world": world} | encoding.run()
         if not json:
-            console.print(
-                f"Process {rank} of {world}: {result['rows']:,} rows in {result['seconds']:.1f} s, "
-                f"{result['rows_per_second']:,.1f} a second; {result['skipped']:,} items gave no row. "
-                f"nitro-e data check {out} says why.",
-                markup=False,
-                soft_wrap=True,
-            )
+            line = f"Process {rank} of {world}: {result['rows']:,} rows in {result['seconds']:.1f} s, "
+            line += f"{result['rows_per_second']:,.1f} a second"
+            if result["skipped"]:
+                line += f"; {result['skipped']:,} items gave no row, `nitro-e data check {out}` says why"
+            console.print(line, markup=False, soft_wrap=True)
 
 
 @command(app, "check")
@@ -87,9 +85,9 @@ def check(
 ) -> None:
     """Read every byte of a data set: checksums, numbers, captions, repetitions; exit code 1 when something is wrong."""
     with output(json) as result:
-        from nitro_e_lite.data_check import check as run
+        from nitro_e_lite import data_check
 
-        result |= run(folder, max_repeated)
+        result |= data_check.check(folder, max_repeated)
         if not json:
             facts = {name: result[name] for name in ("rows", "captions", "repeated_pictures", "repeated_captions")}
             facts |= {f"from {name or 'no named source'}": count for name, count in result["sources"].items()}
@@ -103,6 +101,8 @@ def check(
             show_table("Latents, expected 0 and 1", ["channel", "mean", "std"], rows)
             for problem in result["problems"]:
                 errors.print(f"Wrong: {problem}", style="red", markup=False, soft_wrap=True)
+            if result["skipped"]:
+                console.print(f"{folder / data_check.SKIPPED} names what gave no row.", markup=False, soft_wrap=True)
             if result["ok"]:
                 console.print("Nothing is wrong.")
     if not result["ok"]:

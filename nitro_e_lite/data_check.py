@@ -3,7 +3,7 @@
 ``check`` reads all shards once: checksums, numbers that are not finite, captions that say nothing, repeated pictures
 and captions, the mean and spread of each latent channel. Latents are normalised, so mean 0 and spread 1 are expected: a
 forgotten scaling factor, which no loss curve shows before hours have gone, is off by more than a factor of two. What is
-wrong with single rows and shards goes into ``quarantine.jsonl``, which is written anew.
+wrong with single rows and shards goes into ``quarantine.jsonl``, what gave no row at all into ``skipped.jsonl``.
 
 ``measure_reading`` fills a folder with random rows and reads them in training order with one core.
 """
@@ -44,6 +44,7 @@ from nitro_e_lite.shards import (
 
 MEAN_LIMIT, SPREAD_LIMITS = 0.5, (0.7, 1.4)  # of the mean over channels, in absolute value
 CHANNEL_MEAN_LIMIT, CHANNEL_SPREAD_LIMITS = 1.5, (0.2, 5.0)
+SKIPPED = "skipped.jsonl"
 NEEDED_SAMPLES_PER_SECOND = 2_370  # 150,000 steps of 2,048 samples in 1.5 days
 FULL_SHAPES = {"latents": (32, 16, 16), "text": (128, 2048), "vision": (256, 768)}
 
@@ -78,6 +79,10 @@ def check(folder: str | Path, max_repeated: float = 0.01) -> dict[str, Any]:
         lines += survey.look_at(chunk)
     if lines:
         write_atomically(folder / QUARANTINE, "".join(json.dumps(line) + "\n" for line in lines))
+    left_out = [[name, *item] for name, state in states.items() for item in (state or {}).get("skipped", ())]
+    if left_out:
+        named = (dict(zip(("shard", "key", "reason", "count"), item, strict=True)) for item in left_out)
+        write_atomically(folder / SKIPPED, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in named))
     facts = survey.facts() | _account(card, states)
     facts["shards"] = {"all": len(states) or 1, "quarantined": len(damaged) + len(unreadable)}
     facts["quarantined_rows"] = sum(line["row"] is not None for line in lines)

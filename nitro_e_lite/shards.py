@@ -335,7 +335,7 @@ class ShardWriter:
 
     def __init__(self, folder: str | Path, name: str, shapes: dict[str, tuple[int, ...]]):
         self._path = Path(folder) / SHARDS / f"{name}.arrow"
-        self._partial = self._path.with_suffix(".partial")
+        self._partial = self._path.with_suffix(f".{os.getpid()}.partial")  # two processes never share a file
         self._path.parent.mkdir(parents=True, exist_ok=True)
         strings = datasets.Value("string")
         features = {n: datasets.List(datasets.Value("float16"), length=prod(s)) for n, s in shapes.items()}
@@ -377,6 +377,8 @@ class ShardWriter:
             self._writer.close()
             self._partial.unlink(missing_ok=True)
         write_atomically(self._path.with_suffix(".json"), json.dumps(state, ensure_ascii=False) + "\n")
+        for leftover in self._path.parent.glob(f"{self._path.stem}.*.partial"):  # of a run that was killed
+            leftover.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -120,6 +120,8 @@ def test_unfinished_and_skipped(folder):
     found = check(folder)
     assert found["skipped"] == {"archive was not downloaded": 40, "picture is missing": 1}
     assert found["parts"] == {"all": 5, "encoded": 4}
+    lines = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    assert lines[0] == {"shard": "000003", "key": "x.jpg", "reason": "picture is missing", "count": 1}
     assert found["problems"] == ["4 of 5 parts are encoded: run the same command again"]
 
 
