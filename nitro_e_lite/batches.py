@@ -10,17 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nitro_e_lite import flow
-from nitro_e_lite.config import TrainConfig
+from nitro_e_lite.config import DataConfig, TrainConfig
 from nitro_e_lite.encoder_set import Encoders
 from nitro_e_lite.quality import readable_rows
 from nitro_e_lite.scenes import render, sample_scene
-from nitro_e_lite.shards import LatentBatch, LatentDataset, batch_indices
+from nitro_e_lite.shards import CARD, LatentBatch, LatentDataset, batch_indices
 from nitro_e_lite.training_data import cached_scenes
 
 
@@ -133,6 +134,20 @@ class Batches:
         return first_captions(self.validation.batch(range(min(count, len(self.validation)))))
 
 
+def check_folders(data: DataConfig) -> None:
+    """Looks for the shards of a run before anything is loaded.
+
+    Raises:
+        FileNotFoundError: a folder holds none.
+        ValueError: there are folders to train on and none to validate on.
+    """
+    if data.folders and not data.validation_folders:
+        raise ValueError("data.validation_folders=(): name shards to validate on, along with data.folders")
+    for folder in (*data.folders, *data.validation_folders):
+        if not (Path(folder) / CARD).is_file():
+            raise FileNotFoundError(f"{folder}: holds no shards ({CARD} is missing); nitro-e data encode makes them")
+
+
 def first_captions(batch: LatentBatch) -> list[str]:
     """One caption a picture."""
     return [ways[0] for ways in batch.captions]
@@ -142,6 +157,4 @@ def _open(config: TrainConfig, encoders: Encoders, split: str) -> LatentDataset:
     if not config.data.folders:
         return cached_scenes(encoders, config.data, split)
     folders = config.data.folders if split == "train" else config.data.validation_folders
-    if not folders:
-        raise ValueError("data.validation_folders=(): name shards to validate on, along with data.folders")
     return LatentDataset(folders, encoders.image_fingerprint)

@@ -1,5 +1,6 @@
 """The commands that train and plan: `nitro-e train ...` and `nitro-e plan`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,8 @@ def run_stage(stage, preset, overrides, run_dir, resume, device, processes, node
     try:
         finish(launch.launch(chosen, run_dir, processes=processes, resume=resume, device=device, on_line=typer.echo))
     except RunStopped as stopped:
-        typer.echo(str(stopped))
+        if os.environ.get("RANK", "0") == "0":  # one line, whatever the number of processes
+            typer.echo(str(stopped))
 
 
 @command(train_app, "base")

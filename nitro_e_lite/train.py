@@ -31,7 +31,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from nitro_e_lite import flow
-from nitro_e_lite.batches import Batches, Share
+from nitro_e_lite.batches import Batches, Share, check_folders
 from nitro_e_lite.common import environment_report, tune_cpu
 from nitro_e_lite.config import TrainConfig, to_dict
 from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
@@ -66,6 +66,7 @@ class Trainer:
 
     Raises:
         FileExistsError: ``run_dir`` holds a run and ``resume`` is False.
+        FileNotFoundError: a folder of ``config.data`` holds no shards.
         RuntimeError: not as many processes found each other as were started.
         ValueError: a checkpoint of a differently shaped model is resumed, or model and encoders do not fit.
     """
@@ -77,6 +78,7 @@ class Trainer:
             raise FileExistsError(f"run_dir={self.run_dir}: holds a run already; resume it or name another folder")
         if config.stage == "finetune" and not config.start_from:
             raise ValueError("start_from='': fine-tuning goes on from a base model; name its run folder")
+        check_folders(config.data)
         self.accelerator = start_accelerator(config, self.run_dir, device)
         self.device, world = self.accelerator.device, self.accelerator.num_processes
         if config.batch_size % (world * config.accumulate):

@@ -349,6 +349,8 @@ def test_fine_tuning_goes_on_from_the_base(uninterrupted, tmp_path):
 def test_wrong_starts_are_refused(uninterrupted, tmp_path):
     with pytest.raises(FileExistsError, match="holds a run already"):
         Trainer(SMOKE, uninterrupted, device="cpu")
+    with pytest.raises(FileNotFoundError, match="data/sa1b: holds no shards"):
+        Trainer(preset("base", "full"), tmp_path, device="cpu")
     with pytest.raises(ValueError, match="batch_size=4"):
         Trainer(override(SMOKE, ["batch_size=4"]), uninterrupted, resume=True, device="cpu")
     with pytest.raises(ValueError, match="model.in_channels=3"):
