@@ -36,6 +36,7 @@ from PIL import Image
 from nitro_e_lite import common, config, viz
 
 SCALES = ("smoke", "lite", "full")
+MAX_PNG = 90_000  # bytes of a picture in a notebook
 # Two-sided 95 % points of Student's t for 1 to 10 degrees of freedom; above, a series is exact to three digits.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -190,11 +191,12 @@ def _palette_plot(figure: Figure) -> bytes:
 
 
 def _small(image: Image.Image) -> Image.Image:
-    """At most 1100 pixels wide, 256 colours: a fifth of the bytes, and soft backgrounds stay soft."""
+    """At most 1100 pixels wide, 256 colours: soft backgrounds stay soft; coarser colours where that is large."""
     image = image.convert("RGB")
     if image.width > 1100:
         image = image.resize((1100, round(image.height * 1100 / image.width)), Image.Resampling.LANCZOS)
-    return image.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=2)
+    small = image.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=2)
+    return small if len(_palette_png(small)) <= MAX_PNG else image.quantize(256, method=Image.Quantize.FASTOCTREE)
 
 
 def _palette_png(image: Image.Image) -> bytes:
@@ -283,14 +285,6 @@ def _t_95(freedom: int) -> float:
         return T_95[freedom - 1]
     z = 1.959964
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-
-
-def measure(function: Callable[..., Any], *args: Any, repeats: int = 5) -> float:
-    """Median wall-clock seconds of `function(*args)` after one warm-up call, without gradients."""
-    from nitro_e_lite.benchmark import median_seconds
-
-    with torch.no_grad():
-        return median_seconds(lambda: function(*args), repeats)
 
 
 def race(runners: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, list[float]]:

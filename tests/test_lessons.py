@@ -175,13 +175,6 @@ def test_interval_needs_repeats():
         lessons.interval([1.0])
 
 
-def test_measure_calls_with_arguments_and_without_gradients():
-    calls = []
-    seconds = lessons.measure(lambda x: calls.append((x, torch.is_grad_enabled())), 5, repeats=3)
-    assert calls == [(5, False)] * 4
-    assert 0 <= seconds < 1
-
-
 def test_a_picture_is_shown_as_one_small_png():
     picture = Image.effect_noise((200, 200), 50).convert("RGB")
     data = lessons._palette_png(picture)
