@@ -71,6 +71,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # more than 8 bits a pixel, which Pillow would cut off at 255
         values = np.asarray(image).astype(np.float64)
         top = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0
+        top = 1.0 if image.mode == "F" and values.max() <= 1 else top
         image = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -1,11 +1,13 @@
 """Raw pictures to shards: what is stored, what is reported, and that a kill or another number of processes changes
 nothing."""
 
+import io
 import json
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import warnings
 from pathlib import Path
@@ -20,6 +22,7 @@ from typer.testing import CliRunner
 
 from nitro_e_lite import encoders as encoder_functions
 from nitro_e_lite.cli import app
+from nitro_e_lite.data_check import check
 from nitro_e_lite.encode_data import Encoding, drawn_source, open_source
 from nitro_e_lite.encoder_set import Encoders
 from nitro_e_lite.encoders import EncoderUnavailable, LatentStats
@@ -259,6 +262,33 @@ def test_fluxdb_from_prompts_to_rows(models, tmp_path, monkeypatch):
     assert data.card["pipeline"] == "FluxPipeline" and data.card["settings"]["guidance_scale"] == 3.5
     with pytest.raises(ValueError, match="FluxPipeline does not know steps"):
         drawn_source(tmp_path / "prompts.txt", tmp_path / "flux", settings={"steps": 1})
+
+
+def test_sa1b_from_tar_files_to_checked_rows(models, tmp_path):
+    (tmp_path / "captions").mkdir()
+    for number in range(2):
+        with tarfile.open(tmp_path / f"sa_{number:06d}.tar", "w") as tar:
+            for k in range(4):
+                name, buffer = f"sa_{10 * number + k}", io.BytesIO()
+                pixels = np.random.default_rng(10 * number + k).integers(0, 255, (80, 70 + k, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(buffer, "JPEG")
+                member = tarfile.TarInfo(f"./{name}.jpg")
+                member.size = buffer.tell()
+                tar.addfile(member, io.BytesIO(buffer.getvalue()))
+                (tmp_path / "captions" / f"{name}.txt").write_text(f"photo {name}")
+    (tmp_path / "captions" / "sa_2.txt").unlink()
+    cut = tmp_path / "sa_000001.tar"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    Encoding(open_source("sa1b", tmp_path), models, tmp_path / "out", size=SIZE).run()
+    data = LatentDataset(tmp_path / "out", models.image_fingerprint)
+    texts = [text for (text,) in data.batch(range(len(data))).captions]
+    assert texts[:3] == ["photo sa_0", "photo sa_1", "photo sa_3"] and set(texts[3:]) < {
+        f"photo sa_1{k}" for k in range(4)
+    }
+    found = check(tmp_path / "out")
+    assert found["sources"] == {"sa1b": len(data)} and found["parts"] == {"all": 2, "encoded": 2}
+    wanted = {"caption is missing or empty": 1, "tar file is cut short or damaged; get it again": 1}
+    assert found["skipped"] == wanted
 
 
 def test_a_gated_generator_says_what_to_do(tmp_path):

@@ -76,6 +76,11 @@ def test_sixteen_bit_grey_keeps_its_range(bits):
     assert (square(encoded(Image.fromarray(values), kind), 16) == 128).all()
 
 
+def test_grey_in_fractions_of_one():
+    values = np.full((32, 32), 0.5, np.float32)
+    assert (square(encoded(Image.fromarray(values), "TIFF"), 16) == 128).all()
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparent_parts_become_white(mode):
     image = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
