@@ -25,12 +25,15 @@ import json
 import re
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import AutoencoderDC
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
@@ -177,10 +180,25 @@ def _resolve(source: str | Path, revision: str | None, option: str) -> dict[str,
     return {"pretrained_model_name_or_path": source, "revision": revision}
 
 
+@contextmanager
+def quiet_loading(source: str | Path) -> Iterator[None]:
+    """Without the libraries' progress bars when ``source`` is a folder; a download shows its progress."""
+    logs = [diffusers.utils.logging, transformers.utils.logging] if Path(source).is_dir() else []
+    shown = [log for log in logs if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
+
+
 def _attempt(source: str | Path, option: str, load, **arguments):
     """Calls a ``from_pretrained``; whatever the hub answers ends in one readable error."""
     try:
-        return load(**arguments)
+        with quiet_loading(source):
+            return load(**arguments)
     except (OSError, ValueError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(source).is_dir():

@@ -4,20 +4,22 @@ Everything that draws pictures starts with `load_pipeline`. It never falls back:
 file whose checksum differs or an encoder that is not there is an error that says what to do.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from nitro_e_lite import common
 from nitro_e_lite.checkpoint import load_official, merge_lora
 from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
-from nitro_e_lite.encoders import FULL_AUTOENCODER, FULL_TEXT_ENCODER, load_autoencoder, load_text_encoder
+from nitro_e_lite.encoders import (
+    FULL_AUTOENCODER,
+    FULL_TEXT_ENCODER,
+    load_autoencoder,
+    load_text_encoder,
+    quiet_loading,
+)
 from nitro_e_lite.pipeline import NitroEPipeline
 
 
@@ -59,11 +61,11 @@ def load_pipeline(
     if official:
         text_encoder, vae = text_encoder or FULL_TEXT_ENCODER, vae or FULL_AUTOENCODER
     parts: dict[str, Any] = {}
-    with _quiet():
-        if text_encoder is not None:
-            parts["tokenizer"], parts["text_encoder"] = load_text_encoder(text_encoder, dtype=dtype)
-        if vae is not None:
-            parts["vae"] = load_autoencoder(vae, dtype=dtype)
+    if text_encoder is not None:
+        parts["tokenizer"], parts["text_encoder"] = load_text_encoder(text_encoder, dtype=dtype)
+    if vae is not None:
+        parts["vae"] = load_autoencoder(vae, dtype=dtype)
+    with quiet_loading(path.parent):
         if official:
             pipeline = _official_pipeline(path, parts, official_config, dtype)
         elif (path / DiffusionPipeline.config_name).is_file():
@@ -112,17 +114,3 @@ def _official_pipeline(path: Path, parts: dict, config: dict, dtype: torch.dtype
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
     settings = {"default_steps": 4, "default_guidance": 0.0} if "dist" in path.name else {}
     return NitroEPipeline(transformer, **parts, scheduler=scheduler, sigma_grid="scheduler", **settings)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the libraries' progress bars, which would flash by for every part."""
-    logs = [diffusers.utils.logging, transformers.utils.logging]
-    shown = [log for log in logs if log.is_progress_bar_enabled()]
-    for log in shown:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log in shown:
-            log.enable_progress_bar()
