@@ -134,6 +134,9 @@ def plan_command(
             for way, flops in found.sample_flops.items()
         ]
         show_table(f"at {found.mfu:.1%} of {found.peak / 1e12:,.4g} TFLOP/s a device", columns, rows)
+        saved = found.sample_flops["latents stored"] / found.sample_flops["all stored"]
+        size = sum(bytes_ for name, bytes_ in found.disk.items() if name != "latents")
+        typer.echo(f"Storing more than latents divides the arithmetic by {saved:.2f} and takes {size / 1e12:.3g} TB.")
         source, published = HARDWARE[hardware].source, planner.published_mfu()
         bounds = "; ".join(f"{way}: {value:.1%}" for way, value in published.items())
         typer.echo(f"Peak: {source}. MFU that the published 1.5 days on 8 MI300X imply, {bounds}.")

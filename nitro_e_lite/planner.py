@@ -41,7 +41,7 @@ from nitro_e_lite.repa import GRID
 
 PUBLISHED_DAYS, PUBLISHED_DEVICES, PUBLISHED_HARDWARE = 1.5, 8, "mi300x"
 STORED = {"all stored": ("latents", "text", "vision"), "latents stored": ("latents",), "nothing stored": ()}
-PICTURES = {"full": 25_000_000}  # SA1B 11.1M, JourneyDB 4.4M, FLUXDB 9.5M
+PICTURES = {"data/sa1b": 11_100_000, "data/journeydb": 4_400_000, "data/fluxdb": 9_500_000}  # in the paper's folders
 LLAMA_1B = dict(
     vocab_size=128_256,
     hidden_size=2048,
@@ -140,7 +140,7 @@ def plan(
     speed = {way: devices * peak * mfu / cost for way, cost in flops.items()}
     activation = activation_bytes(model, _text_length(config), config.precision)
     per_device = config.batch_size // (devices * config.accumulate)
-    count = pictures or PICTURES.get(config.preset, config.data.scenes)
+    count = pictures or sum(PICTURES.get(folder, 0) for folder in config.data.folders) or config.data.scenes
     return Plan(
         parameters=sum(p.numel() for p in build_on_meta(model).parameters()),
         forward_flops=forward,

@@ -22,6 +22,7 @@ def full():
 def test_published_days(full):
     """At the MFU that the published run implies, both stages take its 1.5 days, at its 2,370 samples a second."""
     finetune = plan(preset("finetune", "full"), "mi300x", 8)
+    assert finetune.disk["latents"] == 13_900_000 * 2 * 32 * 16 * 16  # without SA1B
     hours = full.hours["all stored"] + finetune.hours["all stored"]
     assert hours == pytest.approx(36)
     steps = FULL.steps + preset("finetune", "full").steps

@@ -26,7 +26,7 @@ from nitro_e_lite.train import Trainer, train
 from nitro_e_lite.training_state import RunStopped, list_checkpoints
 
 SMOKE = preset("base", "smoke")
-TWO_PROCESSES = 1e-2  # largest relative difference of a weight tensor after ten steps
+TWO_PROCESSES = 1e-4  # largest relative difference of a weight tensor after ten steps; about 3e-6 is usual
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -156,11 +156,12 @@ def two(ranks, tmp_path_factory):  # noqa: F811
 def test_two_processes_equal_one(two, uninterrupted):
     """Same batch, same noise; only the order of summation differs, and ten steps let rounding grow."""
     one, other = final_weights(uninterrupted), final_weights(two)
-    for name in one:
-        difference = (one[name] - other[name]).norm() / one[name].norm().clamp(min=1e-3)
-        assert difference < TWO_PROCESSES, f"{name}: {difference}"
+    differences = {name: (one[name] - other[name]).norm() / one[name].norm().clamp(min=1e-3) for name in one}
+    largest = max(differences, key=differences.get)
+    print(f"largest difference: {differences[largest]:.1e} in {largest}")
+    assert differences[largest] < TWO_PROCESSES, largest
     losses = [[r["loss"] for r in read_jsonl(run / "metrics.jsonl") if "loss" in r] for run in (uninterrupted, two)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # the reported loss is the mean over the processes
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)  # the reported loss is the mean over the processes
     assert json.loads((two / "config.json").read_text())["processes"] == 2
 
 
