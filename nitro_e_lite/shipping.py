@@ -18,7 +18,7 @@ from nitro_e_lite.loading import load_transformer
 from nitro_e_lite.pipeline import NitroEPipeline
 
 
-def ship(source: str | Path, name: str = "lite", *, steps: int = 20, guidance: float = 3.0, shift: float = 3.0) -> Path:
+def ship(source: str | Path, name: str = "lite", *, steps: int = 20, guidance: float = 3.0) -> Path:
     """Replaces the transformer of shipped weights.
 
     Args:
@@ -26,8 +26,6 @@ def ship(source: str | Path, name: str = "lite", *, steps: int = 20, guidance: f
         name: of the shipped weights, or a folder; must hold the encoders.
         steps: sampler steps of a call that names none.
         guidance: guidance scale of a call that names none.
-        shift: of the scheduler's noise levels, `shift s / (1 + (shift - 1) s)`: above 1 more steps go to high noise,
-            where lite models decide what lies where.
 
     Returns:
         The folder.
@@ -41,7 +39,7 @@ def ship(source: str | Path, name: str = "lite", *, steps: int = 20, guidance: f
     transformer = load_transformer(source).to(torch.float16)
     pipeline = NitroEPipeline(
         transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift),
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
         **load_encoders(folder).parts(),
         default_steps=steps,
         default_guidance=guidance,
