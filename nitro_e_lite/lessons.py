@@ -101,7 +101,12 @@ class Lesson:
         os.environ["NITRO_E_FIGURES"] = folder or str(self.run_dir / "figures")
         try:
             viz.save_figure(
-                figure, name, source=f"notebooks/{self.notebook}.ipynb", params=params, seed=self.seed, alt=alt
+                _drawn(figure) if isinstance(figure, Figure) else figure,
+                name,
+                source=f"notebooks/{self.notebook}.ipynb",
+                params=params,
+                seed=self.seed,
+                alt=alt,
             )
         finally:
             if folder is None:
@@ -185,9 +190,13 @@ def _show_figures_small() -> None:
 
 
 def _palette_plot(figure: Figure) -> bytes:
+    return _palette_png(_drawn(figure, dpi=figure.dpi, bbox_inches="tight"))
+
+
+def _drawn(figure: Figure, **options: Any) -> Image.Image:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=figure.dpi, bbox_inches="tight")
-    return _palette_png(Image.open(buffer).convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE))
+    figure.savefig(buffer, format="png", **options)
+    return Image.open(buffer).convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE)
 
 
 def _small(image: Image.Image) -> Image.Image:
