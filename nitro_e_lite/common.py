@@ -53,8 +53,10 @@ def tune_cpu() -> None:
     """Settings that make training on a CPU faster without changing what it learns.
 
     Numbers below 1e-38 are flushed to zero: processors compute with them many times slower, and gradients are full of
-    them. The C library (glibc) keeps the memory of freed tensors: by default it hands back every block above 32 MB, and
-    the kernel then clears each page of the next one anew. Elsewhere than on Linux the second part does nothing.
+    them. Threads inherit the setting when they start, so this comes before torch's first parallel operation; those that
+    run already keep computing with such numbers. The C library (glibc) keeps the memory of freed tensors: by default it
+    hands back every block above 32 MB, and the kernel then clears each page of the next one anew. Elsewhere than on
+    Linux the second part does nothing.
     """
     torch.set_flush_denormal(True)
     try:

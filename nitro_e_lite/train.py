@@ -72,6 +72,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, run_dir: str | Path, resume: bool = False, device: str | None = None):
+        tune_cpu()  # first: threads that torch starts later inherit it
         self.config, self.run_dir = config, Path(run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
         if not resume and (self.checkpoints.exists() or (self.run_dir / "final").exists()):
@@ -131,7 +132,6 @@ class Trainer:
     def _build(self) -> None:
         config = self.config
         torch.manual_seed(config.seed)
-        tune_cpu()
         if torch.version.hip:
             torch.backends.cudnn.benchmark = False  # MIOpen would search for minutes
         self._vision_width = self._open_vision() if config.repa.weight else None
