@@ -86,13 +86,13 @@ def train_language_model(overrides: Overrides = None, run_dir: RunDir = None, re
 @command(train_app, "vision")
 def train_vision(overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = False) -> None:
     """Train the lite vision model for REPA, and probe its features for shape and colour."""
-    import json as reader
+    import json
 
     from nitro_e_lite import config, vision_training
 
     chosen = config.override(vision_training.VisionConfig(), overrides or [])
     final = vision_training.train_vision(chosen, run_dir or Path("runs/vision"), resume)
-    found = reader.loads((final / "probe.json").read_text(encoding="utf-8"))
+    found = json.loads((final / "probe.json").read_text(encoding="utf-8"))
     rows = [[name, f"{row['shape']:.3f}", f"{row['color']:.3f}"] for name, row in found.items()]
     show_table("linear probe of single patches, held-out scenes", ["features", "shape", "color"], rows)
     finish(final)
