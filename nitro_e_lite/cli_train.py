@@ -98,6 +98,35 @@ def train_vision(overrides: Overrides = None, run_dir: RunDir = None, resume: Re
     finish(final)
 
 
+@command(app, "compare")
+def compare_command(
+    variant: Annotated[list[str], typer.Option(help="'name: field=value field=value'; give several.")],
+    points: Annotated[str, typer.Option(help="Steps after which every run is measured.")] = "100,200,400",
+    seeds: Annotated[str, typer.Option(help="Each variant is trained with each of them.")] = "0,1,2",
+    prompts: Annotated[int, typer.Option(help="GenEval-lite prompts of each category drawn at each point.")] = 10,
+    stage: Annotated[str, typer.Option(help="base or finetune.")] = "base",
+    preset: Preset = "lite",
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Train variants of a stage on the same batches, over several seeds, and measure them along the way."""
+    with output(json) as result:
+        from nitro_e_lite import comparison, config, geneval
+
+        chosen = config.override(config.preset(stage, preset), overrides or [])
+        variants = dict(comparison.read_variant(text) for text in variant)
+        steps, numbers = ([int(word) for word in text.split(",")] for text in (points, seeds))
+        drawn = comparison.spread_prompts(geneval.load_prompts(), prompts)
+        folder = run_dir or Path("runs/comparison")
+        result |= comparison.compare(chosen, variants, numbers, steps, folder, drawn, device)
+        if json:
+            return
+        rows = [[str(value) for value in row] for row in comparison.summary(result)]
+        show_table("mean over seeds, 95 % interval", ["", "step", "seeds", "validation loss", "GenEval-lite"], rows)
+
+
 @command(app, "plan")
 def plan_command(
     preset: Preset = "full",

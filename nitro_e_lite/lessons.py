@@ -18,12 +18,10 @@ sets `NITRO_E_FIGURES` to the checkout's `figures/`: only then are the committed
 import contextlib
 import dataclasses
 import io
-import math
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,11 +32,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from nitro_e_lite import common, config, viz
+from nitro_e_lite.uncertainty import interval
 
+__all__ = ["Lesson", "check", "interval", "race", "start"]
 SCALES = ("smoke", "lite", "full")
 MAX_PNG = 90_000  # bytes of a picture in a notebook
-# Two-sided 95 % points of Student's t for 1 to 10 degrees of freedom; above, a series is exact to three digits.
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,25 +273,6 @@ def _problem(answer: Any, expected: Any, rtol: float, atol: float) -> str:
         f"{wrong.sum()} of {truth.numel()} numbers differ; the first at {first}: "
         f"expected {truth[first]:.6g}, got {found[first]:.6g}"
     )
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of independent repeats and half the width of its 95 % interval (Student's t).
-
-    Raises:
-        ValueError: fewer than two values.
-    """
-    count = len(values)
-    if count < 2:
-        raise ValueError(f"values: {count} given; an interval needs at least two repeats")
-    return statistics.fmean(values), _t_95(count - 1) * statistics.stdev(values) / math.sqrt(count)
-
-
-def _t_95(freedom: int) -> float:
-    if freedom <= len(T_95):
-        return T_95[freedom - 1]
-    z = 1.959964
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def race(runners: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, list[float]]:

@@ -23,6 +23,8 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -240,21 +242,22 @@ class Trainer:
                 result[f"validation_loss_{k / LOSS_BINS:.1f}_{(k + 1) / LOSS_BINS:.1f}"] = losses[inside].mean().item()
         return result
 
-    def sample_grid(self) -> Path:
-        """A picture of eight fixed validation captions drawn with the EMA weights."""
-        captions = self.batches.validation_captions(8)
+    @contextmanager
+    def drawing(self) -> Iterator[NitroEPipeline]:
+        """A pipeline with the EMA weights; training goes on afterwards."""
         self.model.eval()
         with self.weights.showing(self.ema):
-            pipeline = NitroEPipeline(
-                self.raw_model, scheduler=FlowMatchEulerDiscreteScheduler(1000), **self.encoders.parts()
-            )
+            scheduler = FlowMatchEulerDiscreteScheduler(1000)
+            pipeline = NitroEPipeline(self.raw_model, scheduler=scheduler, **self.encoders.parts())
             pipeline.set_progress_bar_config(disable=True)
-            images = pipeline(
-                captions,
-                num_inference_steps=20,
-                guidance_scale=self.config.guidance,
-                generator=torch.Generator().manual_seed(self.config.seed),
-            ).images
+            yield pipeline
+
+    def sample_grid(self) -> Path:
+        """A picture of eight fixed validation captions drawn with the EMA weights."""
+        captions, generator = self.batches.validation_captions(8), torch.Generator().manual_seed(self.config.seed)
+        guidance = self.config.guidance
+        with self.drawing() as pipeline:
+            images = pipeline(captions, num_inference_steps=20, guidance_scale=guidance, generator=generator).images
         path = self.run_dir / "samples" / f"step-{self.step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image_grid(images, columns=4, labels=captions).save(path)

@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # A module imports only from lines above its own.
 LAYERS = [
-    "common config fused hardware",
+    "common config fused hardware uncertainty",
     "training_state",
     "attention encoders fitting flow geneval_files inputs scenes shards sources terminal tokens viz",
     "blocks data_check encoder_set encoder_training repa verifier",
@@ -29,7 +29,7 @@ LAYERS = [
     "benchmark doctor evaluate loading",
     "progress shipping",
     "planner train",
-    "launch",
+    "comparison launch",
     "cli_data cli_measure cli_train lessons notebooks",
     "cli",
 ]

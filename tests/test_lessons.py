@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nitro_e_lite import lessons
+from nitro_e_lite import lessons, uncertainty
 
 PARAMETERS = {"preset": "smoke", "seed": 3, "devices": 1, "overrides": []}
 
@@ -167,7 +167,7 @@ def test_interval_of_three_values_against_the_textbook():
     ("freedom", "truth"), [(10, 2.2281), (11, 2.2010), (20, 2.0860), (60, 2.0003), (10**6, 1.9600)]
 )
 def test_students_t(freedom, truth):
-    assert lessons._t_95(freedom) == pytest.approx(truth, rel=1.5e-3)
+    assert uncertainty._t_95(freedom) == pytest.approx(truth, rel=1.5e-3)
 
 
 def test_interval_needs_repeats():

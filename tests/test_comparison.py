@@ -1,0 +1,63 @@
+"""Comparisons: variants that do not differ give the same numbers, and a stopped comparison goes on."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from nitro_e_lite import comparison, config, geneval
+
+SMOKE = config.override(config.preset("base", "smoke"), ["data.encoders=lite", "batch_size=4"])
+
+
+def measured(result):
+    """Rows without the clock."""
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "variant", "trained_steps")} for row in result["runs"]
+    ]
+
+
+def test_same_variants_are_equal_and_a_stopped_comparison_goes_on(tmp_path):
+    prompts = comparison.spread_prompts(geneval.load_prompts(), 1)[:2]
+    same = {"one": ["optimizer.lr=1e-3"], "Two!": ["optimizer.lr=1e-3"]}
+    result = comparison.compare(SMOKE, same, [3], [1, 2], tmp_path / "whole", prompts, "cpu")
+    rows = measured(result)
+    assert len(rows) == 4 and rows[:2] == rows[2:]
+    assert [row["step"] for row in rows] == [1, 2, 1, 2] and all(set(row["categories"]) for row in rows)
+    assert rows[0]["validation_loss"] != rows[1]["validation_loss"]
+    shown = comparison.summary(result)
+    assert [row[:3] for row in shown] == [("one", 1, 1), ("one", 2, 1), ("Two!", 1, 1), ("Two!", 2, 1)]
+    assert float(shown[1][3]) == pytest.approx(rows[1]["validation_loss"], abs=1e-4)
+
+    part = {"one": same["one"]}
+    comparison.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu")
+    file = tmp_path / "part" / "one-seed3" / "rows.jsonl"
+    first, last = file.read_text(encoding="utf-8").splitlines()
+    file.write_text(first + "\n", encoding="utf-8")
+    again = comparison.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu")
+    assert measured(again) == rows[:2]
+    assert json.loads((tmp_path / "part" / "comparison.json").read_text(encoding="utf-8")) == again
+
+
+def test_refuses_what_is_no_comparison(tmp_path):
+    with pytest.raises(ValueError, match=r"points=\[2, 1\]"):
+        comparison.compare(SMOKE, {"a": []}, [0], [2, 1], tmp_path)
+    with pytest.raises(ValueError, match="unknown field"):
+        comparison.compare(SMOKE, {"a": ["repa.wait=1"]}, [0], [1], tmp_path)
+    with pytest.raises(ValueError, match="must read 'name:"):
+        comparison.read_variant("repa.weight=0")
+    (tmp_path / "a-seed0").mkdir()
+    row = {"variant": "A", "seed": 0, "step": 1}
+    (tmp_path / "a-seed0" / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="another comparison"):
+        comparison.compare(SMOKE, {"a": []}, [0], [1], tmp_path)
+
+
+def test_prompts_are_spread_over_every_category():
+    prompts = geneval.load_prompts()
+    assert Counter(p.tag for p in comparison.spread_prompts(prompts, 7)) == dict.fromkeys(geneval.CATEGORIES, 7)
+    assert comparison.spread_prompts(prompts, 50) == prompts
+    assert comparison.read_variant("with REPA: repa.weight=0.5 a=[1,2]") == (
+        "with REPA",
+        ["repa.weight=0.5", "a=[1,2]"],
+    )
