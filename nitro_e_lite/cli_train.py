@@ -127,6 +127,29 @@ def compare_command(
         show_table("mean over seeds, 95 % interval", ["", "step", "seeds", "validation loss", "GenEval-lite"], rows)
 
 
+@command(app, "reproduce")
+def reproduce_command(
+    preset: Annotated[
+        str, typer.Option(help="lite: the shipped weights, hours; smoke: the same chain in minutes.")
+    ] = "lite",
+    run_dir: RunDir = None,
+    seed: int = 0,
+    processes: Processes = 1,
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Make the shipped weights from nothing: encoders, both stages, evaluation. Continues where it stopped."""
+    with output(json) as result:
+        from nitro_e_lite.reproduce import Chain
+
+        folder = run_dir or Path("runs") / f"reproduce-{preset}"
+        chain = Chain(preset, folder, seed, processes, overrides or [])
+        for step, seconds in chain.run():
+            took = "was there" if seconds is None else f"{seconds:,.1f} s"
+            console.print(f"{step.name}: {took}, {folder / step.result}", markup=False, soft_wrap=True)
+        result |= chain.report
+
+
 @command(app, "plan")
 def plan_command(
     preset: Preset = "full",

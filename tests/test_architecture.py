@@ -30,7 +30,9 @@ LAYERS = [
     "progress shipping",
     "planner train",
     "comparison launch",
-    "cli_data cli_measure cli_train lessons notebooks",
+    "cli_data cli_measure lessons notebooks",
+    "reproduce",
+    "cli_train",
     "cli",
 ]
 LAYER = {name: depth for depth, line in enumerate(LAYERS) for name in line.split()}

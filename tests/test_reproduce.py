@@ -1,0 +1,49 @@
+"""The whole chain at smoke scale: encoders, both stages through their notebooks, a pipeline, a score."""
+
+import json
+
+import pytest
+
+import nitro_e_lite
+from nitro_e_lite import notebooks, reproduce
+from nitro_e_lite.training_state import load_latest
+
+
+@pytest.mark.slow
+def test_the_chain_leaves_weights_notebooks_and_metrics_and_knows_when_it_is_done(tmp_path, monkeypatch):
+    monkeypatch.setenv("NITRO_E_CACHE", str(tmp_path / "cache"))
+    run_dir = tmp_path / "chain"
+    chain = reproduce.Chain("smoke", run_dir, seed=3, overrides=["steps=2"])
+    assert all(seconds > 0 for _, seconds in chain.run())
+
+    pipeline = nitro_e_lite.load_pipeline(run_dir / "weights", "cpu")
+    settings = json.loads((run_dir / "weights" / "transformer" / "training.json").read_text(encoding="utf-8"))
+    assert settings["stage"] == "finetune" and settings["seed"] == 3 and settings["steps"] == 2
+    assert settings["start_from"].startswith(str(run_dir / "stage1"))
+    assert settings["data"]["encoders"] == str(run_dir / "encoders")
+    assert sum(p.numel() for p in pipeline.transformer.parameters()) < 1_000_000
+    for stage, book in reproduce.STAGES.items():
+        _, state = load_latest(run_dir / stage / "training" / "checkpoints")
+        assert state["step"] == 2
+        cells = json.loads((run_dir / "notebooks" / f"{book}.ipynb").read_text(encoding="utf-8"))["cells"]
+        assert all(cell["execution_count"] for cell in cells if cell["cell_type"] == "code")
+        assert list((run_dir / stage / "figures").glob("*.png"))
+    card = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
+    assert card["images"] == 6 and 0 <= card["overall"] <= 1 and (run_dir / "uncurated.png").is_file()
+    probe = json.loads((run_dir / "vision" / "final" / "probe.json").read_text(encoding="utf-8"))
+    assert set(probe) == {"trained", "pixels", "untrained"}
+
+    again = reproduce.Chain("smoke", run_dir, seed=3, overrides=["steps=2"])
+    assert [seconds for _, seconds in again.run()] == [None] * 8
+    report = json.loads((run_dir / "reproduce.json").read_text(encoding="utf-8"))
+    assert list(report["steps"]) == [step.name for step in again.steps()]
+    with pytest.raises(ValueError, match="holds a chain with"):
+        reproduce.Chain("smoke", run_dir, seed=4)
+
+
+def test_what_cannot_be_reproduced_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="notebook 17"):
+        reproduce.Chain("full", tmp_path)
+    monkeypatch.setattr(notebooks.common, "repo_root", lambda: None)
+    with pytest.raises(FileNotFoundError, match="checkout"):
+        reproduce.Chain("lite", tmp_path)
