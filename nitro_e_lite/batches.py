@@ -116,6 +116,10 @@ class Batches:
         return Share(batch.latents, captions, t, noise, batch.text, batch.vision, images)
 
     def _pictures(self, rows: np.ndarray) -> Tensor:
+        """The scenes of ``rows``, drawn again; only right while each row's latents are its own."""
+        if self.training.has_bad_rows:
+            folder = self.training.folders[0]
+            raise ValueError(f"{folder}: holds bad rows, so latents and pictures differ; delete it to encode it anew")
         seed = self.config.data.seed
         return torch.stack([torch.from_numpy(render(sample_scene(seed, int(row)))) for row in rows])  # (B, H, W, 3)
 

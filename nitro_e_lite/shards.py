@@ -169,6 +169,11 @@ class LatentDataset:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    @property
+    def has_bad_rows(self) -> bool:
+        """Whether a row was found that another takes the turns of."""
+        return self._warned or len(self._good) < len(self.chunks)
+
     def batch(self, indices: Iterable[int]) -> LatentBatch:
         """The rows ``indices`` as one batch; a row in quarantine is replaced by another, always by the same one.
 

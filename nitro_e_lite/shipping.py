@@ -1,7 +1,8 @@
-"""Putting a trained transformer into a folder of shipped weights.
+"""Putting a trained transformer, or the vision model of REPA, into a folder of shipped weights.
 
 A shipped folder is a diffusers pipeline in float16 with a model card for each part and one list of checksums. The
 encoders in it stay as they are, byte for byte: cached latents and every transformer trained on them depend on them.
+The vision model lies beside the pipeline, which does not need it.
 """
 
 import json
@@ -16,13 +17,14 @@ from nitro_e_lite.common import weights_dir, write_manifest
 from nitro_e_lite.encoder_set import load_encoders
 from nitro_e_lite.loading import load_transformer
 from nitro_e_lite.pipeline import NitroEPipeline
+from nitro_e_lite.repa import load_vision
 
 
 def ship(source: str | Path, name: str = "lite", *, steps: int = 20, guidance: float = 3.0) -> Path:
-    """Replaces the transformer of shipped weights.
+    """Replaces the transformer of shipped weights, or the vision model when ``source`` is one.
 
     Args:
-        source: a training run, its ``final/`` folder, or anything else ``load_transformer`` takes.
+        source: a training run, its ``final/`` folder, or anything else ``load_transformer`` or ``load_vision`` takes.
         name: of the shipped weights, or a folder; must hold the encoders.
         steps: sampler steps of a call that names none.
         guidance: guidance scale of a call that names none.
@@ -36,6 +38,8 @@ def ship(source: str | Path, name: str = "lite", *, steps: int = 20, guidance: f
     """
     shipped = weights_dir() / name
     folder = shipped if shipped.is_dir() else Path(name)
+    if _is_vision(Path(source)):
+        return _ship_vision(Path(source), folder)
     transformer = load_transformer(source).to(torch.float16)
     pipeline = NitroEPipeline(
         transformer,
@@ -57,5 +61,20 @@ def ship(source: str | Path, name: str = "lite", *, steps: int = 20, guidance: f
         text = json.dumps(about["config"], indent=1) + "\n"
         (folder / "transformer" / "training.json").write_text(text, encoding="utf-8")
         shutil.copyfile(run.with_name("metrics.jsonl"), folder / "transformer" / "metrics.jsonl")
+    write_manifest(folder)
+    return folder
+
+
+def _is_vision(source: Path) -> bool:
+    configs = [f for f in (source / "final" / "config.json", source / "config.json") if f.is_file()]
+    return bool(configs) and json.loads(configs[0].read_text(encoding="utf-8")).get("model_type") == "dinov2"
+
+
+def _ship_vision(source: Path, folder: Path) -> Path:
+    """Model in float16, its probe and its metrics."""
+    load_vision(source).model.half().save_pretrained(folder / "vision")
+    for file in (source / "final" / "probe.json", source / "metrics.jsonl"):
+        if file.is_file():
+            shutil.copyfile(file, folder / "vision" / file.name)
     write_manifest(folder)
     return folder

@@ -1,12 +1,14 @@
 """REPA: the loss, the vision model, features stored and on-line, and the training of the lite vision model."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
+from nitro_e_lite.common import check_manifest
 from nitro_e_lite.config import override, preset
 from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.encoder_set import load_encoders
@@ -14,6 +16,7 @@ from nitro_e_lite.encoders import EncoderUnavailable
 from nitro_e_lite.repa import MEAN, STD, load_vision, prepare_pixels, repa_loss
 from nitro_e_lite.scenes import render, sample_scene
 from nitro_e_lite.shards import LatentBatch, write_latents
+from nitro_e_lite.shipping import ship
 from nitro_e_lite.train import Trainer, train
 from nitro_e_lite.vision_training import (
     VisionConfig,
@@ -57,6 +60,19 @@ def test_the_loss_is_minus_one_for_the_same_direction():
         repa_loss(features[:, :80], features)
 
 
+def test_alignment_teaches_only_what_lies_before_the_tap():
+    """Embeddings, group 1 and the projector; of group 1's last block not even the way its text goes on."""
+    size = dict(in_channels=4, num_attention_heads=2, attention_head_dim=16, caption_channels=8, block_groups=(2, 1, 1))
+    model = EMMDiTTransformer2DModel(**size, repa_channels=24, repa_hidden=16)
+    output = model(torch.randn(2, 4, 16, 16), torch.randn(2, 3, 8), 500.0)
+    repa_loss(output.features, torch.randn(2, 256, 24)).mean().backward()
+    taught = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    places = {name.split(".")[0] if not name.startswith("groups") else name[:10] for name in taught}
+    assert places == {"patch_embed", "text_embed", "time_embed", "groups.0.0", "groups.0.1", "projector"}
+    assert any(name.startswith("groups.0.0.text.mlp") for name in taught)
+    assert not any(name.startswith("groups.0.1.text.mlp") for name in taught)
+
+
 def test_pictures_are_cut_scaled_and_normalised_as_dinov2_expects():
     pixels = torch.rand(2, 3, 40, 60) * 2 - 1
     prepared = prepare_pixels(pixels, 40)
@@ -80,6 +96,17 @@ def test_features_are_those_of_the_library(vision):
     assert len(encoder.fingerprint) == 64 and not any(p.requires_grad for p in encoder.model.parameters())
     with pytest.raises(EncoderUnavailable, match="nitro-e train vision"):
         load_vision("nowhere")
+
+
+def test_a_vision_model_is_shipped_beside_what_is_there(vision, tmp_path):
+    shutil.copytree(vision, tmp_path / "run" / "final")
+    (tmp_path / "run" / "final" / "probe.json").write_text("{}")
+    (tmp_path / "weights" / "vae").mkdir(parents=True)
+    (tmp_path / "weights" / "vae" / "kept").write_bytes(b"as it was")
+    assert "vae/kept" in check_manifest(ship(tmp_path / "run", str(tmp_path / "weights")))
+    there, shipped = load_vision(vision).model.state_dict(), load_vision(tmp_path / "weights" / "vision").model
+    assert all(torch.equal(value, there[name].half().float()) for name, value in shipped.state_dict().items())
+    assert (tmp_path / "weights" / "vision" / "probe.json").is_file()
 
 
 # -- in training

@@ -13,16 +13,20 @@ import torch
 from ranks import ranks  # noqa: F401
 from safetensors.torch import load_file
 
+from nitro_e_lite import training_data
+from nitro_e_lite.batches import Batches
 from nitro_e_lite.benchmark import count_flops
 from nitro_e_lite.common import check_manifest, read_jsonl, sha256_file, weights_dir
 from nitro_e_lite.config import override, preset, to_dict
 from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.encoder_set import load_encoders
 from nitro_e_lite.encoders import LatentStats
 from nitro_e_lite.loading import load_pipeline
 from nitro_e_lite.optimizers import MasterWeights, build_optimizers, hidden_matrices, learning_rate_scale
 from nitro_e_lite.progress import tracker_name
 from nitro_e_lite.shipping import ship
 from nitro_e_lite.train import Trainer, train
+from nitro_e_lite.training_data import encode_scenes
 from nitro_e_lite.training_state import RunStopped, list_checkpoints
 
 SMOKE = preset("base", "smoke")
@@ -345,6 +349,23 @@ def test_fine_tuning_goes_on_from_the_base(uninterrupted, tmp_path):
     assert 8 <= len(trainer.batches.rows) <= 32
     trainer.fit()
     assert (tmp_path / "final" / "config.json").is_file()
+
+
+def test_pictures_of_scenes_whose_latents_were_replaced_are_refused(tmp_path, monkeypatch):
+    def with_a_bad_row(*arguments):
+        for batch in encode_scenes(*arguments):
+            batch.latents[3] = float("nan")
+            yield batch
+
+    monkeypatch.setenv("NITRO_E_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(training_data, "encode_scenes", with_a_bad_row)
+    config = override(SMOKE, ["data.scenes=8"])
+    batches = Batches(config, load_encoders("lite"))
+    with pytest.warns(UserWarning, match="bad rows found"):
+        assert batches.share(0).latents.isfinite().all()
+    batches.needs_images = True
+    with pytest.raises(ValueError, match="holds bad rows"):
+        batches.share(5)
 
 
 def test_wrong_starts_are_refused(uninterrupted, tmp_path):
