@@ -18,6 +18,7 @@ Not modelled: gradient checkpointing, the allocator's fragmentation, work space 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -34,6 +35,7 @@ from nitro_e_lite.common import weights_dir
 from nitro_e_lite.config import TrainConfig, preset, to_dict
 from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.encoder_set import FULL_TEXT_LENGTH, LITE_TEXT_LENGTH
+from nitro_e_lite.fused import plain_operations
 from nitro_e_lite.hardware import HARDWARE
 from nitro_e_lite.optimizers import hidden_matrices
 from nitro_e_lite.progress import model_flops
@@ -133,12 +135,12 @@ def plan(
     _check(config, hardware, devices, mfu)
     model = _model_arguments(config)
     encoders = frozen_encoders(config)
-    forward = model_flops(model, _text_length(config))
+    forward = forward_flops(config)
     flops = sample_flops(forward, encoders)
     peak = peak_tflops * 1e12 if peak_tflops else HARDWARE[hardware].peak or measured_peak()
     mfu = published_mfu()["all stored"] if mfu is None else mfu
     speed = {way: devices * peak * mfu / cost for way, cost in flops.items()}
-    activation = activation_bytes(model, _text_length(config), config.precision)
+    activation = activation_bytes(model, _text_length(config), config.precision, on_cpu=hardware == "cpu")
     per_device = config.batch_size // (devices * config.accumulate)
     count = pictures or sum(PICTURES.get(folder, 0) for folder in config.data.folders) or config.data.scenes
     return Plan(
@@ -185,8 +187,7 @@ def published_mfu() -> dict[str, float]:
     peak = HARDWARE[PUBLISHED_HARDWARE].peak * PUBLISHED_DEVICES
     work = dict.fromkeys(STORED, 0.0)
     for stage in stages:
-        forward = model_flops(_model_arguments(stage), FULL_TEXT_LENGTH)
-        for way, flops in sample_flops(forward, frozen_encoders(stage)).items():
+        for way, flops in sample_flops(forward_flops(stage), frozen_encoders(stage)).items():
             work[way] += stage.steps * stage.batch_size * flops
     return {way: flops / (peak * seconds) for way, flops in work.items()}
 
@@ -219,6 +220,13 @@ def _model_arguments(config: TrainConfig) -> dict[str, Any]:
     return arguments
 
 
+@lru_cache
+def forward_flops(config: TrainConfig) -> float:
+    """FLOPs of one forward pass of one sample, with the projector where there is REPA."""
+    return model_flops(_model_arguments(config), _text_length(config))
+
+
+@lru_cache
 def frozen_encoders(config: TrainConfig) -> dict[str, Encoder]:
     """The frozen encoders of a run: of pictures, of text, and with REPA the vision model."""
     model, length = config.model, _text_length(config)
@@ -254,13 +262,14 @@ def _flops(function, *inputs: torch.Tensor) -> float:
     return float(counter.get_total_flops())
 
 
-def activation_bytes(arguments: dict[str, Any], text_tokens: int, precision: str) -> float:
+def activation_bytes(arguments: dict[str, Any], text_tokens: int, precision: str, on_cpu: bool = False) -> float:
     """Bytes that autograd keeps for the backward pass of one sample, weights left out.
 
     Counted on fake tensors, which say that they are on a CPU: there attention is fused, as it is on a GPU, and keeps no
-    table of probabilities. In bf16 it is half of what it is in float32.
+    table of probabilities. The passes of ``fused.py`` run on a CPU alone; a GPU keeps what ordinary operations keep. In
+    bf16 it is half of what it is in float32.
     """
-    with FakeTensorMode():
+    with FakeTensorMode(), nullcontext() if on_cpu else plain_operations():
         model = EMMDiTTransformer2DModel(**arguments).train()
         return _kept_bytes(model, text_tokens) / (2 if precision == "bf16" else 1)
 

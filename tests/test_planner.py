@@ -1,6 +1,7 @@
 """The planner against published figures, numbers known from elsewhere, and tensors that were really kept."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 from nitro_e_lite.cli import app
 from nitro_e_lite.config import override, preset, to_dict
 from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.fused import plain_operations
 from nitro_e_lite.planner import STORED, activation_bytes, frozen_encoders, plan, published_mfu
 
 FULL = preset("base", "full")
@@ -54,7 +56,9 @@ def test_what_storing_saves(full):
         assert full.samples_per_second[way] == pytest.approx(speed)
 
 
-def test_activations_are_those_that_a_real_pass_keeps():
+@pytest.mark.parametrize(("on_cpu", "operations"), [(True, nullcontext), (False, plain_operations)])
+def test_activations_are_those_that_a_real_pass_keeps(on_cpu, operations):
+    """With the hand-written passes of a CPU, and with the ordinary ones that a GPU runs."""
     arguments = to_dict(preset("base", "smoke").model)
     model = EMMDiTTransformer2DModel(**arguments).train()
     weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
@@ -66,11 +70,11 @@ def test_activations_are_those_that_a_real_pass_keeps():
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), operations():
             output = model(torch.randn(batch, 8, 16, 16), torch.randn(batch, 32, 256), torch.rand(batch))
         totals.append(sum(s.nbytes() for address, s in kept.items() if address not in weights))
         del output
-    assert activation_bytes(arguments, 32, "fp32") == pytest.approx(totals[1] - totals[0], rel=0.15)
+    assert activation_bytes(arguments, 32, "fp32", on_cpu) == pytest.approx(totals[1] - totals[0], rel=0.15)
 
 
 def test_memory_by_hand():
