@@ -64,7 +64,7 @@ def test_alignment_teaches_only_what_lies_before_the_tap():
     """Embeddings, group 1 and the projector; of group 1's last block not even the way its text goes on."""
     size = dict(in_channels=4, num_attention_heads=2, attention_head_dim=16, caption_channels=8, block_groups=(2, 1, 1))
     model = EMMDiTTransformer2DModel(**size, repa_channels=24, repa_hidden=16)
-    output = model(torch.randn(2, 4, 16, 16), torch.randn(2, 3, 8), 500.0)
+    output = model(torch.randn(2, 4, 16, 16), torch.randn(2, 16, 8), 500.0)
     repa_loss(output.features, torch.randn(2, 256, 24)).mean().backward()
     taught = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     places = {name.split(".")[0] if not name.startswith("groups") else name[:10] for name in taught}
