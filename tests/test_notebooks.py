@@ -30,7 +30,7 @@ COURSE = [
     "10_fine_tuning_ema",
     "17_full_run_8x_mi300x",
 ]
-STAGE_FILES = [  # of the notebooks that train through the launcher; test_reproduce.py runs 09 and 10 with their lite files
+STAGE_FILES = [  # of notebooks that train through the launcher; test_reproduce.py runs 09 and 10 with lite files
     ("09_repa_pretraining", "full"),
     ("10_fine_tuning_ema", "full"),
     ("17_full_run_8x_mi300x", "lite"),
@@ -255,7 +255,7 @@ def test_notebooks_link_to_the_next_one():
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "scale"), STAGE_FILES)
 def test_parameter_files_of_stages_run_with_two_steps(name, scale, tmp_path):
-    """Every value of the file but its size and what is not on this machine: it trains, leaves weights, changes nothing."""
+    """Every value of the file but its size and what is not on this machine: it trains and leaves weights."""
     values = yaml.safe_load((FOLDER / "params" / f"{name}.{scale}.yaml").read_text(encoding="utf-8"))
     values |= {key: value for key, value in parameters(name).items() if key in ("encoders", "vision", "base")}
     values |= {"preset": "smoke", "devices": 1, "overrides": ["steps=2"], "run_dir": str(tmp_path / "run"), "seed": 5}
