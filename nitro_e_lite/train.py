@@ -378,7 +378,8 @@ def start_accelerator(config: TrainConfig, run_dir: Path, device: str | None) ->
     """The processes of the run, joined.
 
     Raises:
-        RuntimeError: the launcher (torchrun) was asked for another number of processes than found each other.
+        RuntimeError: the launcher (torchrun) was asked for another number of processes than found each other, or an
+            earlier run of this process was on the CPU and this one should not be.
         ValueError: a tracker that is not installed or unknown.
     """
     cpu = device == "cpu" or (device is None and not torch.accelerator.is_available())
@@ -388,6 +389,10 @@ def start_accelerator(config: TrainConfig, run_dir: Path, device: str | None) ->
         raise RuntimeError(
             f"WORLD_SIZE={asked}, but accelerate sees {accelerator.num_processes}: the processes would train "
             f"separate models; start them with torchrun, on a machine without accelerator with ACCELERATE_USE_CPU=true"
+        )
+    if not cpu and accelerator.device.type == "cpu":
+        raise RuntimeError(
+            "device=None: an earlier run of this process chose the CPU, and accelerate keeps it; restart"
         )
     return accelerator
 

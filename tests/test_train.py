@@ -251,6 +251,12 @@ def test_processes_that_did_not_find_each_other_are_refused(uninterrupted, tmp_p
 # -- one step
 
 
+def test_a_run_that_would_silently_stay_on_the_cpu_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match="chose the CPU"):
+        Trainer(SMOKE, tmp_path)
+
+
 def test_one_batch_is_learned_by_heart(tmp_path):
     config = override(SMOKE, ["data.scenes=8", "caption_dropout=0", "optimizer.decay_steps=0", "steps=1000"])
     trainer = Trainer(config, tmp_path, device="cpu")
