@@ -30,12 +30,7 @@ COURSE = [
     "10_fine_tuning_ema",
     "17_full_run_8x_mi300x",
 ]
-STAGE_FILES = [  # of notebooks that train through the launcher; test_reproduce.py runs 09 and 10 with lite files
-    ("09_repa_pretraining", "full"),
-    ("10_fine_tuning_ema", "full"),
-    ("17_full_run_8x_mi300x", "lite"),
-    ("17_full_run_8x_mi300x", "full"),
-]
+STAGES = ["09_repa_pretraining", "10_fine_tuning_ema", "17_full_run_8x_mi300x"]  # they train through the launcher
 HEADINGS = ["able to", "Check", "Measure", "Full scale", "Exercises", "Solutions", "Recap"]
 COMMON = ["preset", "seed", "devices", "run_dir", "overrides"]
 MAX_CELLS, MAX_MEDIAN, MAX_LINES, MAX_IDEA_WORDS, MAX_FIGURE_BYTES = 35, 8, 30, 120, 250_000
@@ -252,16 +247,28 @@ def test_notebooks_link_to_the_next_one():
 # Running
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "scale"), STAGE_FILES)
-def test_parameter_files_of_stages_run_with_two_steps(name, scale, tmp_path):
-    """Every value of the file but its size and what is not on this machine: it trains and leaves weights."""
+def two_steps(name: str, scale: str) -> dict:
+    """Every value of a parameter file but its size and what is not on this machine."""
     values = yaml.safe_load((FOLDER / "params" / f"{name}.{scale}.yaml").read_text(encoding="utf-8"))
     values |= {key: value for key, value in parameters(name).items() if key in ("encoders", "vision", "base")}
-    values |= {"preset": "smoke", "devices": 1, "overrides": ["steps=2"], "run_dir": str(tmp_path / "run"), "seed": 5}
+    return values | {"preset": "smoke", "devices": 1, "overrides": ["steps=2"], "seed": 5, "run_dir": "run"}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_both_parameter_files_of_a_stage_are_the_same_run_at_smoke_size(name):
+    """So that running one of them is running both: 17 below, 09 and 10 in test_reproduce.py."""
+    lite, full = two_steps(name, "lite"), two_steps(name, "full")
+    assert {key: value for key, value in lite.items() if parameters(name)[key] != value} == {
+        key: value for key, value in full.items() if parameters(name)[key] != value
+    }
+
+
+@pytest.mark.slow
+def test_parameter_files_of_the_full_run_train_two_steps_and_change_nothing(tmp_path):
+    values = two_steps("17_full_run_8x_mi300x", "full") | {"run_dir": str(tmp_path / "run")}
     (tmp_path / "two_steps.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     before = (ROOT / "figures" / "ledger.json").read_bytes()
-    run = notebooks.execute(FOLDER / f"{name}.ipynb", tmp_path / "two_steps.yaml")
+    run = notebooks.execute(FOLDER / "17_full_run_8x_mi300x.ipynb", tmp_path / "two_steps.yaml")
     assert "seed 5" in printed(run["cells"])
     assert [o for cell in run["cells"] for o in cell.get("outputs", []) if o["output_type"] == "error"] == []
     assert [*(tmp_path / "run").glob("**/final/config.json")]
