@@ -129,16 +129,14 @@ def compare_command(
 
 @command(app, "reproduce")
 def reproduce_command(
-    preset: Annotated[
-        str, typer.Option(help="lite: the shipped weights, hours; smoke: the same chain in minutes.")
-    ] = "lite",
+    preset: Annotated[str, typer.Option(help="lite: hours on a laptop; smoke: the same chain in minutes.")] = "lite",
     run_dir: RunDir = None,
     seed: int = 0,
     processes: Processes = 1,
     overrides: Overrides = None,
     json: Json = False,
 ) -> None:
-    """Make the shipped weights from nothing: encoders, both stages, evaluation. Continues where it stopped."""
+    """Make a lite model from nothing: encoders, both stages, evaluation. Continues where it stopped."""
     with output(json) as result:
         from nitro_e_lite.reproduce import Chain
 

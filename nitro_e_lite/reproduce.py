@@ -1,4 +1,4 @@
-"""The shipped weights from nothing: every training of the lite model, one after the other, in one folder.
+"""The lite model from nothing: every training of it, one after the other, in one folder.
 
     autoencoder, language-model, vision   runs of the three encoders
     encoders/                             the first two as one folder: what both stages read
