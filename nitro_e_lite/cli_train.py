@@ -98,6 +98,14 @@ def train_vision(overrides: Overrides = None, run_dir: RunDir = None, resume: Re
     finish(final)
 
 
+def whole_numbers(name: str, text: str) -> list[int]:
+    """The numbers of "0,1,2"."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name}={text!r}: must be whole numbers with commas between, like 0,1,2") from None
+
+
 @command(app, "compare")
 def compare_command(
     variant: Annotated[list[str], typer.Option(help="'name: field=value field=value'; give several.")],
@@ -117,7 +125,7 @@ def compare_command(
 
         chosen = config.override(config.preset(stage, preset), overrides or [])
         variants = dict(comparison.read_variant(text) for text in variant)
-        steps, numbers = ([int(word) for word in text.split(",")] for text in (points, seeds))
+        steps, numbers = whole_numbers("points", points), whole_numbers("seeds", seeds)
         drawn = comparison.spread_prompts(geneval.load_prompts(), prompts)
         folder = run_dir or Path("runs/comparison")
         result |= comparison.compare(chosen, variants, numbers, steps, folder, drawn, device)

@@ -88,10 +88,13 @@ def compare(
 
 def _run(config: TrainConfig, points, folder: Path, prompts, device: str | None, variant: str) -> None:
     """One run; goes on from its last measured point."""
-    file = folder / "rows.jsonl"
+    file, recipe = folder / "rows.jsonl", folder / "recipe.json"
+    text = json.dumps({"variant": variant, **to_dict(config), "steps": None, "prompts": len(prompts)})
+    if recipe.is_file() and recipe.read_text(encoding="utf-8") != text:
+        raise ValueError(f"run_dir={folder}: holds a run with other settings; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe.write_text(text, encoding="utf-8")
     rows = _rows(file)
-    if rows and any(row["variant"] != variant or row["seed"] != config.seed for row in rows):
-        raise ValueError(f"run_dir={folder}: holds rows of another comparison")
     missing = [point for point in points if point not in {row["step"] for row in rows}]
     if not missing:
         return

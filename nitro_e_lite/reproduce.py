@@ -37,6 +37,7 @@ from nitro_e_lite.encoder_training import (
 )
 from nitro_e_lite.evaluate import evaluate
 from nitro_e_lite.geneval import load_prompts
+from nitro_e_lite.launch import check_processes
 from nitro_e_lite.loading import load_pipeline
 from nitro_e_lite.shipping import ship
 from nitro_e_lite.vision_training import VisionConfig, train_vision
@@ -71,13 +72,17 @@ class Chain:
 
     Raises:
         FileNotFoundError: there are no notebooks here, because this is no checkout.
-        ValueError: another preset, or the folder holds a chain with other settings.
+        ValueError: another preset, an unknown override, fewer than one process, or the folder holds a chain with other
+            settings.
     """
 
     def __init__(self, preset: str, run_dir: str | Path, seed: int = 0, devices: int = 1, overrides: list[str] = ()):
         if preset not in SCALES:
             raise ValueError(f"preset={preset!r}: must be smoke or lite; notebook 17 is for the full model")
         notebooks.notebooks_dir()
+        check_processes(devices, None)
+        for stage in ("base", "finetune"):  # now, and not after the encoders
+            configuration.override(configuration.preset(stage, preset), list(overrides))
         self.preset, self.seed, self.devices = preset, seed, devices
         self.overrides, self.run_dir = list(overrides), Path(run_dir).resolve()
         self.report = {"settings": {"preset": preset, "seed": seed, "overrides": self.overrides}, "steps": {}}

@@ -37,6 +37,8 @@ def test_same_variants_are_equal_and_a_stopped_comparison_goes_on(tmp_path):
     again = comparison.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu")
     assert measured(again) == rows[:2]
     assert json.loads((tmp_path / "part" / "comparison.json").read_text(encoding="utf-8")) == again
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        comparison.compare(SMOKE, {"one": ["optimizer.lr=2e-3"]}, [3], [1, 2], tmp_path / "part", prompts, "cpu")
 
 
 def test_refuses_what_is_no_comparison(tmp_path):
@@ -46,11 +48,6 @@ def test_refuses_what_is_no_comparison(tmp_path):
         comparison.compare(SMOKE, {"a": ["repa.wait=1"]}, [0], [1], tmp_path)
     with pytest.raises(ValueError, match="must read 'name:"):
         comparison.read_variant("repa.weight=0")
-    (tmp_path / "a-seed0").mkdir()
-    row = {"variant": "A", "seed": 0, "step": 1}
-    (tmp_path / "a-seed0" / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="another comparison"):
-        comparison.compare(SMOKE, {"a": []}, [0], [1], tmp_path)
 
 
 def test_prompts_are_spread_over_every_category():

@@ -44,6 +44,10 @@ def test_the_chain_leaves_weights_notebooks_and_metrics_and_knows_when_it_is_don
 def test_what_cannot_be_reproduced_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="notebook 17"):
         reproduce.Chain("full", tmp_path)
+    with pytest.raises(ValueError, match="processes=0"):
+        reproduce.Chain("smoke", tmp_path, devices=0)
+    with pytest.raises(ValueError, match="unknown field"):
+        reproduce.Chain("smoke", tmp_path, overrides=["step=2"])
     monkeypatch.setattr(notebooks.common, "repo_root", lambda: None)
     with pytest.raises(FileNotFoundError, match="checkout"):
         reproduce.Chain("lite", tmp_path)
