@@ -2,7 +2,8 @@
 
 Everything of step k is a function of (seed, k): the rows, the caption among a picture's paraphrases, the captions that
 are dropped, the timesteps, the noise. It is drawn for the whole batch and then cut, so that two processes see together
-exactly what one process would see. The next batch is prepared in a thread while the current one is computed.
+exactly what one process would see. Both scenes of a minimal pair (``minimal_pairs.py``) get the same draws. The next
+batch is prepared in a thread while the current one is computed.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +22,9 @@ from nitro_e_lite import flow
 from nitro_e_lite.config import DataConfig, TrainConfig
 from nitro_e_lite.encoder_set import Encoders
 from nitro_e_lite.quality import readable_rows
-from nitro_e_lite.scenes import render, sample_scene
+from nitro_e_lite.scenes import render
 from nitro_e_lite.shards import CARD, LatentBatch, LatentDataset, batch_indices
-from nitro_e_lite.training_data import cached_scenes
+from nitro_e_lite.training_data import cached_scenes, scene_row
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,11 @@ class Batches:
         self.mine = slice(rank * config.batch_size // world, (rank + 1) * config.batch_size // world)
         self.training = _open(config, encoders, "train")
         self.validation = _open(config, encoders, "validation")
-        self.rows = self._chosen_rows(encoders)
-        if len(self.rows) < config.batch_size:
+        self.group = 2 if config.data.pairs else 1
+        self.rows = self._chosen_rows(encoders)  # (N, group)
+        if self.rows.size < config.batch_size:
             raise ValueError(
-                f"batch_size={config.batch_size}: only {len(self.rows)} of {len(self.training)} rows are left by "
+                f"batch_size={config.batch_size}: only {self.rows.size} of {len(self.training)} rows are left by "
                 f"data.quality={config.data.quality!r}"
             )
         self.needs_images = False
@@ -84,11 +87,13 @@ class Batches:
         self._ahead: tuple[int, Future[Share]] | None = None
 
     def _chosen_rows(self, encoders: Encoders) -> np.ndarray:
-        data = self.config.data
+        """Rows to train on, (N, group): a minimal pair stays only as a whole."""
+        data, groups = self.config.data, np.arange(len(self.training)).reshape(-1, self.group)
         if data.quality == "readable" and not data.folders:
             store = self.training.folders[0] / "readable.json"
-            return readable_rows(encoders, self.training, data.seed, 0, store)
-        return np.arange(len(self.training))
+            readable = readable_rows(encoders, self.training, partial(scene_row, data), store)
+            return groups[np.isin(groups, readable).all(1)]
+        return groups
 
     def share(self, step: int) -> Share:
         """This process's share of step ``step``."""
@@ -101,17 +106,19 @@ class Batches:
 
     def _draw(self, step: int) -> Share:
         config, mine = self.config, self.mine
-        rows = self.rows[batch_indices(config.seed, len(self.rows), config.batch_size, step)[mine]]
+        count, alike = config.batch_size // self.group, self.group  # rows of a group get the same draws
+        rows = self.rows[batch_indices(config.seed, len(self.rows), count, step)].flatten()[mine]
         batch = self.training.batch(rows)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        which = torch.rand(config.batch_size, generator=generator)[mine].tolist()
-        dropped = (torch.rand(config.batch_size, generator=generator) < config.caption_dropout)[mine].tolist()
+        which = torch.rand(count, generator=generator).repeat_interleave(alike)[mine].tolist()
+        dropped = torch.rand(count, generator=generator).repeat_interleave(alike)[mine] < config.caption_dropout
         captions = [
             "" if drop else ways[int(u * len(ways))]
-            for ways, u, drop in zip(batch.captions, which, dropped, strict=True)
+            for ways, u, drop in zip(batch.captions, which, dropped.tolist(), strict=True)
         ]
-        t = flow.sample_timesteps(config.batch_size, generator, config.timestep_mean, config.timestep_std)[mine]
-        noise = torch.randn(config.batch_size, *batch.latents.shape[1:], generator=generator)[mine]
+        t = flow.sample_timesteps(count, generator, config.timestep_mean, config.timestep_std)
+        t = t.repeat_interleave(alike)[mine]
+        noise = torch.randn(count, *batch.latents.shape[1:], generator=generator).repeat_interleave(alike, 0)[mine]
         images = self._pictures(rows) if self.needs_images else None
         return Share(batch.latents, captions, t, noise, batch.text, batch.vision, images)
 
@@ -120,8 +127,8 @@ class Batches:
         if self.training.has_bad_rows:
             folder = self.training.folders[0]
             raise ValueError(f"{folder}: holds bad rows, so latents and pictures differ; delete it to encode it anew")
-        seed = self.config.data.seed
-        return torch.stack([torch.from_numpy(render(sample_scene(seed, int(row)))) for row in rows])  # (B, H, W, 3)
+        scenes = [scene_row(self.config.data, int(row)) for row in rows]
+        return torch.stack([torch.from_numpy(render(scene)) for scene in scenes])  # (B, H, W, 3)
 
     def validation_shares(self, size: int = 64) -> Iterator[Share]:
         """Yields the validation set in shares of ``size``: first captions, fixed noise, t spread over [0, 1]."""

@@ -51,6 +51,7 @@ class DataConfig:
     folders: tuple[str, ...] = ()  # shards of ``nitro-e data encode``; then the fields about scenes count for nothing
     validation_folders: tuple[str, ...] = ()  # shards to validate on
     quality: str = "all"  # of scenes: "all" or "readable"
+    pairs: bool = False  # train on minimal pairs: neighbours in a batch differ in one fact and share their noise
     scenes: int = 40_000  # distinct training scenes
     captions: int = 8  # paraphrases cached with each scene
     validation_scenes: int = 512
@@ -123,6 +124,10 @@ class TrainConfig:
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         _require(self.optimizer.name in ("muon", "adamw"), "optimizer.name", self.optimizer.name, "'muon' or 'adamw'")
         _require(self.data.quality in ("all", "readable"), "data.quality", self.data.quality, "'all' or 'readable'")
+        if self.data.pairs:
+            _require(not self.data.folders, "data.folders", self.data.folders, "empty with data.pairs")
+            _require(self.batch_size % 2 == 0, "batch_size", self.batch_size, "even with data.pairs")
+            _require(self.data.scenes % 2 == 0, "data.scenes", self.data.scenes, "even with data.pairs")
         if not self.data.folders:
             _require(self.data.scenes >= self.batch_size, "data.scenes", self.data.scenes, "at least one batch")
         _require(self.repa.weight >= 0, "repa.weight", self.repa.weight, ">= 0")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from nitro_e_lite.encoder_set import Encoders
 from nitro_e_lite.encoders import decode_latents
-from nitro_e_lite.scenes import Scene, sample_scene
+from nitro_e_lite.scenes import Scene
 from nitro_e_lite.shards import LatentDataset
 from nitro_e_lite.verifier import Detection, detect
 
@@ -39,14 +39,15 @@ def is_read_back(scene: Scene, found: Sequence[Detection]) -> bool:
     return not left
 
 
-def readable_rows(encoders: Encoders, data: LatentDataset, seed: int, start: int, store: Path | None) -> np.ndarray:
+def readable_rows(
+    encoders: Encoders, data: LatentDataset, scene: Callable[[int], Scene], store: Path | None
+) -> np.ndarray:
     """Rows of cached scenes that the verifier reads back from their latents.
 
     Args:
         encoders: those that made the latents.
-        data: cached scenes ``start``, ``start + 1``, ... of the data set ``seed``.
-        seed: of the data set.
-        start: index of the first scene.
+        data: cached scenes.
+        scene: the scene of a row.
         store: file that keeps the answer, made on the first call; None keeps nothing.
 
     Returns:
@@ -61,7 +62,7 @@ def readable_rows(encoders: Encoders, data: LatentDataset, seed: int, start: int
         images = decode_latents(encoders.vae, latents, encoders.stats)  # (B, 3, H, W)
         pixels = ((images.float().cpu().permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()  # (B, H, W, 3)
         for number, picture in zip(numbers, pixels, strict=True):
-            if is_read_back(sample_scene(seed, start + number), detect(picture)):
+            if is_read_back(scene(number), detect(picture)):
                 rows.append(number)
     if store is not None:
         temporary = store.with_suffix(".tmp")

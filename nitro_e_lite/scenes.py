@@ -205,6 +205,11 @@ def _draw_sizes(kind: str, total: int, stream: Stream) -> list[str]:
     return [stream.choice(options) for _ in range(total)]
 
 
+def border_distance(radius: float) -> float:
+    """The least distance of an object's centre from the border, as a fraction of the image."""
+    return radius * _EXTENT + MARGIN
+
+
 def place(specs, stream: Stream, relation: str | None = None) -> tuple[SceneObject, ...] | None:
     """Gives each ``(shape, color, size)`` a place so that no two objects touch.
 
@@ -224,7 +229,7 @@ def place(specs, stream: Stream, relation: str | None = None) -> tuple[SceneObje
             return None
         shape, color, size = specs[len(placed)]
         radius = SIZES[size] * stream.uniform(0.94, 1.06)
-        reach = radius * _EXTENT + MARGIN
+        reach = border_distance(radius)
         x, y = stream.uniform(reach, 1 - reach), stream.uniform(reach, 1 - reach)
         tint = tuple(min(255, max(0, round(c + stream.uniform(-7, 7)))) for c in COLORS[color])
         new = SceneObject(shape, color, size, x, y, radius, stream.uniform(-0.12, 0.12), tint)
@@ -452,6 +457,12 @@ def describe(scene: Scene, stream: Stream) -> str:
     return lead + body + stream.choice(TAILS)
 
 
+def caption_stream(scene: Scene, variant: int, attempt: int) -> Stream:
+    """The random stream of one caption of a scene."""
+    seed = int.from_bytes(hashlib.blake2b(repr(scene).encode(), digest_size=8).digest(), "big")
+    return Stream(seed, variant, attempt)
+
+
 def caption(scene: Scene, variant: int) -> str:
     """One of the many captions of a scene; never a reserved string.
 
@@ -459,9 +470,8 @@ def caption(scene: Scene, variant: int) -> str:
         scene: what to describe.
         variant: which paraphrase, any integer; equal arguments give equal captions.
     """
-    seed = int.from_bytes(hashlib.blake2b(repr(scene).encode(), digest_size=8).digest(), "big")
     for attempt in range(1000):
-        text = describe(scene, Stream(seed, variant, attempt))
+        text = describe(scene, caption_stream(scene, variant, attempt))
         if not is_reserved(text):
             return text
     raise RuntimeError("every caption of the scene is reserved")  # probability below 1e-100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from tqdm.auto import tqdm
@@ -10,21 +11,37 @@ from tqdm.auto import tqdm
 from nitro_e_lite.common import cache_dir
 from nitro_e_lite.config import DataConfig, to_dict
 from nitro_e_lite.encoder_set import Encoders
-from nitro_e_lite.scenes import caption, render, sample_scene
+from nitro_e_lite.minimal_pairs import minimal_pair, paired_captions
+from nitro_e_lite.scenes import Scene, caption, render, sample_scene
 from nitro_e_lite.shards import LatentBatch, LatentDataset, write_latents
 
 VALIDATION_START = 2**40  # scenes from this index on are for validation
 
 
+def scene_row(data: DataConfig, row: int) -> Scene:
+    """The scene of a row; rows 2k and 2k + 1 are a minimal pair when ``data.pairs``."""
+    return minimal_pair(data.seed, row // 2)[row % 2] if data.pairs else sample_scene(data.seed, row)
+
+
+def row_captions(data: DataConfig, row: int, scene: Scene) -> list[str]:
+    """The captions kept with a row; those of a minimal pair have the same template, one by one."""
+    variants = range(data.captions)
+    if data.pairs:
+        pair = minimal_pair(data.seed, row // 2)
+        return [paired_captions(pair, variant)[row % 2] for variant in variants]
+    return [caption(scene, variant) for variant in variants]
+
+
 def encode_scenes(
     encoders: Encoders, data: DataConfig, start: int, count: int, batch: int = 64
 ) -> Iterator[LatentBatch]:
-    """Yields ``LatentBatch`` after ``LatentBatch`` for scenes ``start .. start + count`` of the data set."""
+    """Yields ``LatentBatch`` after ``LatentBatch`` for rows ``start .. start + count`` of the data set."""
     for first in tqdm(range(0, count, batch), desc="encoding scenes", mininterval=5, leave=False):
-        scenes = [sample_scene(data.seed, start + i) for i in range(first, min(first + batch, count))]
+        rows = range(start + first, start + min(first + batch, count))
+        scenes = [scene_row(data, row) for row in rows]
         images = torch.stack([torch.from_numpy(render(scene)) for scene in scenes])  # (B, H, W, 3)
-        captions = [[caption(scene, variant) for variant in range(data.captions)] for scene in scenes]
-        keys = [f"seed {data.seed}, scene {start + first + k}" for k in range(len(scenes))]
+        captions = [row_captions(data, row, scene) for row, scene in zip(rows, scenes, strict=True)]
+        keys = [f"seed {data.seed}, {'pair row' if data.pairs else 'scene'} {row}" for row in rows]
         sources = ["synthetic_scenes"] * len(scenes)
         yield LatentBatch(encoders.encode_images(images).float(), captions, sources=sources, keys=keys)
 
@@ -32,7 +49,10 @@ def encode_scenes(
 def cached_scenes(encoders: Encoders, data: DataConfig, split: str) -> LatentDataset:
     """The latents of the training or validation scenes, encoded on first use and then read from the cache folder."""
     start, count = (0, data.scenes) if split == "train" else (VALIDATION_START, data.validation_scenes)
-    name = f"scenes-{encoders.image_fingerprint[:12]}-seed{data.seed}-{start}-{count}x{data.captions}"
+    if split == "validation":
+        data = replace(data, pairs=False)
+    kind = "pairs" if data.pairs else "scenes"
+    name = f"{kind}-{encoders.image_fingerprint[:12]}-seed{data.seed}-{start}-{count}x{data.captions}"
     folder = cache_dir() / "latents" / name
     if not folder.exists():
         about = {"data": to_dict(data), "split": split}

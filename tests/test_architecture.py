@@ -23,7 +23,7 @@ LAYERS = [
     "common config fused hardware uncertainty",
     "training_state",
     "attention encoders fitting flow geneval_files inputs scenes shards sources terminal tokens viz",
-    "blocks data_check encoder_set encoder_training repa verifier",
+    "blocks data_check encoder_set encoder_training minimal_pairs repa verifier",
     "emmdit encode_data geneval quality training_data vision_training",
     "batches checkpoint optimizers pipeline",
     "benchmark doctor evaluate loading",

@@ -1,0 +1,112 @@
+"""Minimal pairs: two scenes that differ in one fact, and captions that differ in the words for it.
+
+"A red circle to the left of a blue square" and "a red circle to the right of a blue square" are nearly the same text,
+and their pictures are nearly the same pixels. What a model gains from reading such a caption rightly is a small part of
+its loss, lost among everything else that noise hides from it. ``minimal_pair(seed, index)`` puts both scenes into one
+training batch, where they get the same noise and the same ``t`` (see ``batches.py``). Whatever the two pictures share
+then pulls equally on both captions and cancels in the difference; what is left is the one fact. The expected gradient
+is that of the same scenes drawn apart, its variance in the directions that matter is smaller: common random numbers.
+
+Minimal pairs are what linguists test grammar with; Winoground (https://arxiv.org/abs/2204.03162) tests vision-language
+models so. Training on them with common noise is this project's own, see notebook 10 for what it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from nitro_e_lite.scenes import (
+    COLORS,
+    SHAPES,
+    Scene,
+    SceneObject,
+    Stream,
+    border_distance,
+    caption_stream,
+    describe,
+    is_held_out,
+    is_reserved,
+    relation_between,
+    sample_scene,
+)
+
+_CHANGES = 2**33  # names the streams that choose a change
+
+
+def minimal_pair(seed: int, index: int) -> tuple[Scene, Scene]:
+    """Draws pair ``index`` of the endless data set ``seed``: a training scene and the same with one fact changed.
+
+    Two objects exchange their places where they stand in a clear relation, otherwise their colours, and so do two of
+    three or four. Of three or four equal objects the last is taken away. Else the shape or the colour is another.
+
+    Raises:
+        ValueError: for a negative index.
+    """
+    for attempt in range(1000):
+        scene = sample_scene(seed, index + (attempt << 40))
+        stream = Stream(seed, index, attempt, _CHANGES)
+        for other in _changes(scene, stream):
+            if not is_held_out(other.objects):
+                return (scene, other) if stream.random() < 0.5 else (other, scene)
+    raise RuntimeError(f"no minimal pair for seed={seed}, index={index}")  # probability below 1e-30
+
+
+def _changes(scene: Scene, stream: Stream) -> Iterator[Scene]:
+    """Scenes with one fact changed, the preferred one first."""
+    if scene.kind in ("pair", "mixed"):
+        first, second = scene.objects[:2]
+        two = _exchange(first, second, "x", "y")
+        if scene.relation and stream.random() < 0.8 and all(map(_fits, two)):
+            yield _with(scene, two)
+        if first.color != second.color and first.shape != second.shape:  # of equal shapes it would be the places
+            yield _with(scene, _exchange(first, second, "color", "tint"))
+    elif len(scene.objects) > 2 and stream.random() < 0.7:
+        yield replace(scene, objects=scene.objects[:-1])
+    else:
+        renamed = stream.choice((_other_shape, _other_color))(scene, stream)
+        yield replace(scene, objects=renamed)
+
+
+def _exchange(first: SceneObject, second: SceneObject, *fields: str) -> tuple[SceneObject, SceneObject]:
+    """The two objects with ``fields`` exchanged."""
+    return (
+        replace(first, **{name: getattr(second, name) for name in fields}),
+        replace(second, **{name: getattr(first, name) for name in fields}),
+    )
+
+
+def _with(scene: Scene, two: tuple[SceneObject, SceneObject]) -> Scene:
+    """The scene with its first two objects replaced; their relation is read anew."""
+    relation = relation_between(*two) if scene.relation else None
+    return replace(scene, objects=two + scene.objects[2:], relation=relation)
+
+
+def _fits(one: SceneObject) -> bool:
+    """Whether an object is as far from the border as objects must be."""
+    free = border_distance(one.radius)
+    return free <= min(one.x, one.y) and max(one.x, one.y) <= 1 - free
+
+
+def _other_shape(scene: Scene, stream: Stream) -> tuple[SceneObject, ...]:
+    shape = stream.choice([s for s in SHAPES if s != scene.objects[0].shape])
+    return tuple(replace(one, shape=shape) for one in scene.objects)
+
+
+def _other_color(scene: Scene, stream: Stream) -> tuple[SceneObject, ...]:
+    color = stream.choice([c for c in COLORS if c != scene.objects[0].color])
+    return tuple(replace(one, color=color, tint=COLORS[color]) for one in scene.objects)
+
+
+def paired_captions(pair: tuple[Scene, Scene], variant: int) -> tuple[str, str]:
+    """One caption for each scene of a minimal pair: the same template, different words; never a reserved string.
+
+    Args:
+        pair: of ``minimal_pair``.
+        variant: which paraphrase, any integer.
+    """
+    for attempt in range(1000):
+        first, second = (describe(scene, caption_stream(pair[0], variant, attempt)) for scene in pair)
+        if first != second and not is_reserved(first) and not is_reserved(second):
+            return first, second
+    raise RuntimeError("no caption tells the two scenes apart")  # probability below 1e-30
