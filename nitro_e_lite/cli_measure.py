@@ -1,4 +1,4 @@
-"""The commands that look at a model or a machine: `nitro-e count`, `benchmark` and `doctor`."""
+"""The commands that look at a model or a machine: `nitro-e count`, `benchmark`, `sensitivity` and `doctor`."""
 
 from typing import Annotated
 
@@ -91,6 +91,30 @@ def benchmark_command(
         if not json:
             names = [name.replace("_", " ") for name in rows[0]]
             show_table(f"median of {repeats}", names, [[f"{v:.4g}" for v in row.values()] for row in rows])
+
+
+@command(app, "sensitivity")
+def sensitivity(
+    model: Model = "lite",
+    pairs: Annotated[int, typer.Option(help="Minimal pairs for each fact.")] = 32,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Measure how much the loss rises when one fact of a caption is wrong: whether the model reads it at all."""
+    with output(json) as result:
+        from dataclasses import asdict
+
+        from nitro_e_lite import load_pipeline
+        from nitro_e_lite.sensitivity import TIMES, caption_sensitivity
+
+        readings = caption_sensitivity(load_pipeline(model, device, dtype), pairs)
+        result |= {"model": model, "pairs": pairs, "readings": [asdict(one) for one in readings]}
+        if not json:
+            facts = list(dict.fromkeys(one.fact for one in readings))
+            rows = [[f, *(f"{r.rise:+.4f} ± {r.margin:.4f}" for r in readings if r.fact == f)] for f in facts]
+            title = f"Rise of the loss with a wrong fact, and its 95 % interval; {pairs} minimal pairs each"
+            show_table(title, ["wrong", *(f"t = {t:g}" for t in TIMES)], rows)
 
 
 @command(app, "doctor")

@@ -14,15 +14,16 @@ models so. Training on them with common noise is this project's own, see noteboo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from nitro_e_lite.scenes import (
     COLORS,
+    EXTENT,
+    MARGIN,
     SHAPES,
     Scene,
     SceneObject,
     Stream,
-    border_distance,
     caption_stream,
     describe,
     is_held_out,
@@ -31,10 +32,31 @@ from nitro_e_lite.scenes import (
     sample_scene,
 )
 
+FACTS = ("places", "colors", "number", "shape", "color")  # what a pair can differ in
 _CHANGES = 2**33  # names the streams that choose a change
 
 
-def minimal_pair(seed: int, index: int) -> tuple[Scene, Scene]:
+@dataclass(frozen=True)
+class MinimalPair:
+    """Two scenes that differ in one of ``FACTS``: exchanged places or colours, the number, one shape, one colour."""
+
+    scenes: tuple[Scene, Scene]
+    fact: str
+
+    def captions(self, variant: int) -> tuple[str, str]:
+        """One caption for each scene: the same template, different words; never a reserved string.
+
+        Args:
+            variant: which paraphrase, any integer.
+        """
+        for attempt in range(1000):
+            first, second = (describe(s, caption_stream(self.scenes[0], variant, attempt)) for s in self.scenes)
+            if first != second and not is_reserved(first) and not is_reserved(second):
+                return first, second
+        raise RuntimeError("no caption tells the two scenes apart")  # probability below 1e-30
+
+
+def minimal_pair(seed: int, index: int) -> MinimalPair:
     """Draws pair ``index`` of the endless data set ``seed``: a training scene and the same with one fact changed.
 
     Two objects exchange their places where they stand in a clear relation, otherwise their colours, and so do two of
@@ -46,26 +68,26 @@ def minimal_pair(seed: int, index: int) -> tuple[Scene, Scene]:
     for attempt in range(1000):
         scene = sample_scene(seed, index + (attempt << 40))
         stream = Stream(seed, index, attempt, _CHANGES)
-        for other in _changes(scene, stream):
+        for fact, other in _changes(scene, stream):
             if not is_held_out(other.objects):
-                return (scene, other) if stream.random() < 0.5 else (other, scene)
+                return MinimalPair((scene, other) if stream.random() < 0.5 else (other, scene), fact)
     raise RuntimeError(f"no minimal pair for seed={seed}, index={index}")  # probability below 1e-30
 
 
-def _changes(scene: Scene, stream: Stream) -> Iterator[Scene]:
-    """Scenes with one fact changed, the preferred one first."""
+def _changes(scene: Scene, stream: Stream) -> Iterator[tuple[str, Scene]]:
+    """Facts and the scene with that one changed, the preferred one first."""
     if scene.kind in ("pair", "mixed"):
         first, second = scene.objects[:2]
         two = _exchange(first, second, "x", "y")
         if scene.relation and stream.random() < 0.8 and all(map(_fits, two)):
-            yield _with(scene, two)
+            yield "places", _with(scene, two)
         if first.color != second.color and first.shape != second.shape:  # of equal shapes it would be the places
-            yield _with(scene, _exchange(first, second, "color", "tint"))
+            yield "colors", _with(scene, _exchange(first, second, "color", "tint"))
     elif len(scene.objects) > 2 and stream.random() < 0.7:
-        yield replace(scene, objects=scene.objects[:-1])
+        yield "number", replace(scene, objects=scene.objects[:-1])
     else:
-        renamed = stream.choice((_other_shape, _other_color))(scene, stream)
-        yield replace(scene, objects=renamed)
+        fact = stream.choice(("shape", "color"))
+        yield fact, replace(scene, objects=(_other_shape if fact == "shape" else _other_color)(scene, stream))
 
 
 def _exchange(first: SceneObject, second: SceneObject, *fields: str) -> tuple[SceneObject, SceneObject]:
@@ -84,7 +106,7 @@ def _with(scene: Scene, two: tuple[SceneObject, SceneObject]) -> Scene:
 
 def _fits(one: SceneObject) -> bool:
     """Whether an object is as far from the border as objects must be."""
-    free = border_distance(one.radius)
+    free = one.radius * EXTENT + MARGIN
     return free <= min(one.x, one.y) and max(one.x, one.y) <= 1 - free
 
 
@@ -96,17 +118,3 @@ def _other_shape(scene: Scene, stream: Stream) -> tuple[SceneObject, ...]:
 def _other_color(scene: Scene, stream: Stream) -> tuple[SceneObject, ...]:
     color = stream.choice([c for c in COLORS if c != scene.objects[0].color])
     return tuple(replace(one, color=color, tint=COLORS[color]) for one in scene.objects)
-
-
-def paired_captions(pair: tuple[Scene, Scene], variant: int) -> tuple[str, str]:
-    """One caption for each scene of a minimal pair: the same template, different words; never a reserved string.
-
-    Args:
-        pair: of ``minimal_pair``.
-        variant: which paraphrase, any integer.
-    """
-    for attempt in range(1000):
-        first, second = (describe(scene, caption_stream(pair[0], variant, attempt)) for scene in pair)
-        if first != second and not is_reserved(first) and not is_reserved(second):
-            return first, second
-    raise RuntimeError("no caption tells the two scenes apart")  # probability below 1e-30

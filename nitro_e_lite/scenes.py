@@ -57,7 +57,7 @@ RESERVED_FRACTION = 4  # one caption string in four is kept for evaluation
 
 MARGIN = 0.04  # free border, fraction of the image
 GAP = 0.05  # free space between objects
-_EXTENT = 1.16  # bounding radius of the widest shape over the nominal radius
+EXTENT = 1.16  # bounding radius of the widest shape over the nominal radius
 
 _MASK = (1 << 64) - 1
 
@@ -205,11 +205,6 @@ def _draw_sizes(kind: str, total: int, stream: Stream) -> list[str]:
     return [stream.choice(options) for _ in range(total)]
 
 
-def border_distance(radius: float) -> float:
-    """The least distance of an object's centre from the border, as a fraction of the image."""
-    return radius * _EXTENT + MARGIN
-
-
 def place(specs, stream: Stream, relation: str | None = None) -> tuple[SceneObject, ...] | None:
     """Gives each ``(shape, color, size)`` a place so that no two objects touch.
 
@@ -229,11 +224,11 @@ def place(specs, stream: Stream, relation: str | None = None) -> tuple[SceneObje
             return None
         shape, color, size = specs[len(placed)]
         radius = SIZES[size] * stream.uniform(0.94, 1.06)
-        reach = border_distance(radius)
+        reach = radius * EXTENT + MARGIN
         x, y = stream.uniform(reach, 1 - reach), stream.uniform(reach, 1 - reach)
         tint = tuple(min(255, max(0, round(c + stream.uniform(-7, 7)))) for c in COLORS[color])
         new = SceneObject(shape, color, size, x, y, radius, stream.uniform(-0.12, 0.12), tint)
-        if any(math.hypot(x - o.x, y - o.y) < (radius + o.radius) * _EXTENT + GAP for o in placed):
+        if any(math.hypot(x - o.x, y - o.y) < (radius + o.radius) * EXTENT + GAP for o in placed):
             continue
         placed.append(new)
         if relation is not None and len(placed) == 2 and relation_between(*placed) != relation:
@@ -408,10 +403,9 @@ def plural(shape: str) -> str:
 def phrase_count(count: int, shape: str, color: str | None, size: str | None, stream: Stream) -> str:
     """A way to say ``count`` equal objects."""
     words = " ".join(w for w in (size, color, plural(shape)) if w)
-    number = COUNT_WORDS[count]
     ways = ("{number}", "{number}", "exactly {number}", "a group of {number}", "{count}", "a set of {number}")
     way = stream.choice(ways)
-    return f"{way.format(number=number, count=count)} {words}"
+    return f"{way.format(number=COUNT_WORDS[count], count=count)} {words}"
 
 
 def phrase_relation(first: str, relation: str, second: str, stream: Stream) -> str:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from nitro_e_lite.common import cache_dir
 from nitro_e_lite.config import DataConfig, to_dict
 from nitro_e_lite.encoder_set import Encoders
-from nitro_e_lite.minimal_pairs import minimal_pair, paired_captions
+from nitro_e_lite.minimal_pairs import minimal_pair
 from nitro_e_lite.scenes import Scene, caption, render, sample_scene
 from nitro_e_lite.shards import LatentBatch, LatentDataset, write_latents
 
@@ -20,7 +20,7 @@ VALIDATION_START = 2**40  # scenes from this index on are for validation
 
 def scene_row(data: DataConfig, row: int) -> Scene:
     """The scene of a row; rows 2k and 2k + 1 are a minimal pair when ``data.pairs``."""
-    return minimal_pair(data.seed, row // 2)[row % 2] if data.pairs else sample_scene(data.seed, row)
+    return minimal_pair(data.seed, row // 2).scenes[row % 2] if data.pairs else sample_scene(data.seed, row)
 
 
 def row_captions(data: DataConfig, row: int, scene: Scene) -> list[str]:
@@ -28,7 +28,7 @@ def row_captions(data: DataConfig, row: int, scene: Scene) -> list[str]:
     variants = range(data.captions)
     if data.pairs:
         pair = minimal_pair(data.seed, row // 2)
-        return [paired_captions(pair, variant)[row % 2] for variant in variants]
+        return [pair.captions(variant)[row % 2] for variant in variants]
     return [caption(scene, variant) for variant in variants]
 
 

@@ -26,7 +26,7 @@ LAYERS = [
     "blocks data_check encoder_set encoder_training minimal_pairs repa verifier",
     "emmdit encode_data geneval quality training_data vision_training",
     "batches checkpoint optimizers pipeline",
-    "benchmark doctor evaluate loading",
+    "benchmark doctor evaluate loading sensitivity",
     "progress shipping",
     "planner train",
     "comparison launch",

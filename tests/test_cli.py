@@ -209,6 +209,12 @@ def test_benchmark_times_the_pipeline_and_the_transformer(run):
     assert "forward backward seconds" in text
 
 
+def test_sensitivity_json_and_table(run, shipped):
+    result = json.loads(run("sensitivity", "--pairs", "2", "--json").stdout)
+    assert result["pairs"] == 2 and len(result["readings"]) == 15 and "rise" in result["readings"][0]
+    assert "places" in run("sensitivity", "--pairs", "2").stdout
+
+
 def test_doctor_is_content_with_this_installation(run):
     result = only_json(run("doctor", "--json"))
     assert result["ok"] and not result["problems"]

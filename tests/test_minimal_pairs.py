@@ -1,6 +1,7 @@
 """Minimal pairs: one fact changed, in the picture and in the words, and equal draws in training."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from nitro_e_lite.batches import Batches
 from nitro_e_lite.config import override, preset
 from nitro_e_lite.encoder_set import load_encoders
-from nitro_e_lite.minimal_pairs import minimal_pair, paired_captions
+from nitro_e_lite.minimal_pairs import FACTS, minimal_pair
 from nitro_e_lite.scenes import MARGIN, is_held_out, is_reserved, relation_between, render, words
 from nitro_e_lite.verifier import detect
 
@@ -21,9 +22,10 @@ def facts(scene):
 
 
 def test_same_pair_everywhere():
-    first, second = minimal_pair(0, 0)
-    assert (first, second) == minimal_pair(0, 0) != minimal_pair(1, 0)
-    assert paired_captions((first, second), 0) == (
+    pair = minimal_pair(0, 0)
+    assert pair == minimal_pair(0, 0) != minimal_pair(1, 0)
+    assert pair.fact == "places"
+    assert pair.captions(0) == (
         "an illustration of a heart that is placed above a star",
         "an illustration of a heart that is underneath a star",
     )
@@ -32,59 +34,51 @@ def test_same_pair_everywhere():
 
 
 def test_the_scenes_differ_in_one_fact_and_share_the_rest():
-    for first, second in PAIRS:
+    for pair in PAIRS:
+        first, second = pair.scenes
         assert first.background == second.background and facts(first) != facts(second)
         assert not is_held_out(first.objects) and not is_held_out(second.objects)
         places = [{(o.x, o.y, o.radius) for o in scene.objects} for scene in (first, second)]
         names = [sorted((o.shape, o.color) for o in scene.objects) for scene in (first, second)]
-        count = len(first.objects)
-        if count != len(second.objects):
-            assert abs(count - len(second.objects)) == 1 and first.kind == "count"
+        one, other = first.objects[0], second.objects[0]
+        if pair.fact == "number":
+            assert abs(len(first.objects) - len(second.objects)) == 1 and first.kind == "count"
             assert places[0] < places[1] or places[1] < places[0]
-        elif first.kind in ("single", "count"):
-            one, other = first.objects[0], second.objects[0]
-            assert (one.shape != other.shape) + (one.color != other.color) == 1 and places[0] == places[1]
-        elif names[0] == names[1]:
-            assert second.relation == OPPOSITE[first.relation]
+        elif pair.fact == "places":
+            assert names[0] == names[1] and second.relation == OPPOSITE[first.relation]
         else:
             assert places[0] == places[1]
-            assert sorted(o.color for o in first.objects) == sorted(o.color for o in second.objects)
+            assert pair.fact in ("shape", "color", "colors")
+            assert (one.shape != other.shape, one.color != other.color) == (pair.fact == "shape", pair.fact != "shape")
+            if pair.fact == "colors":
+                assert sorted(o.color for o in first.objects) == sorted(o.color for o in second.objects)
 
 
 def test_every_scene_is_a_training_scene():
     """What ``sample_scene`` promises of places holds after the exchange too, and the relation is the drawn one."""
-    for scene in (scene for pair in PAIRS for scene in pair):
+    for scene in (scene for pair in PAIRS for scene in pair.scenes):
         for o in scene.objects:
             assert min(o.x, o.y, 1 - o.x, 1 - o.y) >= o.radius * 1.16 + MARGIN - 1e-9
         if scene.relation:
             assert relation_between(*scene.objects) == scene.relation
 
 
-def test_every_kind_of_change_is_common():
-    shares = {"places": 0, "colours": 0, "number": 0, "name": 0}
-    for first, second in PAIRS:
-        if len(first.objects) != len(second.objects):
-            shares["number"] += 1
-        elif first.kind in ("single", "count"):
-            shares["name"] += 1
-        elif [o.x for o in first.objects] != [o.x for o in second.objects]:
-            shares["places"] += 1
-        else:
-            shares["colours"] += 1
-    assert min(shares.values()) > 0.08 * len(PAIRS), shares
+def test_every_fact_is_common():
+    shares = Counter(pair.fact for pair in PAIRS)
+    assert set(shares) == set(FACTS) and min(shares.values()) > 0.05 * len(PAIRS), shares
 
 
 def test_captions_tell_the_scenes_apart_and_share_the_template():
     for pair in PAIRS:
         for variant in range(2):
-            first, second = paired_captions(pair, variant)
+            first, second = pair.captions(variant)
             assert first != second and not is_reserved(first) and not is_reserved(second)
             assert abs(len(words(first)) - len(words(second))) <= 3  # "left of", "on the left side of"
 
 
 def test_the_verifier_sees_the_change():
     for pair in PAIRS[:60]:
-        for scene in pair:
+        for scene in pair.scenes:
             found = detect(render(scene))
             assert sorted((o.shape, o.color) for o in found) == sorted((o.shape, o.color) for o in scene.objects)
 
@@ -112,10 +106,9 @@ def test_neighbours_are_a_pair_and_get_the_same_draws(config, encoders):
     assert torch.equal(share.noise[::2], share.noise[1::2]) and torch.equal(share.t[::2], share.t[1::2])
     assert len(set(share.t.tolist())) == config.batch_size // 2
     captions = {
-        texts: None
+        minimal_pair(config.data.seed, index).captions(variant)
         for index in range(config.data.scenes // 2)
         for variant in range(config.data.captions)
-        for texts in [paired_captions(minimal_pair(config.data.seed, index), variant)]
     }
     for first, second in zip(share.captions[::2], share.captions[1::2], strict=True):
         assert (first, second) in captions or first == second == ""
