@@ -404,8 +404,7 @@ def phrase_count(count: int, shape: str, color: str | None, size: str | None, st
     """A way to say ``count`` equal objects."""
     words = " ".join(w for w in (size, color, plural(shape)) if w)
     ways = ("{number}", "{number}", "exactly {number}", "a group of {number}", "{count}", "a set of {number}")
-    way = stream.choice(ways)
-    return f"{way.format(number=COUNT_WORDS[count], count=count)} {words}"
+    return f"{stream.choice(ways).format(number=COUNT_WORDS[count], count=count)} {words}"
 
 
 def phrase_relation(first: str, relation: str, second: str, stream: Stream) -> str:
