@@ -21,6 +21,7 @@ from torch import Tensor
 from nitro_e_lite import flow
 from nitro_e_lite.config import DataConfig, TrainConfig
 from nitro_e_lite.encoder_set import Encoders
+from nitro_e_lite.minimal_pairs import FACTS, minimal_pair
 from nitro_e_lite.quality import readable_rows
 from nitro_e_lite.scenes import render
 from nitro_e_lite.shards import CARD, LatentBatch, LatentDataset, batch_indices
@@ -89,6 +90,10 @@ class Batches:
     def _chosen_rows(self, encoders: Encoders) -> np.ndarray:
         """Rows to train on, (N, group): a minimal pair stays only as a whole."""
         data, groups = self.config.data, np.arange(len(self.training)).reshape(-1, self.group)
+        if unknown := set(data.pairs) - set(FACTS):
+            raise ValueError(f"data.pairs={', '.join(sorted(unknown))}: must be of {', '.join(FACTS)}")
+        if data.pairs and set(data.pairs) != set(FACTS):
+            groups = groups[[minimal_pair(data.seed, index).fact in data.pairs for index in range(len(groups))]]
         if data.quality == "readable" and not data.folders:
             store = self.training.folders[0] / "readable.json"
             readable = readable_rows(encoders, self.training, partial(scene_row, data), store)

@@ -51,7 +51,7 @@ class DataConfig:
     folders: tuple[str, ...] = ()  # shards of ``nitro-e data encode``; then the fields about scenes count for nothing
     validation_folders: tuple[str, ...] = ()  # shards to validate on
     quality: str = "all"  # of scenes: "all" or "readable"
-    pairs: bool = False  # train on minimal pairs: neighbours in a batch differ in one fact and share their noise
+    pairs: tuple[str, ...] = ()  # train on minimal pairs that differ in these facts, see ``minimal_pairs.FACTS``
     scenes: int = 40_000  # distinct training scenes
     captions: int = 8  # paraphrases cached with each scene
     validation_scenes: int = 512

@@ -50,7 +50,7 @@ def cached_scenes(encoders: Encoders, data: DataConfig, split: str) -> LatentDat
     """The latents of the training or validation scenes, encoded on first use and then read from the cache folder."""
     start, count = (0, data.scenes) if split == "train" else (VALIDATION_START, data.validation_scenes)
     if split == "validation":
-        data = replace(data, pairs=False)
+        data = replace(data, pairs=())
     kind = "pairs" if data.pairs else "scenes"
     name = f"{kind}-{encoders.image_fingerprint[:12]}-seed{data.seed}-{start}-{count}x{data.captions}"
     folder = cache_dir() / "latents" / name

@@ -88,7 +88,7 @@ def test_the_verifier_sees_the_change():
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return override(preset("base", "smoke"), ["data.pairs=true", "steps=4"])
+    return override(preset("base", "smoke"), [f"data.pairs={list(FACTS)}", "steps=4"])
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,18 @@ def test_neighbours_are_a_pair_and_get_the_same_draws(config, encoders):
     }
     for first, second in zip(share.captions[::2], share.captions[1::2], strict=True):
         assert (first, second) in captions or first == second == ""
+
+
+def test_only_the_facts_asked_for(config, encoders):
+    places = dataclasses.replace(config, batch_size=2, data=dataclasses.replace(config.data, pairs=("places",)))
+    chosen = Batches(places, encoders).rows
+    facts = [minimal_pair(config.data.seed, index).fact for index in range(config.data.scenes // 2)]
+    assert chosen.tolist() == [[2 * k, 2 * k + 1] for k, fact in enumerate(facts) if fact == "places"] != []
+
+
+def test_an_unknown_fact_is_refused(config, encoders):
+    with pytest.raises(ValueError, match="data.pairs=size: must be of places, colors"):
+        Batches(override(config, ["data.pairs=[size]"]), encoders)
 
 
 def test_two_processes_see_what_one_sees(config, encoders):
