@@ -73,6 +73,7 @@ class OptimizerConfig:
     clip: float = 1.0  # of the global gradient norm
     warmup_steps: int = 100
     decay_steps: int = 1500
+    white_text: bool = False  # the layer that takes the text features learns as if they were white
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,11 @@ instead cast every weight again in every forward pass.
 ``Muon`` below is torch's with another ``step``: on a CPU without matrix units bf16 is the slow type, and each process
 would repeat the work of all. Differs: the paper trains with AdamW alone; ``OptimizerConfig(name="adamw")`` does too.
 Source: Jordan et al., 2024.
+
+**White text.** A frozen language model may say what matters in a whisper: swap "left" for "right" in a caption, and the
+features of the lite one move by a twentieth of their length. The layer that takes them in hears the rest first, since
+its gradient along a direction is in proportion to how much the features vary there. ``whiten_input`` lets it learn as
+if they varied equally in all directions. The function it computes and the file it is kept in stay the same.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from nitro_e_lite.config import OptimizerConfig
 from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
@@ -66,6 +72,49 @@ class MasterWeights:
             yield
         finally:
             self.publish(kept)
+
+
+class _White(nn.Module):
+    """``weight = learned @ root``; ``root`` (in, in) is symmetric and so, up to rounding, the same everywhere."""
+
+    def __init__(self, root: Tensor):
+        super().__init__()
+        self.register_buffer("root", root, persistent=False)
+        self.inverse = torch.linalg.inv(root.double()).float()
+
+    def forward(self, learned: Tensor) -> Tensor:
+        return learned @ self.root
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight @ self.inverse
+
+
+def whiten_input(linear: nn.Linear, inputs: Tensor, floor: float = 1e-3) -> None:
+    """From now on the layer's trained parameter is its weight in coordinates in which ``inputs`` are white.
+
+    Args:
+        linear: on the CPU, in float32; computes the same as before.
+        inputs: examples (N, in) of what it gets.
+        floor: least variance of a direction, as a share of the mean variance.
+    """
+    inputs = inputs.double()
+    moment = inputs.T @ inputs / len(inputs)  # about zero: the mean is a direction like others
+    moment /= moment.diagonal().mean()
+    values, vectors = torch.linalg.eigh(moment)
+    root = (vectors * (values.clamp(min=0) + floor).rsqrt()) @ vectors.T
+    parametrize.register_parametrization(linear, "weight", _White(root.float()))
+
+
+def plain_weights(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Trained ``values`` by the names and in the coordinates of the model's files: on the CPU, whitening undone."""
+    plain = {}
+    for name, value in values.items():
+        owner, learned, _ = name.partition(".parametrizations.weight.original")
+        if learned:
+            white = model.get_submodule(owner).parametrizations.weight[0]
+            name, value = f"{owner}.weight", white(value.to(white.root.device, torch.float32))
+        plain[name] = value.cpu()
+    return plain
 
 
 def orthogonalize(matrices: Tensor, coefficients=(3.4445, -4.7750, 2.0315), steps: int = 5) -> Tensor:

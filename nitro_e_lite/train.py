@@ -33,13 +33,20 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from nitro_e_lite import flow
-from nitro_e_lite.batches import Batches, Share, check_folders
+from nitro_e_lite.batches import Batches, Share, check_folders, first_captions
 from nitro_e_lite.common import environment_report, tune_cpu
 from nitro_e_lite.config import TrainConfig, to_dict
 from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.encoder_set import load_encoders
 from nitro_e_lite.loading import load_transformer
-from nitro_e_lite.optimizers import MasterWeights, build_optimizers, hidden_matrices, learning_rate_scale
+from nitro_e_lite.optimizers import (
+    MasterWeights,
+    build_optimizers,
+    hidden_matrices,
+    learning_rate_scale,
+    plain_weights,
+    whiten_input,
+)
 from nitro_e_lite.pipeline import NitroEPipeline
 from nitro_e_lite.progress import Progress, model_flops, tracker_name
 from nitro_e_lite.repa import load_vision, repa_loss
@@ -142,6 +149,8 @@ class Trainer:
             self._load_weights(load_transformer(config.start_from).state_dict())
         if config.gradient_checkpointing:
             self.raw_model.enable_gradient_checkpointing()
+        if config.optimizer.white_text:
+            whiten_input(self.raw_model.text_embed, self._text_examples())
         matrices = hidden_matrices(self.raw_model)
         self.raw_model.to(self.device)
         self.weights = MasterWeights(self.raw_model, self._dtype())
@@ -152,6 +161,12 @@ class Trainer:
             self.raw_model.compile(backend=config.compile)
         self.model = self.accelerator.prepare(self.raw_model)
         self._no_text = self.encoders.encode_text([""]).to(self._dtype())  # (1, L, Dc)
+
+    def _text_examples(self, count: int = 1024) -> Tensor:
+        """Text features (N, Dc) of the first training captions, and of the empty one."""
+        batch = self.batches.training.batch(range(min(count, len(self.batches.training))))
+        text = self.encoders.encode_text(first_captions(batch) + [""]) if batch.text is None else batch.text
+        return text.float().cpu().flatten(0, 1)
 
     def _load_weights(self, state: dict[str, Tensor]) -> None:
         """Starts from other weights; only a projector may be missing there or left over."""
@@ -285,7 +300,9 @@ class Trainer:
             if before != now:
                 raise ValueError(f"{field}={now}: the run in {self.run_dir} was started with {before}")
         if tensors["weights"].keys() != self.masters.keys():
-            raise ValueError(f"repa: the run in {self.run_dir} was started with another setting; keep repa.weight")
+            raise ValueError(
+                f"model: the run in {self.run_dir} has other weights; keep repa.weight and optimizer.white_text"
+            )
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(tensors["weights"][name])
@@ -299,7 +316,7 @@ class Trainer:
         """Writes the EMA weights to ``run_dir/final`` in ``save_pretrained`` layout, without a REPA projector."""
         final = self.run_dir / "final"
         model = EMMDiTTransformer2DModel(**to_dict(self.config.model))
-        ema = {name: value.cpu() for name, value in self.ema.items() if not name.startswith(PROJECTOR)}
+        ema = {n: v for n, v in plain_weights(self.raw_model, self.ema).items() if not n.startswith(PROJECTOR)}
         model.load_state_dict({**model.state_dict(), **ema})
         model.save_pretrained(final)
         return final
