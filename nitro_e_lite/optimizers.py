@@ -79,8 +79,8 @@ class _White(nn.Module):
 
     def __init__(self, root: Tensor):
         super().__init__()
-        self.register_buffer("root", root, persistent=False)
-        self.inverse = torch.linalg.inv(root.double()).float()
+        self.register_buffer("root", root, persistent=False)  # in the number type of the computation
+        self.exact, self.inverse = root.clone(), torch.linalg.inv(root.double()).float()
 
     def forward(self, learned: Tensor) -> Tensor:
         return learned @ self.root
@@ -112,7 +112,7 @@ def plain_weights(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tens
         owner, learned, _ = name.partition(".parametrizations.weight.original")
         if learned:
             white = model.get_submodule(owner).parametrizations.weight[0]
-            name, value = f"{owner}.weight", white(value.to(white.root.device, torch.float32))
+            name, value = f"{owner}.weight", value.cpu() @ white.exact
         plain[name] = value.cpu()
     return plain
 

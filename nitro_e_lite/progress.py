@@ -1,5 +1,7 @@
 """What a run says of itself: the metrics file, trackers, speed and utilisation, and the bar on the terminal.
 
+It begins with the processes finding each other, since accelerate joins them and holds their trackers.
+
 ``metrics.jsonl`` is the record that everything else reads, one row a logging interval. The same rows go to trackers
 through accelerate: tensorboard when it is installed, or another by name. Speed is the mean over the interval, with the
 waiting for data in it and without validation, pictures and checkpoints. Model FLOPs utilisation is 3 forward passes a
@@ -10,10 +12,12 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import sys
 import time
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
@@ -37,6 +41,29 @@ def tracker_name(asked: str) -> str | None:
             return None
         raise ValueError(f"tracker={asked!r}: not installed here; pip install {asked}, or choose tracker=none")
     return package
+
+
+def start_accelerator(config: TrainConfig, run_dir: Path, device: str | None) -> Accelerator:
+    """The processes of the run, joined.
+
+    Raises:
+        RuntimeError: the launcher (torchrun) was asked for another number of processes than found each other, or an
+            earlier run of this process was on the CPU and this one should not be.
+        ValueError: a tracker that is not installed or unknown.
+    """
+    cpu = device == "cpu" or (device is None and not torch.accelerator.is_available())
+    accelerator = Accelerator(cpu=cpu, log_with=tracker_name(config.tracker), project_dir=run_dir)
+    asked = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != asked:
+        raise RuntimeError(
+            f"WORLD_SIZE={asked}, but accelerate sees {accelerator.num_processes}: the processes would train "
+            f"separate models; start them with torchrun, on a machine without accelerator with ACCELERATE_USE_CPU=true"
+        )
+    if not cpu and accelerator.device.type == "cpu":
+        raise RuntimeError(
+            "device=None: an earlier run of this process chose the CPU, and accelerate keeps it; restart"
+        )
+    return accelerator
 
 
 class Progress:

@@ -22,13 +22,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
@@ -48,7 +46,7 @@ from nitro_e_lite.optimizers import (
     whiten_input,
 )
 from nitro_e_lite.pipeline import NitroEPipeline
-from nitro_e_lite.progress import Progress, model_flops, tracker_name
+from nitro_e_lite.progress import Progress, model_flops, start_accelerator
 from nitro_e_lite.repa import load_vision, repa_loss
 from nitro_e_lite.training_state import (
     RunStopped,
@@ -389,29 +387,6 @@ class Trainer:
             self.progress.write(self.step, self.validate())
         if main and self._due(config.sample_every):
             self.sample_grid()
-
-
-def start_accelerator(config: TrainConfig, run_dir: Path, device: str | None) -> Accelerator:
-    """The processes of the run, joined.
-
-    Raises:
-        RuntimeError: the launcher (torchrun) was asked for another number of processes than found each other, or an
-            earlier run of this process was on the CPU and this one should not be.
-        ValueError: a tracker that is not installed or unknown.
-    """
-    cpu = device == "cpu" or (device is None and not torch.accelerator.is_available())
-    accelerator = Accelerator(cpu=cpu, log_with=tracker_name(config.tracker), project_dir=run_dir)
-    asked = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != asked:
-        raise RuntimeError(
-            f"WORLD_SIZE={asked}, but accelerate sees {accelerator.num_processes}: the processes would train "
-            f"separate models; start them with torchrun, on a machine without accelerator with ACCELERATE_USE_CPU=true"
-        )
-    if not cpu and accelerator.device.type == "cpu":
-        raise RuntimeError(
-            "device=None: an earlier run of this process chose the CPU, and accelerate keeps it; restart"
-        )
-    return accelerator
 
 
 def train(config: TrainConfig, run_dir: str | Path, resume: bool = False, device: str | None = None) -> Path:

@@ -309,6 +309,28 @@ def test_the_same_step_in_another_way(how, plain, tmp_path):
         assert (value - plain[1][name]).norm() <= 1e-3 * value.norm() + 1e-5, name
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_white_text_resumes_and_leaves_plain_weights(precision, tmp_path):
+    config = override(SMOKE, ["optimizer.white_text=true", f"precision={precision}"])
+    whole = train(config, tmp_path / "whole", device="cpu")
+    trainer = Trainer(config, tmp_path / "resumed", device="cpu")
+    learned = "text_embed.parametrizations.weight.original"
+    assert learned in trainer.masters and "text_embed.weight" not in trainer.masters
+    for _ in range(3):
+        trainer.train_step()
+    trainer.save()
+    assert_same(
+        final_weights(train(config, tmp_path / "resumed", resume=True, device="cpu").parent),
+        final_weights(whole.parent),
+    )
+    with pytest.raises(ValueError, match="optimizer.white_text"):
+        Trainer(override(config, ["optimizer.white_text=false"]), tmp_path / "resumed", resume=True, device="cpu")
+    again = Trainer(override(config, [f"start_from={whole}", "precision=fp32"]), tmp_path / "again", device="cpu")
+    assert torch.allclose(
+        again.raw_model.text_embed.weight, final_weights(whole.parent)["text_embed.weight"], atol=1e-4
+    )
+
+
 def test_bf16_parts_are_summed_in_float32(tmp_path):
     trainer = Trainer(override(SMOKE, ["precision=bf16", "accumulate=2"]), tmp_path, device="cpu")
     sums, collect = [], trainer.weights.collect_gradients
