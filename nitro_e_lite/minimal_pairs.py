@@ -4,11 +4,11 @@
 and their pictures are nearly the same pixels. What a model gains from reading such a caption rightly is a small part of
 its loss, lost among everything else that noise hides from it. ``minimal_pair(seed, index)`` puts both scenes into one
 training batch, where they get the same noise and the same ``t`` (see ``batches.py``). Whatever the two pictures share
-then pulls equally on both captions and cancels in the difference; what is left is the one fact. The expected gradient
-is that of the same scenes drawn apart, its variance in the directions that matter is smaller: common random numbers.
+then pulls equally on both captions, and in what tells the captions apart it cancels; what is left is the one fact. The
+expected gradient is that of the same scenes drawn apart.
 
-Minimal pairs are what linguists test grammar with; Winoground (https://arxiv.org/abs/2204.03162) tests vision-language
-models so. Training on them with common noise is this project's own, see notebook 10 for what it does.
+Minimal pairs are what linguists test grammar with; Winoground (arXiv 2204.03162) tests vision-language models so.
+Training on them with common noise is this project's own.
 """
 
 from __future__ import annotations
