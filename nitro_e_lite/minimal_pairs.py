@@ -5,7 +5,8 @@ and their pictures are nearly the same pixels. What a model gains from reading s
 its loss, lost among everything else that noise hides from it. ``minimal_pair(seed, index)`` puts both scenes into one
 training batch, where they get the same noise and the same ``t`` (see ``batches.py``). Whatever the two pictures share
 then pulls equally on both captions, and in what tells the captions apart it cancels; what is left is the one fact. The
-expected gradient is that of the same scenes drawn apart.
+expected gradient is that of the same scenes drawn apart. Captions that leave the fact unsaid ("a circle and a star",
+where colours differ) never occur here, so a run on pairs should end on plain scenes.
 
 Minimal pairs are what linguists test grammar with; Winoground (arXiv 2204.03162) tests vision-language models so.
 Training on them with common noise is this project's own.
