@@ -111,10 +111,13 @@ def sensitivity(
         readings = caption_sensitivity(load_pipeline(model, device, dtype), pairs)
         result |= {"model": model, "pairs": pairs, "readings": [asdict(one) for one in readings]}
         if not json:
-            facts = list(dict.fromkeys(one.fact for one in readings))
-            rows = [[f, *(f"{r.rise:+.4f} ± {r.margin:.4f}" for r in readings if r.fact == f)] for f in facts]
-            title = f"Rise of the loss with a wrong fact, and its 95 % interval; {pairs} minimal pairs each"
-            show_table(title, ["wrong", *(f"t = {t:g}" for t in TIMES)], rows)
+            facts = {one.fact: f"{one.text:.3f}" for one in readings}
+            rows = [
+                [fact, change, *(f"{r.rise:+.4f} ± {r.margin:.4f}" for r in readings if r.fact == fact)]
+                for fact, change in facts.items()
+            ]
+            title = f"Change of the text and rise of the loss (95 % interval) with a wrong fact; {pairs} pairs each"
+            show_table(title, ["wrong", "text", *(f"t = {t:g}" for t in TIMES)], rows)
 
 
 @command(app, "doctor")

@@ -10,9 +10,10 @@ would repeat the work of all. Differs: the paper trains with AdamW alone; ``Opti
 Source: Jordan et al., 2024.
 
 **White text.** A frozen language model may say what matters in a whisper: swap "left" for "right" in a caption, and the
-features of the lite one move by a twentieth of their length. The layer that takes them in hears the rest first, since
-its gradient along a direction is in proportion to how much the features vary there. ``whiten_input`` lets it learn as
-if they varied equally in all directions. The function it computes and the file it is kept in stay the same.
+features of the lite one move by a twentieth of their length (``nitro-e sensitivity``). The layer that takes them in
+hears the rest first, since its gradient along a direction is in proportion to how much the features vary there.
+``whiten_input`` lets it learn as if they varied equally in all directions. The function it computes and the file it is
+kept in stay the same.
 """
 
 from __future__ import annotations

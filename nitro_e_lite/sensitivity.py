@@ -5,6 +5,9 @@ let the model predict the velocity once with the right caption and once with the
 model does not read the fact; by how much it rises says how much it does, and at which noise levels. It costs a few
 forward passes, needs no sampler and no judge, and it moves long before GenEval-lite does: a model that scores zero on
 "a red circle and a blue square" may already have begun to tell which is red.
+
+Beside it stands how loudly the text encoder says the fact: by what share of their length its features move from one
+caption to the other. What it whispers is hard to learn.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ class Reading:
         t: noise level.
         loss: mean squared velocity error with the right caption.
         rise: of the loss with the other caption, and ``margin``, half its 95 % interval over the pairs.
+        text: change of the text features from one caption to the other, as a share of their length; median.
     """
 
     fact: str
@@ -43,6 +47,7 @@ class Reading:
     loss: float
     rise: float
     margin: float
+    text: float
 
 
 def pairs_of(fact: str, number: int, seed: int = HELD_OUT_SEED) -> list[MinimalPair]:
@@ -80,10 +85,13 @@ def caption_sensitivity(
             raise ValueError(f"t={t}: must be above 0 and at most 1")
     readings = []
     for fact in facts:
-        right, other = _losses(pipeline, pairs_of(fact, pairs), times, batch_size)
+        chosen = pairs_of(fact, pairs)
+        text = [pipeline.encode_prompt([pair.captions(0)[k] for pair in chosen]).float().flatten(1) for k in (0, 1)]
+        change = ((text[0] - text[1]).norm(dim=1) / text[0].norm(dim=1)).median().item()
+        right, other = _losses(pipeline, chosen, times, batch_size)
         for k, t in enumerate(times):
             rise, margin = interval((other[k] - right[k]).view(-1, 2).mean(1).tolist())  # a pair is one observation
-            readings.append(Reading(fact, t, right[k].mean().item(), rise, margin))
+            readings.append(Reading(fact, t, right[k].mean().item(), rise, margin, change))
     return readings
 
 

@@ -7,7 +7,7 @@ from tiny import build_tiny_pipeline
 
 from nitro_e_lite import load_pipeline
 from nitro_e_lite.minimal_pairs import FACTS
-from nitro_e_lite.scenes import render
+from nitro_e_lite.scenes import COLORS, render
 from nitro_e_lite.sensitivity import caption_sensitivity, pairs_of
 
 
@@ -55,6 +55,19 @@ def test_it_is_the_loss_with_one_caption_minus_that_with_the_other(tiny_pipeline
 def test_the_shipped_model_reads_colours():
     (reading,) = caption_sensitivity(load_pipeline("lite", "cpu"), 6, times=(0.82,), facts=("color",))
     assert reading.rise > reading.margin > 0
+
+
+def test_the_change_of_the_text_is_a_share_of_its_length():
+    pipeline = build_tiny_pipeline()
+    features = torch.ones(16, pipeline.transformer.config.caption_channels)
+
+    def length(text):  # a number for each colour
+        return 1 + next(k for k, color in enumerate(COLORS) if color in text.split())
+
+    pipeline.encode_prompt = lambda texts: torch.stack([length(text) * features for text in texts])
+    pairs = [[length(text) for text in pair.captions(0)] for pair in pairs_of("color", 3)]
+    (reading,) = caption_sensitivity(pipeline, 3, times=(0.5,), facts=("color",))
+    assert reading.text == pytest.approx(np.median([abs(one - other) / one for one, other in pairs]))
 
 
 @pytest.mark.parametrize(
