@@ -2,15 +2,16 @@
 
 Everything of step k is a function of (seed, k): the rows, the caption among a picture's paraphrases, the captions that
 are dropped, the timesteps, the noise. It is drawn for the whole batch and then cut, so that two processes see together
-exactly what one process would see. Both scenes of a minimal pair (``minimal_pairs.py``) get the same draws. The next
-batch is prepared in a thread while the current one is computed.
+exactly what one process would see. Both scenes of a minimal pair (``minimal_pairs.py``) get the same draws; a run can
+alternate between steps on pairs and steps on plain scenes. The next batch is prepared in a thread while the current one
+is computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from nitro_e_lite.config import DataConfig, TrainConfig
 from nitro_e_lite.encoder_set import Encoders
 from nitro_e_lite.minimal_pairs import FACTS, minimal_pair
 from nitro_e_lite.quality import readable_rows
-from nitro_e_lite.scenes import render
+from nitro_e_lite.scenes import COLORS, render, words
 from nitro_e_lite.shards import CARD, LatentBatch, LatentDataset, batch_indices
 from nitro_e_lite.training_data import cached_scenes, scene_row
 
@@ -57,6 +58,30 @@ class Share:
         return [Share(**{name: v if v is None else v[cut] for name, v in vars(self).items()}) for cut in cuts]
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Rows to train on: ``rows`` (N, group) of ``data``; the rows of a group get the same draws."""
+
+    config: DataConfig
+    data: LatentDataset
+    rows: np.ndarray
+
+    @classmethod
+    def open(cls, config: DataConfig, encoders: Encoders) -> _Source:
+        """The rows that ``config.quality`` and ``config.pairs`` leave: a minimal pair stays only as a whole."""
+        data = _open(config, encoders, "train")
+        groups = np.arange(len(data)).reshape(-1, 2 if config.pairs else 1)
+        if unknown := set(config.pairs) - set(FACTS):
+            raise ValueError(f"data.pairs={', '.join(sorted(unknown))}: must be of {', '.join(FACTS)}")
+        if config.pairs and set(config.pairs) != set(FACTS):
+            groups = groups[[minimal_pair(config.seed, index).fact in config.pairs for index in range(len(groups))]]
+        if config.quality == "readable" and not config.folders:
+            store = data.folders[0] / "readable.json"
+            readable = readable_rows(encoders, data, partial(scene_row, config), store)
+            groups = groups[np.isin(groups, readable).all(1)]
+        return cls(config, data, groups)
+
+
 class Batches:
     """The training and validation data of a run.
 
@@ -74,31 +99,20 @@ class Batches:
     def __init__(self, config: TrainConfig, encoders: Encoders, rank: int = 0, world: int = 1):
         self.config = config
         self.mine = slice(rank * config.batch_size // world, (rank + 1) * config.batch_size // world)
-        self.training = _open(config, encoders, "train")
-        self.validation = _open(config, encoders, "validation")
-        self.group = 2 if config.data.pairs else 1
-        self.rows = self._chosen_rows(encoders)  # (N, group)
-        if self.rows.size < config.batch_size:
-            raise ValueError(
-                f"batch_size={config.batch_size}: only {self.rows.size} of {len(self.training)} rows are left by "
-                f"data.quality={config.data.quality!r}"
-            )
+        self.sources = [_Source.open(config.data, encoders)]
+        if config.data.pairs and config.data.pairs_every > 1:
+            self.sources.append(_Source.open(replace(config.data, pairs=()), encoders))
+        self.training = self.sources[0].data
+        self.validation = _open(config.data, encoders, "validation")
+        for source in self.sources:
+            if source.rows.size < config.batch_size:
+                raise ValueError(
+                    f"batch_size={config.batch_size}: only {source.rows.size} of {len(source.data)} rows are left by "
+                    f"data.quality={config.data.quality!r}"
+                )
         self.needs_images = False
         self._thread = ThreadPoolExecutor(1, "next batch")
         self._ahead: tuple[int, Future[Share]] | None = None
-
-    def _chosen_rows(self, encoders: Encoders) -> np.ndarray:
-        """Rows to train on, (N, group): a minimal pair stays only as a whole."""
-        data, groups = self.config.data, np.arange(len(self.training)).reshape(-1, self.group)
-        if unknown := set(data.pairs) - set(FACTS):
-            raise ValueError(f"data.pairs={', '.join(sorted(unknown))}: must be of {', '.join(FACTS)}")
-        if data.pairs and set(data.pairs) != set(FACTS):
-            groups = groups[[minimal_pair(data.seed, index).fact in data.pairs for index in range(len(groups))]]
-        if data.quality == "readable" and not data.folders:
-            store = self.training.folders[0] / "readable.json"
-            readable = readable_rows(encoders, self.training, partial(scene_row, data), store)
-            return groups[np.isin(groups, readable).all(1)]
-        return groups
 
     def share(self, step: int) -> Share:
         """This process's share of step ``step``."""
@@ -109,30 +123,43 @@ class Batches:
             self._ahead = (step + 1, self._thread.submit(self._draw, step + 1))
         return share
 
+    def _source(self, step: int) -> tuple[_Source, int]:
+        """What step ``step`` reads, and how many steps have read of it before."""
+        pairs, every = (step + 1) // self.config.data.pairs_every, self.config.data.pairs_every
+        if len(self.sources) == 1:
+            return self.sources[0], step
+        return (self.sources[0], pairs - 1) if (step + 1) % every == 0 else (self.sources[1], step - pairs)
+
     def _draw(self, step: int) -> Share:
         config, mine = self.config, self.mine
-        count, alike = config.batch_size // self.group, self.group  # rows of a group get the same draws
-        rows = self.rows[batch_indices(config.seed, len(self.rows), count, step)].flatten()[mine]
-        batch = self.training.batch(rows)
+        source, before = self._source(step)
+        alike = source.rows.shape[1]
+        count = config.batch_size // alike
+        rows = source.rows[batch_indices(config.seed, len(source.rows), count, before)].flatten()[mine]
+        batch = source.data.batch(rows)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         which = torch.rand(count, generator=generator).repeat_interleave(alike)[mine].tolist()
         dropped = torch.rand(count, generator=generator).repeat_interleave(alike)[mine] < config.caption_dropout
-        captions = [
-            "" if drop else ways[int(u * len(ways))]
-            for ways, u, drop in zip(batch.captions, which, dropped.tolist(), strict=True)
-        ]
         t = flow.sample_timesteps(count, generator, config.timestep_mean, config.timestep_std)
         t = t.repeat_interleave(alike)[mine]
         noise = torch.randn(count, *batch.latents.shape[1:], generator=generator).repeat_interleave(alike, 0)[mine]
-        images = self._pictures(rows) if self.needs_images else None
+        ways = batch.captions
+        if config.data.colorless and alike == 1:
+            plain = torch.rand(count, generator=generator)[mine] < config.data.colorless
+            ways = [_colorless(w) or w if only else w for w, only in zip(ways, plain.tolist(), strict=True)]
+        captions = [
+            "" if drop else some[int(u * len(some))]
+            for some, u, drop in zip(ways, which, dropped.tolist(), strict=True)
+        ]
+        images = self._pictures(source, rows) if self.needs_images else None
         return Share(batch.latents, captions, t, noise, batch.text, batch.vision, images)
 
-    def _pictures(self, rows: np.ndarray) -> Tensor:
+    def _pictures(self, source: _Source, rows: np.ndarray) -> Tensor:
         """The scenes of ``rows``, drawn again; only right while each row's latents are its own."""
-        if self.training.has_bad_rows:
-            folder = self.training.folders[0]
+        if source.data.has_bad_rows:
+            folder = source.data.folders[0]
             raise ValueError(f"{folder}: holds bad rows, so latents and pictures differ; delete it to encode it anew")
-        scenes = [scene_row(self.config.data, int(row)) for row in rows]
+        scenes = [scene_row(source.config, int(row)) for row in rows]
         return torch.stack([torch.from_numpy(render(scene)) for scene in scenes])  # (B, H, W, 3)
 
     def validation_shares(self, size: int = 64) -> Iterator[Share]:
@@ -169,8 +196,13 @@ def first_captions(batch: LatentBatch) -> list[str]:
     return [ways[0] for ways in batch.captions]
 
 
-def _open(config: TrainConfig, encoders: Encoders, split: str) -> LatentDataset:
-    if not config.data.folders:
-        return cached_scenes(encoders, config.data, split)
-    folders = config.data.folders if split == "train" else config.data.validation_folders
+def _colorless(captions: list[str]) -> list[str]:
+    """Those captions that name no colour."""
+    return [text for text in captions if not COLORS.keys() & words(text)]
+
+
+def _open(config: DataConfig, encoders: Encoders, split: str) -> LatentDataset:
+    if not config.folders:
+        return cached_scenes(encoders, config, split)
+    folders = config.folders if split == "train" else config.validation_folders
     return LatentDataset(folders, encoders.image_fingerprint)

@@ -68,19 +68,19 @@ def train_finetune(
 @command(train_app, "autoencoder")
 def train_autoencoder(overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = False) -> None:
     """Train the lite autoencoder."""
-    from nitro_e_lite import config, encoder_training
+    from nitro_e_lite import autoencoder_training, config
 
-    chosen = config.override(encoder_training.AutoencoderConfig(), overrides or [])
-    finish(encoder_training.train_autoencoder(chosen, run_dir or Path("runs/autoencoder"), resume))
+    chosen = config.override(autoencoder_training.AutoencoderConfig(), overrides or [])
+    finish(autoencoder_training.train_autoencoder(chosen, run_dir or Path("runs/autoencoder"), resume))
 
 
 @command(train_app, "language-model")
 def train_language_model(overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = False) -> None:
     """Train the lite tokenizer and language model."""
-    from nitro_e_lite import config, encoder_training
+    from nitro_e_lite import config, language_model_training
 
-    chosen = config.override(encoder_training.LanguageModelConfig(), overrides or [])
-    finish(encoder_training.train_language_model(chosen, run_dir or Path("runs/language-model"), resume))
+    chosen = config.override(language_model_training.LanguageModelConfig(), overrides or [])
+    finish(language_model_training.train_language_model(chosen, run_dir or Path("runs/language-model"), resume))
 
 
 @command(train_app, "vision")

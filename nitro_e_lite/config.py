@@ -52,6 +52,8 @@ class DataConfig:
     validation_folders: tuple[str, ...] = ()  # shards to validate on
     quality: str = "all"  # of scenes: "all" or "readable"
     pairs: tuple[str, ...] = ()  # train on minimal pairs that differ in these facts, see ``minimal_pairs.FACTS``
+    pairs_every: int = 1  # with pairs: every how-manieth step is on pairs; the other steps are on plain scenes
+    colorless: float = 0.0  # share of plain draws that take a caption without colours, where the scene has one
     scenes: int = 40_000  # distinct training scenes
     captions: int = 8  # paraphrases cached with each scene
     validation_scenes: int = 512
@@ -129,6 +131,8 @@ class TrainConfig:
             _require(not self.data.folders, "data.folders", self.data.folders, "empty with data.pairs")
             _require(self.batch_size % 2 == 0, "batch_size", self.batch_size, "even with data.pairs")
             _require(self.data.scenes % 2 == 0, "data.scenes", self.data.scenes, "even with data.pairs")
+        _require(self.data.pairs_every >= 1, "data.pairs_every", self.data.pairs_every, ">= 1")
+        _require(0 <= self.data.colorless <= 1, "data.colorless", self.data.colorless, "in [0, 1]")
         if not self.data.folders:
             _require(self.data.scenes >= self.batch_size, "data.scenes", self.data.scenes, "at least one batch")
         _require(self.repa.weight >= 0, "repa.weight", self.repa.weight, ">= 0")

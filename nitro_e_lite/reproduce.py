@@ -28,15 +28,11 @@ import yaml
 
 from nitro_e_lite import config as configuration
 from nitro_e_lite import notebooks
+from nitro_e_lite.autoencoder_training import AutoencoderConfig, train_autoencoder
 from nitro_e_lite.comparison import spread_prompts
-from nitro_e_lite.encoder_training import (
-    AutoencoderConfig,
-    LanguageModelConfig,
-    train_autoencoder,
-    train_language_model,
-)
 from nitro_e_lite.evaluate import evaluate
 from nitro_e_lite.geneval import load_prompts
+from nitro_e_lite.language_model_training import LanguageModelConfig, train_language_model
 from nitro_e_lite.launch import check_processes
 from nitro_e_lite.loading import load_pipeline
 from nitro_e_lite.shipping import ship

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
-from nitro_e_lite.encoder_training import scene_images
+from nitro_e_lite.autoencoder_training import scene_images
 from nitro_e_lite.fitting import FitConfig, fit, step_generator
 from nitro_e_lite.repa import GRID, patch_features, prepare_pixels
 from nitro_e_lite.scenes import COLORS, SHAPES, sample_scene

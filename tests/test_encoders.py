@@ -1,5 +1,6 @@
 """Encoders: loading as from the hub, normalised latents, caption features, and what the shipped weights reach."""
 
+import dataclasses
 import json
 import re
 import warnings
@@ -10,7 +11,7 @@ import torch
 from diffusers import AutoencoderDC
 from transformers import AutoModel, AutoTokenizer, LlamaModel
 
-from nitro_e_lite import encoder_training, encoders
+from nitro_e_lite import autoencoder_training, encoders, language_model_training
 from nitro_e_lite.common import weights_dir
 from nitro_e_lite.encoders import EncoderUnavailable, LatentStats
 from nitro_e_lite.geneval import load_prompts, true_scene, verify
@@ -19,12 +20,12 @@ from nitro_e_lite.scenes import COLORS, SHAPES, SIZES, caption, plural, render, 
 LITE = weights_dir() / "lite"
 NEW = 10_000  # a data set seed that no training used
 
-TINY_VAE = encoder_training.AutoencoderConfig(
+TINY_VAE = autoencoder_training.AutoencoderConfig(
     steps=6, batch_size=2, image_size=32, latent_channels=4, encoder_widths=(8, 8, 16, 16),
     decoder_widths=(8, 8, 16, 16), decoder_layers=(0, 1, 1, 1), warmup_steps=2, log_every=1, checkpoint_every=2,
     statistics_scenes=4,
 )  # fmt: skip
-TINY_LM = encoder_training.LanguageModelConfig(
+TINY_LM = language_model_training.LanguageModelConfig(
     steps=6, batch_size=4, tokenizer_scenes=50, width=32, layers=1, heads=2, key_value_heads=1, intermediate=32,
     decoder_layers=1, warmup_steps=2, log_every=1, checkpoint_every=2,
 )  # fmt: skip
@@ -34,8 +35,8 @@ TINY_LM = encoder_training.LanguageModelConfig(
 def tiny(tmp_path_factory):
     """Folder of a smoke-scale autoencoder and language model, trained for six steps each."""
     folder = tmp_path_factory.mktemp("encoders")
-    vae = encoder_training.train_autoencoder(TINY_VAE, folder / "vae_run")
-    text = encoder_training.train_language_model(TINY_LM, folder / "text_run")
+    vae = autoencoder_training.train_autoencoder(TINY_VAE, folder / "vae_run")
+    text = language_model_training.train_language_model(TINY_LM, folder / "text_run")
     return vae, text
 
 
@@ -199,8 +200,9 @@ def test_fingerprint_changes_with_any_weight_and_any_setting(tiny):
 
 @pytest.mark.parametrize("name", ["autoencoder", "language_model"])
 def test_training_resumes_bit_for_bit_and_learns(name, tmp_path):
+    module = {"autoencoder": autoencoder_training, "language_model": language_model_training}[name]
     config = {"autoencoder": TINY_VAE, "language_model": TINY_LM}[name]
-    train = getattr(encoder_training, f"train_{name}")
+    train = getattr(module, f"train_{name}")
     whole = train(config, tmp_path / "whole")
     assert train(config, tmp_path / "parts", stop_at=3) is None
     with pytest.raises(ValueError, match="holds a run already"):
@@ -216,9 +218,31 @@ def test_training_resumes_bit_for_bit_and_learns(name, tmp_path):
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
+def test_a_language_model_goes_on_from_another_and_stays_near_it(tiny, tmp_path):
+    lesson = {"start_from": str(tiny[1]), "next_word_weight": 0.0, "paraphrase_weight": 0.0, "related": 1.0}
+    before = AutoModel.from_pretrained(tiny[1] / "text_encoder").state_dict()
+    distance = {}
+    for keep in (1.0, 100.0):
+        config = dataclasses.replace(TINY_LM, **lesson, keep_weight=keep, steps=20)
+        final = language_model_training.train_language_model(config, tmp_path / str(keep))
+        rows = [json.loads(line) for line in (final.parent / "metrics.jsonl").read_text().splitlines()]
+        assert rows[0]["keep"] == 0 < rows[-1]["keep"]
+        if keep == 1.0:
+            assert sum(row["place"] for row in rows[-5:]) < 0.9 * sum(row["place"] for row in rows[:5])
+        assert not {"next_word", "paraphrase"} & rows[0].keys()
+        after = AutoModel.from_pretrained(final / "text_encoder").state_dict()
+        distance[keep] = rows[-1]["keep"]
+        assert any(not torch.equal(after[name], before[name]) for name in before)
+        same = [(part / "tokenizer" / "tokenizer.json").read_text() for part in (final, tiny[1])]
+        assert same[0] == same[1]
+    assert distance[100.0] < 0.5 * distance[1.0]
+
+
 def test_bad_training_settings_are_refused():
     with pytest.raises(ValueError, match="steps=0"):
-        encoder_training.AutoencoderConfig(steps=0)
+        autoencoder_training.AutoencoderConfig(steps=0)
+    with pytest.raises(ValueError, match="keep_weight=1.0: there is nothing to keep"):
+        language_model_training.LanguageModelConfig(keep_weight=1.0)
 
 
 # The shipped weights

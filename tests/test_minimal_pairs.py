@@ -116,7 +116,7 @@ def test_neighbours_are_a_pair_and_get_the_same_draws(config, encoders):
 
 def test_only_the_facts_asked_for(config, encoders):
     places = dataclasses.replace(config, batch_size=2, data=dataclasses.replace(config.data, pairs=("places",)))
-    chosen = Batches(places, encoders).rows
+    chosen = Batches(places, encoders).sources[0].rows
     facts = [minimal_pair(config.data.seed, index).fact for index in range(config.data.scenes // 2)]
     assert chosen.tolist() == [[2 * k, 2 * k + 1] for k, fact in enumerate(facts) if fact == "places"] != []
 
@@ -137,10 +137,35 @@ def test_two_processes_see_what_one_sees(config, encoders):
 def test_a_pair_stays_whole_or_goes(config, encoders, monkeypatch):
     readable = dataclasses.replace(config, batch_size=2, data=dataclasses.replace(config.data, quality="readable"))
     monkeypatch.setattr("nitro_e_lite.batches.readable_rows", lambda *_: torch.tensor([0, 1, 2, 5, 6, 7]).numpy())
-    assert Batches(readable, encoders).rows.tolist() == [[0, 1], [6, 7]]
+    assert Batches(readable, encoders).sources[0].rows.tolist() == [[0, 1], [6, 7]]
 
 
-@pytest.mark.parametrize("word", ["batch_size=7", "data.scenes=33", 'data.folders=["somewhere"]'])
+def test_pairs_and_plain_scenes_alternate_and_each_goes_on_where_it_was(config, encoders):
+    steps = {"steps": 9, "caption_dropout": 0.0}
+    plain = dataclasses.replace(config, **steps, data=dataclasses.replace(config.data, pairs=()))
+    paired = dataclasses.replace(config, **steps)
+    mixed = dataclasses.replace(config, **steps, data=dataclasses.replace(config.data, pairs_every=3))
+    plain, paired, mixed = (Batches(one, encoders) for one in (plain, paired, mixed))
+    for step, (source, before) in enumerate([(plain, 0), (plain, 1), (paired, 0), (plain, 2), (plain, 3), (paired, 1)]):
+        assert torch.equal(mixed.share(step).latents, source.share(before).latents), step
+
+
+def test_captions_without_colours_can_be_preferred(encoders):
+    config = override(preset("base", "smoke"), ["caption_dropout=0", "data.captions=8", "data.scenes=128"])
+    config = dataclasses.replace(config, batch_size=128)
+    colors = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+    share, before = {}, Batches(config, encoders).share(0)
+    for wish in (0.0, 0.5, 1.0):
+        data = dataclasses.replace(config.data, colorless=wish)
+        captions = Batches(dataclasses.replace(config, data=data), encoders).share(0).captions
+        share[wish] = sum(not set(colors) & set(words(text)) for text in captions) / 128
+        assert wish or captions == before.captions
+    assert share[0.0] < 0.3 < 0.35 < share[0.5] < 0.6 < 0.65 < share[1.0] < 0.9  # in some scenes all name colours
+
+
+@pytest.mark.parametrize(
+    "word", ["data.pairs_every=0", "data.colorless=1.5", "batch_size=7", "data.scenes=33", 'data.folders=["somewhere"]']
+)
 def test_what_pairs_cannot_be_is_refused(config, word):
     with pytest.raises(ValueError, match=word.partition("=")[0]):
         override(config, [word])

@@ -374,7 +374,7 @@ def test_fine_tuning_goes_on_from_the_base(uninterrupted, tmp_path):
         {n: p.detach() for n, p in trainer.masters.items()},
         {n: v for n, v in final_weights(uninterrupted).items() if n in trainer.masters},
     )
-    assert 8 <= len(trainer.batches.rows) <= 32
+    assert 8 <= len(trainer.batches.sources[0].rows) <= 32
     trainer.fit()
     assert (tmp_path / "final" / "config.json").is_file()
 
