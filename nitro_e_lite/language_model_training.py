@@ -35,11 +35,10 @@ from nitro_e_lite.common import weights_dir
 from nitro_e_lite.encoders import clean_caption, load_text_encoder
 from nitro_e_lite.fitting import FitConfig, fit, step_generator
 from nitro_e_lite.grounding import PLACE_WORDS, PlaceReader, Said, said_places
-from nitro_e_lite.scenes import COLORS, SIZES, Scene, caption, sample_scene, words
+from nitro_e_lite.scenes import COLORS, REDRAW, SIZES, Scene, caption, sample_scene, words
 
 END = "</s>"
 Tokens = dict[str, Tensor]  # input_ids and attention_mask, (B, L)
-_RELATED = 2**44  # distance of the scenes among which one with a relation is looked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +188,7 @@ def draw_scenes(config: LanguageModelConfig, step: int, generator: torch.Generat
     for index, wanted in enumerate(related.tolist(), start=step * config.batch_size):
         scene = sample_scene(config.seed, index)
         while wanted and scene.relation is None:
-            index += _RELATED
+            index += REDRAW
             scene = sample_scene(config.seed, index)
         scenes.append(scene)
     return scenes

@@ -21,6 +21,7 @@ from nitro_e_lite.scenes import (
     COLORS,
     EXTENT,
     MARGIN,
+    REDRAW,
     SHAPES,
     Scene,
     SceneObject,
@@ -67,7 +68,7 @@ def minimal_pair(seed: int, index: int) -> MinimalPair:
         ValueError: for a negative index.
     """
     for attempt in range(1000):
-        scene = sample_scene(seed, index + (attempt << 40))
+        scene = sample_scene(seed, index + attempt * REDRAW)
         stream = Stream(seed, index, attempt, _CHANGES)
         for fact, other in _changes(scene, stream):
             if not is_held_out(other.objects):

@@ -51,7 +51,7 @@ def cached_scenes(encoders: Encoders, data: DataConfig, split: str) -> LatentDat
     start, count = (0, data.scenes) if split == "train" else (VALIDATION_START, data.validation_scenes)
     if split == "validation":
         data = replace(data, pairs=())
-    kind = "pairs" if data.pairs else "scenes"
+    kind = "minimal-pairs" if data.pairs else "scenes"
     name = f"{kind}-{encoders.image_fingerprint[:12]}-seed{data.seed}-{start}-{count}x{data.captions}"
     folder = cache_dir() / "latents" / name
     if not folder.exists():

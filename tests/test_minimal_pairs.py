@@ -10,7 +10,8 @@ from nitro_e_lite.batches import Batches
 from nitro_e_lite.config import override, preset
 from nitro_e_lite.encoder_set import load_encoders
 from nitro_e_lite.minimal_pairs import FACTS, minimal_pair
-from nitro_e_lite.scenes import MARGIN, is_held_out, is_reserved, relation_between, render, words
+from nitro_e_lite.scenes import MARGIN, is_held_out, is_reserved, relation_between, render, sample_scene, words
+from nitro_e_lite.training_data import VALIDATION_START
 from nitro_e_lite.verifier import detect
 
 PAIRS = [minimal_pair(11, index) for index in range(600)]
@@ -81,6 +82,11 @@ def test_the_verifier_sees_the_change():
         for scene in pair.scenes:
             found = detect(render(scene))
             assert sorted((o.shape, o.color) for o in found) == sorted((o.shape, o.color) for o in scene.objects)
+
+
+def test_no_pair_holds_a_validation_scene():
+    validation = [sample_scene(11, VALIDATION_START + index) for index in range(600)]
+    assert not {repr(s.objects) for pair in PAIRS for s in pair.scenes} & {repr(s.objects) for s in validation}
 
 
 # -- in training
