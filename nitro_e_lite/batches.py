@@ -144,8 +144,8 @@ class Batches:
         t = t.repeat_interleave(alike)[mine]
         noise = torch.randn(count, *batch.latents.shape[1:], generator=generator).repeat_interleave(alike, 0)[mine]
         ways = batch.captions
-        if config.data.colorless and alike == 1:
-            plain = torch.rand(count, generator=generator)[mine] < config.data.colorless
+        if config.data.colorless:
+            plain = torch.rand(count, generator=generator).repeat_interleave(alike)[mine] < config.data.colorless
             ways = [_colorless(w) or w if only else w for w, only in zip(ways, plain.tolist(), strict=True)]
         captions = [
             "" if drop else some[int(u * len(some))]

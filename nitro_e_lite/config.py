@@ -53,7 +53,7 @@ class DataConfig:
     quality: str = "all"  # of scenes: "all" or "readable"
     pairs: tuple[str, ...] = ()  # train on minimal pairs that differ in these facts, see ``minimal_pairs.FACTS``
     pairs_every: int = 1  # with pairs: every how-manieth step is on pairs; the other steps are on plain scenes
-    colorless: float = 0.0  # share of plain draws that take a caption without colours, where the scene has one
+    colorless: float = 0.0  # share of draws that take a caption without colours, where the scene has one
     scenes: int = 40_000  # distinct training scenes
     captions: int = 8  # paraphrases cached with each scene
     validation_scenes: int = 512

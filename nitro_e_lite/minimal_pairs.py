@@ -6,7 +6,7 @@ its loss, lost among everything else that noise hides from it. ``minimal_pair(se
 training batch, where they get the same noise and the same ``t`` (see ``batches.py``). Whatever the two pictures share
 then pulls equally on both captions, and in what tells the captions apart it cancels; what is left is the one fact. The
 expected gradient is that of the same scenes drawn apart. Captions that leave the fact unsaid ("a circle and a star",
-where colours differ) never occur here, so a run on pairs should end on plain scenes.
+where colours differ) never occur here, so a run alternates them with plain scenes, or ends on those.
 
 Minimal pairs are what linguists test grammar with; Winoground (arXiv 2204.03162) tests vision-language models so.
 Training on them with common noise is this project's own.
@@ -34,13 +34,17 @@ from nitro_e_lite.scenes import (
     sample_scene,
 )
 
-FACTS = ("places", "colors", "number", "shape", "color")  # what a pair can differ in
+FACTS = ("places", "colors", "partner", "number", "shape", "color")  # what a pair can differ in
 _CHANGES = 2**33  # names the streams that choose a change
 
 
 @dataclass(frozen=True)
 class MinimalPair:
-    """Two scenes that differ in one of ``FACTS``: exchanged places or colours, the number, one shape, one colour."""
+    """Two scenes that differ in one of ``FACTS``.
+
+    They are: exchanged places or colours of two objects, the shape of one of them ("partner"), the number of equal
+    objects, and shape or colour of one or of all equal objects.
+    """
 
     scenes: tuple[Scene, Scene]
     fact: str
@@ -61,8 +65,8 @@ class MinimalPair:
 def minimal_pair(seed: int, index: int) -> MinimalPair:
     """Draws pair ``index`` of the endless data set ``seed``: a training scene and the same with one fact changed.
 
-    Two objects exchange their places where they stand in a clear relation, otherwise their colours, and so do two of
-    three or four. Of three or four equal objects the last is taken away. Else the shape or the colour is another.
+    Of two or more different objects the first two exchange their places, or the second gets another shape, or they
+    exchange their colours. Of three or four equal objects the last is taken away. Else shape or colour is another.
 
     Raises:
         ValueError: for a negative index.
@@ -81,8 +85,12 @@ def _changes(scene: Scene, stream: Stream) -> Iterator[tuple[str, Scene]]:
     if scene.kind in ("pair", "mixed"):
         first, second = scene.objects[:2]
         two = _exchange(first, second, "x", "y")
-        if scene.relation and stream.random() < 0.8 and all(map(_fits, two)):
+        if scene.relation and stream.random() < 0.5 and all(map(_fits, two)):
             yield "places", _with(scene, two)
+        shapes = {one.shape for one in scene.objects}
+        if stream.random() < 0.5 and len(shapes) == len(scene.objects):  # of equal shapes captions name the colours
+            partner = replace(second, shape=stream.choice([s for s in SHAPES if s not in shapes]))
+            yield "partner", _with(scene, (first, partner))
         if first.color != second.color and first.shape != second.shape:  # of equal shapes it would be the places
             yield "colors", _with(scene, _exchange(first, second, "color", "tint"))
     elif len(scene.objects) > 2 and stream.random() < 0.7:

@@ -211,7 +211,7 @@ def test_benchmark_times_the_pipeline_and_the_transformer(run):
 
 def test_sensitivity_json_and_table(run, shipped):
     result = json.loads(run("sensitivity", "--pairs", "2", "--json").stdout)
-    assert result["pairs"] == 2 and len(result["readings"]) == 15 and "rise" in result["readings"][0]
+    assert result["pairs"] == 2 and len(result["readings"]) == 18 and "rise" in result["readings"][0]
     assert "places" in run("sensitivity", "--pairs", "2").stdout
 
 

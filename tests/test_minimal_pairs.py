@@ -47,6 +47,11 @@ def test_the_scenes_differ_in_one_fact_and_share_the_rest():
             assert places[0] < places[1] or places[1] < places[0]
         elif pair.fact == "places":
             assert names[0] == names[1] and second.relation == OPPOSITE[first.relation]
+        elif pair.fact == "partner":
+            pairs = list(zip(first.objects, second.objects, strict=True))
+            assert [a == b for a, b in pairs] == [number != 1 for number in range(len(pairs))]
+            assert dataclasses.replace(first.objects[1], shape=second.objects[1].shape) == second.objects[1]
+            assert len({o.shape for o in second.objects}) == len(pairs)
         else:
             assert places[0] == places[1]
             assert pair.fact in ("shape", "color", "colors")
