@@ -81,7 +81,11 @@ class _White(nn.Module):
     def __init__(self, root: Tensor):
         super().__init__()
         self.register_buffer("root", root, persistent=False)  # in the number type of the computation
+        self.set(root)
+
+    def set(self, root: Tensor) -> None:
         self.exact, self.inverse = root.clone(), torch.linalg.inv(root.double()).float()
+        self.root = root.to(self.root)
 
     def forward(self, learned: Tensor) -> Tensor:
         return learned @ self.root
@@ -104,6 +108,18 @@ def whiten_input(linear: nn.Linear, inputs: Tensor, floor: float = 1e-3) -> None
     values, vectors = torch.linalg.eigh(moment)
     root = (vectors * (values.clamp(min=0) + floor).rsqrt()) @ vectors.T
     parametrize.register_parametrization(linear, "weight", _White(root.float()))
+
+
+def white_roots(model: nn.Module) -> dict[str, Tensor]:
+    """By the name of each whitened layer: what its trained parameter is multiplied with; belongs to a checkpoint."""
+    owners = {name.removesuffix(".parametrizations.weight.0"): m for name, m in model.named_modules()}
+    return {name: module.exact for name, module in owners.items() if isinstance(module, _White)}
+
+
+def set_white_roots(model: nn.Module, roots: dict[str, Tensor]) -> None:
+    """Back to the coordinates of a checkpoint: other examples would have given others."""
+    for name, root in roots.items():
+        model.get_submodule(name).parametrizations.weight[0].set(root)
 
 
 def plain_weights(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:

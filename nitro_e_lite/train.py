@@ -43,6 +43,8 @@ from nitro_e_lite.optimizers import (
     hidden_matrices,
     learning_rate_scale,
     plain_weights,
+    set_white_roots,
+    white_roots,
     whiten_input,
 )
 from nitro_e_lite.pipeline import NitroEPipeline
@@ -285,7 +287,12 @@ class Trainer:
         for one in self.optimizers.values():
             optimizer |= optimizer_tensors(one, names)
         state = {"config": to_dict(self.config), "skipped": self.skipped, "seconds": self.progress.seconds}
-        tensors = {"weights": self.masters, "ema": self.ema, "optimizer": optimizer}
+        tensors = {
+            "weights": self.masters,
+            "ema": self.ema,
+            "optimizer": optimizer,
+            "white": white_roots(self.raw_model),
+        }
         return save_checkpoint(self.checkpoints, self.step, tensors, state, self.config.keep_checkpoints)
 
     def _restore(self) -> None:
@@ -301,6 +308,7 @@ class Trainer:
             raise ValueError(
                 f"model: the run in {self.run_dir} has other weights; keep repa.weight and optimizer.white_text"
             )
+        set_white_roots(self.raw_model, tensors["white"])
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(tensors["weights"][name])

@@ -22,7 +22,14 @@ from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.encoder_set import load_encoders
 from nitro_e_lite.encoders import LatentStats
 from nitro_e_lite.loading import load_pipeline
-from nitro_e_lite.optimizers import MasterWeights, build_optimizers, hidden_matrices, learning_rate_scale
+from nitro_e_lite.optimizers import (
+    MasterWeights,
+    build_optimizers,
+    hidden_matrices,
+    learning_rate_scale,
+    plain_weights,
+    white_roots,
+)
 from nitro_e_lite.progress import tracker_name
 from nitro_e_lite.shipping import ship
 from nitro_e_lite.train import Trainer, train
@@ -329,6 +336,20 @@ def test_white_text_resumes_and_leaves_plain_weights(precision, tmp_path):
     assert torch.allclose(
         again.raw_model.text_embed.weight, final_weights(whole.parent)["text_embed.weight"], atol=1e-4
     )
+
+
+def test_white_text_resumes_in_its_own_coordinates_on_other_data(tmp_path):
+    config = override(SMOKE, ["optimizer.white_text=true"])
+    trainer = Trainer(config, tmp_path, device="cpu")
+    before = plain_weights(trainer.raw_model, trainer.masters)
+    trainer.save()
+    other = Trainer(override(config, ["data.seed=5"]), tmp_path / "other", device="cpu")
+    root, changed = white_roots(trainer.raw_model)["text_embed"], white_roots(other.raw_model)["text_embed"]
+    assert (root - changed).abs().max() > 0.1
+    resumed = Trainer(override(config, ["data.seed=5"]), tmp_path, resume=True, device="cpu")
+    assert torch.equal(white_roots(resumed.raw_model)["text_embed"], root)
+    assert_same(plain_weights(resumed.raw_model, resumed.masters), before)
+    torch.testing.assert_close(resumed.raw_model.text_embed.weight, before["text_embed.weight"], atol=1e-5, rtol=1e-4)
 
 
 def test_bf16_parts_are_summed_in_float32(tmp_path):
