@@ -41,6 +41,7 @@ def test_override_reads_yaml_and_keeps_types():
         ("data.quality=best", "data.quality='best'"),
         ("accumulate=0", "accumulate=0"),
         ("repa.weight=-1", "repa.weight=-1"),
+        ("data.pairs=true", "data.pairs=True: must be of type list, like"),
     ],
 )
 def test_bad_overrides_name_field_and_value(assignment, words):
