@@ -219,8 +219,8 @@ def _finetune(base: TrainConfig, optimizer: dict[str, Any], data: dict[str, Any]
 
 _THIRD = {"lr": 7e-4, "muon_lr": 7e-3}
 
-# Two objects are what lite models fail at. Half of the steps teach which words tell one scene from another, and captions
-# without colours are met often enough to learn that "a star and a heart" are not two of one kind.
+# Two objects are what lite models fail at. Half of the steps teach which words tell one scene from another, and
+# captions without colours come often enough to learn that "a star and a heart" are not two of one kind.
 _TWO_OBJECTS = {"pairs": ("places", "colors", "partner"), "pairs_every": 2, "colorless": 0.4}
 PRESETS: dict[tuple[str, str], TrainConfig] = {
     ("base", "smoke"): _SMOKE,
