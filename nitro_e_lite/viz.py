@@ -70,6 +70,9 @@ def as_uint8(image: Any) -> np.ndarray:
     return array
 
 
+_FOOT = 0.05  # inches that stay free below a grid: the layout lets labels of several lines reach a little too low
+
+
 def image_grid(
     images: Sequence[Any], columns: int, labels: Sequence[str] | None = None, title: str | None = None
 ) -> Figure:
@@ -93,8 +96,9 @@ def image_grid(
     columns, rows, cell = min(columns, len(images)), math.ceil(len(images) / columns), 1.7
     texts = [textwrap.fill(label, 28) for label in labels] if labels else [""] * len(images)
     lines = max(text.count("\n") + 1 for text in texts) if labels else 0
-    size = (cell * columns, rows * (cell + 0.14 * lines) + (0.3 if title else 0))
+    size = (cell * columns, rows * (cell + 0.14 * lines) + (0.3 if title else 0) + _FOOT)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure.get_layout_engine().set(rect=(0, _FOOT / size[1], 1, 1 - _FOOT / size[1]))
     for axis, image, text in zip(axes.flat, images, texts, strict=False):
         _show(axis, image)
         axis.set_xlabel(text, fontsize=7.5, labelpad=3)

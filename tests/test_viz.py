@@ -49,6 +49,14 @@ def test_grid_grows_for_labels_and_title():
     assert shares(plain, [0])[0] > 0.3  # black letters do not count: the first picture is black
 
 
+@pytest.mark.parametrize("lines", [1, 2, 3, 4])
+def test_grid_shows_labels_whole(lines):
+    for title in (None, "a title"):
+        label = "gypsy quay " * (2 * lines)  # two fit a line
+        grid = np.asarray(viz.image_grid(pictures(6), 6, [label] * 6, title))
+        assert (grid[-1] == 255).all() and (grid[:, -1] == 255).all()  # nothing is cut off at the border
+
+
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
