@@ -35,7 +35,8 @@ from nitro_e_lite.common import weights_dir
 from nitro_e_lite.encoders import clean_caption, load_text_encoder
 from nitro_e_lite.fitting import FitConfig, fit, step_generator
 from nitro_e_lite.grounding import PLACE_WORDS, PlaceReader, Said, said_places
-from nitro_e_lite.scenes import COLORS, REDRAW, SIZES, Scene, caption, sample_scene, words
+from nitro_e_lite.minimal_pairs import REDRAW
+from nitro_e_lite.scenes import COLORS, SIZES, Scene, caption, sample_scene, words
 
 END = "</s>"
 Tokens = dict[str, Tensor]  # input_ids and attention_mask, (B, L)

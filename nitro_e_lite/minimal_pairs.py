@@ -21,7 +21,6 @@ from nitro_e_lite.scenes import (
     COLORS,
     EXTENT,
     MARGIN,
-    REDRAW,
     SHAPES,
     Scene,
     SceneObject,
@@ -35,6 +34,7 @@ from nitro_e_lite.scenes import (
 )
 
 FACTS = ("places", "colors", "partner", "number", "shape", "color")  # what a pair can differ in
+REDRAW = 2**44  # added to an index to draw another scene: beyond those of training and of validation
 _CHANGES = 2**33  # names the streams that choose a change
 
 

@@ -53,7 +53,6 @@ HELD_OUT_OBJECTS = frozenset(
     }
 )
 HELD_OUT_SHAPE_PAIRS = frozenset({frozenset({"triangle", "heart"}), frozenset({"star", "cross"})})
-REDRAW = 2**44  # added to an index to draw another scene: beyond those of training and of validation
 RESERVED_FRACTION = 4  # one caption string in four is kept for evaluation
 
 MARGIN = 0.04  # free border, fraction of the image

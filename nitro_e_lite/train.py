@@ -30,23 +30,13 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from nitro_e_lite import flow
+from nitro_e_lite import flow, optimizers
 from nitro_e_lite.batches import Batches, Share, check_folders, first_captions
 from nitro_e_lite.common import environment_report, tune_cpu
 from nitro_e_lite.config import TrainConfig, to_dict
 from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.encoder_set import load_encoders
 from nitro_e_lite.loading import load_transformer
-from nitro_e_lite.optimizers import (
-    MasterWeights,
-    build_optimizers,
-    hidden_matrices,
-    learning_rate_scale,
-    plain_weights,
-    set_white_roots,
-    white_roots,
-    whiten_input,
-)
 from nitro_e_lite.pipeline import NitroEPipeline
 from nitro_e_lite.progress import Progress, model_flops, start_accelerator
 from nitro_e_lite.repa import load_vision, repa_loss
@@ -150,13 +140,13 @@ class Trainer:
         if config.gradient_checkpointing:
             self.raw_model.enable_gradient_checkpointing()
         if config.optimizer.white_text:
-            whiten_input(self.raw_model.text_embed, self._text_examples())
-        matrices = hidden_matrices(self.raw_model)
+            optimizers.whiten_input(self.raw_model.text_embed, self._text_examples())
+        matrices = optimizers.hidden_matrices(self.raw_model)
         self.raw_model.to(self.device)
-        self.weights = MasterWeights(self.raw_model, self._dtype())
+        self.weights = optimizers.MasterWeights(self.raw_model, self._dtype())
         self.masters = self.weights.masters
         self.ema = {name: p.detach().clone() for name, p in self.masters.items()}
-        self.optimizers = build_optimizers(self.masters, matrices, config.optimizer)
+        self.optimizers = optimizers.build_optimizers(self.masters, matrices, config.optimizer)
         if config.compile:
             self.raw_model.compile(backend=config.compile)
         self.model = self.accelerator.prepare(self.raw_model)
@@ -209,7 +199,7 @@ class Trainer:
             self.weights.collect_gradients()
             totals = {name: totals.get(name, 0.0) + mean.item() for name, mean in means.items()}
         norm = nn.utils.clip_grad_norm_(self.masters.values(), config.optimizer.clip)
-        scale = learning_rate_scale(self.step, config.steps, config.optimizer)
+        scale = optimizers.learning_rate_scale(self.step, config.steps, config.optimizer)
         if math.isfinite(norm):
             self._update(scale)
         else:
@@ -291,7 +281,7 @@ class Trainer:
             "weights": self.masters,
             "ema": self.ema,
             "optimizer": optimizer,
-            "white": white_roots(self.raw_model),
+            "white": optimizers.white_roots(self.raw_model),
         }
         return save_checkpoint(self.checkpoints, self.step, tensors, state, self.config.keep_checkpoints)
 
@@ -308,7 +298,7 @@ class Trainer:
             raise ValueError(
                 f"model: the run in {self.run_dir} has other weights; keep repa.weight and optimizer.white_text"
             )
-        set_white_roots(self.raw_model, tensors["white"])
+        optimizers.set_white_roots(self.raw_model, tensors["white"])
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(tensors["weights"][name])
@@ -322,7 +312,8 @@ class Trainer:
         """Writes the EMA weights to ``run_dir/final`` in ``save_pretrained`` layout, without a REPA projector."""
         final = self.run_dir / "final"
         model = EMMDiTTransformer2DModel(**to_dict(self.config.model))
-        ema = {n: v for n, v in plain_weights(self.raw_model, self.ema).items() if not n.startswith(PROJECTOR)}
+        plain = optimizers.plain_weights(self.raw_model, self.ema)
+        ema = {name: value for name, value in plain.items() if not name.startswith(PROJECTOR)}
         model.load_state_dict({**model.state_dict(), **ema})
         model.save_pretrained(final)
         return final

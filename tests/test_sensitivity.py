@@ -24,7 +24,10 @@ def test_a_model_that_does_not_look_at_the_text_rises_by_nothing():
         assert reading.rise == reading.margin == 0 and reading.loss > 0
 
 
-def test_it_is_the_loss_with_one_caption_minus_that_with_the_other(tiny_pipeline):
+def test_it_is_the_loss_with_one_caption_minus_that_with_the_other():
+    tiny_pipeline = build_tiny_pipeline()
+    for weight in tiny_pipeline.transformer.groups.parameters():
+        weight.data *= 4  # else the text hardly matters, and the rise is near the rounding of the losses
     (reading,) = caption_sensitivity(tiny_pipeline, 2, times=(0.7,), facts=("colors",), batch_size=3)
     generator, rises = torch.Generator().manual_seed(0), []
     pairs = pairs_of("colors", 2)
@@ -48,12 +51,17 @@ def test_it_is_the_loss_with_one_caption_minus_that_with_the_other(tiny_pipeline
                     losses.append((v - target).square().mean().item())
             both.append(losses[1] - losses[0])
         rises.append(np.mean(both))
-    assert reading.rise == pytest.approx(np.mean(rises), rel=1e-3, abs=1e-7)
-    assert reading.margin == pytest.approx(12.706 * np.std(rises, ddof=1) / 2**0.5, rel=1e-3, abs=1e-7)
+    assert reading.rise == pytest.approx(np.mean(rises), rel=1e-3)
+    assert reading.margin == pytest.approx(12.706 * np.std(rises, ddof=1) / 2**0.5, rel=1e-3)
 
 
 def test_the_shipped_model_reads_colours():
-    (reading,) = caption_sensitivity(load_pipeline("lite", "cpu"), 6, times=(0.82,), facts=("color",))
+    (reading,) = caption_sensitivity(load_pipeline("lite", "cpu"), 10, times=(0.82,), facts=("color",))
+    assert reading.rise > reading.margin > 0
+
+
+def test_the_shipped_model_reads_places():
+    (reading,) = caption_sensitivity(load_pipeline("lite", "cpu"), 10, times=(0.9,), facts=("places",))
     assert reading.rise > reading.margin > 0
 
 
