@@ -69,10 +69,10 @@ class _Source:
     @classmethod
     def open(cls, config: DataConfig, encoders: Encoders) -> _Source:
         """The rows that ``config.quality`` and ``config.pairs`` leave: a minimal pair stays only as a whole."""
-        data = _open(config, encoders, "train")
-        groups = np.arange(len(data)).reshape(-1, 2 if config.pairs else 1)
         if unknown := set(config.pairs) - set(FACTS):
             raise ValueError(f"data.pairs={', '.join(sorted(unknown))}: must be of {', '.join(FACTS)}")
+        data = _open(config, encoders, "train")
+        groups = np.arange(len(data)).reshape(-1, 2 if config.pairs else 1)
         if config.pairs and set(config.pairs) != set(FACTS):
             groups = groups[[minimal_pair(config.seed, index).fact in config.pairs for index in range(len(groups))]]
         if config.quality == "readable" and not config.folders:

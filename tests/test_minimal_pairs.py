@@ -132,7 +132,8 @@ def test_only_the_facts_asked_for(config, encoders):
     assert chosen.tolist() == [[2 * k, 2 * k + 1] for k, fact in enumerate(facts) if fact == "places"] != []
 
 
-def test_an_unknown_fact_is_refused(config, encoders):
+def test_an_unknown_fact_is_refused_before_anything_is_encoded(config, encoders, monkeypatch):
+    monkeypatch.setattr("nitro_e_lite.batches.cached_scenes", None)
     with pytest.raises(ValueError, match="data.pairs=size: must be of places, colors"):
         Batches(override(config, ["data.pairs=[size]"]), encoders)
 
