@@ -9,6 +9,7 @@ is computed.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -113,6 +114,20 @@ class Batches:
         self.needs_images = False
         self._thread = ThreadPoolExecutor(1, "next batch")
         self._ahead: tuple[int, Future[Share]] | None = None
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows to train on, by source; with the seed they fix the order of training."""
+        return [source.rows.size for source in self.sources]
+
+    def compare(self, before: list[int] | None) -> None:
+        """Warns when a checkpoint was written with other numbers of rows; None if it does not say."""
+        if before is not None and before != self.counts:
+            warnings.warn(
+                f"data: {before} rows when the checkpoint was written, {self.counts} now; "
+                "from here on the samples come in another order",
+                stacklevel=2,
+            )
 
     def share(self, step: int) -> Share:
         """This process's share of step ``step``."""

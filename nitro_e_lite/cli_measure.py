@@ -1,5 +1,6 @@
-"""The commands that look at a model or a machine: `nitro-e count`, `benchmark`, `sensitivity` and `doctor`."""
+"""The commands that look at a model or a machine: `nitro-e count`, `benchmark`, `sensitivity`, `geneval`, `doctor`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,8 +10,11 @@ from nitro_e_lite.terminal import (
     Dtype,
     Guidance,
     Json,
+    Lora,
     Model,
     Steps,
+    TextEncoder,
+    Vae,
     command,
     console,
     output,
@@ -118,6 +122,36 @@ def sensitivity(
             ]
             title = f"Change of the text and rise of the loss (95 % interval) with a wrong fact; {pairs} pairs each"
             show_table(title, ["wrong", "text", *(f"t = {t:g}" for t in TIMES)], rows)
+
+
+@command(app, "geneval")
+def geneval(
+    prompts: Annotated[Path, typer.Argument(help="GenEval's evaluation_metadata.jsonl.")],
+    folder: Annotated[Path, typer.Argument(help="Where the pictures go.")],
+    model: Model = "lite",
+    each: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 4,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    text_encoder: TextEncoder = None,
+    vae: Vae = None,
+    lora: Lora = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Draw the pictures that the official GenEval scorer reads; the same command continues after a stop."""
+    with output(json) as result:
+        from nitro_e_lite import load_pipeline
+        from nitro_e_lite.evaluate import draw_for_geneval
+        from nitro_e_lite.geneval_files import read_metadata
+
+        metadata = read_metadata(prompts)
+        pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora)
+        pictures = draw_for_geneval(pipeline, metadata, folder, each=each, steps=steps, guidance=guidance)
+        result |= settings(pipeline, model, steps, guidance) | {"pictures": pictures, "prompts": len(metadata)}
+        if not json:
+            console.print(f"{pictures} pictures of {len(metadata)} prompts in {folder}", soft_wrap=True)
+            console.print(f"Score them in GenEval's own environment: evaluation/evaluate_images.py {folder}")
 
 
 @command(app, "doctor")

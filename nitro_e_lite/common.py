@@ -74,7 +74,7 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
         ValueError: when the name means nothing to torch or that device is not on this machine.
     """
     if name is None:
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -56,7 +56,7 @@ class DataConfig:
     colorless: float = 0.0  # share of draws that take a caption without colours, where the scene has one
     scenes: int = 40_000  # distinct training scenes
     captions: int = 8  # paraphrases cached with each scene
-    validation_scenes: int = 512
+    validation_scenes: int = 512  # the same ones for every seed
     seed: int = 0  # names the endless data set of scenes.sample_scene
     encoders: str = "lite"  # "lite", a pipeline folder or "full" (hub ids): autoencoder and language model
 

@@ -316,6 +316,9 @@ def fingerprint(
 ) -> str:
     """Names an encoder set: changes when any weight or any setting does. It travels with cached latents.
 
+    Weights count rounded to bfloat16, so that a set loaded as float32 and as bfloat16 is the same set: data encoded in
+    one can be trained on in the other.
+
     Args:
         vae: autoencoder, or None.
         text_encoder: language model, or None.
@@ -331,6 +334,8 @@ def fingerprint(
     digest.update(json.dumps(facts, sort_keys=True).encode())
     for name, module in (("vae", vae), ("text_encoder", text_encoder)):
         for key, value in sorted(module.state_dict().items()) if module is not None else ():
+            value = value.detach().cpu()
+            value = value.to(torch.bfloat16) if value.is_floating_point() else value
             digest.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

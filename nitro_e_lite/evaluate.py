@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from nitro_e_lite import common
 from nitro_e_lite.geneval import Prompt, Score, Verdict, score, verify
+from nitro_e_lite.geneval_files import check_folder, write_sample
 from nitro_e_lite.inputs import as_integer, seeded_generators
 from nitro_e_lite.pipeline import NitroEPipeline
 from nitro_e_lite.viz import image_grid
@@ -126,7 +127,7 @@ def evaluate(
     with tqdm(total=len(jobs), desc="evaluating", unit="image", disable=None if progress else True) as bar:
         for first in range(0, len(jobs), batch_size):
             batch = jobs[first : first + batch_size]
-            pictures = draw(pipeline, batch, steps, guidance)
+            pictures = draw(pipeline, [(prompt.text, seed) for prompt, seed in batch], steps, guidance)
             verdicts += [verify(picture, prompt) for picture, (prompt, _) in zip(pictures, batch, strict=True)]
             images += pictures if keep_images else []
             bar.update(len(batch))
@@ -139,13 +140,47 @@ def evaluate(
     return Evaluation(result, card, asked, verdicts, images)
 
 
-def draw(pipeline: NitroEPipeline, jobs: Sequence[tuple[Prompt, int]], steps: int, guidance: float) -> list[np.ndarray]:
-    """Pictures of (prompt, seed) pairs, uint8 `(H, W, 3)` each, without a progress bar of their own."""
+def draw_for_geneval(
+    pipeline: NitroEPipeline,
+    metadata: Sequence[dict],
+    root: str | Path,
+    *,
+    each: int = 4,
+    steps: int | None = None,
+    guidance: float | None = None,
+) -> int:
+    """Draws a benchmark for the official scorer, prompt by prompt; prompts that are there already are left alone.
+
+    Args:
+        pipeline: what to draw with.
+        metadata: see ``geneval_files.read_metadata``.
+        root: the folder, see ``geneval_files``.
+        each: pictures a prompt (GenEval: 4); picture k of prompt p has ``picture_seed(k, p)``.
+        steps, guidance: of the sampler; the pipeline's own when not given.
+
+    Returns:
+        The number of pictures in the folder.
+
+    Raises:
+        ValueError: the folder holds something else, or pictures of other prompts.
+    """
+    each, root = as_integer("each", each, 1), Path(root)
+    steps = pipeline.config.default_steps if steps is None else steps
+    guidance = pipeline.config.default_guidance if guidance is None else guidance
+    for place, entry in enumerate(tqdm(metadata, desc="drawing", unit="prompt", disable=None)):
+        if not (root / f"{place:05d}").exists():
+            jobs = [(entry["prompt"], picture_seed(number, place)) for number in range(each)]
+            write_sample(root, place, entry, draw(pipeline, jobs, steps, guidance))
+    return check_folder(root, metadata, each)
+
+
+def draw(pipeline: NitroEPipeline, jobs: Sequence[tuple[str, int]], steps: int, guidance: float) -> list[np.ndarray]:
+    """Pictures of (caption, seed) pairs, uint8 `(H, W, 3)` each, without a progress bar of their own."""
     bar = getattr(pipeline, "_progress_bar_config", {})
     pipeline.set_progress_bar_config(disable=True)
     try:
         output = pipeline(
-            [prompt.text for prompt, _ in jobs],
+            [caption for caption, _ in jobs],
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=seeded_generators(seed for _, seed in jobs),

@@ -1,7 +1,7 @@
 """The folder layout that the official GenEval scorer reads.
 
-The scorer needs an environment of its own, with old releases of torch and an object detector, so it runs
-elsewhere and the two sides meet in files:
+`nitro-e geneval` fills it. The scorer needs an environment of its own, with old releases of torch and an
+object detector, so it runs elsewhere and the two sides meet in files:
 
     ROOT/00000/metadata.jsonl      one JSON object: the line of the benchmark's prompt file
     ROOT/00000/samples/0000.png    the first image of that prompt
@@ -16,6 +16,7 @@ Source: Ghosh et al., GenEval, 2023, evaluation script and README.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def write_sample(root: str | Path, index: int, metadata: dict, images: Sequence[
         images: uint8 (H, W, 3) each.
 
     Returns:
-        The folder ``root/00000`` of the prompt.
+        The folder ``root/00000`` of the prompt, which appears when all is in it and replaces one that was there.
 
     Raises:
         ValueError: for a negative index, missing metadata keys, no images, or one not uint8 (H, W, 3).
@@ -49,11 +50,35 @@ def write_sample(root: str | Path, index: int, metadata: dict, images: Sequence[
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"image {image.dtype} {image.shape}: must be uint8 (H, W, 3)")
     folder = Path(root) / f"{index:05d}"
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
-    (folder / "metadata.jsonl").write_text(json.dumps(metadata) + "\n", encoding="utf-8")
+    unfinished = folder.with_suffix(".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    (unfinished / "samples").mkdir(parents=True)
+    (unfinished / "metadata.jsonl").write_text(json.dumps(metadata) + "\n", encoding="utf-8")
     for number, image in enumerate(images):
-        Image.fromarray(image).save(folder / "samples" / f"{number:04d}.png")
-    return folder
+        Image.fromarray(image).save(unfinished / "samples" / f"{number:04d}.png")
+    if folder.exists():
+        shutil.rmtree(folder)
+    return unfinished.rename(folder)
+
+
+def read_metadata(path: str | Path) -> list[dict]:
+    """The prompts of a benchmark file, one JSON object a line.
+
+    Raises:
+        ValueError: naming the line that is not one or lacks one of ``KEYS``; or no lines.
+    """
+    found = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: no JSON ({error})") from None
+        if not isinstance(entry, dict) or any(key not in entry for key in KEYS):
+            raise ValueError(f"{path}, line {number}: must be an object with {', '.join(KEYS)}")
+        found.append(entry)
+    if not found:
+        raise ValueError(f"{path}: holds no prompts")
+    return found
 
 
 def check_folder(root: str | Path, metadata: Sequence[dict], images_per_prompt: int = 4) -> int:

@@ -15,16 +15,20 @@ import math
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
 from nitro_e_lite.benchmark import count_flops
-from nitro_e_lite.common import MetricsWriter, device_name
+from nitro_e_lite.common import MetricsWriter, device_name, pick_device
 from nitro_e_lite.config import TrainConfig
 from nitro_e_lite.hardware import find_peak
+
+
+PATIENCE = timedelta(hours=6)  # the first run of several processes encodes all scenes in one: an hour on two cores
 
 
 def tracker_name(asked: str) -> str | None:
@@ -44,16 +48,26 @@ def tracker_name(asked: str) -> str | None:
 
 
 def start_accelerator(config: TrainConfig, run_dir: Path, device: str | None) -> Accelerator:
-    """The processes of the run, joined.
+    """The processes of the run, joined. They wait for each other up to ``PATIENCE``: one encodes scenes for all.
 
     Raises:
         RuntimeError: the launcher (torchrun) was asked for another number of processes than found each other, or an
             earlier run of this process was on the CPU and this one should not be.
-        ValueError: a tracker that is not installed or unknown.
+        ValueError: a tracker that is not installed or unknown, a device that is not there, or one with a number for
+            several processes.
     """
-    cpu = device == "cpu" or (device is None and not torch.accelerator.is_available())
-    accelerator = Accelerator(cpu=cpu, log_with=tracker_name(config.tracker), project_dir=run_dir)
-    asked = int(os.environ.get("WORLD_SIZE", 1))
+    chosen, asked = pick_device(device), int(os.environ.get("WORLD_SIZE", 1))
+    cpu = chosen.type == "cpu"
+    if chosen.index is not None and not cpu:
+        if asked > 1:
+            raise ValueError(f"device={device}: each of the {asked} processes takes one of its own; name no number")
+        torch.accelerator.set_device_index(chosen.index)
+    accelerator = Accelerator(
+        cpu=cpu,
+        log_with=tracker_name(config.tracker),
+        project_dir=run_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
     if accelerator.num_processes != asked:
         raise RuntimeError(
             f"WORLD_SIZE={asked}, but accelerate sees {accelerator.num_processes}: the processes would train "
@@ -61,9 +75,22 @@ def start_accelerator(config: TrainConfig, run_dir: Path, device: str | None) ->
         )
     if not cpu and accelerator.device.type == "cpu":
         raise RuntimeError(
-            "device=None: an earlier run of this process chose the CPU, and accelerate keeps it; restart"
+            f"device={device}: an earlier run of this process chose the CPU, and accelerate keeps it; restart"
         )
     return accelerator
+
+
+def check_together(accelerator: Accelerator, step: int, run_dir: Path) -> None:
+    """All processes must have found the same checkpoint.
+
+    Raises:
+        RuntimeError: they stand at different steps: the machines do not see the same folder.
+    """
+    steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise RuntimeError(
+            f"run_dir={run_dir}: the processes found checkpoints of steps {steps}; all machines must see the same folder"
+        )
 
 
 class Progress:

@@ -53,11 +53,11 @@ class VisionEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the weights; travels with stored features."""
+        """Names the weights, rounded to bfloat16; travels with stored features."""
         digest = hashlib.sha256(str(self.size).encode())
         for name, value in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tuple(value.shape)}".encode())
-            digest.update(value.detach().float().cpu().numpy().tobytes())
+            digest.update(value.detach().to(torch.bfloat16).cpu().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     @torch.no_grad()

@@ -43,7 +43,7 @@ STAGES = {"stage1": "09_repa_pretraining", "stage2": "10_fine_tuning_ema"}
 _SMALL = {  # overrides of the encoders at smoke scale
     "autoencoder": ["steps=2", "batch_size=2"],
     "language_model": ["steps=2", "batch_size=4"],
-    "vision": ["steps=2", "batch_size=2", "width=32", "layers=1", "heads=2", "probe_scenes=16"],
+    "vision": ["steps=2", "batch_size=2", "width=32", "layers=1", "heads=2", "kinds_scenes=32", "probe_scenes=16"],
 }
 
 

@@ -38,7 +38,7 @@ from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.encoder_set import load_encoders
 from nitro_e_lite.loading import load_transformer
 from nitro_e_lite.pipeline import NitroEPipeline
-from nitro_e_lite.progress import Progress, model_flops, start_accelerator
+from nitro_e_lite.progress import Progress, check_together, model_flops, start_accelerator
 from nitro_e_lite.repa import load_vision, repa_loss
 from nitro_e_lite.training_state import (
     RunStopped,
@@ -66,7 +66,7 @@ class Trainer:
     Raises:
         FileExistsError: ``run_dir`` holds a run and ``resume`` is False.
         FileNotFoundError: a folder of ``config.data`` holds no shards.
-        RuntimeError: not as many processes found each other as were started.
+        RuntimeError: not as many processes found each other as were started, or not the same checkpoint.
         ValueError: a checkpoint of a differently shaped model is resumed, or model and encoders do not fit.
     """
 
@@ -97,6 +97,7 @@ class Trainer:
         self.step, self.skipped = 0, 0
         if resume:
             self._restore()
+            check_together(self.accelerator, self.step, self.run_dir)
 
     def _dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
@@ -277,6 +278,7 @@ class Trainer:
         for one in self.optimizers.values():
             optimizer |= optimizer_tensors(one, names)
         state = {"config": to_dict(self.config), "skipped": self.skipped, "seconds": self.progress.seconds}
+        state["rows"] = self.batches.counts
         tensors = {
             "weights": self.masters,
             "ema": self.ema,
@@ -294,6 +296,7 @@ class Trainer:
             before, now = state["config"][field], json.loads(json.dumps(to_dict(self.config)))[field]
             if before != now:
                 raise ValueError(f"{field}={now}: the run in {self.run_dir} was started with {before}")
+        self.batches.compare(state.get("rows"))
         if tensors["weights"].keys() != self.masters.keys():
             raise ValueError(
                 f"model: the run in {self.run_dir} has other weights; keep repa.weight and optimizer.white_text"

@@ -15,7 +15,7 @@ from nitro_e_lite.minimal_pairs import minimal_pair
 from nitro_e_lite.scenes import Scene, caption, render, sample_scene
 from nitro_e_lite.shards import LatentBatch, LatentDataset, write_latents
 
-VALIDATION_START = 2**40  # scenes from this index on are for validation
+VALIDATION_START, VALIDATION_SEED = 2**40, 0  # the same scenes whatever a run trains on: its losses can be compared
 
 
 def scene_row(data: DataConfig, row: int) -> Scene:
@@ -50,7 +50,7 @@ def cached_scenes(encoders: Encoders, data: DataConfig, split: str) -> LatentDat
     """The latents of the training or validation scenes, encoded on first use and then read from the cache folder."""
     start, count = (0, data.scenes) if split == "train" else (VALIDATION_START, data.validation_scenes)
     if split == "validation":
-        data = replace(data, pairs=())
+        data = replace(data, pairs=(), seed=VALIDATION_SEED)
     kind = "minimal-pairs" if data.pairs else "scenes"
     name = f"{kind}-{encoders.image_fingerprint[:12]}-seed{data.seed}-{start}-{count}x{data.captions}"
     folder = cache_dir() / "latents" / name

@@ -74,7 +74,9 @@ def save_checkpoint(
         shutil.rmtree(final)
     os.replace(partial, final)
     _fsync(folder)
-    for old in list_checkpoints(folder)[:-keep]:
+    there = list_checkpoints(folder)
+    now = there.index(final)
+    for old in there[: max(0, now + 1 - keep)] + there[now + 1 :]:  # later ones were damaged: the run went back
         shutil.rmtree(old)
     return final
 
@@ -115,12 +117,20 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
 
 
 def load_latest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """The newest undamaged checkpoint, or None when there is none; damaged ones are named in a warning."""
-    for path in reversed(list_checkpoints(folder)):
+    """The newest undamaged checkpoint, or None in a folder without any; damaged ones are named in a warning.
+
+    Raises:
+        ValueError: there are checkpoints and all are damaged. Starting anew would undo the run unasked.
+    """
+    there = list_checkpoints(folder)
+    for path in reversed(there):
         try:
             return load_checkpoint(path)
         except (ValueError, json.JSONDecodeError) as error:
             warnings.warn(f"checkpoint skipped: {error}", stacklevel=2)
+    if there:
+        names = ", ".join(path.name for path in there)
+        raise ValueError(f"{folder}: all checkpoints are damaged ({names}); move them away to start from the beginning")
     return None
 
 
@@ -136,12 +146,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
 ) -> None:
-    """The inverse of ``optimizer_tensors``: fills the state of the parameters this optimiser owns."""
-    owned = {p for group in optimizer.param_groups for p in group["params"]}
+    """The inverse of ``optimizer_tensors``: fills the state of the parameters this optimiser owns, on their device."""
+    owned = [p for group in optimizer.param_groups for p in group["params"]]
+    number = {parameter: k for k, parameter in enumerate(owned)}  # as the optimiser's state_dict counts them
+    state: dict[int, dict[str, Tensor]] = {}
     for key, value in named.items():
         name, entry = key.rsplit("/", 1)
-        if parameters[name] in owned:
-            optimizer.state[parameters[name]][entry] = value.clone()
+        if parameters[name] in number:
+            state.setdefault(number[parameters[name]], {})[entry] = value.clone()
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 class RunStopped(Exception):

@@ -1,20 +1,22 @@
 """Training of the lite vision model: what DINOv2 is to photographs, for scenes.
 
-REPA needs a vision model that learned what is in a picture without labels. Here a small ``Dinov2Model`` learns it by
-filling gaps. More than half of a picture is hidden, in squares of 2x2 patches, and for every hidden patch the model
-predicts two things:
+REPA needs a vision model that learned what is in a picture without labels. Here a small ``Dinov2Model`` learns it from
+two questions asked about every patch:
 
-* its **pixels** (absolute error): this alone keeps features from collapsing, since a constant predicts no pixels;
-* the **features** that a teacher has there, who sees the whole picture (one minus cosine): the teacher is the moving
-  average of the student, its features are standardised over the batch. To say what the teacher thinks of a hidden patch
-  the student must work out which shape it belongs to.
+* its **pixels** (absolute error);
+* which **kind of outline** the thing has that it belongs to. Things are segments: what stands out of the background
+  and hangs together (``segments.py``). Kinds are clusters of their outlines, found once by k-means; nobody names them.
+  No patch holds an outline, so its feature must gather the thing from the patches around.
 
-The teacher is what is kept. Whether it learned anything is asked by a **linear probe**: ridge regression from single
-patch features to the shape and the colour of the object that covers the patch, on scenes never trained on, beside the
-same probe on raw pixels and on an untrained model.
+Filling hidden gaps, as in iBOT or masked autoencoders, did not do here: flat shapes can be continued from the borders
+of a gap, and features carried colour but no shape.
 
-Source: masked prediction as in iBOT (arXiv 2111.07832) and SimMIM (2111.09886). Differs: DINOv2 also compares crops of
-a picture by class tokens; REPA reads patch features alone.
+Whether it learned anything is asked by a **linear probe**: ridge regression from single patch features to the shape and
+the colour of the object that covers the patch, on scenes never trained on, beside the same probe on raw pixels and on
+an untrained model.
+
+Source: clusters as targets, DeepCluster (arXiv 1807.05520); segments found without labels as the units to learn from,
+DetCon (arXiv 2103.10957). Differs: both cluster or contrast the features that they learn, here outlines are clustered.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,6 +36,7 @@ from nitro_e_lite.autoencoder_training import scene_images
 from nitro_e_lite.fitting import FitConfig, fit, step_generator
 from nitro_e_lite.repa import GRID, patch_features, prepare_pixels
 from nitro_e_lite.scenes import COLORS, SHAPES, sample_scene
+from nitro_e_lite.segments import OUTLINE_CELLS, centre_and_area, find_segments, outline
 
 HELD_OUT_SEED = 20_000  # scenes of this seed are for the probe
 CORE = 0.6  # a patch belongs to an object whose centre is nearer than this, in radii
@@ -42,65 +46,96 @@ CORE = 0.6  # a patch belongs to an object whose centre is nearer than this, in 
 class VisionConfig(FitConfig):
     """The lite vision model: 128 px in patches of 8, so that it has a feature for each latent."""
 
-    steps: int = 1500
+    steps: int = 1000
     batch_size: int = 32
-    learning_rate: float = 1.5e-3
-    warmup_steps: int = 100
+    learning_rate: float = 0.02  # of Muon, on the hidden matrices
+    adam_learning_rate: float = 1.5e-3
+    warmup_steps: int = 40
     width: int = 128
     layers: int = 4
     heads: int = 4
     patch_size: int = 8
-    masked: float = 0.6  # share of the picture that is hidden
-    feature_weight: float = 0.5  # of the teacher's features beside the pixels
-    teacher_decay: float = 0.996
+    kinds: int = 12  # clusters of outlines
+    kinds_scenes: int = 768  # scenes they are found in
+    pixel_weight: float = 0.5
     probe_scenes: int = 512  # half to fit the probe, half to judge it
 
     def __post_init__(self):
         super().__post_init__()
         if self.width % self.heads:
             raise ValueError(f"width={self.width}: must be a multiple of heads={self.heads}")
-        if not 0 < self.masked < 1:
-            raise ValueError(f"masked={self.masked}: must be between 0 and 1")
+        if self.kinds < 2:
+            raise ValueError(f"kinds={self.kinds}: must be at least 2")
 
 
-class MaskedLearner(nn.Module):
-    """Student, teacher and the student's two heads."""
+class OutlineLearner(nn.Module):
+    """The vision model, its two heads and the kinds of outlines."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config
         torch.manual_seed(config.seed)
-        self.student, self.teacher = build_vision(config), build_vision(config)
-        self.teacher.load_state_dict(self.student.state_dict())
-        self.teacher.requires_grad_(False)
+        self.vision = build_vision(config)
         self.pixels = nn.Linear(config.width, 3 * config.patch_size**2)
-        self.features = nn.Sequential(
-            nn.Linear(config.width, 2 * config.width), nn.GELU(), nn.Linear(2 * config.width, config.width)
-        )
-
-    @torch.no_grad()
-    def follow(self, step: int) -> None:
-        """Moves the teacher towards the student; faster in the first steps."""
-        weight = 1 - min(self.config.teacher_decay, step / (step + 10))
-        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), weight)
+        self.kind = nn.Linear(config.width, config.kinds)
+        self.register_buffer("kinds", find_kinds(config))  # (K, 256)
 
     def losses(self, step: int) -> dict[str, Tensor]:
-        """The losses of step ``step``, which draws its pictures and gaps from (seed, step) alone."""
+        """The losses of step ``step``, whose pictures are a function of (seed, step) alone."""
         config = self.config
-        self.follow(step)
-        generator = step_generator(config.seed, step)
         first = step * config.batch_size
         images = scene_images(config.seed, range(first, first + config.batch_size), GRID * config.patch_size)
         pixels = prepare_pixels(images, GRID * config.patch_size)  # (B, 3, H, W)
-        mask = draw_mask(config.batch_size, config.masked, generator)  # (B, N)
-        hidden = self.student(pixels, bool_masked_pos=mask).last_hidden_state[:, 1:][mask]  # (hidden patches, D)
-        with torch.no_grad():
-            seen = patch_features(self.teacher, pixels)  # (B, N, D)
-            target = (seen - seen.mean((0, 1))) / (seen.std((0, 1)) + 1e-4)
-        pixel_loss = (self.pixels(hidden) - cut_patches(pixels, config.patch_size)[mask]).abs().mean()
-        feature_loss = 1 - F.cosine_similarity(self.features(hidden), target[mask], dim=-1).mean()
-        loss = pixel_loss + config.feature_weight * feature_loss
-        return {"loss": loss, "pixel_loss": pixel_loss, "feature_loss": feature_loss, "spread": seen.std((0, 1)).mean()}
+        outlines, owner = patch_outlines(images, config.patch_size)  # (S, 256), (B, N)
+        features = patch_features(self.vision, pixels)  # (B, N, D)
+        known = torch.cdist(outlines, self.kinds).argmin(1)[owner[owner >= 0]]  # (patches of segments,)
+        guess = self.kind(features[owner >= 0])
+        kind_loss = F.cross_entropy(guess, known)
+        pixel_loss = (self.pixels(features) - cut_patches(pixels, config.patch_size)).abs().mean()
+        right = (guess.argmax(1) == known).float().mean()
+        loss = kind_loss + config.pixel_weight * pixel_loss
+        return {"loss": loss, "kind_loss": kind_loss, "pixel_loss": pixel_loss, "kind_right": right}
+
+
+def patch_outlines(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
+    """The segments of pictures and which patch belongs to which.
+
+    Args:
+        images: (B, 3, H, W) in [-1, 1].
+        patch_size: in pixels.
+
+    Returns:
+        Outlines (S, 256), 16 x 16 each, of all segments of all pictures; and for each patch the row of the segment at
+        its centre, or -1: (B, N).
+    """
+    outlines, owners = [], []
+    for image in ((images + 1) * 127.5).permute(0, 2, 3, 1).numpy():
+        segments, owner = find_segments(image)
+        centres = owner[patch_size // 2 :: patch_size, patch_size // 2 :: patch_size].flatten()  # (N,)
+        owners.append(np.where(centres >= 0, centres + len(outlines), -1))
+        outlines += [outline(one.coverage, *centre_and_area(one.coverage)) for one in segments]
+    pooled = F.avg_pool2d(
+        torch.from_numpy(np.stack(outlines)).unflatten(1, (1, OUTLINE_CELLS, -1)), OUTLINE_CELLS // 16
+    )
+    return pooled.flatten(1), torch.from_numpy(np.stack(owners))
+
+
+def find_kinds(config: VisionConfig, restarts: int = 5, rounds: int = 40) -> Tensor:
+    """Clusters the outlines of ``config.kinds_scenes`` scenes by k-means, the best of several starts: (K, 256)."""
+    images = (scene_images(config.seed, range(n, n + 1), 128) for n in range(config.kinds_scenes))
+    outlines = torch.cat([patch_outlines(image, config.patch_size)[0] for image in images])
+    if len(outlines) < config.kinds:
+        raise ValueError(f"kinds_scenes={config.kinds_scenes}: hold fewer outlines than kinds={config.kinds}")
+    generator, found = step_generator(config.seed, 0), []
+    for _ in range(restarts):
+        centres = outlines[torch.randperm(len(outlines), generator=generator)[: config.kinds]]
+        for _ in range(rounds):
+            member = F.one_hot(torch.cdist(outlines, centres).argmin(1), config.kinds).float()  # (S, K)
+            size = member.sum(0)[:, None]
+            centres = torch.where(size > 0, member.T @ outlines / size.clamp_min(1), centres)
+        error = torch.cdist(outlines, centres).amin(1).square().mean().item()
+        found.append((error, centres))
+    return min(found, key=lambda one: one[0])[1]
 
 
 def build_vision(config: VisionConfig) -> Dinov2Model:
@@ -112,17 +147,9 @@ def build_vision(config: VisionConfig) -> Dinov2Model:
             num_attention_heads=config.heads,
             patch_size=config.patch_size,
             image_size=GRID * config.patch_size,
-            use_mask_token=True,
+            use_mask_token=False,
         )
     )
-
-
-def draw_mask(batch: int, share: float, generator: torch.Generator) -> Tensor:
-    """Which patches are hidden: bool (B, 256), the same number in each picture, in squares of 2x2."""
-    cells = (GRID // 2) ** 2
-    order = torch.rand(batch, cells, generator=generator).argsort(1).argsort(1)
-    mask = (order < round(share * cells)).view(batch, GRID // 2, GRID // 2)
-    return mask.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)
 
 
 def cut_patches(pixels: Tensor, size: int) -> Tensor:
@@ -145,15 +172,19 @@ def train_vision(
         ``run_dir/final``: a ``Dinov2Model`` folder with ``probe.json``; None when stopped early.
     """
     run_dir = Path(run_dir)
-    learner = MaskedLearner(config)
-    trained = [p for p in learner.parameters() if p.requires_grad]
-    adam = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.05)
-    fit(config, learner, [adam], learner.losses, run_dir, resume, "vision model", stop_at)
+    learner = OutlineLearner(config)
+    matrices = [p for name, p in learner.named_parameters() if p.ndim == 2 and ".layer." in name]
+    others = [p for name, p in learner.named_parameters() if p.ndim != 2 or ".layer." not in name]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=config.learning_rate, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=config.adam_learning_rate, betas=(0.9, 0.95), weight_decay=0.05),
+    ]
+    fit(config, learner, optimizers, learner.losses, run_dir, resume, "vision model", stop_at)
     if stop_at is not None and stop_at < config.steps:
         return None
     folder = run_dir / "final"
-    learner.teacher.eval().save_pretrained(folder)
-    result = {"trained": probe(learner.teacher, config.probe_scenes)} | baselines(config)
+    learner.vision.eval().save_pretrained(folder)
+    result = {"trained": probe(learner.vision, config.probe_scenes)} | baselines(config)
     (folder / "probe.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return folder
 

@@ -45,6 +45,13 @@ def test_seed_everything_refuses(seed, error):
         common.seed_everything(seed)
 
 
+def test_a_build_for_gpus_without_a_gpu_runs_on_the_cpu(monkeypatch):
+    """The usual Linux wheel of torch names an accelerator on every machine; what counts is whether one is there."""
+    monkeypatch.setattr(torch._C, "_accelerator_getAccelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert common.pick_device() == torch.device("cpu")
+
+
 def test_pick_device_and_dtype():
     assert common.pick_device("cpu") == torch.device("cpu")
     assert common.pick_dtype(None, torch.device("cpu")) is torch.float32

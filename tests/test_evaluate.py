@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import build_tiny_pipeline
 
 from nitro_e_lite import evaluate as ev
 from nitro_e_lite.geneval import load_prompts
+from nitro_e_lite.geneval_files import read_metadata
 
 PROMPTS = load_prompts()[::60]  # a few, of several categories
 
@@ -98,3 +101,32 @@ def test_weights_hash_follows_the_weights(tiny_pipeline):
 def test_evaluate_refuses(tiny_pipeline, arguments, field):
     with pytest.raises((TypeError, ValueError), match=field):
         ev.evaluate(tiny_pipeline, **({"prompts": PROMPTS, "progress": False} | arguments))
+
+
+def test_pictures_for_the_official_scorer_and_how_they_continue(tiny_pipeline, tmp_path):
+    metadata = [prompt.metadata() for prompt in PROMPTS[:3]]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in metadata))
+    assert read_metadata(tmp_path / "prompts.jsonl") == metadata
+    root = tmp_path / "pictures"
+    assert ev.draw_for_geneval(tiny_pipeline, metadata, root, each=2, steps=1, guidance=1) == 6
+    kept, gone = root / "00000" / "samples" / "0001.png", root / "00001" / "samples" / "0001.png"
+    before, drawn_at = gone.read_bytes(), kept.stat().st_mtime_ns
+    shutil.rmtree(root / "00001")
+    (root / "00001.unfinished").mkdir()  # a kill left this
+    assert ev.draw_for_geneval(tiny_pipeline, metadata, root, each=2, steps=1, guidance=1) == 6
+    assert gone.read_bytes() == before and kept.stat().st_mtime_ns == drawn_at
+    (one,) = ev.draw(tiny_pipeline, [(metadata[0]["prompt"], ev.picture_seed(1, 0))], 1, 1)
+    assert np.array_equal(np.asarray(Image.open(kept)), one)
+    with pytest.raises(ValueError, match="must hold"):
+        ev.draw_for_geneval(tiny_pipeline, metadata, root, each=3, steps=1, guidance=1)
+    with pytest.raises(ValueError, match="another prompt"):
+        ev.draw_for_geneval(tiny_pipeline, metadata[::-1], root, each=2, steps=1, guidance=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "no prompts"), ("{", "line 1: no JSON"), ('{"prompt": "a cat"}', "line 1: must be an")]
+)
+def test_a_bad_prompt_file_is_named(text, message, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_metadata(tmp_path / "prompts.jsonl")

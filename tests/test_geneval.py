@@ -9,11 +9,12 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from nitro_e_lite import geneval, scenes, verifier
+from nitro_e_lite import geneval, scenes
 from nitro_e_lite.common import weights_dir
 from nitro_e_lite.encoders import LatentStats, decode_latents, encode_images, load_autoencoder
 from nitro_e_lite.geneval import CATEGORIES, Prompt, Verdict, judge, load_prompts, score, true_scene, verify
 from nitro_e_lite.geneval_files import check_folder, write_sample
+from nitro_e_lite.segments import components
 from nitro_e_lite.verifier import Detection, detect
 
 PROMPTS = load_prompts()
@@ -279,7 +280,7 @@ def test_no_picture_breaks_the_verifier():
 
 def test_components_agree_with_a_flood_fill():
     mask = np.random.default_rng(1).random((40, 57)) < 0.55
-    labels, boxes = verifier.components(mask)
+    labels, boxes = components(mask)
     expected = np.zeros(mask.shape, int)
     for start in zip(*np.nonzero(mask), strict=True):
         if expected[start]:

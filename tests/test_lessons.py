@@ -170,6 +170,14 @@ def test_students_t(freedom, truth):
     assert uncertainty._t_95(freedom) == pytest.approx(truth, rel=1.5e-3)
 
 
+def test_interval_of_a_share_against_known_values():
+    assert uncertainty.share_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert uncertainty.share_interval(16, 16) == pytest.approx((16 / (16 + 1.959964**2), 1.0))
+    assert uncertainty.share_interval(0, 5)[0] == 0
+    with pytest.raises(ValueError, match="right=3, count=2"):
+        uncertainty.share_interval(3, 2)
+
+
 def test_interval_needs_repeats():
     with pytest.raises(ValueError, match="two"):
         lessons.interval([1.0])

@@ -8,21 +8,24 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
+from nitro_e_lite.autoencoder_training import scene_images
 from nitro_e_lite.common import check_manifest
 from nitro_e_lite.config import override, preset
 from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.encoder_set import load_encoders
 from nitro_e_lite.encoders import EncoderUnavailable
 from nitro_e_lite.repa import MEAN, STD, load_vision, prepare_pixels, repa_loss
-from nitro_e_lite.scenes import render, sample_scene
+from nitro_e_lite.scenes import SHAPES, render, sample_scene
 from nitro_e_lite.shards import LatentBatch, write_latents
 from nitro_e_lite.shipping import ship
 from nitro_e_lite.train import Trainer, train
 from nitro_e_lite.vision_training import (
+    HELD_OUT_SEED,
     VisionConfig,
     baselines,
     cut_patches,
-    draw_mask,
+    find_kinds,
+    patch_outlines,
     patches_of_objects,
     train_vision,
 )
@@ -189,14 +192,16 @@ def test_stored_features_train_as_on_line_ones_do(shards, vision, tmp_path):
 # -- the lite vision model
 
 
-TINY = VisionConfig(steps=24, batch_size=8, width=32, layers=1, heads=2, warmup_steps=4, probe_scenes=64, log_every=1)
+TINY = VisionConfig(
+    steps=24, batch_size=8, width=32, layers=1, heads=2, warmup_steps=4, kinds_scenes=32, probe_scenes=64, log_every=1
+)
 
 
 def test_vision_training_learns_and_repeats_after_a_stop(tmp_path):
     whole = train_vision(TINY, tmp_path / "whole")
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["pixel_loss"] < 0.8 * rows[0]["pixel_loss"]
-    assert min(row["spread"] for row in rows) > 0.01  # no collapse
+    assert rows[0]["kind_loss"] == pytest.approx(np.log(TINY.kinds), rel=0.2)  # knows nothing yet
     assert train_vision(TINY, tmp_path / "stopped", stop_at=10) is None
     again = train_vision(TINY, tmp_path / "stopped", resume=True)
     one, other = (load_vision(path).model.state_dict() for path in (whole, again))
@@ -206,17 +211,52 @@ def test_vision_training_learns_and_repeats_after_a_stop(tmp_path):
     assert load_vision(tmp_path / "whole").width == 32
 
 
+def scene_with_apart_objects(count: int) -> int:
+    """The first held-out scene of ``count`` objects: objects of scenes never touch."""
+    return next(n for n in range(200) if len(sample_scene(HELD_OUT_SEED, n).objects) == count)
+
+
+def test_segments_are_the_objects_of_a_scene():
+    numbers = [scene_with_apart_objects(count) for count in (1, 3)]
+    images = torch.cat([scene_images(HELD_OUT_SEED, range(n, n + 1), 128) for n in numbers])
+    outlines, owner = patch_outlines(images, 8)
+    assert outlines.shape == (4, 256) and owner.shape == (2, 256) and set(owner.unique().tolist()) == {-1, 0, 1, 2, 3}
+    for row, number in enumerate(numbers):
+        inside = {}
+        for patch, item in patches_of_objects(number):
+            inside.setdefault(item, set()).add(owner[row, patch].item())
+        assert all(len(found) == 1 for found in inside.values())  # an object is one segment
+        assert len(set.union(*inside.values())) == len(inside)  # and no two objects share one
+    area = outlines.sum(1) / 256 * 2.2**2  # cells of an outline are in units of the square root of the segment's area
+    torch.testing.assert_close(area, torch.ones(4), rtol=0.05, atol=0)
+
+
+def test_kinds_of_outlines_are_shapes_that_nobody_named():
+    kinds = find_kinds(VisionConfig(kinds_scenes=256))
+    shapes = {kind: [] for kind in range(len(kinds))}
+    for number in range(96):
+        outlines, owner = patch_outlines(scene_images(HELD_OUT_SEED, range(number, number + 1), 128), 8)
+        of_segment = {owner[0, patch].item(): item.shape for patch, item in patches_of_objects(number)}
+        for segment, shape in of_segment.items():
+            if segment >= 0:  # the centre of a patch may lie between the arms of a star
+                shapes[torch.cdist(outlines[segment : segment + 1], kinds).argmin().item()].append(shape)
+    assert {max(set(found), key=found.count) for found in shapes.values() if found} == set(SHAPES)
+    assert sum(max(map(found.count, set(found))) for found in shapes.values() if found) >= 0.95 * sum(
+        map(len, shapes.values())
+    )
+    with pytest.raises(ValueError, match="hold fewer outlines"):
+        find_kinds(VisionConfig(kinds_scenes=2))
+    with pytest.raises(ValueError, match="kinds=1: must be at least 2"):
+        VisionConfig(kinds=1)
+
+
 def test_the_probe_reads_colour_from_pixels():
     """A single patch of an object is all of one colour, and says little of the shape."""
     found = baselines(TINY)["pixels"]
     assert found["color"] > 0.45 and found["shape"] < 0.45  # chance: 0.1 and 0.17
 
 
-def test_gaps_and_patches():
-    mask = draw_mask(3, 0.6, torch.Generator().manual_seed(0))
-    assert mask.shape == (3, 256) and (mask.sum(1) == 4 * round(0.6 * 64)).all()
-    square = mask.view(3, 8, 2, 8, 2)
-    assert (square.amax((2, 4)) == square.amin((2, 4))).all() and not torch.equal(mask[0], mask[1])
+def test_patches_are_cut_row_by_row():
     pixels = torch.arange(3 * 128 * 128.0).view(1, 3, 128, 128)
     assert torch.equal(cut_patches(pixels, 8)[0, 17].view(3, 8, 8), pixels[0, :, 8:16, 8:16])
     scene = sample_scene(20_000, 3)

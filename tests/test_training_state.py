@@ -90,3 +90,45 @@ def test_optimizer_state_round_trip(kind):
     restore_optimizer(other, saved, again)
     step(again, other, 2)
     assert torch.equal(again["p"], parameters["p"])
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Muon])
+def test_optimizer_state_returns_to_the_device_of_its_parameters(kind):
+    """A file is read to the CPU. With weights elsewhere the first step after a stop would fail."""
+    named = {"p/exp_avg": torch.ones(6, 4), "p/exp_avg_sq": torch.ones(6, 4), "p/step": torch.tensor(3.0)}
+    if kind is torch.optim.Muon:
+        named = {"p/momentum_buffer": torch.ones(6, 4)}
+    parameter = torch.nn.Parameter(torch.empty(6, 4, device="meta"))
+    optimizer = kind([parameter], lr=0.1)
+    restore_optimizer(optimizer, named, {"p": parameter})
+    state = optimizer.state[parameter]
+    assert {name: value.device.type for name, value in state.items() if name != "step"} == {
+        key.split("/")[1]: "meta" for key in named if key != "p/step"
+    }
+    assert kind is torch.optim.Muon or state["step"].device.type == "cpu"  # AdamW counts there
+    parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+
+
+def damage(path):
+    (path / "weights.safetensors").write_bytes(b"damaged")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(tmp_path):
+    damage(save(tmp_path, 1))
+    damage(save(tmp_path, 2))
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match="all checkpoints are damaged .step-00000001, step-0"),
+    ):
+        load_latest(tmp_path)
+
+
+def test_a_run_that_went_back_keeps_its_new_checkpoints(tmp_path):
+    """With the two newest damaged and keep=2, every new checkpoint was once deleted as the oldest."""
+    for step in (800, 900, 1000):
+        save(tmp_path, step)
+    damage(tmp_path / "step-00000900")
+    damage(tmp_path / "step-00001000")
+    assert save(tmp_path, 850, keep=2).is_dir()
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000800", "step-00000850"]
