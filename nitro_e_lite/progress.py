@@ -27,7 +27,6 @@ from nitro_e_lite.common import MetricsWriter, device_name, pick_device
 from nitro_e_lite.config import TrainConfig
 from nitro_e_lite.hardware import find_peak
 
-
 PATIENCE = timedelta(hours=6)  # the first run of several processes encodes all scenes in one: an hour on two cores
 
 
@@ -89,7 +88,8 @@ def check_together(accelerator: Accelerator, step: int, run_dir: Path) -> None:
     steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
     if len(set(steps)) > 1:
         raise RuntimeError(
-            f"run_dir={run_dir}: the processes found checkpoints of steps {steps}; all machines must see the same folder"
+            f"run_dir={run_dir}: the processes found checkpoints of steps {steps}; "
+            "all machines must see the same folder"
         )
 
 
