@@ -24,9 +24,10 @@ from nitro_e_lite import flow
 from nitro_e_lite.config import DataConfig, TrainConfig
 from nitro_e_lite.encoder_set import Encoders
 from nitro_e_lite.minimal_pairs import FACTS, minimal_pair
+from nitro_e_lite.order import batch_indices
 from nitro_e_lite.quality import readable_rows
 from nitro_e_lite.scenes import COLORS, render, words
-from nitro_e_lite.shards import CARD, LatentBatch, LatentDataset, batch_indices
+from nitro_e_lite.shards import CARD, LatentBatch, LatentDataset
 from nitro_e_lite.training_data import cached_scenes, scene_row
 
 

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nitro_e_lite.common import MetricsWriter, read_jsonl
 from nitro_e_lite.config import TrainConfig, override, to_dict
 from nitro_e_lite.evaluate import evaluate
 from nitro_e_lite.geneval import CATEGORIES, Prompt
@@ -99,6 +100,8 @@ def _run(config: TrainConfig, points, folder: Path, prompts, device: str | None,
     if not missing:
         return
     trainer = Trainer(config, folder, resume=True, device=device)
+    if trainer.step > missing[0]:
+        raise ValueError(f"points: {folder} has been trained to step {trainer.step}; only later points can be added")
     for point in missing:
         begin, before = time.perf_counter(), trainer.step
         while trainer.step < point:
@@ -112,14 +115,15 @@ def _run(config: TrainConfig, points, folder: Path, prompts, device: str | None,
                 found = evaluate(pipeline, prompts, **options).score
             row |= {"geneval": found.overall, "categories": found.categories}
         trainer.save()
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}  # a run blew up
+        with MetricsWriter(file) as kept:
+            kept.write(**row)
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return list(read_jsonl(file))
 
 
 def _collect(run_dir: Path, about: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +141,8 @@ def summary(result: Mapping[str, Any]) -> list[tuple[str, int, int, str, str]]:
     for name in result["variants"]:
         for step in result["points"]:
             own = [row for row in result["runs"] if (row["variant"], row["step"]) == (name, step)]
-            losses, scores = ([row[key] for row in own if key in row] for key in ("validation_loss", "geneval"))
+            found = ([row.get(key) for row in own] for key in ("validation_loss", "geneval"))
+            losses, scores = ([value for value in values if value is not None] for values in found)
             table.append((name, step, len(own), _shown(losses), _shown(scores)))
     return table
 

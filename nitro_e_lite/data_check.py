@@ -25,6 +25,7 @@ import torch
 from tqdm.auto import tqdm
 
 from nitro_e_lite.common import sha256_file
+from nitro_e_lite.order import batch_indices
 from nitro_e_lite.shards import (
     QUARANTINE,
     SHARDS,
@@ -33,7 +34,6 @@ from nitro_e_lite.shards import (
     LatentDataset,
     array_shapes,
     bad_rows,
-    batch_indices,
     open_shards,
     read_captions,
     read_card,

@@ -5,6 +5,7 @@ shards. Two properties make it safe to leave alone for days:
 
 * **Restartable.** A shard counts when its JSON file is there, and that file says where in the part the shard ended. A
   killed run is started again with the same command and loses at most the shard that each process was writing.
+  A tar file that was cut short is taken up again where it ended, once its size has changed.
 * **The same whatever the number of processes.** Parts, shards and batches are cut at fixed places, so one process and
   eight write the same data set, and a run may be resumed with another number.
 
@@ -166,7 +167,7 @@ class Encoding:
             if state["rows"] and not (path.is_file() and path.stat().st_size == state["bytes"]):
                 break
             number, start = number + 1, state["next"]
-            if state["end"]:
+            if state["end"] or (state.get("cut_at") is not None and state["cut_at"] == self.source.size(part)):
                 return number, start, True
         return number, start, False
 
@@ -177,9 +178,10 @@ class Encoding:
         items = self._decoded(self.source.items(part, start))
         while not ended:
             writer = ShardWriter(self.out, f"{part}-{number:05d}", self.shapes)
-            skipped, notes, pending, position, ended = Counter(), Counter(), [], start, True
+            skipped, notes, pending, position, ended, cut = Counter(), Counter(), [], start, True, False
             for item in items:
-                position += 1
+                cut = isinstance(item, Problem) and item.later
+                position += not cut
                 if isinstance(item, Problem):
                     skipped[item.key, item.reason] += 1
                 else:
@@ -191,7 +193,8 @@ class Encoding:
                     break
             self._encode(pending, writer, skipped, notes)
             left_out = [[key, reason, count] for (key, reason), count in skipped.items()]
-            about = {"part": part, "start": start, "next": position, "end": ended}
+            about = {"part": part, "start": start, "next": position, "end": ended and not cut}
+            about |= {"cut_at": self.source.size(part)} if cut else {}
             writer.finish(**about, skipped=left_out, notes=dict(notes))
             self.rows, self.skipped = self.rows + writer.rows, self.skipped + skipped.total()
             number, start = number + 1, position
@@ -228,7 +231,8 @@ class Encoding:
             with warnings.catch_warnings(record=True) as cut:
                 warnings.simplefilter("always")
                 features["text"] = self.encoders.encode_text([texts[0] for texts in captions])
-            notes[f"caption cut to {self.encoders.max_text_length} tokens"] += len(cut)
+            short = sum("caption cut" in str(one.message) for one in cut)
+            notes[f"caption cut to {self.encoders.max_text_length} tokens"] += short
         if self.vision is not None:
             features["vision"] = self.vision.encode(pictures)
         features = {name: x.to(torch.float16).cpu() for name, x in features.items()}

@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from nitro_e_lite import common
+from nitro_e_lite.training_state import StopRequest
 
 MAX_BYTES = 500_000
 METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
@@ -101,7 +104,7 @@ def execute(path: Path, parameters: Path | None = None, figures: Path | None = N
         The notebook with outputs, as in its file.
 
     Raises:
-        RuntimeError: a cell failed.
+        RuntimeError: a cell failed, or this process was asked to stop; what the notebook had started is stopped too.
     """
     environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
     environment |= {"NITRO_E_FIGURES": str(figures)} if figures else {}
@@ -110,10 +113,24 @@ def execute(path: Path, parameters: Path | None = None, figures: Path | None = N
         command = [sys.executable, "-m", "papermill", str(path), str(output), "--cwd", str(path.parent)]
         command += ["--kernel", "python3", "--no-progress-bar", "--log-level", "ERROR"]
         command += ["-f", str(parameters)] if parameters else []
-        run = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if run.returncode:
-            raise RuntimeError(f"{path.name} failed:\n{run.stderr[-3000:]}")
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        process = subprocess.Popen(command, env=environment, **pipes)
+        with StopRequest(lambda: _stop_what_runs(process.pid)) as request:
+            _, said = process.communicate()
+        if request.name:
+            raise RuntimeError(f"stopped by {request.name} while {path.name} ran; the same command begins it again")
+        if process.returncode:
+            raise RuntimeError(f"{path.name} failed:\n{said[-3000:]}")
         return json.loads(output.read_text(encoding="utf-8"))
+
+
+def _stop_what_runs(pid: int) -> None:
+    """SIGTERM to the kernel and to what it has started: a training saves and ends, and papermill with the cell."""
+    try:
+        for child in psutil.Process(pid).children(recursive=True):
+            child.terminate()
+    except psutil.NoSuchProcess:
+        pass
 
 
 def clean(notebook: dict[str, Any]) -> dict[str, Any]:

@@ -18,9 +18,6 @@ key        its name there, so that a picture can be found again
 The card holds the fingerprint of the encoder that made the latents. Opening a folder made by another encoder is an
 error: a model trained on it would learn nothing of use.
 
-**Order.** ``batch_indices(seed, length, batch_size, step)`` says which rows a step reads: a pure function. No sampler
-state exists, so a resumed run continues with the exact next batch, with any number of processes and threads.
-
 **Quarantine.** Files rot. A shard that is cut short or unreadable, a row with a NaN or without a caption, is put into
 ``quarantine.jsonl`` with its reason, is said once, and never stops a run. Its turn goes to another row, chosen by
 its number alone: the length and the place of every other row stay as they are, and with them the exact order.
@@ -32,11 +29,12 @@ import contextlib
 import json
 import os
 import shutil
+import time
+import uuid
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -52,6 +50,7 @@ from nitro_e_lite.common import read_jsonl, sha256_file
 CARD, SHARDS, QUARANTINE = "card.json", "shards", "quarantine.jsonl"
 ARRAYS = ("latents", "text", "vision")  # columns of float16 numbers
 SHARD_ROWS = 10_000
+STALE = 86_400.0  # seconds after which what a process left unfinished is taken for abandoned
 WRITE_BYTES = 2**27  # rows are gathered up to this size: few large pieces are quick to open and to search
 LARGEST_FINITE = 0x7BFF  # bits of the largest finite float16, sign left out
 
@@ -405,6 +404,8 @@ def write_latents(
 ) -> None:
     """Writes a data set, whole or not at all.
 
+    Several processes may write the same folder at once: each writes its own copy, and the first to finish gives it.
+
     Args:
         folder: where to; must not exist.
         batches: latents, captions and, if wanted, features, in order.
@@ -416,8 +417,10 @@ def write_latents(
         ValueError: when there is nothing to write.
     """
     folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for old in folder.parent.glob(f"{folder.name}.*.partial"):  # of processes that were killed
+        if time.time() - old.stat().st_mtime > STALE:
+            shutil.rmtree(old, ignore_errors=True)
+    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     shapes, writer, shard = {}, None, 0
     for batch in batches:
         shapes = shapes or {n: list(x.shape[1:]) for n in ARRAYS if (x := getattr(batch, n)) is not None}
@@ -432,37 +435,9 @@ def write_latents(
         raise ValueError(f"{folder}: no data to write")
     card = {"fingerprint": fingerprint, "shape": shapes.pop("latents"), "arrays": shapes, **(about or {})}
     write_atomically(partial / CARD, json.dumps(card, indent=1) + "\n")
-    os.replace(partial, folder)
-
-
-# -----------------------------------------------------------------------------------------------------------
-# Order
-# -----------------------------------------------------------------------------------------------------------
-
-
-def batch_indices(seed: int, length: int, batch_size: int, step: int) -> np.ndarray:
-    """Which rows step ``step`` (counted from 0) reads: a fresh permutation each epoch, the incomplete rest left out.
-
-    Args:
-        seed: of the order.
-        length: rows in the data set.
-        batch_size: rows a step, over all processes.
-        step: global step.
-
-    Returns:
-        int64 (batch_size,).
-
-    Raises:
-        ValueError: when a batch is larger than the data set.
-    """
-    if batch_size > length:
-        raise ValueError(f"batch_size={batch_size}: larger than the data set ({length} rows)")
-    epoch, position = divmod(step, length // batch_size)
-    return _permutation(seed, epoch, length)[position * batch_size : (position + 1) * batch_size]
-
-
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
-    """The order of one epoch; remembered, because every step of the epoch asks for it."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(length, generator=generator).numpy()
+    try:
+        os.replace(partial, folder)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not (folder / CARD).is_file():  # else another process was first
+            raise

@@ -37,6 +37,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow warns of odd files that it can read
+
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LINES = 2_000  # of a list of captions that make one part: the grain in which processes share the work
 FLUX = {"height": 512, "width": 512, "num_inference_steps": 20, "guidance_scale": 3.5, "max_sequence_length": 512}
@@ -54,10 +56,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Problem:
-    """Why an item gives no picture."""
+    """Why an item gives no picture.
+
+    ``later``: the part ends here too early, and there is more to read once its file has changed.
+    """
 
     key: str
     reason: str
+    later: bool = False
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -89,13 +95,11 @@ def square(image: bytes | Path | Image.Image, size: int) -> np.ndarray:
         ValueError: a file that is no picture, is cut short, or has a side below half of ``size``.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd files that it can read
-            if not isinstance(image, Image.Image):
-                image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-            if min(image.size) >= size // 2:
-                return np.asarray(ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC))
-            reason = f"picture is smaller than {size // 2} px"
+        if not isinstance(image, Image.Image):
+            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+        if min(image.size) >= size // 2:
+            return np.asarray(ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC))
+        reason = f"picture is smaller than {size // 2} px"
     except FileNotFoundError:
         reason = "picture is missing"
     except Exception as error:  # Pillow's readers raise many kinds on damaged files; each costs one picture
@@ -121,6 +125,10 @@ class Source:
         """The items of a part from number ``start`` on; always the same ones in the same order."""
         raise NotImplementedError
 
+    def size(self, part: str) -> int | None:
+        """Bytes of the part's file where it may still grow: a download that goes on; None elsewhere."""
+        return None
+
     def describe(self) -> dict[str, Any]:
         """Facts for the data set's card; a run that resumes must find the same."""
         return {"source": self.kind}
@@ -130,7 +138,15 @@ def record(key: str, image: bytes | Path | Image.Image, captions: Any) -> Record
     """A record, or a problem where ``captions`` (a text or a list of texts) is missing, empty or something else."""
     texts = [captions] if isinstance(captions, str) else captions if isinstance(captions, list) else []
     texts = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
-    return Record(key, image, texts) if texts else Problem(key, "caption is missing or empty")
+    whole = [text for text in texts if _printable(text) == text]
+    if whole:
+        return Record(_printable(key), image, whole)
+    return Problem(_printable(key), "caption is no valid Unicode" if texts else "caption is missing or empty")
+
+
+def _printable(text: str) -> str:
+    r"""The text with halves of surrogate pairs, which JSON allows and no file can hold, spelled out as ``\ud83d``."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class SA1B(Source):
@@ -168,28 +184,44 @@ class SA1B(Source):
             for file in sorted(path.rglob("*.jpg"))[start:]:
                 yield self._with_caption(file.stem, file)
             return
-        number, size, whole = 0, path.stat().st_size, False
-        with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.offset_data + member.size > size:
-                    break
-                if member.isfile() and member.name.endswith(".jpg"):
-                    if number >= start:
-                        yield self._with_caption(PurePosixPath(member.name).stem, tar.extractfile(member).read())
-                    number += 1
-            else:
-                tar.fileobj.seek(-min(1024, size), 2)
-                whole = not any(tar.fileobj.read())  # two empty blocks end a tar file
-        if not whole and number >= start:
-            yield Problem(f"{path.name} after {number} pictures", "tar file is cut short or damaged; get it again")
+        for key, picture in _pictures(path, start):
+            if picture is None:
+                return
+            yield self._with_caption(key, picture)
+            start += 1
+        reason = "tar file was cut short or damaged; get it again"
+        yield Problem(f"{path.name} after {start} pictures", reason, later=True)
+
+    def size(self, part: str) -> int | None:
+        path = self._parts[part]
+        return path.stat().st_size if path.is_file() else None
 
     def _with_caption(self, key: str, image: bytes | Path) -> Record | Problem:
         try:
             return record(key, image, (self.captions / f"{key}.txt").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             return Problem(key, "caption is missing or empty")
         except ValueError:
             return Problem(key, "caption is not UTF-8")
+
+
+def _pictures(path: Path, start: int) -> Iterator[tuple[str, bytes | None]]:
+    """Name and content of each picture of a tar file from number ``start`` on, as far as the file goes.
+
+    A file that is whole ends with ("", None).
+    """
+    number, size = 0, path.stat().st_size
+    with contextlib.suppress(tarfile.TarError), tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if member.offset_data + member.size > size:
+                return
+            if member.isfile() and member.name.endswith(".jpg"):
+                if number >= start:
+                    yield PurePosixPath(member.name).stem, tar.extractfile(member).read()
+                number += 1
+        tar.fileobj.seek(-min(1024, size), 2)
+        if not any(tar.fileobj.read()):  # two empty blocks end a tar file
+            yield "", None
 
 
 class JsonLines(Source):
@@ -242,7 +274,7 @@ class JsonLines(Source):
     def inside(name: Any) -> PurePosixPath | None:
         """A relative path that stays in its folder, or None."""
         path = PurePosixPath(name) if isinstance(name, str) and name else None
-        return None if path is None or path.is_absolute() or ".." in path.parts else path
+        return None if path is None or path.is_absolute() or ".." in path.parts or not path.parts else path
 
 
 class JourneyDB(JsonLines):
@@ -268,9 +300,9 @@ class JourneyDB(JsonLines):
     def read(self, entry: dict[str, Any]) -> Record | Problem:
         path = self.inside(entry.get("img_path"))
         if path is None:
-            return Problem(str(entry.get("img_path")), "img_path is missing or leads out of the folder")
+            return Problem(_printable(str(entry.get("img_path"))), "img_path is missing or leads out of the folder")
         if path.parts[0] not in self._archives:
-            return Problem(f"archive {path.parts[0]}", "archive was not downloaded")
+            return Problem(_printable(f"archive {path.parts[0]}"), "archive was not downloaded")
         return record(str(path), self.images / path, entry.get("prompt"))
 
 
@@ -301,7 +333,7 @@ class Folder(JsonLines):
         name = entry.get("file_name", entry.get("image"))
         path = self.inside(name)
         if path is None:
-            return Problem(str(name), "file_name is missing or leads out of the folder")
+            return Problem(_printable(str(name)), "file_name is missing or leads out of the folder")
         texts = next((entry[field] for field in ("text", "caption", "captions") if field in entry), None)
         return record(str(path), self.file.parent / path, texts)
 
@@ -344,7 +376,9 @@ class Prompts(Source):
             raise ValueError(f"column: {path} has {', '.join(rows.column_names)}, none of {', '.join(known)}")
         self._prompts: Sequence[str] = rows[column]
         self._pipeline, self._settings, self._batch, self._seed = pipeline, settings, batch, seed
-        digests = b"".join(hashlib.blake2b(str(text).encode(), digest_size=8).digest() for text in self._prompts)
+        digests = b"".join(
+            hashlib.blake2b(_printable(str(text)).encode(), digest_size=8).digest() for text in self._prompts
+        )
         self._first = np.zeros(len(self._prompts), bool)  # whether a prompt occurs for the first time
         self._first[np.unique(np.frombuffer(digests, np.uint64), return_index=True)[1]] = True
 

@@ -47,6 +47,7 @@ from nitro_e_lite.training_state import (
     optimizer_tensors,
     restore_optimizer,
     save_checkpoint,
+    sole_writer,
 )
 from nitro_e_lite.viz import image_grid
 
@@ -328,13 +329,14 @@ class Trainer:
             RunStopped: SIGTERM or SIGINT came; the checkpoint is written.
             OSError: a checkpoint could not be written; the one before it is intact.
             FloatingPointError: too many steps had non-finite gradients.
+            RuntimeError: another process trains in this folder.
         """
         main = self.accelerator.is_main_process
-        if main:
-            self._describe()
         try:
-            self.progress.start(self.step)
-            with StopRequest() as request:
+            with sole_writer(self.run_dir, main), StopRequest() as request:
+                if main:
+                    self._describe()
+                self.progress.start(self.step)
                 while self.step < self.config.steps:
                     self.progress.begin_step()
                     row = self.train_step()
@@ -355,7 +357,6 @@ class Trainer:
         return self.run_dir / "final"
 
     def _describe(self) -> None:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         about = {
             "config": to_dict(self.config),
             "processes": self.accelerator.num_processes,

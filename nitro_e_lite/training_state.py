@@ -17,7 +17,8 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nitro_e_lite.common import sha256_file
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 STATE = "state.json"
 
@@ -155,6 +161,32 @@ def restore_optimizer(
         if parameters[name] in number:
             state.setdefault(number[parameters[name]], {})[entry] = value.clone()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+@contextmanager
+def sole_writer(run_dir: Path, writes: bool = True) -> Iterator[None]:
+    """Holds the folder of a run, which two trainings at once would spoil; a kill frees it too.
+
+    Args:
+        run_dir: made when missing.
+        writes: whether this process is the one that writes; the others of the run hold nothing.
+
+    Raises:
+        RuntimeError: another run holds it.
+    """
+    if not writes:
+        yield
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "w") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"run_dir={run_dir}: another process is training there; stop it or let it end") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 class RunStopped(Exception):

@@ -37,6 +37,12 @@ def test_same_variants_are_equal_and_a_stopped_comparison_goes_on(tmp_path):
     again = comparison.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu")
     assert measured(again) == rows[:2]
     assert json.loads((tmp_path / "part" / "comparison.json").read_text(encoding="utf-8")) == again
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write('{"step": 3, "va')  # a kill while writing
+    assert measured(comparison.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu")) == rows[:2]
+    file.write_text(last + "\n", encoding="utf-8")  # as if point 1 were new: its weights are gone
+    with pytest.raises(ValueError, match="points: .* trained to step 2; only later points can be added"):
+        comparison.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu")
     with pytest.raises(ValueError, match="holds a run with other settings"):
         comparison.compare(SMOKE, {"one": ["optimizer.lr=2e-3"]}, [3], [1, 2], tmp_path / "part", prompts, "cpu")
 

@@ -278,7 +278,8 @@ def test_sa1b_from_tar_files_to_checked_rows(models, tmp_path):
                 (tmp_path / "captions" / f"{name}.txt").write_text(f"photo {name}")
     (tmp_path / "captions" / "sa_2.txt").unlink()
     cut = tmp_path / "sa_000001.tar"
-    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[: len(whole) // 2])
     Encoding(open_source("sa1b", tmp_path), models, tmp_path / "out", size=SIZE).run()
     data = LatentDataset(tmp_path / "out", models.image_fingerprint)
     texts = [text for (text,) in data.batch(range(len(data))).captions]
@@ -286,9 +287,18 @@ def test_sa1b_from_tar_files_to_checked_rows(models, tmp_path):
         f"photo sa_1{k}" for k in range(4)
     }
     found = check(tmp_path / "out")
-    assert found["sources"] == {"sa1b": len(data)} and found["parts"] == {"all": 2, "encoded": 2}
-    wanted = {"caption is missing or empty": 1, "tar file is cut short or damaged; get it again": 1}
+    assert found["sources"] == {"sa1b": len(data)} and found["parts"] == {"all": 2, "encoded": 1}
+    wanted = {"caption is missing or empty": 1, "tar file was cut short or damaged; get it again": 1}
     assert found["skipped"] == wanted
+    again = Encoding(open_source("sa1b", tmp_path), models, tmp_path / "out", size=SIZE).run()
+    assert again["rows"] == again["skipped"] == 0  # nothing new, nothing counted twice
+    cut.write_bytes(whole)  # got again
+    assert Encoding(open_source("sa1b", tmp_path), models, tmp_path / "out", size=SIZE).run()["rows"] == 7 - len(data)
+    data = LatentDataset(tmp_path / "out", models.image_fingerprint)
+    assert [text for (text,) in data.batch(range(len(data))).captions] == [
+        f"photo sa_{k}" for k in (0, 1, 3, 10, 11, 12, 13)
+    ]
+    assert check(tmp_path / "out")["parts"] == {"all": 2, "encoded": 2}
 
 
 def test_a_gated_generator_says_what_to_do(tmp_path):

@@ -1,7 +1,11 @@
 """The whole chain at smoke scale: encoders, both stages through their notebooks, a pipeline, a score."""
 
 import json
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 
 import nitro_e_lite
@@ -51,3 +55,25 @@ def test_what_cannot_be_reproduced_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(notebooks.common, "repo_root", lambda: None)
     with pytest.raises(FileNotFoundError, match="checkout"):
         reproduce.Chain("lite", tmp_path)
+
+
+def test_a_stopped_execution_takes_down_what_the_notebook_had_started(tmp_path):
+    """A killed `reproduce` once left its training running, and the next one wrote into the same folder."""
+    cell = "import subprocess, pathlib\nchild = subprocess.Popen(['sleep', '600'])\n"
+    cell += "pathlib.Path('pid').write_text(str(child.pid))\nchild.wait()\nraise SystemExit"
+    cells = [
+        {"cell_type": "code", "id": "waits", "metadata": {}, "source": cell, "outputs": [], "execution_count": None}
+    ]
+    book = {"cells": cells, "metadata": notebooks.METADATA, "nbformat": 4, "nbformat_minor": 5}
+    (tmp_path / "waits.ipynb").write_text(json.dumps(book))
+    script = f"from nitro_e_lite.notebooks import *; execute(Path({str(tmp_path / 'waits.ipynb')!r}))"
+    parent = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text():
+            break
+        time.sleep(0.1)
+    child = psutil.Process(int((tmp_path / "pid").read_text()))
+    parent.terminate()
+    assert "stopped by SIGTERM while waits.ipynb ran" in parent.communicate(timeout=60)[1]
+    psutil.wait_procs([child], timeout=10)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE

@@ -1,6 +1,7 @@
 """Cached latents: what goes in comes out, damage costs only what it hits, the order is a pure function."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import datasets
@@ -9,12 +10,12 @@ import pytest
 import torch
 from datasets.arrow_writer import ArrowWriter
 
+from nitro_e_lite.order import batch_indices
 from nitro_e_lite.shards import (
     QUARANTINE,
     LatentBatch,
     LatentDataset,
     ShardWriter,
-    batch_indices,
     read_quarantine,
     write_latents,
 )
@@ -121,8 +122,23 @@ def test_a_killed_writer_leaves_no_data_set(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_latents(tmp_path / "data", broken(), "abc")
     assert not (tmp_path / "data").exists()
+    (left,) = tmp_path.glob("data.*.partial")
+    os.utime(left, (0, 0))
     write_latents(tmp_path / "data", batches(), "abc")  # and the leftovers are in nobody's way
-    assert len(LatentDataset(tmp_path / "data", "abc")) == 10
+    assert len(LatentDataset(tmp_path / "data", "abc")) == 10 and os.listdir(tmp_path) == ["data"]
+
+
+def test_two_writers_at_once_do_not_disturb_each_other(tmp_path):
+    """Two comparisons that start on a cold cache: the second once deleted what the first was writing."""
+
+    def interrupted():
+        first, *rest = batches()
+        yield first
+        write_latents(tmp_path / "data", batches(), "abc")
+        yield from rest
+
+    write_latents(tmp_path / "data", interrupted(), "abc", shard_rows=4)
+    assert len(LatentDataset(tmp_path / "data", "abc")) == 10 and os.listdir(tmp_path) == ["data"]
 
 
 # quarantine

@@ -161,15 +161,51 @@ def test_sa1b_tar_cut_short(sa1b, share):
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     source = SA1B(sa1b)
     items = list(source.items("sa_000001"))
-    assert len(items) < 5 and isinstance(items[-1], Problem) and "tar file is cut short" in items[-1].reason
+    assert len(items) < 5 and items[-1].later and "tar file was cut short" in items[-1].reason
     assert all(isinstance(item, Record) for item in items[:-1])
-    check_positions(source)
+    for start in range(len(items)):
+        assert [item.key for item in source.items("sa_000001", start)] == [item.key for item in items[start:]]
+
+
+def test_a_caption_that_cannot_be_read_just_now_stops_and_loses_nothing(sa1b, monkeypatch):
+    """An error of the disk was once taken for the end of the tar file, and the rest of it was lost."""
+
+    def fails(path, **options):
+        if path.name == "sa_11187.txt":
+            raise OSError(5, "Input/output error")
+        return "a text"
+
+    monkeypatch.setattr("pathlib.Path.read_text", fails)
+    items = SA1B(sa1b).items("sa_000001")
+    assert next(items).key == "sa_11186"
+    with pytest.raises(OSError, match="Input/output error"):
+        next(items)
+
+
+def test_halves_of_surrogate_pairs_cost_one_item(tmp_path):
+    r"""JSON may hold "\ud83d" alone, files may not: the encoder stopped at such a line for good."""
+    lines = [
+        {"file_name": "a.jpg", "text": "half an emoji \ud83d"},
+        {"file_name": "b.jpg", "captions": ["half \ud83d", "whole \U0001f600"]},
+        {"file_name": "\ud83d/../x", "text": "a"},
+        {"file_name": ".", "text": "a"},
+    ]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    items = everything(Folder(tmp_path))
+    assert [getattr(item, "reason", None) for item in items] == [
+        "caption is no valid Unicode",
+        None,
+        "file_name is missing or leads out of the folder",
+        "file_name is missing or leads out of the folder",
+    ]
+    assert items[1].captions == ["whole \U0001f600"] and items[2].key == r"\ud83d/../x"
+    json.dumps([item.key for item in items], ensure_ascii=False).encode()  # as sidecars do
 
 
 def test_sa1b_that_is_no_tar_at_all(sa1b):
     (sa1b / "sa_000001.tar").write_bytes(b"<html>URL signature expired</html>")
     (item,) = SA1B(sa1b).items("sa_000001")
-    assert "tar file is cut short or damaged" in item.reason and "sa_000001.tar" in item.key
+    assert "tar file was cut short or damaged" in item.reason and "sa_000001.tar" in item.key
 
 
 def test_sa1b_unpacked_and_captions_one_folder_deeper(sa1b):

@@ -34,7 +34,7 @@ from nitro_e_lite.progress import tracker_name
 from nitro_e_lite.shipping import ship
 from nitro_e_lite.train import Trainer, train
 from nitro_e_lite.training_data import encode_scenes
-from nitro_e_lite.training_state import RunStopped, list_checkpoints
+from nitro_e_lite.training_state import RunStopped, list_checkpoints, sole_writer
 
 SMOKE = preset("base", "smoke")
 TWO_PROCESSES = 1e-4  # largest relative difference of a weight tensor after ten steps; about 3e-6 is usual
@@ -224,6 +224,34 @@ def test_muon_of_two_processes_is_that_of_one(ranks, tmp_path):  # noqa: F811
         assert torch.allclose(alone[name], first[name], rtol=0, atol=1e-6), name
 
 
+TOGETHER = """
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from nitro_e_lite.config import preset
+from nitro_e_lite.progress import PATIENCE, check_together, start_accelerator
+
+folder = Path(sys.argv[1])
+accelerator = start_accelerator(preset("base", "smoke"), folder, "cpu")
+assert dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout == PATIENCE
+check_together(accelerator, 5, folder)
+try:
+    check_together(accelerator, accelerator.process_index, folder)
+except RuntimeError as error:
+    assert "found checkpoints of steps [0, 1]" in str(error), error
+else:
+    raise SystemExit("not refused")
+"""
+
+
+def test_processes_wait_long_for_each_other_and_must_resume_from_one_step(ranks, tmp_path):  # noqa: F811
+    """One encodes the scenes for all, longer than a process group waits by default; machines may see other folders."""
+    script = tmp_path / "together.py"
+    script.write_text(TOGETHER)
+    ranks.run(2, script, tmp_path)
+
+
 def test_sigterm_to_one_of_two_saves_and_ends_well(ranks, two, tmp_path):  # noqa: F811
     pids = ranks.start(2, *words(tmp_path, "checkpoint_every=1000"))
     ranks.until(
@@ -249,6 +277,28 @@ def test_sigint_in_place_saves_and_says_so(uninterrupted, tmp_path):
     assert_same(final_weights(tmp_path), final_weights(uninterrupted))
 
 
+def test_two_trainings_in_one_folder_are_refused(tmp_path):
+    with sole_writer(tmp_path), pytest.raises(RuntimeError, match="another process is training there"):
+        train(SMOKE, tmp_path, device="cpu")
+    assert not (tmp_path / "metrics.jsonl").exists()
+    with sole_writer(tmp_path), sole_writer(tmp_path, writes=False):  # the other processes of a run
+        pass
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="device: 'cuda:7' is not usable on this machine"):
+        Trainer(SMOKE, tmp_path, device="cuda:7")
+
+
+def test_resuming_on_other_data_is_said(uninterrupted, tmp_path):
+    trainer = Trainer(SMOKE, tmp_path, device="cpu")
+    trainer.train_step()
+    trainer.save()
+    fewer = override(SMOKE, [f"data.scenes={SMOKE.data.scenes - 8}"])
+    with pytest.warns(UserWarning, match=r"data: \[32\] rows when the checkpoint was written, \[24\] now"):
+        Trainer(fewer, tmp_path, resume=True, device="cpu")
+
+
 def test_processes_that_did_not_find_each_other_are_refused(uninterrupted, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="WORLD_SIZE=2, but accelerate sees 1"):
@@ -259,7 +309,7 @@ def test_processes_that_did_not_find_each_other_are_refused(uninterrupted, tmp_p
 
 
 def test_a_run_that_would_silently_stay_on_the_cpu_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr("nitro_e_lite.progress.pick_device", lambda name: torch.device("cuda"))
     with pytest.raises(RuntimeError, match="chose the CPU"):
         Trainer(SMOKE, tmp_path)
 
