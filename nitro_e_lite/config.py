@@ -219,8 +219,8 @@ def _finetune(base: TrainConfig, optimizer: dict[str, Any], data: dict[str, Any]
 
 _THIRD = {"lr": 7e-4, "muon_lr": 7e-3}
 
-# Two objects and counts are what lite models fail at. Half of the steps teach which words tell one scene from another, and
-# captions without colours come often enough to learn that "a star and a heart" are not two of one kind.
+# Two objects and counts are what lite models fail at. Half of the steps teach which words tell one scene from another,
+# and captions without colours come often enough to learn that "a star and a heart" are not two of one kind.
 _TWO_OBJECTS = {"pairs": ("partner", "number", "places", "colors"), "pairs_every": 2, "colorless": 0.5}
 PRESETS: dict[tuple[str, str], TrainConfig] = {
     ("base", "smoke"): _SMOKE,
