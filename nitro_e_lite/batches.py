@@ -179,9 +179,9 @@ class Batches:
         return torch.stack([torch.from_numpy(render(scene)) for scene in scenes])  # (B, H, W, 3)
 
     def validation_shares(self, size: int = 64) -> Iterator[Share]:
-        """Yields the validation set in shares of ``size``: first captions, fixed noise, t spread over [0, 1]."""
+        """Yields the validation set in shares of ``size``: first captions, t over [0, 1]; the same in all runs."""
         count = len(self.validation)
-        generator = torch.Generator().manual_seed(2**31 + self.config.seed)
+        generator = torch.Generator().manual_seed(2**31)
         t = (torch.randperm(count, generator=generator) + 0.5) / count
         for first in range(0, count, size):
             batch = self.validation.batch(range(first, min(first + size, count)))
