@@ -114,10 +114,8 @@ def patch_outlines(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
         centres = owner[patch_size // 2 :: patch_size, patch_size // 2 :: patch_size].flatten()  # (N,)
         owners.append(np.where(centres >= 0, centres + len(outlines), -1))
         outlines += [outline(one.coverage, *centre_and_area(one.coverage)) for one in segments]
-    pooled = F.avg_pool2d(
-        torch.from_numpy(np.stack(outlines)).unflatten(1, (1, OUTLINE_CELLS, -1)), OUTLINE_CELLS // 16
-    )
-    return pooled.flatten(1), torch.from_numpy(np.stack(owners))
+    masks = torch.from_numpy(np.stack(outlines)).unflatten(1, (1, OUTLINE_CELLS, -1))  # (S, 1, 48, 48)
+    return F.avg_pool2d(masks, OUTLINE_CELLS // 16).flatten(1), torch.from_numpy(np.stack(owners))
 
 
 def find_kinds(config: VisionConfig, restarts: int = 5, rounds: int = 40) -> Tensor:
