@@ -300,7 +300,7 @@ def _replace(config, names: list[str], value, path: str):
 
 
 def _coerce(value: Any, current: Any, path: str) -> Any:
-    """``value`` in the type of ``current``; lists become tuples, whole numbers and "1e-3" become floats."""
+    """``value`` in the type of ``current``; lists become tuples, whole numbers and "1e-3" floats, nothing ""."""
     if isinstance(current, float) and not isinstance(value, bool):
         try:
             return float(value)
@@ -310,6 +310,8 @@ def _coerce(value: Any, current: Any, path: str) -> Any:
         return tuple(tuple(v) if isinstance(v, list) else v for v in value)
     elif type(value) is type(current):
         return value
+    elif value is None and isinstance(current, str):
+        return ""
     kind = "list" if isinstance(current, tuple) else type(current).__name__
     example = ["a", "b"] if current == () else current
     raise ValueError(f"{path}={value!r}: must be of type {kind}, like {json.dumps(example)}")

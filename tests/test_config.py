@@ -67,6 +67,12 @@ def test_assignments_are_what_makes_a_config_of_its_preset():
     assert len(assignments(config)) == len(changes) and assignments(preset("base", "lite")) == []
 
 
+@pytest.mark.parametrize("nothing", ["compile=", "compile=null", "compile=''"])
+def test_a_text_can_be_set_to_nothing(nothing):
+    config = override(preset("base", "lite"), ["compile=inductor"])
+    assert override(config, [nothing]) == preset("base", "lite")
+
+
 def test_full_presets_are_the_papers():
     base, finetune = preset("base", "full"), preset("finetune", "full")
     assert (base.steps, finetune.steps, base.batch_size, finetune.batch_size) == (100_000, 50_000, 2048, 2048)
