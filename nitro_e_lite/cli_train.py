@@ -135,6 +135,34 @@ def compare_command(
         show_table("mean over seeds, 95 % interval", ["", "step", "seeds", "validation loss", "GenEval-lite"], rows)
 
 
+@command(app, "rehearse")
+def rehearse_command(
+    stage: Annotated[str, typer.Option(help="base or finetune.")] = "base",
+    preset: Preset = "lite",
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(help="In the one batch.")] = 8,
+    steps: Annotated[int, typer.Option(help="To train on it.")] = 60,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Learn one small batch by heart with the settings of a run, before it may take days. Fails when that fails."""
+    with output(json) as result:
+        from nitro_e_lite import config, rehearsal
+
+        chosen = config.override(config.preset(stage, preset), overrides or [])
+        result |= rehearsal.rehearse(chosen, samples, steps, device)
+        if not json:
+            marks = sorted({round(k * steps / 6) for k in range(7)})
+            left = ["not finite" if x is None else f"{x:.1%}" for x in (result["left"][k] for k in marks)]
+            rows = [[str(k), share] for k, share in zip(marks, left, strict=True)]
+            show_table(f"{samples} samples by heart", ["after steps", "of the variance left"], rows)
+            console.print(f"Spread of the latents {result['spread']:.2f}, steps skipped {result['skipped']}.")
+            goal = f"{rehearsal.LIMIT:.0%} after {steps} steps"
+            console.print(f"Passed: below {goal}." if result["ok"] else f"Failed: must be below {goal}, none skipped.")
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
 @command(app, "reproduce")
 def reproduce_command(
     preset: Annotated[str, typer.Option(help="lite: hours on a laptop; smoke: the same chain in minutes.")] = "lite",

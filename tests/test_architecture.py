@@ -29,7 +29,7 @@ LAYERS = [
     "benchmark doctor evaluate loading sensitivity",
     "progress shipping",
     "planner train",
-    "comparison launch",
+    "comparison launch rehearsal",
     "cli_data cli_measure lessons notebooks",
     "reproduce",
     "cli_train",

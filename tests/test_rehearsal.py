@@ -1,0 +1,56 @@
+"""One batch by heart: passes with settings that learn, fails with settings that do not."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from nitro_e_lite.cli import app
+from nitro_e_lite.config import override, preset
+from nitro_e_lite.rehearsal import LIMIT, rehearse
+
+SMOKE = preset("base", "smoke")
+
+
+def test_settings_that_learn_pass_and_repeat_bit_for_bit():
+    first, second = (rehearse(override(SMOKE, ["repa.weight=0"])) for _ in range(2))
+    assert first == second
+    assert first["ok"] and first["left"][-1] < LIMIT < 1 < first["left"][0]
+    assert len(first["left"]) == 61 and first["skipped"] == 0
+    assert 0.8 < first["spread"] < 1.3
+
+
+def test_repa_does_not_count_as_what_is_left():
+    """Before the first step both have the same weights, whatever the second loss weighs."""
+    left = [rehearse(override(SMOKE, [f"repa.weight={weight}"]), steps=10)["left"][0] for weight in (0.1, 0.5)]
+    assert left[0] == pytest.approx(left[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("rates", [(1e-5, 1e-6), (3.0, 1.0)], ids=["too low", "too high"])
+def test_wrong_rates_fail(rates):
+    config = override(SMOKE, ["repa.weight=0", f"optimizer.muon_lr={rates[0]}", f"optimizer.lr={rates[1]}"])
+    assert not rehearse(config)["ok"]
+
+
+def test_a_few_steps_are_no_rehearsal():
+    with pytest.raises(ValueError, match="steps=9"):
+        rehearse(SMOKE, steps=9)
+
+
+def test_command_tells_and_fails_by_its_exit_code():
+    words = [
+        "rehearse",
+        "--preset",
+        "smoke",
+        "--set",
+        "repa.weight=0",
+        "--set",
+        "optimizer.muon_lr=1e-5",
+        "--steps",
+        "10",
+    ]
+    told = CliRunner().invoke(app, words)
+    assert told.exit_code == 1 and "Failed: must be below 50% after 10 steps" in told.stdout
+    assert "of the variance left" in told.stdout
+    machine = CliRunner().invoke(app, [*words, "--json"])
+    assert machine.exit_code == 1 and len(json.loads(machine.stdout)["left"]) == 11
