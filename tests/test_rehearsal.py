@@ -32,6 +32,13 @@ def test_wrong_rates_fail(rates):
     assert not rehearse(config)["ok"]
 
 
+def test_a_trained_model_must_get_better_than_it_begins():
+    """With rates near zero the shipped weights stay at a low share; that is no learning."""
+    config = override(preset("finetune", "lite"), ["start_from=lite", "optimizer.muon_lr=1e-9", "optimizer.lr=1e-12"])
+    found = rehearse(config, steps=10)
+    assert found["left"][-1] < LIMIT and not found["ok"]
+
+
 def test_a_few_steps_are_no_rehearsal():
     with pytest.raises(ValueError, match="steps=9"):
         rehearse(SMOKE, steps=9)
