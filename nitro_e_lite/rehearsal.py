@@ -47,7 +47,6 @@ def rehearse(
 
     Raises:
         ValueError: fewer than 10 steps.
-        FloatingPointError: the gradients stay non-finite.
     """
     if steps < 10:
         raise ValueError(f"steps={steps}: must be at least 10")
@@ -56,7 +55,7 @@ def rehearse(
     if not data.folders:  # scenes have to be encoded first; a few will do
         few = {"scenes": min(data.scenes, 16 * samples), "validation_scenes": min(data.validation_scenes, samples)}
         data = dataclasses.replace(data, **few)
-    changes = {"batch_size": samples, "accumulate": 1, "steps": steps + 1, "tracker": "none"}
+    changes = {"batch_size": samples, "accumulate": 1, "steps": steps + 1, "max_skipped": steps + 1, "tracker": "none"}
     config = dataclasses.replace(config, **changes, data=data, optimizer=optimizer)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, folder, device=device)

@@ -32,6 +32,13 @@ def test_wrong_rates_fail(rates):
     assert not rehearse(config)["ok"]
 
 
+def test_steps_that_were_skipped_are_counted_and_fail():
+    """More of them than a run would bear: the answer is still a result, not an error."""
+    found = rehearse(override(SMOKE, ["repa.weight=0", "optimizer.muon_lr=1e30", "optimizer.lr=1e30"]))
+    assert found["skipped"] > SMOKE.max_skipped and found["left"][-1] is None and not found["ok"]
+    json.dumps(found, allow_nan=False)
+
+
 def test_a_trained_model_must_get_better_than_it_begins():
     """With rates near zero the shipped weights stay at a low share; that is no learning."""
     config = override(preset("finetune", "lite"), ["start_from=lite", "optimizer.muon_lr=1e-9", "optimizer.lr=1e-12"])
