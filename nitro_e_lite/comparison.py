@@ -65,8 +65,8 @@ def compare(
     Returns:
         What ``comparison.json`` holds: ``points``, ``batch_size``, ``variants``, ``prompts``, ``config`` and ``runs``.
         These are a list with a row for each variant, seed and point: ``step``, ``samples``, ``trained_steps`` since the
-        point before and their ``seconds``, the fields of ``Trainer.validate``, and with prompts ``geneval`` and
-        ``categories``.
+        point before or, if it was stopped on the way, since it went on, and their ``seconds``, the fields of
+        ``Trainer.validate``, and with prompts ``geneval`` and ``categories``.
 
     Raises:
         ValueError: no variants, seeds or points, points out of order, an unknown field, or a folder that holds another
@@ -88,7 +88,7 @@ def compare(
 
 
 def _run(config: TrainConfig, points, folder: Path, prompts, device: str | None, variant: str) -> None:
-    """One run; goes on from its last measured point."""
+    """One run; goes on from its last checkpoint."""
     file, recipe = folder / "rows.jsonl", folder / "recipe.json"
     text = json.dumps({"variant": variant, **to_dict(config), "steps": None, "prompts": len(prompts)})
     if recipe.is_file() and recipe.read_text(encoding="utf-8") != text:
@@ -106,6 +106,8 @@ def _run(config: TrainConfig, points, folder: Path, prompts, device: str | None,
         begin, before = time.perf_counter(), trainer.step
         while trainer.step < point:
             trainer.train_step()
+            if trainer.step % config.checkpoint_every == 0 and trainer.step < point:
+                trainer.save()
         trained = {"trained_steps": trainer.step - before, "seconds": round(time.perf_counter() - begin, 2)}
         row = {"variant": variant, "seed": config.seed, "step": point, "samples": point * config.batch_size}
         row |= trained | trainer.validate()

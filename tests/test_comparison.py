@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from nitro_e_lite import comparison, config, geneval
+from nitro_e_lite.train import Trainer
 
 SMOKE = config.override(config.preset("base", "smoke"), ["data.encoders=lite", "batch_size=4"])
 
@@ -45,6 +46,26 @@ def test_same_variants_are_equal_and_a_stopped_comparison_goes_on(tmp_path):
         comparison.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu")
     with pytest.raises(ValueError, match="holds a run with other settings"):
         comparison.compare(SMOKE, {"one": ["optimizer.lr=2e-3"]}, [3], [1, 2], tmp_path / "part", prompts, "cpu")
+
+
+def test_killed_between_points_it_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
+    settings = config.override(SMOKE, ["checkpoint_every=2"])
+    whole = comparison.compare(settings, {"one": []}, [0], [5], tmp_path / "whole", device="cpu")
+    plain_step, taken = Trainer.train_step, []
+
+    def step(trainer):
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        taken.append(trainer.step)
+        return plain_step(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            comparison.compare(settings, {"one": []}, [0], [5], tmp_path / "part", device="cpu")
+    again = comparison.compare(settings, {"one": []}, [0], [5], tmp_path / "part", device="cpu")
+    assert measured(again) == measured(whole)
+    assert taken == [0, 1, 2] and again["runs"][0]["trained_steps"] == 3  # 2, 3, 4: step 2 was lost, 0 and 1 were not
 
 
 def test_refuses_what_is_no_comparison(tmp_path):
