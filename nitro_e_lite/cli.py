@@ -26,6 +26,7 @@ from nitro_e_lite.terminal import (
     Json,
     Lora,
     Model,
+    Shift,
     Steps,
     TextEncoder,
     Vae,
@@ -138,6 +139,7 @@ def sample(
     captions: Annotated[list[str], typer.Argument(help="What to draw; each caption in quotes.")],
     steps: Steps = None,
     guidance: Guidance = None,
+    shift: Shift = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture of a caption; the next has seed + 1.")] = 0,
     num: Annotated[int, typer.Option(help="Pictures for each caption.")] = 1,
     out: Annotated[Path, typer.Option(help="A .png file, or a folder.")] = Path("outputs"),
@@ -169,12 +171,13 @@ def sample(
             prompts,
             steps,
             guidance,
+            shift=shift,
             negative_prompt=negative,
             height=height,
             width=width,
             generator=seeded_generators(seeds),
         ).images
-        seconds, facts = time.perf_counter() - start, settings(pipeline, model, steps, guidance)
+        seconds, facts = time.perf_counter() - start, settings(pipeline, model, steps, guidance, shift)
         for image, path, prompt, own_seed in zip(images, paths, prompts, seeds, strict=True):
             viz.save_image(image, path, {"prompt": prompt, "negative prompt": negative or "", "seed": own_seed} | facts)
             if not json:
@@ -189,6 +192,7 @@ def evaluate(
     model: Model = "lite",
     steps: Steps = None,
     guidance: Guidance = None,
+    shift: Shift = None,
     prompts: Annotated[Path | None, typer.Option(help="JSON-lines file in GenEval's schema.")] = None,
     split: Annotated[str, typer.Option(help="held_out_prompts or held_out_compositions.")] = "held_out_prompts",
     seeds: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 2,
@@ -207,7 +211,7 @@ def evaluate(
 
         asked = read_prompts(prompts) if prompts else load_prompts(split)
         pipeline = load_pipeline(model, device, dtype)
-        sampler = {"steps": steps, "guidance": guidance, "batch_size": batch}
+        sampler = {"steps": steps, "guidance": guidance, "shift": shift, "batch_size": batch}
         found = run(pipeline, asked, seeds=range(seeds), keep_images=grid is not None, **sampler)
         found.card.update(model=model, prompt_list=prompts.name if prompts else split)
         result |= found.card
@@ -229,12 +233,13 @@ def ship(
     source: Annotated[Path, typer.Argument(help="A finished training run.")],
     name: Annotated[str, typer.Option(help="Shipped weights, or a folder with encoders.")] = "lite",
     steps: Annotated[int, typer.Option(help="Sampler steps of a call that names none.")] = 20,
-    guidance: Annotated[float, typer.Option(help="Guidance of a call that names none.")] = 3.0,
+    guidance: Annotated[float | None, typer.Option(help="Guidance likewise; that of the run when not given.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Shift likewise; that of the run when not given.")] = None,
 ) -> None:
     """Put a trained transformer into the package (or a folder), in float16 and with fresh checksums."""
     from nitro_e_lite import shipping
 
-    finish(shipping.ship(source, name, steps=steps, guidance=guidance))
+    finish(shipping.ship(source, name, steps=steps, guidance=guidance, shift=shift))
 
 
 @command(notebooks_app, "refresh")

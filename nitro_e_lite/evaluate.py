@@ -96,6 +96,7 @@ def evaluate(
     seeds: Sequence[int] = (0, 1),
     steps: int | None = None,
     guidance: float | None = None,
+    shift: float | None = None,
     batch_size: int = 25,
     keep_images: bool = False,
     progress: bool = True,
@@ -106,7 +107,7 @@ def evaluate(
         pipeline: what to score.
         prompts: what to draw.
         seeds: repetitions, each a number >= 0.
-        steps, guidance: of the sampler; the pipeline's own when not given.
+        steps, guidance, shift: of the sampler; the pipeline's own when not given.
         batch_size: pictures drawn at once.
         keep_images: also return the pictures.
         progress: show a progress bar when standard error is a terminal.
@@ -122,19 +123,20 @@ def evaluate(
     batch_size = as_integer("batch_size", batch_size, 1)
     steps = pipeline.config.default_steps if steps is None else steps
     guidance = pipeline.config.default_guidance if guidance is None else guidance
+    shift = pipeline.shift if shift is None else shift
     jobs = [(prompt, picture_seed(seed, place)) for seed in seeds for place, prompt in enumerate(prompts)]
     verdicts, images, start = [], [], time.perf_counter()
     with tqdm(total=len(jobs), desc="evaluating", unit="image", disable=None if progress else True) as bar:
         for first in range(0, len(jobs), batch_size):
             batch = jobs[first : first + batch_size]
-            pictures = draw(pipeline, [(prompt.text, seed) for prompt, seed in batch], steps, guidance)
+            pictures = draw(pipeline, [(prompt.text, seed) for prompt, seed in batch], steps, guidance, shift)
             verdicts += [verify(picture, prompt) for picture, (prompt, _) in zip(pictures, batch, strict=True)]
             images += pictures if keep_images else []
             bar.update(len(batch))
     seconds = time.perf_counter() - start
     asked = [prompt for prompt, _ in jobs]
     result = score(asked, verdicts)
-    recipe = {"seconds": round(seconds, 2), "seeds": seeds, "steps": steps, "guidance": guidance}
+    recipe = {"seconds": round(seconds, 2), "seeds": seeds, "steps": steps, "guidance": guidance, "shift": shift}
     recipe |= {"prompts": len(prompts), "images_expected": len(prompts) * len(seeds)}
     card = dataclasses.asdict(result) | recipe | describe(pipeline)
     return Evaluation(result, card, asked, verdicts, images)
@@ -174,7 +176,13 @@ def draw_for_geneval(
     return check_folder(root, metadata, each)
 
 
-def draw(pipeline: NitroEPipeline, jobs: Sequence[tuple[str, int]], steps: int, guidance: float) -> list[np.ndarray]:
+def draw(
+    pipeline: NitroEPipeline,
+    jobs: Sequence[tuple[str, int]],
+    steps: int,
+    guidance: float,
+    shift: float | None = None,
+) -> list[np.ndarray]:
     """Pictures of (caption, seed) pairs, uint8 `(H, W, 3)` each, without a progress bar of their own."""
     bar = getattr(pipeline, "_progress_bar_config", {})
     pipeline.set_progress_bar_config(disable=True)
@@ -183,6 +191,7 @@ def draw(pipeline: NitroEPipeline, jobs: Sequence[tuple[str, int]], steps: int, 
             [caption for caption, _ in jobs],
             num_inference_steps=steps,
             guidance_scale=guidance,
+            shift=shift,
             generator=seeded_generators(seed for _, seed in jobs),
             output_type="np",
         )
@@ -195,7 +204,7 @@ def describe(pipeline: NitroEPipeline) -> dict[str, Any]:
     """What a score depends on besides prompts, seeds and sampler settings, as plain JSON."""
     parts = [m for m in (pipeline.transformer, pipeline.vae, pipeline.text_encoder) if m is not None]
     return {
-        "sampler": f"{type(pipeline.scheduler).__name__}, shift {pipeline.scheduler.config.shift:g}",
+        "sampler": type(pipeline.scheduler).__name__,
         "sigma_grid": pipeline.config.sigma_grid,
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
         "device": str(pipeline.device),

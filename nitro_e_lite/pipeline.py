@@ -6,9 +6,9 @@ twice, in one batch, with and without the caption, and goes further in the direc
 
 The class is a diffusers pipeline: `from_pretrained`, `save_pretrained`, progress bar, callbacks and
 off-loading are the library's. Ours are the checks (`inputs.py`), the noise (one generator a picture) and the
-grid of noise levels. For the models of this project that grid is `linspace(1, 1/K, K)`. Differs: the official
-weights use the scheduler's own grid, whose last step goes from 0.001 to 0 and does nothing;
-`sigma_grid="scheduler"` keeps it.
+grid of noise levels. For the models of this project that grid is `linspace(1, 1/K, K)`, shifted towards noise where
+a model draws better so (`flow.shift_sigmas`). Differs: the official weights use the scheduler's own grid, whose last
+step goes from 0.001 to 0 and does nothing; `sigma_grid="scheduler"` keeps it.
 """
 
 from collections.abc import Callable
@@ -52,7 +52,8 @@ class NitroEPipeline(DiffusionPipeline):
             the autoencoder's scaling factor.
         max_text_length: tokens a caption is padded to.
         sigma_grid: "linear" or "scheduler", see the module's essay.
-        default_steps, default_guidance: what a call without `num_inference_steps`, `guidance_scale` uses.
+        default_steps, default_guidance, default_shift: what a call without `num_inference_steps`, `guidance_scale`,
+            `shift` uses.
 
     Raises:
         ValueError: when the parts do not fit together.
@@ -75,6 +76,7 @@ class NitroEPipeline(DiffusionPipeline):
         sigma_grid: str = "linear",
         default_steps: int = 20,
         default_guidance: float = 4.5,
+        default_shift: float = 1.0,
     ):
         super().__init__()
         if sigma_grid not in SIGMA_GRIDS:
@@ -106,6 +108,7 @@ class NitroEPipeline(DiffusionPipeline):
             sigma_grid=sigma_grid,
             default_steps=as_integer("default_steps", default_steps, 1),
             default_guidance=as_number("default_guidance", default_guidance, 0.0),
+            default_shift=as_number("default_shift", default_shift, 1.0),
         )
         if latents_mean is None:
             self.stats = LatentStats.from_scaling_factor(vae.config.scaling_factor, channels)
@@ -119,6 +122,12 @@ class NitroEPipeline(DiffusionPipeline):
         for part in (self, self.transformer, self.vae):
             part.register_to_config(_name_or_path="")
         super().save_pretrained(save_directory, **options)
+
+    @property
+    def shift(self) -> float:
+        """How far the noise levels of a call that names no shift lean towards noise."""
+        own = self.config.sigma_grid == "scheduler"
+        return self.scheduler.config.shift if own else self.config.default_shift
 
     def encode_prompt(self, prompts: list[str]) -> Tensor:
         """Text features `(B, L, D)` of captions; equal captions are encoded once.
@@ -151,6 +160,7 @@ class NitroEPipeline(DiffusionPipeline):
         negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
+        shift: float | None = None,
         sigmas: list[float] | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -172,6 +182,7 @@ class NitroEPipeline(DiffusionPipeline):
             negative_prompt: what to steer away from, one string or one a prompt; "" when not given. Not used
                 without guidance.
             height, width: pixels; the size of training when not given.
+            shift: how far the grid of noise levels leans towards noise, >= 1; 1 is the even grid.
             sigmas: noise levels of the steps, falling from at most 1 to above 0, in place of the usual grid.
             num_images_per_prompt: pictures for each prompt; they come in the order of the prompts.
             generator: one generator for all pictures or a list with one each, see `inputs.as_generators`.
@@ -194,7 +205,7 @@ class NitroEPipeline(DiffusionPipeline):
         """
         steps, guidance = num_inference_steps, guidance_scale
         steps = as_integer("num_inference_steps", steps, 1) if steps is not None else None
-        sigmas = as_sigmas(sigmas, steps) if sigmas is not None else None
+        levels = self._check_levels(sigmas, steps, shift)
         guidance = as_number("guidance_scale", self.config.default_guidance if guidance is None else guidance, 0.0)
         repeats = as_integer("num_images_per_prompt", num_images_per_prompt, 1)
         if output_type not in OUTPUT_TYPES:
@@ -209,7 +220,7 @@ class NitroEPipeline(DiffusionPipeline):
         latents = as_tensor("latents", latents, (count, *shape)).to(self._execution_device, torch.float32)
 
         features = torch.cat([self._features(text, repeats) for text in texts])  # (B or 2B, L, D)
-        self._set_sigmas(sigmas, steps or self.config.default_steps)
+        self.scheduler.set_timesteps(**levels, device=self._execution_device)
         latents = self._denoise(latents, features, guidance, callback_on_step_end)
         images = latents if output_type == "latent" else self.decode(latents, output_type)
         self.maybe_free_model_hooks()
@@ -244,11 +255,19 @@ class NitroEPipeline(DiffusionPipeline):
         features = text if isinstance(text, Tensor) else self.encode_prompt(text)
         return features.to(self._execution_device, self.transformer.dtype).repeat_interleave(repeats, dim=0)
 
-    def _set_sigmas(self, sigmas: list[float] | None, steps: int) -> None:
-        if sigmas is None and self.config.sigma_grid == "linear":
-            sigmas = flow.linear_sigmas(steps)
-        steps = steps if sigmas is None else None
-        self.scheduler.set_timesteps(steps, sigmas=sigmas, device=self._execution_device)
+    def _check_levels(self, sigmas: list[float] | None, steps: int | None, shift: float | None) -> dict[str, Any]:
+        """What the scheduler is told: the noise levels, or for its own grid how many."""
+        if sigmas is not None:
+            if shift is not None:
+                raise ValueError("shift, sigmas: give one of the two")
+            return {"sigmas": as_sigmas(sigmas, steps)}
+        steps = steps or self.config.default_steps
+        shift = as_number("shift", self.shift if shift is None else shift, 1.0)
+        if self.config.sigma_grid == "linear":
+            return {"sigmas": flow.shift_sigmas(flow.linear_sigmas(steps), shift)}
+        if shift != self.shift:
+            raise ValueError(f"shift: {shift:g} differs from the {self.shift:g} of the scheduler, whose grid is used")
+        return {"num_inference_steps": steps}
 
     def _denoise(self, latents: Tensor, features: Tensor, guidance: float, callback: Callable | None) -> Tensor:
         """Walks `latents` `(B, C, h, w)`, float32, down the scheduler's grid."""

@@ -14,20 +14,28 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from nitro_e_lite.common import weights_dir, write_manifest
+from nitro_e_lite.config import TrainConfig, to_dict
 from nitro_e_lite.encoder_set import load_encoders
 from nitro_e_lite.loading import load_transformer
 from nitro_e_lite.pipeline import NitroEPipeline
 from nitro_e_lite.repa import load_vision
 
 
-def ship(source: str | Path, name: str = "lite", *, steps: int = 20, guidance: float = 3.0) -> Path:
+def ship(
+    source: str | Path,
+    name: str = "lite",
+    *,
+    steps: int = 20,
+    guidance: float | None = None,
+    shift: float | None = None,
+) -> Path:
     """Replaces the transformer of shipped weights, or the vision model when ``source`` is one.
 
     Args:
         source: a training run, its ``final/`` folder, or anything else ``load_transformer`` or ``load_vision`` takes.
         name: of the shipped weights, or a folder; must hold the encoders.
         steps: sampler steps of a call that names none.
-        guidance: guidance scale of a call that names none.
+        guidance, shift: of the sampler likewise; not given: those of the run's own sample grids.
 
     Returns:
         The folder.
@@ -40,13 +48,17 @@ def ship(source: str | Path, name: str = "lite", *, steps: int = 20, guidance: f
     folder = shipped if shipped.is_dir() else Path(name)
     if _is_vision(Path(source)):
         return _ship_vision(Path(source), folder)
+    run = Path(source) / "config.json"  # of a training run; the folder ``final`` has a model's
+    trained = json.loads(run.read_text(encoding="utf-8")).get("config") if run.is_file() else None
+    usual = trained or to_dict(TrainConfig())
     transformer = load_transformer(source).to(torch.float16)
     pipeline = NitroEPipeline(
         transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
         **load_encoders(folder).parts(),
         default_steps=steps,
-        default_guidance=guidance,
+        default_guidance=usual["guidance"] if guidance is None else guidance,
+        default_shift=usual.get("shift", 1.0) if shift is None else shift,  # runs of older versions have none
     )
     with tempfile.TemporaryDirectory() as temporary:
         pipeline.save_pretrained(temporary)
@@ -55,12 +67,13 @@ def ship(source: str | Path, name: str = "lite", *, steps: int = 20, guidance: f
             for file in (Path(temporary) / part).iterdir():
                 shutil.copyfile(file, folder / part / file.name)
         shutil.copyfile(Path(temporary) / "model_index.json", folder / "model_index.json")
-    run = Path(source) / "config.json"
-    if run.is_file():  # how it was trained travels with it
-        about = json.loads(run.read_text(encoding="utf-8"))
-        text = json.dumps(about["config"], indent=1) + "\n"
-        (folder / "transformer" / "training.json").write_text(text, encoding="utf-8")
-        shutil.copyfile(run.with_name("metrics.jsonl"), folder / "transformer" / "metrics.jsonl")
+    settings, metrics = (folder / "transformer" / file for file in ("training.json", "metrics.jsonl"))
+    if trained:  # how it was trained travels with it
+        settings.write_text(json.dumps(trained, indent=1) + "\n", encoding="utf-8")
+        shutil.copyfile(run.with_name("metrics.jsonl"), metrics)
+    else:  # and how the one before was trained does not stay
+        settings.unlink(missing_ok=True)
+        metrics.unlink(missing_ok=True)
     write_manifest(folder)
     return folder
 

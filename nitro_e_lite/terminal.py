@@ -22,6 +22,7 @@ console, errors = Console(), Console(stderr=True)
 Model = Annotated[str, typer.Option(help="Shipped name, folder, training run or official .safetensors file.")]
 Steps = Annotated[int | None, typer.Option(help="Sampler steps; the model's own default when not given.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance; up to 1 switches it off.")]
+Shift = Annotated[float | None, typer.Option(help="How far the noise levels lean towards noise; 1: even steps.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; the accelerator when there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
 TextEncoder = Annotated[str | None, typer.Option(help="Folder of a text encoder, for official weights.")]
@@ -86,12 +87,15 @@ def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     console.print(table)
 
 
-def settings(pipeline: Any, model: str, steps: int | None, guidance: float | None) -> dict[str, Any]:
+def settings(
+    pipeline: Any, model: str, steps: int | None, guidance: float | None, shift: float | None = None
+) -> dict[str, Any]:
     """The sampler settings in force, for a file's text chunks and for `--json`."""
     return {
         "model": str(model),
         "steps": pipeline.config.default_steps if steps is None else steps,
         "guidance": pipeline.config.default_guidance if guidance is None else guidance,
+        "shift": pipeline.shift if shift is None else shift,
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
         "device": str(pipeline.device),
     }

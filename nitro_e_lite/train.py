@@ -254,8 +254,8 @@ class Trainer:
         """A pipeline with the EMA weights; training goes on afterwards."""
         self.model.eval()
         with self.weights.showing(self.ema):
-            scheduler = FlowMatchEulerDiscreteScheduler(1000)
-            pipeline = NitroEPipeline(self.raw_model, scheduler=scheduler, **self.encoders.parts())
+            scheduler, parts = FlowMatchEulerDiscreteScheduler(1000), self.encoders.parts()
+            pipeline = NitroEPipeline(self.raw_model, scheduler=scheduler, default_shift=self.config.shift, **parts)
             pipeline.set_progress_bar_config(disable=True)
             yield pipeline
 

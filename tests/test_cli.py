@@ -89,12 +89,13 @@ def test_first_demo_in_a_fresh_process_takes_less_than_a_minute(tmp_path):
 
 
 def test_sample_draws_what_the_library_draws(run):
-    out = run("sample", "a red star", "--seed", "5", "--num", "2", *FAST).stdout.split()
+    out = run("sample", "a red star", "--seed", "5", "--num", "2", "--shift", "2", *FAST).stdout.split()
     assert out == ["outputs/a-red-star-5.png", "outputs/a-red-star-6.png"]
     image = load_pipeline("lite", "cpu")("a red star", 1, 0, generator=torch.Generator().manual_seed(6)).images[0]
     with Image.open(out[1]) as saved:
         assert np.abs(np.asarray(saved).astype(int) - np.asarray(image)).max() <= 1
         assert saved.text["prompt"] == "a red star" and saved.text["seed"] == "6" and saved.text["model"] == "lite"
+        assert saved.text["shift"] == "2.0"
 
 
 def test_sample_json(run):

@@ -25,6 +25,7 @@ def result(tiny_pipeline):
         seeds=(0, 3),
         steps=1,
         guidance=0,
+        shift=3,
         batch_size=4,
         keep_images=True,
         progress=False,
@@ -36,7 +37,7 @@ def test_card_holds_the_score_and_its_whole_recipe(result, tmp_path):
     for field, value in dataclasses.asdict(result.score).items():
         assert card[field] == value
     assert card["images"] == card["images_expected"] == 2 * len(PROMPTS) == len(result.images)
-    assert card["seeds"] == [0, 3] and card["steps"] == 1 and card["guidance"] == 0
+    assert card["seeds"] == [0, 3] and card["steps"] == 1 and card["guidance"] == 0 and card["shift"] == 3
     assert card["dtype"] == "float32" and card["sigma_grid"] == "linear" and card["seconds"] > 0
     assert len(card["weights_sha256"]) == 64 and card["environment"]["packages"]["torch"] == torch.__version__
 
@@ -55,6 +56,7 @@ def test_batch_size_changes_nothing(result, tiny_pipeline):
         seeds=(0, 3),
         steps=1,
         guidance=0,
+        shift=3,
         batch_size=1,
         keep_images=True,
         progress=False,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from nitro_e_lite import flow
 
@@ -47,6 +48,16 @@ def test_linear_sigmas():
     assert flow.linear_sigmas(4) == [1.0, 0.75, 0.5, 0.25]
     with pytest.raises(ValueError, match="steps=0"):
         flow.linear_sigmas(0)
+
+
+def test_shifted_sigmas_are_those_of_diffusers():
+    even = flow.linear_sigmas(5)
+    assert flow.shift_sigmas(even, 1.0) == even
+    scheduler = FlowMatchEulerDiscreteScheduler(1000, shift=3.0)
+    scheduler.set_timesteps(sigmas=even)
+    assert flow.shift_sigmas(even, 3.0) == pytest.approx(scheduler.sigmas[:-1].tolist())
+    with pytest.raises(ValueError, match="shift=0.5: must be >= 1"):
+        flow.shift_sigmas(even, 0.5)
 
 
 def test_logit_normal_moments():

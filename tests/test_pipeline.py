@@ -80,12 +80,27 @@ def test_sigmas_replace_the_grid(tiny_pipeline, calls):
     assert [t for _, t in calls] == pytest.approx([500, 250])
 
 
+def test_shift_leans_the_grid_towards_noise(tiny_pipeline, calls, tmp_path):
+    tiny_pipeline(PROMPTS[0], num_inference_steps=2, guidance_scale=0, shift=3.0)
+    assert [t for _, t in calls] == pytest.approx([1000, 750])
+    calls.clear()
+    leaning = type(tiny_pipeline)(**tiny_pipeline.components, **(tiny_pipeline.parameters | {"default_shift": 2.0}))
+    leaning.save_pretrained(tmp_path)
+    assert type(tiny_pipeline).from_pretrained(tmp_path).shift == leaning.shift == 2.0
+    leaning(PROMPTS[0], num_inference_steps=2, guidance_scale=0)
+    leaning(PROMPTS[0], num_inference_steps=2, guidance_scale=0, shift=1)
+    leaning(PROMPTS[0], guidance_scale=0, sigmas=[0.5, 0.25])  # given levels are taken as they are
+    assert [t for _, t in calls] == pytest.approx([1000, 2000 / 3, 1000, 500, 500, 250])
+
+
 def test_official_grid_is_the_schedulers_own(tiny_pipeline, calls):
     parts, settings = tiny_pipeline.components, tiny_pipeline.parameters
     official = type(tiny_pipeline)(**parts, **(settings | {"sigma_grid": "scheduler"}))
     official.set_progress_bar_config(disable=True)
     official(PROMPTS[0], num_inference_steps=4, guidance_scale=0)
     assert [t for _, t in calls] == pytest.approx([1000, 667, 334, 1], abs=0.5)
+    with pytest.raises(ValueError, match="shift: 3 differs from the 1 of the scheduler"):
+        official(PROMPTS[0], shift=3)
 
 
 # Batches and seeds
@@ -303,6 +318,7 @@ def test_unknown_model_names_what_there_is(shipped):
         ({"max_text_length": 0}, "max_text_length: 0"),
         ({"default_steps": 0}, "default_steps: 0"),
         ({"default_guidance": -1.0}, "default_guidance: -1"),
+        ({"default_shift": 0.5}, "default_shift: 0.5"),
     ],
 )
 def test_constructor_refuses(tiny_pipeline, settings, message):
@@ -343,6 +359,9 @@ BAD = [
     ({"sigmas": [1.5, 0.5]}, ValueError, "must fall strictly"),
     ({"sigmas": [1.0, 0.0]}, ValueError, "must fall strictly"),
     ({"sigmas": [1.0, 0.5], "num_inference_steps": 3}, ValueError, "3 steps for 2 sigmas"),
+    ({"sigmas": [1.0, 0.5], "shift": 1.0}, ValueError, "shift, sigmas: give one of the two"),
+    ({"shift": 0.9}, ValueError, "shift: 0.9 is not a finite number of at least 1"),
+    ({"shift": "3"}, TypeError, "shift: expected a number"),
     ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt: 0"),
     ({"generator": 3}, TypeError, "generator: expected a torch.Generator"),
     ({"generator": [3]}, TypeError, "generator: expected a torch.Generator"),
