@@ -178,10 +178,10 @@ class Encoding:
         items = self._decoded(self.source.items(part, start))
         while not ended:
             writer = ShardWriter(self.out, f"{part}-{number:05d}", self.shapes)
-            skipped, notes, pending, position, ended, cut = Counter(), Counter(), [], start, True, False
+            skipped, notes, pending, position, ended, cut_at = Counter(), Counter(), [], start, True, None
             for item in items:
-                cut = isinstance(item, Problem) and item.later
-                position += not cut
+                cut_at = item.cut_at if isinstance(item, Problem) else None
+                position += cut_at is None
                 if isinstance(item, Problem):
                     skipped[item.key, item.reason] += 1
                 else:
@@ -193,8 +193,8 @@ class Encoding:
                     break
             self._encode(pending, writer, skipped, notes)
             left_out = [[key, reason, count] for (key, reason), count in skipped.items()]
-            about = {"part": part, "start": start, "next": position, "end": ended and not cut}
-            about |= {"cut_at": self.source.size(part)} if cut else {}
+            about = {"part": part, "start": start, "next": position, "end": ended and cut_at is None}
+            about |= {} if cut_at is None else {"cut_at": cut_at}
             writer.finish(**about, skipped=left_out, notes=dict(notes))
             self.rows, self.skipped = self.rows + writer.rows, self.skipped + skipped.total()
             number, start = number + 1, position
@@ -300,4 +300,5 @@ def drawn_source(
     if unknown:
         raise ValueError(f"settings: {type(pipeline).__name__} does not know {', '.join(unknown)}")
     chosen = {name: value for name, value in FLUX.items() if name in known} | (settings or {})
-    return Prompts(path, pipeline, chosen, batch=batch)
+    name = "@".join([str(generator), str(place["revision"])]) if place else Path(generator).name
+    return Prompts(path, pipeline, chosen, batch=batch, generator=name)

@@ -212,7 +212,8 @@ def slurm_script(words: Sequence[str], nodes: int, processes: int, hours: int = 
     """A batch script for Slurm: one task for each accelerator, told its rank by Slurm itself.
 
     Ten minutes before the time limit the tasks get SIGTERM, save and end; submitting the script again continues,
-    because it always resumes. The run folder must be on storage that all machines share.
+    because it always resumes. When one task fails, Slurm ends the others, which would wait for it for hours. The run
+    folder must be on storage that all machines share.
 
     Args:
         words: arguments of ``nitro-e``, such as those of ``train_arguments``.
@@ -232,5 +233,5 @@ def slurm_script(words: Sequence[str], nodes: int, processes: int, hours: int = 
 #SBATCH --time={hours}:00:00
 #SBATCH --signal=TERM@600
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT={port}
-srun bash -c '{ranks}{processes} exec nitro-e "$@"' nitro-e {shlex.join(words)}
+srun --kill-on-bad-exit=1 bash -c '{ranks}{processes} exec nitro-e "$@"' nitro-e {shlex.join(words)}
 """

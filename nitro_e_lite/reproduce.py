@@ -8,7 +8,7 @@
     evaluation.json, uncurated.png        GenEval-lite of these weights
     reproduce.json                        seconds of each step, and where its result is
 
-A step whose result is there is left out and a training goes on from its checkpoint, so the same command continues a
+A step that came to its end is left out and a training goes on from its checkpoint, so the same command continues a
 chain that was killed. Scale "smoke" does everything in a minute or two and learns nothing; "lite" is the real one. The
 full model's encoders are published; its two stages are notebook 17.
 """
@@ -107,7 +107,7 @@ class Chain:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         for step in self.steps():
             seconds = None
-            if not (self.run_dir / step.result).exists():
+            if step.name not in self.report["steps"] or not (self.run_dir / step.result).exists():
                 begin = time.perf_counter()
                 step.work()
                 seconds = time.perf_counter() - begin
@@ -132,7 +132,7 @@ class Chain:
 
     def _join_encoders(self) -> None:
         places = {"vae": "autoencoder", "text_encoder": "language-model", "tokenizer": "language-model"}
-        for part, run in places.items():  # the tokenizer last: its folder says that the step is done
+        for part, run in places.items():
             shutil.copytree(self.run_dir / run / "final" / part, self.run_dir / "encoders" / part, dirs_exist_ok=True)
 
     def _stage(self, stage: str) -> None:

@@ -58,12 +58,12 @@ class Record:
 class Problem:
     """Why an item gives no picture.
 
-    ``later``: the part ends here too early, and there is more to read once its file has changed.
+    ``cut_at``: the part ends here too early; its file had so many bytes, and is read on when it has another number.
     """
 
     key: str
     reason: str
-    later: bool = False
+    cut_at: int | None = None
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -184,13 +184,14 @@ class SA1B(Source):
             for file in sorted(path.rglob("*.jpg"))[start:]:
                 yield self._with_caption(file.stem, file)
             return
-        for key, picture in _pictures(path, start):
+        size = path.stat().st_size  # now: a download may add to the file while it is read
+        for key, picture in _pictures(path, start, size):
             if picture is None:
                 return
             yield self._with_caption(key, picture)
             start += 1
         reason = "tar file was cut short or damaged; get it again"
-        yield Problem(f"{path.name} after {start} pictures", reason, later=True)
+        yield Problem(f"{path.name} after {start} pictures", reason, cut_at=size)
 
     def size(self, part: str) -> int | None:
         path = self._parts[part]
@@ -205,12 +206,12 @@ class SA1B(Source):
             return Problem(key, "caption is not UTF-8")
 
 
-def _pictures(path: Path, start: int) -> Iterator[tuple[str, bytes | None]]:
-    """Name and content of each picture of a tar file from number ``start`` on, as far as the file goes.
+def _pictures(path: Path, start: int, size: int) -> Iterator[tuple[str, bytes | None]]:
+    """Name and content of each picture of a tar file of ``size`` bytes from number ``start`` on, as far as they go.
 
     A file that is whole ends with ("", None).
     """
-    number, size = 0, path.stat().st_size
+    number = 0
     with contextlib.suppress(tarfile.TarError), tarfile.open(path, "r:") as tar:
         for member in tar:
             if member.offset_data + member.size > size:
@@ -219,8 +220,8 @@ def _pictures(path: Path, start: int) -> Iterator[tuple[str, bytes | None]]:
                 if number >= start:
                     yield PurePosixPath(member.name).stem, tar.extractfile(member).read()
                 number += 1
-        tar.fileobj.seek(-min(1024, size), 2)
-        if not any(tar.fileobj.read()):  # two empty blocks end a tar file
+        tar.fileobj.seek(max(0, size - 1024))
+        if not any(tar.fileobj.read(1024)):  # two empty blocks end a tar file
             yield "", None
 
 
@@ -232,12 +233,15 @@ class JsonLines(Source):
     def __init__(self, path: str | Path):
         self.file = self._find(Path(path))
         self._offsets, self._lines, offset = [], 0, 0
+        digest = hashlib.blake2b(digest_size=8)
         with open(self.file, "rb") as file:
             for line in file:
                 if self._lines % LINES == 0:
                     self._offsets.append(offset)
+                digest.update(line)
                 offset += len(line)
                 self._lines += 1
+        self._digest = digest.hexdigest()
 
     def _find(self, path: Path) -> Path:
         for candidate in (path, *(path / name for name in self.names)):
@@ -249,7 +253,7 @@ class JsonLines(Source):
         return [f"lines-{k * LINES:09d}" for k in range(len(self._offsets))]
 
     def describe(self) -> dict[str, Any]:
-        return {"source": self.kind, "lines": self._lines}
+        return {"source": self.kind, "lines": self._lines, "digest": self._digest}
 
     def items(self, part: str, start: int = 0) -> Iterator[Record | Problem]:
         first = int(part.removeprefix("lines-"))
@@ -344,15 +348,17 @@ class Prompts(Source):
     The picture of a prompt depends on the prompt's number and ``seed`` alone, not on the batch or the process.
 
     Args:
-        path: ``.txt`` (a prompt a line), ``.jsonl`` (field ``prompt``) or ``.parquet``.
+        path: ``.txt`` (a prompt a line), ``.jsonl`` (field ``prompt``) or ``.parquet``, or a folder of one of them,
+            which are read in the order of their names.
         pipeline: any diffusers text-to-image pipeline, ready on its device.
         settings: arguments of its call; ``FLUX`` for FLUX.1-dev.
         column: field that holds the prompt; None finds ``prompt``, ``re_caption``, ``caption`` or ``text``.
         batch: prompts drawn at once.
         seed: of the noise.
+        generator: name of the pipeline's weights, for the card.
 
     Raises:
-        ValueError: another kind of file, or no such column.
+        ValueError: another kind of file, several kinds in a folder, or no such column.
     """
 
     kind = "fluxdb"
@@ -365,20 +371,27 @@ class Prompts(Source):
         column: str | None = None,
         batch: int = 8,
         seed: int = 0,
+        generator: str = "",
     ):
         kinds = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
-        if Path(path).suffix not in kinds:
-            raise ValueError(f"path={str(path)!r}: must be a file that ends in {', '.join(kinds)}")
-        rows = datasets.load_dataset(kinds[Path(path).suffix], data_files=str(path), split="train")
+        files = sorted(p for p in Path(path).iterdir() if p.suffix in kinds) if Path(path).is_dir() else [Path(path)]
+        found = {file.suffix for file in files}
+        if len(found) != 1 or not found <= kinds.keys():
+            raise ValueError(
+                f"path={str(path)!r}: must be a file that ends in {', '.join(kinds)}, or a folder of one kind"
+            )
+        rows = datasets.load_dataset(kinds[found.pop()], data_files=[str(file) for file in files], split="train")
         known = [column] if column else ["prompt", "re_caption", "caption", "text"]
         column = next((name for name in known if name in rows.column_names), None)
         if column is None:
             raise ValueError(f"column: {path} has {', '.join(rows.column_names)}, none of {', '.join(known)}")
         self._prompts: Sequence[str] = rows[column]
         self._pipeline, self._settings, self._batch, self._seed = pipeline, settings, batch, seed
+        self._generator = generator
         digests = b"".join(
             hashlib.blake2b(_printable(str(text)).encode(), digest_size=8).digest() for text in self._prompts
         )
+        self._digest = hashlib.blake2b(digests, digest_size=8).hexdigest()
         self._first = np.zeros(len(self._prompts), bool)  # whether a prompt occurs for the first time
         self._first[np.unique(np.frombuffer(digests, np.uint64), return_index=True)[1]] = True
 
@@ -387,7 +400,8 @@ class Prompts(Source):
 
     def describe(self) -> dict[str, Any]:
         drawn = {"pipeline": type(self._pipeline).__name__, "settings": self._settings, "seed": self._seed}
-        return {"source": self.kind, "prompts": len(self._prompts), **drawn}
+        told = {"prompts": len(self._prompts), "digest": self._digest, "generator": self._generator}
+        return {"source": self.kind, **told, **drawn}
 
     def items(self, part: str, start: int = 0) -> Iterator[Record | Problem]:
         first = int(part.removeprefix("prompts-"))

@@ -148,11 +148,15 @@ def test_pictures_that_encode_to_nan_are_left_out(raw, models, tmp_path):
     assert reasons.count("encoded to numbers that are not finite") == 4
 
 
-def test_another_recipe_is_not_mixed_in(raw, models, vision, whole):
+def test_another_recipe_is_not_mixed_in(raw, models, vision, whole, tmp_path):
     with pytest.raises(ValueError, match=r"shape was \[4, 16, 16\] and is \[4, 32, 32\] now"):
         encode(raw, models, whole, size=128)
     with pytest.raises(ValueError, match="arrays was"):
         encode(raw, models, whole, text=True)
+    other = tmp_path / "captions.jsonl"  # another list of as many lines: it was taken for this one, and "done"
+    other.write_text((raw / "captions.jsonl").read_text(encoding="utf-8").replace("Stern", "Kreis"), encoding="utf-8")
+    with pytest.raises(ValueError, match="digest was"):
+        encode(other, models, whole)
     with pytest.raises(ValueError, match="size=65: must be a multiple of 4"):
         encode(raw, models, whole, size=65)
     with pytest.raises(ValueError, match="batch=0"):
@@ -259,7 +263,8 @@ def test_fluxdb_from_prompts_to_rows(models, tmp_path, monkeypatch):
     assert encoding.run()["rows"] == 3
     data = LatentDataset(tmp_path / "out", models.image_fingerprint)
     assert data.batch(range(3)).captions == [["a red star"], ["a blue heart"], ["a star"]]
-    assert data.card["pipeline"] == "FluxPipeline" and data.card["settings"]["guidance_scale"] == 3.5
+    assert data.card["pipeline"] == "FluxPipeline" and data.card["generator"] == "flux"
+    assert data.card["settings"]["guidance_scale"] == 3.5
     with pytest.raises(ValueError, match="FluxPipeline does not know steps"):
         drawn_source(tmp_path / "prompts.txt", tmp_path / "flux", settings={"steps": 1})
 

@@ -125,7 +125,7 @@ def test_slurm_script_passes_words_and_ranks(tmp_path):
     assert "#SBATCH --nodes=2" in script and "#SBATCH --ntasks-per-node=8" in script and "--signal=TERM@600" in script
     for name, text in {
         "scontrol": "echo node0; echo node1",
-        "srun": 'SLURM_PROCID=9 SLURM_LOCALID=1 SLURM_NTASKS=16 exec "$@"',
+        "srun": '[ "$1" = --kill-on-bad-exit=1 ] && shift && SLURM_PROCID=9 SLURM_LOCALID=1 SLURM_NTASKS=16 exec "$@"',
         "nitro-e": 'echo $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT; printf "<%s>" "$@"',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")

@@ -49,6 +49,18 @@ def test_the_chain_leaves_weights_notebooks_and_metrics_and_knows_when_it_is_don
         reproduce.Chain("smoke", run_dir, seed=4)
 
 
+def test_a_step_killed_while_it_writes_its_result_is_not_done(tmp_path, monkeypatch):
+    """The autoencoder's weights were there, the statistics of its latents not: stage 1 failed at every repeat."""
+    chain = reproduce.Chain("smoke", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("nitro_e_lite.autoencoder_training.measure_latents", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            next(chain.run())
+    step, seconds = next(reproduce.Chain("smoke", tmp_path).run())
+    assert step.name == "autoencoder" and seconds is not None
+    assert (tmp_path / "autoencoder" / "final" / "vae" / "latent_stats.json").is_file()
+
+
 def test_what_cannot_be_reproduced_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="notebook 17"):
         reproduce.Chain("full", tmp_path)

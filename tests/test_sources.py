@@ -161,10 +161,26 @@ def test_sa1b_tar_cut_short(sa1b, share):
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     source = SA1B(sa1b)
     items = list(source.items("sa_000001"))
-    assert len(items) < 5 and items[-1].later and "tar file was cut short" in items[-1].reason
+    assert len(items) < 5 and items[-1].cut_at == path.stat().st_size and "tar file was cut short" in items[-1].reason
     assert all(isinstance(item, Record) for item in items[:-1])
     for start in range(len(items)):
         assert [item.key for item in source.items("sa_000001", start)] == [item.key for item in items[start:]]
+
+
+def test_a_tar_file_that_grows_while_it_is_read_is_cut_where_it_was(sa1b):
+    """The size was asked for at the end: the rest of a download that had just finished was never read."""
+    path = sa1b / "sa_000001.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    items = SA1B(sa1b).items("sa_000001")
+    first = next(items)
+    with path.open("ab") as file:
+        file.write(whole[len(whole) // 2 :])
+    rest = list(items)
+    assert rest[-1].cut_at == len(whole) // 2
+    more = list(SA1B(sa1b).items("sa_000001", 1 + len(rest[:-1])))
+    keys = [item.key for item in [first, *rest[:-1], *more]]
+    assert keys == ["sa_11186", "sa_11187", "sa_11188", "sa_11189"]
 
 
 def test_a_caption_that_cannot_be_read_just_now_stops_and_loses_nothing(sa1b, monkeypatch):
@@ -362,6 +378,24 @@ def test_prompts_are_drawn(prompts, pipeline, tmp_path, monkeypatch):
         other = Prompts(prompts, pipeline, SETTINGS, batch=3)
         (last,) = other.items(other.parts()[0], 4)
         assert np.abs(np.asarray(last.image).astype(int) - np.asarray(items[4].image)).max() <= 1
+
+
+def test_prompts_of_a_folder_are_one_list_and_another_list_is_another_source(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    (folder / "b.txt").write_text("a blue heart\na red star\n")
+    (folder / "a.txt").write_text("a red star\n")
+    (folder / "README.md").write_text("not a list of prompts")
+    source = Prompts(folder, pipeline, SETTINGS)
+    items = everything(source)
+    assert [item.captions[0] for item in items if isinstance(item, Record)] == ["a red star", "a blue heart"]
+    assert problems(items) == {"prompt 2": "prompt was there before"}
+    (folder / "b.txt").write_text("a blue heart\na red cross\n")
+    assert Prompts(folder, pipeline, SETTINGS).describe()["digest"] != source.describe()["digest"]
+    (folder / "c.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(ValueError, match="or a folder of one kind"):
+        Prompts(folder, pipeline, SETTINGS)
 
 
 def test_overflowed_pictures_are_problems(tmp_path, monkeypatch):
