@@ -221,4 +221,4 @@ def _open(config: DataConfig, encoders: Encoders, split: str) -> LatentDataset:
     if not config.folders:
         return cached_scenes(encoders, config, split)
     folders = config.folders if split == "train" else config.validation_folders
-    return LatentDataset(folders, encoders.image_fingerprint)
+    return LatentDataset(folders, encoders.image_fingerprint, encoders.fingerprint)

@@ -16,7 +16,7 @@ key        its name there, so that a picture can be found again
 =========  ============================================================================================
 
 The card holds the fingerprint of the encoder that made the latents. Opening a folder made by another encoder is an
-error: a model trained on it would learn nothing of use.
+error: a model trained on it would learn nothing of use. The same holds for stored text features.
 
 **Quarantine.** Files rot. A shard that is cut short or unreadable, a row with a NaN or without a caption, is put into
 ``quarantine.jsonl`` with its reason, is said once, and never stops a run. Its turn goes to another row, chosen by
@@ -110,19 +110,26 @@ class LatentDataset:
     Args:
         folder: what ``write_latents`` or ``nitro-e data encode`` made; several are joined in the order given.
         fingerprint: of the encoder in use; None skips the check (for inspection only).
+        text_fingerprint: of the language model in use with its autoencoder, for stored text features; None: as above.
 
     Raises:
         FileNotFoundError: when a folder holds no data set.
-        ValueError: when the latents were made by another encoder, the folders do not fit together, or no row is left.
+        ValueError: when the latents or text features were made by another encoder, the folders do not fit together, or
+            no row is left.
     """
 
-    def __init__(self, folder: str | Path | Sequence[str | Path], fingerprint: str | None):
+    def __init__(
+        self,
+        folder: str | Path | Sequence[str | Path],
+        fingerprint: str | None,
+        text_fingerprint: str | None = None,
+    ):
         self.folders = [Path(f) for f in ([folder] if isinstance(folder, str | Path) else folder)]
         cards = [read_card(path) for path in self.folders]
         self.card = cards[0]
         self.shapes = array_shapes(self.card)
         for path, card in zip(self.folders, cards, strict=True):
-            self._check_card(path, card, fingerprint)
+            self._check_card(path, card, {"latents": fingerprint, "text features": text_fingerprint})
         self.shape = self.shapes["latents"]
         found = [open_shards(path, card) for path, card in zip(self.folders, cards, strict=True)]
         self.chunks = [chunk for chunks in found for chunk in chunks]
@@ -133,13 +140,17 @@ class LatentDataset:
         self._warned = False
         self._report_shards(cards)
 
-    def _check_card(self, path: Path, card: dict[str, Any], fingerprint: str | None) -> None:
-        if fingerprint is not None and card["fingerprint"] != fingerprint:
-            raise ValueError(
-                f"{path}: latents were made by encoder {card['fingerprint'][:12]}, this run uses "
-                f"{fingerprint[:12]}; encode the data again (delete the folder) or name the matching encoder"
-            )
-        if card["fingerprint"] != self.card["fingerprint"] or array_shapes(card) != self.shapes:
+    def _check_card(self, path: Path, card: dict[str, Any], wanted: dict[str, str | None]) -> None:
+        features = card.get("features", {})  # what made them, where ``data encode`` did
+        made_by = {"latents": card["fingerprint"], "text features": features.get("text")}
+        for name, made in made_by.items():
+            if made and wanted[name] and made != wanted[name]:
+                raise ValueError(
+                    f"{path}: {name} were made by encoder {made[:12]}, this run uses {wanted[name][:12]}; "
+                    "encode the data again (delete the folder) or name the matching encoder"
+                )
+        alike = (card["fingerprint"], array_shapes(card), features)
+        if alike != (self.card["fingerprint"], self.shapes, self.card.get("features", {})):
             raise ValueError(
                 f"{path}: another encoder, or other columns or shapes, than {self.folders[0]}; encode both alike"
             )

@@ -69,7 +69,8 @@ def test_local_links_lead_somewhere(name):
 def commands(name: str) -> list[list[str]]:
     """The words of every `nitro-e` command of a card, whichever way it is started."""
     blocks = re.findall(r"```bash\n(.*?)```", load(name).text, flags=re.DOTALL)
-    lines = re.findall(r"^(?:nitro-e|torchrun .* -m nitro_e_lite\.cli) (.+)$", "".join(blocks), flags=re.MULTILINE)
+    text = "".join(blocks).replace("\\\n", " ")  # a command may go on in the next line
+    lines = re.findall(r"^(?:nitro-e|torchrun .* -m nitro_e_lite\.cli) (.+)$", text, flags=re.MULTILINE)
     return [shlex.split(line) for line in lines]
 
 
@@ -92,7 +93,11 @@ def test_every_kind_that_can_be_encoded_has_its_command_and_gate_in_its_card(nam
 
 
 def test_full_presets_read_the_folders_that_the_cards_write():
-    written = {words[4] for name in NAMES for words in commands(name) if words[:2] == ["data", "encode"]}
+    encode = [words for name in NAMES for words in commands(name) if words[:2] == ["data", "encode"]]
+    written = {words[4] for words in encode}
+    repa = preset("base", "full").repa
+    assert repa.weight > 0  # so every folder that stage 1 may read needs vision features
+    assert all("--text" in words and words[words.index("--vision") + 1] == repa.vision for words in encode)
     for stage in ("base", "finetune"):
         data = preset(stage, "full").data
         assert {*data.folders, *data.validation_folders} <= written

@@ -1,6 +1,8 @@
 """Raw pictures to shards: what is stored, what is reported, and that a kill or another number of processes changes
 nothing."""
 
+import copy
+import dataclasses
 import io
 import json
 import shutil
@@ -317,6 +319,21 @@ def test_kinds_and_their_options(raw):
         open_source("imagenet", raw)
     with pytest.raises(ValueError, match="only 'sa1b'"):
         open_source("folder", raw, captions=raw)
+
+
+def test_stored_features_of_another_model_are_refused(raw, models, vision, tmp_path):
+    """A run once took text features of one language model and gave dropped captions and samples to another."""
+    encode(raw, models, tmp_path / "a", text=True, vision=vision)
+    LatentDataset(tmp_path / "a", models.image_fingerprint, models.fingerprint)
+    other_text, other_eyes = copy.deepcopy(models.text_encoder), copy.deepcopy(vision.model)
+    for model in (other_text, other_eyes):
+        next(model.parameters()).data += 1
+    other = dataclasses.replace(models, text_encoder=other_text)
+    with pytest.raises(ValueError, match="text features were made by encoder"):
+        LatentDataset(tmp_path / "a", other.image_fingerprint, other.fingerprint)
+    encode(raw, models, tmp_path / "b", text=True, vision=VisionEncoder(other_eyes))
+    with pytest.raises(ValueError, match="another encoder, or other columns"):
+        LatentDataset([tmp_path / "a", tmp_path / "b"], models.image_fingerprint, models.fingerprint)
 
 
 def test_fingerprint_is_that_of_the_encoder(models, whole):
