@@ -6,6 +6,7 @@ a killed run can carry on. The rule for the metrics file: one JSON object a line
 written, so that a reader (or a resumed run) never needs more than the last whole line.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.metadata
@@ -242,9 +243,14 @@ class MetricsWriter:
         Raises:
             ValueError: for a value that is NaN or infinite.
             TypeError: for a value JSON has no form for.
+            OSError: it could not be written, for example because the disk is full.
         """
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        text = json.dumps(row, allow_nan=False) + "\n"
+        try:
+            self._file.write(text)
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"{self.path}: could not be written ({error}); what was written before is intact") from error
 
     def truncate_after(self, step: int) -> None:
         """Drops the rows whose `step` lies after `step`: call it when a run resumes from that step."""
@@ -260,7 +266,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # every row was flushed; one that could not be was reported
+            self._file.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self

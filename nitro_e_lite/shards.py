@@ -110,7 +110,7 @@ class LatentDataset:
     Args:
         folder: what ``write_latents`` or ``nitro-e data encode`` made; several are joined in the order given.
         fingerprint: of the encoder in use; None skips the check (for inspection only).
-        text_fingerprint: of the language model in use with its autoencoder, for stored text features; None: as above.
+        text: fingerprint of language model and autoencoder in use, for stored text features; None: as above.
 
     Raises:
         FileNotFoundError: when a folder holds no data set.
@@ -118,18 +118,13 @@ class LatentDataset:
             no row is left.
     """
 
-    def __init__(
-        self,
-        folder: str | Path | Sequence[str | Path],
-        fingerprint: str | None,
-        text_fingerprint: str | None = None,
-    ):
+    def __init__(self, folder: str | Path | Sequence[str | Path], fingerprint: str | None, text: str | None = None):
         self.folders = [Path(f) for f in ([folder] if isinstance(folder, str | Path) else folder)]
         cards = [read_card(path) for path in self.folders]
         self.card = cards[0]
         self.shapes = array_shapes(self.card)
         for path, card in zip(self.folders, cards, strict=True):
-            self._check_card(path, card, {"latents": fingerprint, "text features": text_fingerprint})
+            self._check_card(path, card, {"latents": fingerprint, "text features": text})
         self.shape = self.shapes["latents"]
         found = [open_shards(path, card) for path, card in zip(self.folders, cards, strict=True)]
         self.chunks = [chunk for chunks in found for chunk in chunks]

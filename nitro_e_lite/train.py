@@ -30,7 +30,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from nitro_e_lite import flow, optimizers
+from nitro_e_lite import flow, optimizers, training_state
 from nitro_e_lite.batches import Batches, Share, check_folders, first_captions
 from nitro_e_lite.common import environment_report, tune_cpu
 from nitro_e_lite.config import TrainConfig, to_dict
@@ -40,15 +40,6 @@ from nitro_e_lite.loading import load_transformer
 from nitro_e_lite.pipeline import NitroEPipeline
 from nitro_e_lite.progress import Progress, check_together, model_flops, start_accelerator
 from nitro_e_lite.repa import load_vision, repa_loss
-from nitro_e_lite.training_state import (
-    RunStopped,
-    StopRequest,
-    load_latest,
-    optimizer_tensors,
-    restore_optimizer,
-    save_checkpoint,
-    sole_writer,
-)
 from nitro_e_lite.viz import image_grid
 
 LOSS_BINS = 5  # validation loss is reported in this many equal ranges of t
@@ -277,26 +268,26 @@ class Trainer:
         names = {p: name for name, p in self.masters.items()}
         optimizer: dict[str, Tensor] = {}
         for one in self.optimizers.values():
-            optimizer |= optimizer_tensors(one, names)
+            optimizer |= training_state.optimizer_tensors(one, names)
         state = {"config": to_dict(self.config), "skipped": self.skipped, "seconds": self.progress.seconds}
-        state["rows"] = self.batches.counts
+        state |= {"rows": self.batches.counts, "encoders": self.encoders.fingerprint}
         tensors = {
             "weights": self.masters,
             "ema": self.ema,
             "optimizer": optimizer,
             "white": optimizers.white_roots(self.raw_model),
         }
-        return save_checkpoint(self.checkpoints, self.step, tensors, state, self.config.keep_checkpoints)
+        return training_state.save_checkpoint(self.checkpoints, self.step, tensors, state, self.config.keep_checkpoints)
 
     def _restore(self) -> None:
-        found = load_latest(self.checkpoints)
+        found = training_state.load_latest(self.checkpoints)
         if found is None:
             return
         tensors, state = found
-        for field in ("model", "seed", "batch_size"):
-            before, now = state["config"][field], json.loads(json.dumps(to_dict(self.config)))[field]
-            if before != now:
-                raise ValueError(f"{field}={now}: the run in {self.run_dir} was started with {before}")
+        say = self.accelerator.is_main_process
+        training_state.compare_settings(state["config"], to_dict(self.config), state["step"], say)
+        if state.get("encoders", self.encoders.fingerprint) != self.encoders.fingerprint:
+            raise ValueError(f"data.encoders={self.config.data.encoders}: the run was started with other encoders")
         self.batches.compare(state.get("rows"))
         if tensors["weights"].keys() != self.masters.keys():
             raise ValueError(
@@ -309,7 +300,7 @@ class Trainer:
                 self.ema[name].copy_(tensors["ema"][name])
         self.weights.publish()
         for optimizer in self.optimizers.values():
-            restore_optimizer(optimizer, tensors["optimizer"], self.masters)
+            training_state.restore_optimizer(optimizer, tensors["optimizer"], self.masters)
         self.step, self.skipped, self.progress.seconds = state["step"], state["skipped"], state["seconds"]
 
     def finish(self) -> Path:
@@ -319,7 +310,8 @@ class Trainer:
         plain = optimizers.plain_weights(self.raw_model, self.ema)
         ema = {name: value for name, value in plain.items() if not name.startswith(PROJECTOR)}
         model.load_state_dict({**model.state_dict(), **ema})
-        model.save_pretrained(final)
+        with training_state.whole_folder(final, "the checkpoints are intact") as partial:
+            model.save_pretrained(partial)
         return final
 
     def fit(self) -> Path:
@@ -333,7 +325,7 @@ class Trainer:
         """
         main = self.accelerator.is_main_process
         try:
-            with sole_writer(self.run_dir, main), StopRequest() as request:
+            with training_state.sole_writer(self.run_dir, main), training_state.StopRequest() as request:
                 if main:
                     self._describe()
                 self.progress.start(self.step)
@@ -348,7 +340,7 @@ class Trainer:
                             self.save()
                         self.accelerator.wait_for_everyone()
                     if stop and self.step < self.config.steps:
-                        raise RunStopped(self._farewell(request.name))
+                        raise training_state.RunStopped(self._farewell(request.name))
         finally:
             self.progress.close()
         if main:

@@ -64,27 +64,74 @@ def save_checkpoint(
         OSError: it could not be written, for example because the disk is full; what was there before still is.
     """
     final = folder / f"step-{step:08d}"
-    partial = folder / f".partial-{step:08d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    before = list_checkpoints(folder)[-1:]
+    with whole_folder(final, f"{before[0].name} is intact" if before else "there is none before it") as partial:
         _write(partial, step, tensors, state)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        last = list_checkpoints(folder)[-1:]
-        left = f"{last[0].name} is intact" if last else "there is none before it"
-        raise OSError(
-            f"{final}: the checkpoint could not be written ({error}); {left}; make room ("
-            f"{shutil.disk_usage(folder.parent).free / 1e9:.1f} GB are free) and resume"
-        ) from error
-    if final.exists():  # a resumed run came back to the same step
-        shutil.rmtree(final)
-    os.replace(partial, final)
     _fsync(folder)
     there = list_checkpoints(folder)
     now = there.index(final)
     for old in there[: max(0, now + 1 - keep)] + there[now + 1 :]:  # later ones were damaged: the run went back
         shutil.rmtree(old)
     return final
+
+
+@contextmanager
+def whole_folder(final: Path, otherwise: str) -> Iterator[Path]:
+    """A folder to write that becomes ``final`` at the end, in place of one that is there, or is gone.
+
+    Args:
+        final: the folder.
+        otherwise: for the message, what is left when it cannot be written.
+
+    Raises:
+        OSError: it could not be written, for example because the disk is full.
+    """
+    partial = final.with_name(f".partial-{final.name}")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(final.parent).free / 1e9
+        raise OSError(
+            f"{final}: could not be written ({error}); {otherwise}; make room ({free:.1f} GB are free) and resume"
+        ) from error
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+
+
+FIXED = ("stage", "model", "seed", "batch_size")  # of a run: other values are another run
+NOT_LEARNED = (  # what is changed freely, because the model learns the same
+    "start_from steps accumulate log_every validate_every sample_every checkpoint_every keep_checkpoints max_skipped "
+    "guidance shift gradient_checkpointing compile tracker peak_tflops"
+).split()
+
+
+def compare_settings(before: dict[str, Any], now: dict[str, Any], step: int, say: bool = True) -> None:
+    """Holds the settings of a run that goes on against those it was started with; ``say``: warns of changed ones.
+
+    Raises:
+        ValueError: a setting that makes it another run, or fewer steps than were trained.
+    """
+    now = json.loads(json.dumps(now))
+    for name in FIXED:
+        if before.get(name, now[name]) != now[name]:
+            raise ValueError(f"{name}={now[name]}: the run was started with {before[name]}; name another folder")
+    if now["steps"] < step:
+        raise ValueError(f"steps={now['steps']}: the run has been trained to step {step}")
+    changed = [text for name in now.keys() - NOT_LEARNED for text in _changes(name, before.get(name), now[name])]
+    if changed and say:
+        warnings.warn(f"from step {step} on other settings hold: {', '.join(sorted(changed))}", stacklevel=3)
+
+
+def _changes(name: str, before: Any, now: Any) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for field in before.keys() & now.keys():  # a field of one version only was not changed by anyone
+            yield from _changes(f"{name}.{field}", before[field], now[field])
+    elif before is not None and before != now:
+        yield f"{name} {json.dumps(before)} -> {json.dumps(now)}"
 
 
 def _write(partial: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -131,6 +132,18 @@ def test_metrics_survive_a_kill_and_a_resume(tmp_path):
 def test_metrics_refuse_nan(tmp_path):
     with common.MetricsWriter(tmp_path / "m.jsonl") as metrics, pytest.raises(ValueError):
         metrics.write(step=0, loss=float("nan"))
+
+
+def test_metrics_on_a_full_disk_name_their_file(tmp_path):
+    metrics = common.MetricsWriter(tmp_path / "m.jsonl")
+    metrics.write(step=1)
+    metrics._file.close()
+    full = OSError(28, "No space left on device")
+    metrics._file = mock.Mock(flush=mock.Mock(side_effect=full), close=mock.Mock(side_effect=full))
+    with pytest.raises(OSError, match="m.jsonl: could not be written .*No space left"):
+        metrics.write(step=2)
+    metrics.close()  # has nothing more to say
+    assert [row["step"] for row in common.read_jsonl(tmp_path / "m.jsonl")] == [1]
 
 
 def test_tune_cpu_flushes_denormals():

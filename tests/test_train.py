@@ -304,6 +304,21 @@ def test_resuming_on_other_data_is_said(uninterrupted, tmp_path):
         Trainer(fewer, tmp_path, resume=True, device="cpu")
 
 
+def test_resuming_with_other_settings_or_encoders_is_said_or_refused(tmp_path, monkeypatch):
+    trainer = Trainer(SMOKE, tmp_path, device="cpu")
+    trainer.train_step()
+    trainer.save()
+    other = override(SMOKE, ["optimizer.lr=1e-5", "data.seed=4", "log_every=7"])
+    said = r"from step 1 on other settings hold: data.seed 0 -> 4, optimizer.lr 0.002 -> 1e-05$"
+    with pytest.warns(UserWarning, match=said):
+        Trainer(other, tmp_path, resume=True, device="cpu")
+    state = tmp_path / "checkpoints" / "step-00000001" / "state.json"
+    text = state.read_text(encoding="utf-8")
+    state.write_text(text.replace(trainer.encoders.fingerprint, "0" * 64), encoding="utf-8")
+    with pytest.raises(ValueError, match="data.encoders=.*: the run was started with other encoders"):
+        Trainer(SMOKE, tmp_path, resume=True, device="cpu")
+
+
 def test_processes_that_did_not_find_each_other_are_refused(uninterrupted, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="WORLD_SIZE=2, but accelerate sees 1"):
@@ -479,6 +494,11 @@ def test_wrong_starts_are_refused(uninterrupted, tmp_path):
         Trainer(preset("base", "full"), tmp_path, device="cpu")
     with pytest.raises(ValueError, match="batch_size=4"):
         Trainer(override(SMOKE, ["batch_size=4"]), uninterrupted, resume=True, device="cpu")
+    with pytest.raises(ValueError, match="steps=3: the run has been trained to step 10"):
+        Trainer(override(SMOKE, ["steps=3"]), uninterrupted, resume=True, device="cpu")
+    tuned = override(preset("finetune", "smoke"), [f"start_from={uninterrupted}"])
+    with pytest.raises(ValueError, match="stage=finetune: the run was started with base"):
+        Trainer(tuned, uninterrupted, resume=True, device="cpu")
     with pytest.raises(ValueError, match="model.in_channels=3"):
         Trainer(override(SMOKE, ["model.in_channels=3"]), tmp_path, device="cpu")
 

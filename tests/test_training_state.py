@@ -10,6 +10,7 @@ from nitro_e_lite.training_state import (
     optimizer_tensors,
     restore_optimizer,
     save_checkpoint,
+    whole_folder,
 )
 
 
@@ -38,6 +39,19 @@ def test_damage_is_found_and_the_previous_one_used(tmp_path, file):
     with pytest.warns(UserWarning, match="checkpoint skipped"):
         _, state = load_latest(tmp_path)
     assert state["step"] == 1
+
+
+def test_a_folder_is_whole_or_as_it_was(tmp_path):
+    final = tmp_path / "run" / "final"
+    with whole_folder(final, "nothing") as partial:
+        partial.mkdir()
+        (partial / "a").write_text("one")
+    said = "final: could not be written .*No space left.*; the checkpoints are intact; make room"
+    with pytest.raises(OSError, match=said), whole_folder(final, "the checkpoints are intact") as partial:
+        partial.mkdir()
+        (partial / "a").write_text("two")
+        raise OSError(28, "No space left on device")
+    assert (final / "a").read_text() == "one" and [path.name for path in final.parent.iterdir()] == ["final"]
 
 
 def test_a_flipped_bit_is_found(tmp_path):
