@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nitro_e_lite import lessons, notebooks
+from nitro_e_lite import config, lessons, notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks"
@@ -261,6 +261,15 @@ def test_both_parameter_files_of_a_stage_are_the_same_run_at_smoke_size(name):
     assert {key: value for key, value in lite.items() if parameters(name)[key] != value} == {
         key: value for key, value in full.items() if parameters(name)[key] != value
     }
+
+
+def test_stage_2_at_full_scale_goes_on_from_stage_1():
+    stage_1, stage_2 = (
+        yaml.safe_load((FOLDER / "params" / f"{name}.full.yaml").read_text(encoding="utf-8")) for name in STAGES[:2]
+    )
+    assert stage_2["base"] == f"{stage_1['run_dir']}/training"
+    assert stage_1["vision"] == config.preset("base", "full").repa.vision
+    assert stage_1["encoders"] == stage_2["encoders"] == config.preset("finetune", "full").data.encoders
 
 
 @pytest.mark.slow

@@ -1,11 +1,12 @@
 """The training loop at smoke scale: it learns, repeats bit for bit, and survives kills, with one process and two."""
 
-import importlib.util
+import dataclasses
 import json
 import os
 import random
 import shutil
 import signal
+import sys
 import time
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from ranks import ranks  # noqa: F401
 from safetensors.torch import load_file
 
-from nitro_e_lite import training_data
+from nitro_e_lite import config, training_data
 from nitro_e_lite.batches import Batches
 from nitro_e_lite.benchmark import count_flops
 from nitro_e_lite.common import check_manifest, read_jsonl, sha256_file, weights_dir
@@ -69,7 +70,10 @@ def uninterrupted(tmp_path_factory, cache):
 def test_a_run_leaves_what_it_promises(uninterrupted):
     rows = list(read_jsonl(uninterrupted / "metrics.jsonl"))
     assert [r["step"] for r in rows if "loss" in r] == list(range(1, SMOKE.steps + 1))
-    assert [r["step"] for r in rows if "validation_loss" in r] == [5, 10]
+    checks = [r for r in rows if "validation_loss" in r]
+    assert [r["step"] for r in checks] == [5, 10]
+    ranges = [k for k in range(5) if f"validation_loss_{k / 5:.1f}_{(k + 1) / 5:.1f}" in checks[0]]
+    assert len(ranges) >= 3  # eight scenes need not reach all five
     assert (uninterrupted / "samples" / "step-00000010.png").is_file()
     about = json.loads((uninterrupted / "config.json").read_text())
     assert about["config"]["preset"] == "smoke" and about["environment"]["packages"]["torch"]
@@ -100,6 +104,28 @@ def test_a_run_can_be_shipped(uninterrupted, tmp_path):
 def test_the_same_run_twice_is_the_same(uninterrupted, tmp_path):
     train(SMOKE, tmp_path / "again", device="cpu")
     assert_same(final_weights(tmp_path / "again"), final_weights(uninterrupted))
+
+
+def test_every_field_of_a_recipe_is_read_while_it_trains(uninterrupted, tmp_path, monkeypatch):
+    """A hyper-parameter that nothing reads is a lie. Its own class and copies of it do not count as readers."""
+    read = {}
+
+    def spy(cls):
+        def get(self, name):
+            if sys._getframe(1).f_globals["__name__"] not in ("dataclasses", "nitro_e_lite.config"):
+                read.setdefault(cls.__name__, set()).add(name)
+            return object.__getattribute__(self, name)
+
+        return get
+
+    for cls in (config.TrainConfig, config.DataConfig, config.OptimizerConfig, config.RepaConfig):
+        monkeypatch.setattr(cls, "__getattribute__", spy(cls))
+    changes = [f"start_from={uninterrupted}", "steps=2", "sample_every=2", "repa.weight=0.5"]
+    train(override(preset("finetune", "smoke"), changes), tmp_path / "run", device="cpu")
+    described = {"TrainConfig": {"preset", "max_skipped"}}  # where the recipe began; read when a step is skipped
+    for cls in (config.TrainConfig, config.DataConfig, config.OptimizerConfig, config.RepaConfig):
+        fields = {field.name for field in dataclasses.fields(cls)} - described.get(cls.__name__, set())
+        assert fields <= read[cls.__name__], fields - read[cls.__name__]
 
 
 def test_a_run_stopped_and_resumed_equals_one_in_one_go(uninterrupted, tmp_path):
@@ -171,14 +197,30 @@ def two(ranks, tmp_path_factory):  # noqa: F811
 
 def test_two_processes_equal_one(two, uninterrupted):
     """Same batch, same noise; only the order of summation differs, and ten steps let rounding grow."""
-    one, other = final_weights(uninterrupted), final_weights(two)
-    differences = {name: (one[name] - other[name]).norm() / one[name].norm().clamp(min=1e-3) for name in one}
-    largest = max(differences, key=differences.get)
-    print(f"largest difference: {differences[largest]:.1e} in {largest}")
-    assert differences[largest] < TWO_PROCESSES, largest
+    largest, name = difference(final_weights(uninterrupted), final_weights(two))
+    print(f"largest difference: {largest:.1e} in {name}")
+    assert largest < TWO_PROCESSES, name
     losses = [[r["loss"] for r in read_jsonl(run / "metrics.jsonl") if "loss" in r] for run in (uninterrupted, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)  # the reported loss is the mean over the processes
     assert json.loads((two / "config.json").read_text())["processes"] == 2
+
+
+def difference(one, other):
+    """The largest relative difference of a weight tensor, and its name."""
+    found = {name: ((one[name] - other[name]).norm() / one[name].norm().clamp(min=1e-3)).item() for name in one}
+    largest = max(found, key=found.get)
+    return found[largest], largest
+
+
+def test_a_run_of_two_processes_goes_on_with_one(ranks, uninterrupted, tmp_path):  # noqa: F811
+    ranks.start(2, *words(tmp_path))
+    ranks.until(lambda: newest_step(tmp_path) >= 3)
+    ranks.kill()
+    assert newest_step(tmp_path) < SMOKE.steps
+    ranks.run(1, *words(tmp_path))
+    assert difference(final_weights(uninterrupted), final_weights(tmp_path)) < (TWO_PROCESSES,)
+    rows = [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl") if "loss" in row]
+    assert rows == list(range(1, SMOKE.steps + 1))
 
 
 def test_two_processes_killed_while_writing_and_a_damaged_checkpoint(ranks, two, tmp_path):  # noqa: F811
@@ -448,12 +490,11 @@ def test_speed_and_utilisation(tmp_path):
 
 
 def test_trackers(tmp_path):
-    there = importlib.util.find_spec("tensorboard") is not None
-    assert tracker_name("none") is None and tracker_name("auto") == ("tensorboard" if there else None)
+    assert tracker_name("none") is None and tracker_name("auto") == "tensorboard"
     with pytest.raises(ValueError, match="tracker='swanlab': not installed"):
         tracker_name("swanlab")
     train(override(SMOKE, ["steps=1", "tracker=auto", "sample_every=9"]), tmp_path, device="cpu")
-    assert bool([*tmp_path.rglob("events.out.tfevents*")]) == there
+    assert [*tmp_path.rglob("events.out.tfevents*")]
 
 
 def test_fine_tuning_goes_on_from_the_base(uninterrupted, tmp_path):
