@@ -192,6 +192,7 @@ def plan_command(
     devices: Annotated[int, typer.Option(help="How many of them.")] = 8,
     mfu: Annotated[float | None, typer.Option(help="Utilisation; that of the published run when not given.")] = None,
     peak_tflops: Annotated[float | None, typer.Option(help="Of one device, instead of the data sheet's.")] = None,
+    pictures: Annotated[int | None, typer.Option(help="In the data set; those of its folders when not given.")] = None,
     overrides: Overrides = None,
     json: Json = False,
 ) -> None:
@@ -203,7 +204,7 @@ def plan_command(
         from nitro_e_lite.hardware import HARDWARE
 
         chosen = config.override(config.preset(stage, preset), overrides or [])
-        found = planner.plan(chosen, hardware, devices, mfu, peak_tflops)
+        found = planner.plan(chosen, hardware, devices, mfu, peak_tflops, pictures)
         result |= {"stage": stage, "preset": preset, "hardware": hardware, "devices": devices}
         result |= dataclasses.asdict(found) | {"published_mfu": planner.published_mfu()}
         if json:

@@ -21,6 +21,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from transformers import AutoConfig, AutoModel, Dinov2Config, Dinov2Model, Llama
 
 from nitro_e_lite.benchmark import build_on_meta, median_seconds
 from nitro_e_lite.common import weights_dir
-from nitro_e_lite.config import TrainConfig, preset, to_dict
+from nitro_e_lite.config import DataConfig, TrainConfig, preset, to_dict
 from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.encoder_set import FULL_TEXT_LENGTH, LITE_TEXT_LENGTH
 from nitro_e_lite.fused import plain_operations
@@ -40,10 +41,11 @@ from nitro_e_lite.hardware import HARDWARE
 from nitro_e_lite.optimizers import hidden_matrices
 from nitro_e_lite.progress import model_flops
 from nitro_e_lite.repa import GRID
+from nitro_e_lite.shards import sidecars
 
 PUBLISHED_DAYS, PUBLISHED_DEVICES, PUBLISHED_HARDWARE = 1.5, 8, "mi300x"
 STORED = {"all stored": ("latents", "text", "vision"), "latents stored": ("latents",), "nothing stored": ()}
-PICTURES = {"data/sa1b": 11_100_000, "data/journeydb": 4_400_000, "data/fluxdb": 9_500_000}  # in the paper's folders
+PICTURES = {"sa1b": 11_100_000, "journeydb": 4_400_000, "fluxdb": 9_500_000}  # in the paper's folders
 LLAMA_1B = dict(
     vocab_size=128_256,
     hidden_size=2048,
@@ -111,6 +113,25 @@ class Plan:
         return sum(self.memory.values())
 
 
+def count_pictures(data: DataConfig) -> int:
+    """Pictures that a run reads: rows of the folders that are here, the paper's number for those named as there.
+
+    Raises:
+        ValueError: a folder that is neither here nor one of the paper's.
+    """
+    if not data.folders:
+        return data.scenes
+    count = 0
+    for folder in map(Path, data.folders):
+        there = [state["rows"] for state in sidecars(folder).values() if state]
+        if not there and folder.name not in PICTURES:
+            raise ValueError(
+                f"data.folders: {folder} is not here; say how many pictures it all will be, with --pictures"
+            )
+        count += sum(there) or PICTURES[folder.name]
+    return count
+
+
 def plan(
     config: TrainConfig,
     hardware: str = PUBLISHED_HARDWARE,
@@ -127,10 +148,10 @@ def plan(
         devices: how many of them, one process each.
         mfu: utilisation in (0, 1]; that of the published run when None.
         peak_tflops: of one device; the data sheet's when None, measured here for "cpu".
-        pictures: in the data set, for the disk; the paper's or the preset's number when None.
+        pictures: in the data set, for the disk; when None those of the folders, see ``count_pictures``.
 
     Raises:
-        ValueError: unknown hardware, or a number outside of its range.
+        ValueError: unknown hardware, a number outside of its range, or a folder of which nothing is known.
     """
     _check(config, hardware, devices, mfu)
     model = _model_arguments(config)
@@ -142,7 +163,7 @@ def plan(
     speed = {way: devices * peak * mfu / cost for way, cost in flops.items()}
     activation = activation_bytes(model, _text_length(config), config.precision, on_cpu=hardware == "cpu")
     per_device = config.batch_size // (devices * config.accumulate)
-    count = pictures or sum(PICTURES.get(folder, 0) for folder in config.data.folders) or config.data.scenes
+    count = count_pictures(config.data) if pictures is None else pictures
     return Plan(
         parameters=sum(p.numel() for p in build_on_meta(model).parameters()),
         forward_flops=forward,

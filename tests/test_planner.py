@@ -11,7 +11,8 @@ from nitro_e_lite.cli import app
 from nitro_e_lite.config import override, preset, to_dict
 from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.fused import plain_operations
-from nitro_e_lite.planner import STORED, activation_bytes, frozen_encoders, plan, published_mfu
+from nitro_e_lite.planner import STORED, activation_bytes, count_pictures, frozen_encoders, plan, published_mfu
+from nitro_e_lite.shards import LatentBatch, write_latents
 
 FULL = preset("base", "full")
 
@@ -104,3 +105,20 @@ def test_command():
     assert found["mfu"] == 0.3 and found["peak"] == 989.4e12 and found["hours"]["all stored"] > 0
     shown = CliRunner().invoke(app, arguments).stdout
     assert "samples/s" in shown and "NVIDIA H100 data sheet" in shown
+
+
+def test_pictures_are_those_of_the_folders(tmp_path):
+    """Any other folder than the paper's once counted as the 40,000 scenes of the lite preset."""
+    full = preset("base", "full")
+    assert count_pictures(full.data) == 25_000_000
+    assert count_pictures(preset("base", "lite").data) == 40_000
+    elsewhere = override(full, ["data.folders=[/mnt/sa1b, /mnt/fluxdb]"])
+    assert count_pictures(elsewhere.data) == 20_600_000
+    rows = LatentBatch(torch.zeros(3, 4, 16, 16), [["a"], ["b"], ["c"]])
+    write_latents(tmp_path / "mine", [rows], "fingerprint")
+    mine = override(full, [f"data.folders=[/mnt/sa1b, {tmp_path / 'mine'}]"])
+    assert count_pictures(mine.data) == 11_100_003
+    with pytest.raises(ValueError, match="yours is not here; say how many"):
+        count_pictures(override(full, ["data.folders=[/mnt/yours]"]).data)
+    disk = {n: plan(full, "mi300x", 8, pictures=n).disk["latents"] for n in (1000, 2000)}
+    assert disk[2000] == 2 * disk[1000]
