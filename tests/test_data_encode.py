@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from nitro_e_lite import encoders as encoder_functions
 from nitro_e_lite.cli import app
+from nitro_e_lite.cli_data import local_device
 from nitro_e_lite.data_check import check
 from nitro_e_lite.encode_data import Encoding, drawn_source, open_source
 from nitro_e_lite.encoder_set import Encoders
@@ -306,6 +307,69 @@ def test_sa1b_from_tar_files_to_checked_rows(models, tmp_path):
         f"photo sa_{k}" for k in (0, 1, 3, 10, 11, 12, 13)
     ]
     assert check(tmp_path / "out")["parts"] == {"all": 2, "encoded": 2}
+
+
+def test_prompts_are_shared_and_taken_up_again(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("nitro_e_lite.sources.LINES", 2)
+    build_tiny_flux().save_pretrained(tmp_path / "flux")
+    (tmp_path / "prompts.txt").write_text("".join(f"a star, number {k}\n" for k in range(7)))
+    small = {"height": 32, "width": 32, "num_inference_steps": 1, "max_sequence_length": 16}
+
+    def draw(out, **options):
+        source = drawn_source(tmp_path / "prompts.txt", tmp_path / "flux", settings=small)
+        return Encoding(source, models, tmp_path / out, size=SIZE, **options).run()["rows"]
+
+    assert draw("one") == 7 and len(files(tmp_path / "one")) == 8  # four parts, each a shard and what it says
+    assert (draw("two", rank=1, world=2), draw("two", rank=0, world=2)) == (3, 4)
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    for path in (tmp_path / "two" / "shards").glob("prompts-000000002-*"):
+        path.unlink()  # as if killed before this part was done
+    assert draw("two") == 2 and files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def picture(mode, seed):
+    pixels = np.random.default_rng(seed).integers(0, 255, (80, 70, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+PICTURES = {mode: picture(mode, seed) for seed, mode in enumerate(("RGB", "L", "CMYK"))} | {
+    "cut": picture("RGB", 3)[:90]
+}
+
+
+@pytest.mark.parametrize("kind", ["sa1b", "journeydb"])
+def test_odd_and_broken_pictures_in_the_published_layouts(kind, models, tmp_path):
+    if kind == "sa1b":
+        (tmp_path / "captions").mkdir()
+        with tarfile.open(tmp_path / "sa_000000.tar", "w") as tar:
+            for name, content in PICTURES.items():
+                member = tarfile.TarInfo(f"./sa_{name}.jpg")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+                (tmp_path / "captions" / f"sa_{name}.txt").write_text(f"ein Bild, № {name}", encoding="utf-8")
+    else:
+        (tmp_path / "imgs" / "000").mkdir(parents=True)
+        for name, content in PICTURES.items():
+            (tmp_path / "imgs" / "000" / f"{name}.jpg").write_bytes(content)
+        lines = [{"img_path": f"./000/{name}.jpg", "prompt": f"ein Bild, № {name}"} for name in PICTURES]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / "train_anno_realease_repath.jsonl").write_text(text, encoding="utf-8")
+    assert Encoding(open_source(kind, tmp_path), models, tmp_path / "out", size=SIZE).run()["rows"] == 3
+    data = LatentDataset(tmp_path / "out", models.image_fingerprint)
+    names = sorted(text.split()[-1] for (text,) in data.batch(range(3)).captions)
+    assert names == ["CMYK", "L", "RGB"]
+    (reason,) = check(tmp_path / "out")["skipped"]
+    assert reason.startswith("picture cannot be read")
+
+
+def test_each_process_of_torchrun_encodes_on_its_own_gpu(monkeypatch):
+    monkeypatch.setattr("nitro_e_lite.common.pick_device", lambda name: torch.device(name or "cuda"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "6")
+    assert local_device(None) == "cuda:2" and local_device("cuda:1") == "cuda:1" and local_device("cpu") == "cpu"
 
 
 def test_a_gated_generator_says_what_to_do(tmp_path):

@@ -263,13 +263,22 @@ def test_both_parameter_files_of_a_stage_are_the_same_run_at_smoke_size(name):
     }
 
 
-def test_stage_2_at_full_scale_goes_on_from_stage_1():
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_is_trained_by_as_many_processes_as_asked_for(name):
+    """Without accelerators all three once started one process, whatever `devices` said."""
+    launches = re.findall(r"launch\.launch\((.+)\)", "\n".join(source(cell) for cell in cells(name)))
+    trained = [call for call in launches if "processes" in call]
+    assert trained and all("processes=devices" in call for call in trained)
+
+
+@pytest.mark.parametrize("scale", ["lite", "full"])
+def test_stage_2_goes_on_from_stage_1(scale):
     stage_1, stage_2 = (
-        yaml.safe_load((FOLDER / "params" / f"{name}.full.yaml").read_text(encoding="utf-8")) for name in STAGES[:2]
+        yaml.safe_load((FOLDER / "params" / f"{name}.{scale}.yaml").read_text(encoding="utf-8")) for name in STAGES[:2]
     )
     assert stage_2["base"] == f"{stage_1['run_dir']}/training"
-    assert stage_1["vision"] == config.preset("base", "full").repa.vision
-    assert stage_1["encoders"] == stage_2["encoders"] == config.preset("finetune", "full").data.encoders
+    assert stage_1["vision"] == config.preset("base", scale).repa.vision
+    assert stage_1["encoders"] == stage_2["encoders"] == config.preset("finetune", scale).data.encoders
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import time
 
 import psutil
 import pytest
-import torch
 
 import nitro_e_lite
 from nitro_e_lite import notebooks, reproduce
@@ -18,8 +17,7 @@ from nitro_e_lite.training_state import load_latest
 def test_the_chain_leaves_weights_notebooks_and_metrics_and_knows_when_it_is_done(tmp_path, monkeypatch):
     monkeypatch.setenv("NITRO_E_CACHE", str(tmp_path / "cache"))
     run_dir = tmp_path / "chain"
-    devices = 1 if torch.accelerator.is_available() else 2
-    chain = reproduce.Chain("smoke", run_dir, seed=3, devices=devices, overrides=["steps=2"])
+    chain = reproduce.Chain("smoke", run_dir, seed=3, overrides=["steps=2"])
     assert all(seconds > 0 for _, seconds in chain.run())
 
     pipeline = nitro_e_lite.load_pipeline(run_dir / "weights", "cpu")
@@ -31,8 +29,6 @@ def test_the_chain_leaves_weights_notebooks_and_metrics_and_knows_when_it_is_don
     for stage, book in reproduce.STAGES.items():
         _, state = load_latest(run_dir / stage / "training" / "checkpoints")
         assert state["step"] == 2
-        about = json.loads((run_dir / stage / "training" / "config.json").read_text(encoding="utf-8"))
-        assert about["processes"] == devices
         cells = json.loads((run_dir / "notebooks" / f"{book}.ipynb").read_text(encoding="utf-8"))["cells"]
         assert all(cell["execution_count"] for cell in cells if cell["cell_type"] == "code")
         assert list((run_dir / stage / "figures").glob("*.png"))
