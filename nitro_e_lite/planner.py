@@ -125,9 +125,7 @@ def count_pictures(data: DataConfig) -> int:
     for folder in map(Path, data.folders):
         there = [state["rows"] for state in sidecars(folder).values() if state]
         if not there and folder.name not in PICTURES:
-            raise ValueError(
-                f"data.folders: {folder} is not here; say how many pictures it all will be, with --pictures"
-            )
+            raise ValueError(f"data.folders: {folder} is not here; say with --pictures how many there will be in all")
         count += sum(there) or PICTURES[folder.name]
     return count
 
@@ -164,6 +162,8 @@ def plan(
     activation = activation_bytes(model, _text_length(config), config.precision, on_cpu=hardware == "cpu")
     per_device = config.batch_size // (devices * config.accumulate)
     count = count_pictures(config.data) if pictures is None else pictures
+    if count < 1:
+        raise ValueError(f"pictures={count}: must be at least 1")
     return Plan(
         parameters=sum(p.numel() for p in build_on_meta(model).parameters()),
         forward_flops=forward,

@@ -118,7 +118,9 @@ def test_pictures_are_those_of_the_folders(tmp_path):
     write_latents(tmp_path / "mine", [rows], "fingerprint")
     mine = override(full, [f"data.folders=[/mnt/sa1b, {tmp_path / 'mine'}]"])
     assert count_pictures(mine.data) == 11_100_003
-    with pytest.raises(ValueError, match="yours is not here; say how many"):
+    with pytest.raises(ValueError, match="yours is not here; say with --pictures"):
         count_pictures(override(full, ["data.folders=[/mnt/yours]"]).data)
+    with pytest.raises(ValueError, match="pictures=0: must be at least 1"):
+        plan(full, pictures=0)
     disk = {n: plan(full, "mi300x", 8, pictures=n).disk["latents"] for n in (1000, 2000)}
     assert disk[2000] == 2 * disk[1000]
