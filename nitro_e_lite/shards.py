@@ -136,7 +136,9 @@ class LatentDataset:
         self._report_shards(cards)
 
     def _check_card(self, path: Path, card: dict[str, Any], wanted: dict[str, str | None]) -> None:
-        features = card.get("features", {})  # what made them, where ``data encode`` did
+        features, first = (  # what made them, where ``data encode`` did
+            {name: made for name, made in one.get("features", {}).items() if made} for one in (card, self.card)
+        )
         made_by = {"latents": card["fingerprint"], "text features": features.get("text")}
         for name, made in made_by.items():
             if made and wanted[name] and made != wanted[name]:
@@ -144,8 +146,8 @@ class LatentDataset:
                     f"{path}: {name} were made by encoder {made[:12]}, this run uses {wanted[name][:12]}; "
                     "encode the data again (delete the folder) or name the matching encoder"
                 )
-        alike = (card["fingerprint"], array_shapes(card), features)
-        if alike != (self.card["fingerprint"], self.shapes, self.card.get("features", {})):
+        mixed = any(first.get(name, made) != made for name, made in features.items())
+        if mixed or card["fingerprint"] != self.card["fingerprint"] or array_shapes(card) != self.shapes:
             raise ValueError(
                 f"{path}: another encoder, or other columns or shapes, than {self.folders[0]}; encode both alike"
             )

@@ -30,7 +30,7 @@ from nitro_e_lite.encode_data import Encoding, drawn_source, open_source
 from nitro_e_lite.encoder_set import Encoders
 from nitro_e_lite.encoders import EncoderUnavailable, LatentStats
 from nitro_e_lite.repa import VisionEncoder
-from nitro_e_lite.shards import LatentDataset, sidecars
+from nitro_e_lite.shards import LatentBatch, LatentDataset, sidecars, write_latents
 from nitro_e_lite.sources import Folder, square
 
 SIZE, COUNT = 64, 22
@@ -398,6 +398,10 @@ def test_stored_features_of_another_model_are_refused(raw, models, vision, tmp_p
     encode(raw, models, tmp_path / "b", text=True, vision=VisionEncoder(other_eyes))
     with pytest.raises(ValueError, match="another encoder, or other columns"):
         LatentDataset([tmp_path / "a", tmp_path / "b"], models.image_fingerprint, models.fingerprint)
+    encode(raw, models, tmp_path / "c")  # without features, beside a folder that says nothing of any
+    write_latents(tmp_path / "d", [LatentBatch(torch.zeros(1, 4, 16, 16), [["a"]])], models.image_fingerprint)
+    joined = LatentDataset([tmp_path / "c", tmp_path / "d"], models.image_fingerprint, models.fingerprint)
+    assert len(joined) == len(GOOD) + 1
 
 
 def test_fingerprint_is_that_of_the_encoder(models, whole):
