@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nitro_e_lite import fused
+from nitro_e_lite.products import Linear
 
 BACKENDS = ("auto", "sdpa", "math")
 EPS = 1e-6  # of the RMS norm of queries and keys
@@ -225,12 +226,12 @@ class JointAttention(nn.Module):
         dim = num_heads * head_dim
         self.heads, self.pattern, self.context_pre_only = (num_heads, head_dim), pattern, context_pre_only
         self.backend = "auto"
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.qkv_context = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.qkv_context = Linear(dim, 3 * dim)
         self.norm_q, self.norm_k = nn.RMSNorm(head_dim, eps=EPS), nn.RMSNorm(head_dim, eps=EPS)
         self.norm_q_context, self.norm_k_context = nn.RMSNorm(head_dim, eps=EPS), nn.RMSNorm(head_dim, eps=EPS)
-        self.out = nn.Linear(dim, dim)
-        self.out_context = None if context_pre_only else nn.Linear(dim, dim)
+        self.out = Linear(dim, dim)
+        self.out_context = None if context_pre_only else Linear(dim, dim)
 
     def joint_heads(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised queries, keys and values `(B * s, M, (N + L) / s, E)` of tokens `(B, N, D)` and `(B, L, D)`.

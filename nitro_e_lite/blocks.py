@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from nitro_e_lite import fused
 from nitro_e_lite.attention import JointAttention
+from nitro_e_lite.products import Linear
 
 MODULATIONS = ("adaln_affine", "adaln_single", "adaln")
 
@@ -80,8 +81,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.up = nn.Linear(dim, hidden)
-        self.down = nn.Linear(hidden, dim)
+        self.up = Linear(dim, hidden)
+        self.down = Linear(hidden, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`(B, N, D)` to `(B, N, D)`."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from nitro_e_lite.attention import BACKENDS, JointAttention
 from nitro_e_lite.blocks import MODULATIONS, JointBlock, TimeEmbedding
+from nitro_e_lite.products import Linear
 from nitro_e_lite.tokens import (
     TokenCompressor,
     TokenReconstructor,
@@ -102,8 +103,8 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         scale = max(sample_size // 16, 1)
         table = position_table(dim, pos_embed_max_size, sample_size // patch_size, scale)
         self.register_buffer("positions", table)
-        self.patch_embed = nn.Linear(in_channels * patch_size * patch_size, dim)
-        self.text_embed = nn.Linear(caption_channels, dim)
+        self.patch_embed = Linear(in_channels * patch_size * patch_size, dim)
+        self.text_embed = Linear(caption_channels, dim)
         self.time_embed = TimeEmbedding(dim, modulation)
 
         block = partial(JointBlock, num_attention_heads, attention_head_dim, mlp_ratio, modulation=modulation)
@@ -112,7 +113,7 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.reconstructor = TokenReconstructor(dim) if compression else None
         self.projector = None if repa_channels is None else _repa_projector(dim, repa_hidden, repa_channels)
         self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.proj_out = nn.Linear(dim, patch_size * patch_size * in_channels)
+        self.proj_out = Linear(dim, patch_size * patch_size * in_channels)
 
     def set_attention_backend(self, backend: str) -> None:
         """Choose how attention is computed: "auto", "sdpa" or "math", see `attention.scaled_attention`.
@@ -211,8 +212,8 @@ def _build_groups(block: Callable[..., JointBlock], block_groups, attention_patt
 
 
 def _repa_projector(dim: int, hidden: int, channels: int) -> nn.Sequential:
-    inner = nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU()
-    return nn.Sequential(*inner, nn.Linear(hidden, channels))
+    inner = Linear(dim, hidden), nn.SiLU(), Linear(hidden, hidden), nn.SiLU()
+    return nn.Sequential(*inner, Linear(hidden, channels))
 
 
 def _check_config(dim: int, block_groups, attention_pattern, modulation: str, compression: bool) -> None:

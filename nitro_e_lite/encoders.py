@@ -39,6 +39,8 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from nitro_e_lite.products import speed_up
+
 FULL_AUTOENCODER = "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers"
 FULL_TEXT_ENCODER = "meta-llama/Llama-3.2-1B"
 HUB_REVISIONS = {
@@ -162,6 +164,7 @@ def load_text_encoder(
     if tokenizer.eos_token is None:
         raise EncoderUnavailable(f"{source}: the tokenizer has no end token, which captions are padded with")
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
+    speed_up(model)
     return tokenizer, model.to(device).eval().requires_grad_(False)
 
 

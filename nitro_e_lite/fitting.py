@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nitro_e_lite.common import MetricsWriter, tune_cpu
+from nitro_e_lite.products import speed_up
 from nitro_e_lite.training_state import load_latest, optimizer_tensors, restore_optimizer, save_checkpoint
 
 
@@ -76,6 +77,7 @@ def fit(
         FloatingPointError: when the loss is not finite.
     """
     tune_cpu()
+    speed_up(module)
     run_dir.mkdir(parents=True, exist_ok=True)
     checkpoints = run_dir / "checkpoints"
     if checkpoints.exists() and not resume:

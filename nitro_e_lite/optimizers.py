@@ -29,6 +29,7 @@ from torch.nn.utils import parametrize
 
 from nitro_e_lite.config import OptimizerConfig
 from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.products import multiply
 
 
 class MasterWeights:
@@ -144,8 +145,8 @@ def orthogonalize(matrices: Tensor, coefficients=(3.4445, -4.7750, 2.0315), step
     if tall := x.shape[1] > x.shape[2]:
         x = x.mT
     for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = multiply(x, x.mT)
+        x = multiply(torch.add(b * gram, multiply(gram, gram), alpha=c), x).add_(x, alpha=a)
     return x.mT if tall else x
 
 

@@ -28,6 +28,7 @@ from transformers import Dinov2Model
 
 from nitro_e_lite.common import weights_dir
 from nitro_e_lite.encoders import EncoderUnavailable, images_to_tensor
+from nitro_e_lite.products import speed_up
 
 FULL_VISION = "facebook/dinov2-base"
 VISION_REVISIONS = {FULL_VISION: "f9e44c814b77203eaa57a6bdbbd535f21ede1415"}
@@ -110,6 +111,7 @@ def load_vision(
         model = Dinov2Model.from_pretrained(folder or source, dtype=dtype, use_safetensors=True, **place)
     except OSError as error:
         raise EncoderUnavailable(f"vision model {str(source)!r}: cannot be loaded ({error})") from error
+    speed_up(model)
     return VisionEncoder(model.to(device).eval().requires_grad_(False))
 
 

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
+from nitro_e_lite.products import Linear
+
 RATIOS = (2, 4)  # the two paths of the compressor: half and quarter resolution
 
 
@@ -122,7 +124,7 @@ def scatter_squares(tokens: Tensor, height: int, width: int, ratio: int) -> Tens
 
 def two_layers(in_features: int, dim: int) -> nn.Sequential:
     """Linear, GELU (tanh), Linear: the little network of every path here."""
-    return nn.Sequential(nn.Linear(in_features, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+    return nn.Sequential(Linear(in_features, dim), nn.GELU("tanh"), Linear(dim, dim))
 
 
 class TokenCompressor(nn.Module):

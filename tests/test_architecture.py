@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A module imports only from lines above its own.
 LAYERS = [
     "common config fused hardware uncertainty",
-    "training_state",
+    "products training_state",
     "attention encoders fitting flow geneval_files inputs order scenes segments shards sources terminal tokens viz",
     "autoencoder_training blocks data_check encoder_set grounding minimal_pairs repa verifier",
     "emmdit encode_data geneval language_model_training quality training_data vision_training",
