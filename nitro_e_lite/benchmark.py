@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nitro_e_lite import common
+from nitro_e_lite import common, products
 from nitro_e_lite.config import preset, to_dict
 from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.inputs import as_integer
@@ -180,8 +180,9 @@ def time_transformer(
 
     Returns:
         Medians `forward_seconds` and `forward_backward_seconds`, and `products_seconds`: the matrix products
-        of the forward pass's Linear layers alone, with weights that lie in the cache. No implementation in this number
-        type can make the forward faster than that, nor forward and backward faster than three times that.
+        of the forward pass's Linear layers alone, with weights that lie in the cache. The forward cannot be faster than
+        that, nor forward and backward faster than three times that. `torch_products_seconds` are the same products by
+        `torch.nn.functional.linear`, see `products.py`.
     """
     device = common.pick_device(device)
     dtype = common.pick_dtype(dtype, device)
@@ -201,22 +202,23 @@ def time_transformer(
         model(*inputs).sample.float().square().mean().backward()
 
     with torch.no_grad():
-        products = time_products(model, inputs, repeats)
+        by_library = [time_products(model, inputs, multiply, repeats) for multiply in (products.linear, F.linear)]
         forward = median_seconds(lambda: model(*inputs), repeats)
     return {
-        "products_seconds": products,
+        "products_seconds": by_library[0],
+        "torch_products_seconds": by_library[1],
         "forward_seconds": forward,
         "forward_backward_seconds": median_seconds(step, repeats),
     }
 
 
 @torch.no_grad()
-def time_products(model: nn.Module, inputs: Sequence[torch.Tensor], repeats: int = 3) -> float:
-    """Seconds of the matrix products in the Linear layers of `model(*inputs)`, each shape timed by itself."""
+def time_products(model: nn.Module, inputs: Sequence[torch.Tensor], multiply: Callable, repeats: int = 3) -> float:
+    """Seconds of the products in the Linear layers of `model(*inputs)` by `multiply`, each shape timed by itself."""
     seconds = 0.0
     for (rows, width, out), count in product_shapes(model, inputs).items():
         tokens, weight = inputs[0].new_ones(rows, width), inputs[0].new_ones(out, width)
-        seconds += count * median_seconds(partial(F.linear, tokens, weight), max(5, repeats))
+        seconds += count * median_seconds(partial(multiply, tokens, weight), max(5, repeats))
     return seconds
 
 

@@ -1,9 +1,9 @@
 """Element-wise passes that stay in the cache.
 
-On a CPU a transformer step spends a third of its time outside matrix products: each `x * (1 + scale) + shift` reads and
-writes whole activations, and autograd repeats every one of them, often more than once, on the way back. The functions
-here do the same arithmetic with fewer passes: their forward writes in place, their backward is written out by hand and
-walks over the batch in pieces that fit the second-level cache.
+On a CPU a transformer step spends a third of its time or more outside matrix products: each `x * (1 + scale) + shift`
+reads and writes whole activations, and autograd repeats every one of them, often more than once, on the way back. The
+functions here do the same arithmetic with fewer passes: their forward writes in place, their backward is written out by
+hand and walks over the batch in pieces that fit the second-level cache.
 
 Each has a plain twin made of ordinary torch operations. The twin runs on accelerators and under `torch.compile` (which
 fuse by themselves) and under forward-mode differentiation; gradients of gradients need it too, see `plain_operations`.

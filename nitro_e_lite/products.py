@@ -6,9 +6,12 @@ processor that has them. `linear` asks oneDNN; on an accelerator, in another num
 is little to multiply it is `torch.nn.functional.linear`. `nitro-e benchmark` prints what that gains.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from nitro_e_lite import fused
 
@@ -25,6 +28,11 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 @product.register_fake
 def _(rows, weight, bias=None):
     return rows.new_empty(*rows.shape[:-1], weight.shape[0])
+
+
+@register_flop_formula(torch.ops.nitro_e_lite.product)
+def _(rows_shape, weight_shape, *_, **__) -> int:
+    return 2 * math.prod(rows_shape) * weight_shape[0]
 
 
 def _keep(ctx, inputs, output) -> None:

@@ -62,6 +62,7 @@ def test_time_transformer_trains_and_draws():
         benchmark.model_config("smoke"), batch=1, text_tokens=16, device="cpu", repeats=1
     )
     assert 0 < times["products_seconds"] < times["forward_backward_seconds"]
+    assert 0 < times["torch_products_seconds"] < times["forward_backward_seconds"]
     assert 0 < times["forward_seconds"] < times["forward_backward_seconds"]
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from nitro_e_lite import fused, products
 
@@ -50,6 +51,13 @@ def test_one_graph_for_the_compiler():
     compiled = torch.compile(layer, fullgraph=True)
     for mine, theirs in zip(gradients(compiled, rows), gradients(layer, rows), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_flops_are_counted(calls):
+    layer = products.Linear(24, 16)
+    with FlopCounterMode(display=False) as counter:
+        layer(numbers(2, 5, 24)).sum().backward()
+    assert counter.get_total_flops() == 2 * (2 * 10 * 24 * 16), "forward, and the gradient of the weight"
 
 
 @pytest.fixture
