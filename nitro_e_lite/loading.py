@@ -4,6 +4,8 @@ Everything that draws pictures starts with `load_pipeline`. It never falls back:
 file whose checksum differs or an encoder that is not there is an error that says what to do.
 """
 
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from nitro_e_lite import common
 from nitro_e_lite.checkpoint import load_official, merge_lora
 from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.encoder_set import FULL_TEXT_LENGTH, LITE_TEXT_LENGTH, Encoders, load_encoders
 from nitro_e_lite.encoders import (
     FULL_AUTOENCODER,
     FULL_TEXT_ENCODER,
+    EncoderUnavailable,
+    LatentStats,
     load_autoencoder,
     load_text_encoder,
     quiet_loading,
@@ -36,21 +41,23 @@ def load_pipeline(
     """A pipeline, ready to draw.
 
     Args:
-        source: "lite" or another name of weights shipped in the package; a pipeline folder; a folder with a
-            transformer alone, such as the `final/` of a training run (the other parts are then those of
-            "lite"); or an official Nitro-E `.safetensors` file.
+        source: "lite" or another name of weights shipped in the package; a pipeline folder; a training run or its
+            `final/` (the encoders, guidance and shift are then those of the run); another folder with a transformer
+            alone (the rest is then that of "lite"); or an official Nitro-E `.safetensors` file.
         device: where to run; the accelerator when there is one.
         dtype: "float32", "bfloat16" or "float16"; float32 on the CPU, bfloat16 on a GPU that has it.
         text_encoder: folder or hub id of another text encoder with its tokenizer; official weights use
             Llama-3.2-1B when none is given.
-        vae: folder or hub id of another autoencoder; official weights use DC-AE f32c32.
+        vae: folder or hub id of another autoencoder; official weights use DC-AE f32c32. Its `latent_stats.json`, if
+            it has one, comes with it.
         lora: a PEFT LoRA folder in the official naming, merged into the transformer.
         **official_config: arguments for `checkpoint.load_official`, when the name of an official file does
             not say which variant it is.
 
     Raises:
         TypeError, ValueError: a source that is none of these, a damaged file, parts that do not fit together.
-        EncoderUnavailable: an encoder that has to be downloaded first; the message says how.
+        EncoderUnavailable: an encoder that has to be downloaded first, or those of a run are not there any more; the
+            message says what to do.
     """
     device = common.pick_device(device)
     dtype = common.pick_dtype(dtype, device)
@@ -65,14 +72,16 @@ def load_pipeline(
         parts["tokenizer"], parts["text_encoder"] = load_text_encoder(text_encoder, dtype=dtype)
     if vae is not None:
         parts["vae"] = load_autoencoder(vae, dtype=dtype)
+        if (Path(vae) / "latent_stats.json").is_file():
+            stats = LatentStats.load(vae)
+            parts |= {"latents_mean": list(stats.mean), "latents_std": list(stats.std)}
     with quiet_loading(path.parent):
         if official:
             pipeline = _official_pipeline(path, parts, official_config, dtype)
         elif (path / DiffusionPipeline.config_name).is_file():
             pipeline = NitroEPipeline.from_pretrained(path, dtype=dtype, **parts)
         else:
-            parts["transformer"] = EMMDiTTransformer2DModel.from_pretrained(path, dtype=dtype)
-            pipeline = NitroEPipeline.from_pretrained(_find("lite"), dtype=dtype, **parts)
+            pipeline = _trained_pipeline(path, parts, dtype)
     if lora is not None:
         merge_lora(pipeline.transformer, lora)
     return pipeline.to(device)
@@ -104,6 +113,45 @@ def _find(source: str | Path) -> Path:
         f"model: {str(source)!r} is no pipeline folder, transformer folder or official .safetensors file, "
         f"and no name of shipped weights ({', '.join(names) or 'none here'})"
     )
+
+
+def _trained_pipeline(path: Path, parts: dict, dtype: torch.dtype) -> NitroEPipeline:
+    """A transformer alone, drawn with what it was trained with as far as its run says, else with the rest of "lite"."""
+    file = path.parent / "config.json"
+    run = json.loads(file.read_text(encoding="utf-8")) if path.name == "final" and file.is_file() else {}
+    trained = run.get("config", {"data": {"encoders": "lite"}})
+    source, given = trained["data"]["encoders"], "vae" in parts or "text_encoder" in parts
+    parts = {"transformer": EMMDiTTransformer2DModel.from_pretrained(path, dtype=dtype), **parts}
+    parts |= {f"default_{name}": trained[name] for name in ("guidance", "shift") if name in trained}
+    if "vae" in parts:  # without statistics of its own it has the published scaling factor, not lite's statistics
+        parts = {"latents_mean": None, "latents_std": None, **parts}
+    if source == "lite":
+        pipeline = NitroEPipeline.from_pretrained(_find("lite"), dtype=dtype, **parts)
+    else:
+        parts = {"max_text_length": FULL_TEXT_LENGTH if source == "full" else LITE_TEXT_LENGTH, **parts}
+        if "vae" not in parts or "text_encoder" not in parts:
+            parts = {**_encoders_of(path, source, dtype), **parts}
+        pipeline = NitroEPipeline(scheduler=FlowMatchEulerDiscreteScheduler(1000, shift=1.0), **parts)
+    found = Encoders(
+        pipeline.vae, pipeline.tokenizer, pipeline.text_encoder, pipeline.stats, pipeline.config.max_text_length
+    )
+    if run.get("encoders", found.fingerprint) != found.fingerprint:
+        message = f"{path}: was trained with other encoders than these; the pictures would be wrong"
+        if not given:
+            raise ValueError(f"{message}. Name those of the run: --text-encoder PATH --vae PATH")
+        warnings.warn(message, stacklevel=3)
+    return pipeline
+
+
+def _encoders_of(path: Path, source: str, dtype: torch.dtype) -> dict:
+    """The encoders that a run names, as arguments of a pipeline."""
+    try:
+        return load_encoders(source, dtype=dtype).parts()
+    except EncoderUnavailable as error:
+        hint = "name them: --text-encoder PATH --vae PATH"
+        raise EncoderUnavailable(
+            f"{path}: was trained with the encoders {source!r}, not there ({error}); {hint}"
+        ) from None
 
 
 def _official_pipeline(path: Path, parts: dict, config: dict, dtype: torch.dtype) -> NitroEPipeline:

@@ -1,0 +1,88 @@
+"""A training run is drawn from with what it was trained with: encoders, their statistics, guidance and shift."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from tiny import build_tiny_pipeline
+
+from nitro_e_lite.encoder_set import load_encoders
+from nitro_e_lite.encoders import EncoderUnavailable, LatentStats
+from nitro_e_lite.loading import load_pipeline
+
+STATS = LatentStats((0.5, 0.0, -0.5, 0.1), (2.0, 1.0, 1.0, 3.0))
+
+
+@pytest.fixture
+def encoders(tiny_folder, tmp_path):
+    """Encoders with four latent channels, which lite's eight do not fit."""
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(tiny_folder / part, tmp_path / "encoders" / part)
+    (tmp_path / "encoders" / "vae" / "latent_stats.json").write_text(STATS.to_json())
+    return tmp_path / "encoders"
+
+
+@pytest.fixture
+def run(encoders, tmp_path):
+    """What a training run with these encoders leaves."""
+    build_tiny_pipeline().transformer.save_pretrained(tmp_path / "run" / "final")
+    config = {"data": {"encoders": str(encoders)}, "guidance": 2.5, "shift": 1.5}
+    about = {"config": config, "encoders": load_encoders(encoders).fingerprint}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(about))
+    return tmp_path / "run"
+
+
+def test_a_run_is_drawn_with_its_own_encoders_guidance_and_shift(run):
+    pipeline = load_pipeline(run, "cpu")
+    assert pipeline.stats == STATS and pipeline.config.max_text_length == 32
+    assert (pipeline.config.default_guidance, pipeline.shift) == (2.5, 1.5)
+    assert pipeline("a red circle", 1, output_type="np").images.shape == (1, 64, 64, 3)
+
+
+def test_other_encoders_than_the_runs_are_refused(run, encoders):
+    (encoders / "vae" / "latent_stats.json").write_text(LatentStats((0.0,) * 4, (1.0,) * 4).to_json())
+    with pytest.raises(ValueError, match="trained with other encoders than these.*--text-encoder PATH --vae PATH"):
+        load_pipeline(run, "cpu")
+    with pytest.warns(
+        UserWarning, match="the pictures would be wrong"
+    ):  # named by hand: as one likes, but not silently
+        load_pipeline(run, "cpu", vae=encoders / "vae")
+
+
+def test_encoders_that_moved_can_be_named(run, encoders, tmp_path):
+    encoders.rename(tmp_path / "moved")
+    with pytest.raises(EncoderUnavailable, match="was trained with the encoders .*encoders.*--vae PATH"):
+        load_pipeline(run, "cpu")
+    pipeline = load_pipeline(run, "cpu", text_encoder=tmp_path / "moved", vae=tmp_path / "moved" / "vae")
+    assert pipeline.stats == STATS
+
+
+def test_a_full_run_has_the_text_length_and_the_scaling_factor_of_the_full_model(run, encoders):
+    about = json.loads((run / "config.json").read_text())
+    about["config"]["data"]["encoders"] = "full"
+    (run / "config.json").write_text(json.dumps({"config": about["config"]}))
+    (encoders / "vae" / "latent_stats.json").unlink()
+    pipeline = load_pipeline(run, "cpu", text_encoder=encoders, vae=encoders / "vae")
+    assert pipeline.config.max_text_length == 128
+    assert pipeline.stats.std == pytest.approx([1 / pipeline.vae.config.scaling_factor] * 4)
+
+
+def test_the_statistics_of_another_autoencoder_come_with_it(tiny_folder, encoders):
+    assert load_pipeline(tiny_folder, "cpu", vae=encoders / "vae").stats == STATS
+    assert load_pipeline(tiny_folder, "cpu").stats != STATS
+
+
+def test_a_lite_run_is_drawn_like_the_shipped_model(tmp_path):
+    shipped = load_pipeline("lite", "cpu")
+    shipped.transformer.save_pretrained(tmp_path / "run" / "final")
+    about = {"config": {"data": {"encoders": "lite"}, "guidance": 2.0}, "encoders": load_encoders("lite").fingerprint}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(about))
+    pipeline = load_pipeline(tmp_path / "run", "cpu")
+    assert pipeline.stats == shipped.stats and pipeline.config.default_guidance == 2.0
+    assert pipeline.shift == shipped.shift, "a run from before there was a shift"
+    draw = [
+        p("a red circle", 2, 2.0, generator=torch.Generator().manual_seed(0), output_type="np").images
+        for p in (pipeline, shipped)
+    ]
+    assert (draw[0] == draw[1]).all()
