@@ -11,8 +11,10 @@ from PIL import Image
 from tiny import build_tiny_pipeline
 
 from nitro_e_lite import evaluate as ev
+from nitro_e_lite.common import weights_dir
 from nitro_e_lite.geneval import load_prompts
 from nitro_e_lite.geneval_files import read_metadata
+from nitro_e_lite.viz import LEDGER, figures_dir
 
 PROMPTS = load_prompts()[::60]  # a few, of several categories
 
@@ -132,3 +134,11 @@ def test_a_bad_prompt_file_is_named(text, message, tmp_path):
     (tmp_path / "prompts.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_metadata(tmp_path / "prompts.jsonl")
+
+
+def test_the_ledger_says_how_the_uncurated_grid_was_drawn():
+    """With the sampler settings that are shipped: the grid is drawn again when they change."""
+    drawn = json.loads((figures_dir() / LEDGER).read_text(encoding="utf-8"))["lite_uncurated.png"]["params"]
+    shipped = json.loads((weights_dir() / "lite" / "model_index.json").read_text(encoding="utf-8"))
+    names = ("steps", "guidance", "shift")
+    assert [drawn[name] for name in names] == [shipped[f"default_{name}"] for name in names]
