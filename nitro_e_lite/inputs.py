@@ -18,16 +18,18 @@ from torch import Tensor
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-def as_integer(name: str, value: object, minimum: int) -> int:
-    """`value` as an int that is at least `minimum`.
+def as_integer(name: str, value: object, minimum: int, maximum: float = math.inf) -> int:
+    """`value` as an int that is at least `minimum` and at most `maximum`.
 
     Raises:
-        TypeError, ValueError: not an integer, or below `minimum`.
+        TypeError, ValueError: not an integer, below `minimum` or above `maximum`.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected an integer, got {value!r} ({type(value).__name__})")
     if value < minimum:
         raise ValueError(f"{name}: {value} is below {minimum}")
+    if value > maximum:
+        raise ValueError(f"{name}: {value} is above {maximum}")
     return int(value)
 
 
@@ -156,8 +158,12 @@ def as_generators(generator: object, count: int) -> list[torch.Generator]:
 
 
 def seeded_generators(seeds: Iterable[int]) -> list[torch.Generator]:
-    """One CPU generator for each seed."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    """One CPU generator for each seed.
+
+    Raises:
+        TypeError, ValueError: a seed that is no integer or that torch does not take.
+    """
+    return [torch.Generator().manual_seed(as_integer("seed", seed, -(2**63), 2**64 - 1)) for seed in seeds]
 
 
 def draw_noise(generators: list[torch.Generator], shape: tuple[int, int, int]) -> Tensor:

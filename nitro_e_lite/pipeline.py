@@ -11,7 +11,7 @@ a model draws better so (`flow.shift_sigmas`). Differs: the official weights use
 step goes from 0.001 to 0 and does nothing; `sigma_grid="scheduler"` keeps it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,7 @@ class NitroEPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict | None] | None = None,
-        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
+        callback_on_step_end_tensor_inputs: Iterable[str] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Draws pictures.
 
@@ -193,7 +193,8 @@ class NitroEPipeline(DiffusionPipeline):
             return_dict: False gives a tuple.
             callback_on_step_end: called as `f(pipeline, step, timestep, {"latents": ...})` after each step;
                 may return a dict with new `latents`.
-            callback_on_step_end_tensor_inputs: as in other diffusers pipelines; only "latents" is on offer.
+            callback_on_step_end_tensor_inputs: as in other diffusers pipelines; only "latents" is on offer, and
+                given when None.
 
         Returns:
             `ImagePipelineOutput` with `.images`.
@@ -229,9 +230,11 @@ class NitroEPipeline(DiffusionPipeline):
     def _check_callback(self, callback: object, names: object) -> None:
         if callback is not None and not callable(callback):
             raise TypeError(f"callback_on_step_end: expected a function, got {type(callback).__name__}")
-        if unknown := set(names) - set(self._callback_tensor_inputs):
-            offer = self._callback_tensor_inputs
-            raise ValueError(f"callback_on_step_end_tensor_inputs: {sorted(unknown)} not among {offer}")
+        field, offer = "callback_on_step_end_tensor_inputs", self._callback_tensor_inputs
+        if isinstance(names, str) or not isinstance(names, Iterable | None):
+            raise TypeError(f"{field}: expected a list of names, got {names!r} ({type(names).__name__})")
+        if unknown := set(names or ()) - set(offer):
+            raise ValueError(f"{field}: {sorted(unknown)} not among {offer}")
 
     def _check_texts(self, prompt, prompt_embeds, negative, negative_embeds, guided: bool) -> list[list[str] | Tensor]:
         """What a step is told, as strings or features: `[negative, positive]`, or `[positive]` unguided."""
@@ -282,7 +285,8 @@ class NitroEPipeline(DiffusionPipeline):
                 self._check_finite("transformer", velocity)
                 latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
                 if callback is not None:
-                    latents = (callback(self, step, timestep, {"latents": latents}) or {}).pop("latents", latents)
+                    changed = (callback(self, step, timestep, {"latents": latents}) or {}).get("latents", latents)
+                    latents = as_tensor("callback_on_step_end: latents", changed, latents.shape).to(latents)
                 bar.update()
         return latents
 

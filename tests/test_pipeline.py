@@ -12,9 +12,11 @@ from tiny import build_tiny_pipeline
 import nitro_e_lite
 from nitro_e_lite.checkpoint import save_official
 from nitro_e_lite.encoders import EncoderUnavailable, LatentStats, decode_latents
+from nitro_e_lite.inputs import seeded_generators
 from nitro_e_lite.loading import load_pipeline
 
 PROMPTS = ["a red star", "two blue squares", "a green cross above a white heart"]
+NAN = float("nan")
 
 
 def seeded(*seeds: int) -> list[torch.Generator]:
@@ -136,6 +138,17 @@ def test_without_a_generator_the_global_seed_decides(tiny_pipeline):
     assert not torch.allclose(first, second)
 
 
+def test_seeds_are_what_torch_takes():
+    assert [g.initial_seed() for g in seeded_generators([0, np.int64(7), 2**64 - 1, -(2**63)])] == [
+        0, 7, 2**64 - 1, 2**63
+    ]  # fmt: skip
+    for seed, message in ((2**64, f"{2**64} is above {2**64 - 1}"), (-(2**63) - 1, f"is below {-(2**63)}")):
+        with pytest.raises(ValueError, match=f"seed: .*{message}"):
+            seeded_generators([0, seed])
+    with pytest.raises(TypeError, match="seed: expected an integer, got 1.5"):
+        seeded_generators([1.5])
+
+
 def test_pictures_come_in_the_order_of_the_prompts(tiny_pipeline):
     pair = latents_of(tiny_pipeline, PROMPTS[:2], num_images_per_prompt=2, generator=seeded(0, 1, 0, 1))
     for index, (prompt, seed) in enumerate([(p, s) for p in PROMPTS[:2] for s in (0, 1)]):
@@ -220,6 +233,24 @@ def test_callback_sees_every_step_and_may_change_the_latents(tiny_pipeline):
     drawn = latents_of(tiny_pipeline, PROMPTS[0], num_inference_steps=2, callback_on_step_end=watch)
     assert seen == [(0, 1000, (1, 4, 16, 16)), (1, 500, (1, 4, 16, 16))]
     assert not drawn.any()
+    options = {"callback_on_step_end": watch, "callback_on_step_end_tensor_inputs": None}
+    assert not latents_of(tiny_pipeline, PROMPTS[0], num_inference_steps=2, **options).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda latents: latents * NAN, ValueError, "holds NaN or infinity"),
+        (lambda latents: latents[:, :2], ValueError, "shape (1, 2, 16, 16) does not fit; expected (1, 4, 16, 16)"),
+        (lambda latents: None, TypeError, "expected a floating-point tensor, got NoneType"),
+    ],
+)
+def test_latents_of_a_callback_are_checked(tiny_pipeline, change, error, message):
+    def spoil(pipeline, step, timestep, values):
+        return {"latents": change(values["latents"])}
+
+    with pytest.raises(error, match=re.escape(f"callback_on_step_end: latents: {message}")):
+        tiny_pipeline(PROMPTS[0], callback_on_step_end=spoil)
 
 
 def test_progress_bar_counts_the_steps(tiny_pipeline, capfd):
@@ -329,7 +360,6 @@ def test_constructor_refuses(tiny_pipeline, settings, message):
 # Bad input: every error names the field
 
 FEATURES = torch.zeros(1, 16, 32)
-NAN = float("nan")
 BAD = [
     ({"prompt": None}, ValueError, "prompt, prompt_embeds"),
     ({"prompt": 7}, TypeError, "prompt: expected a string"),
@@ -381,6 +411,16 @@ BAD = [
         {"callback_on_step_end_tensor_inputs": ["noise"]},
         ValueError,
         "callback_on_step_end_tensor_inputs: ['noise']",
+    ),
+    (
+        {"callback_on_step_end_tensor_inputs": "latents"},
+        TypeError,
+        "callback_on_step_end_tensor_inputs: expected a list of names, got 'latents' (str)",
+    ),
+    (
+        {"callback_on_step_end_tensor_inputs": 3},
+        TypeError,
+        "callback_on_step_end_tensor_inputs: expected a list of names, got 3 (int)",
     ),
 ]
 
