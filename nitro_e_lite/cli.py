@@ -51,6 +51,7 @@ app.add_typer(cli_train.app)
 app.add_typer(notebooks_app, name="notebooks")
 
 LITE_VOCABULARY = 5000  # a tokenizer with fewer entries is one of this course
+OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 DEMO_CAPTIONS = (
     "a red circle to the left of a blue square",
     "two orange triangles",
@@ -126,12 +127,26 @@ def warn_unknown_words(prompts: list[str]) -> None:
 
 
 def picture_paths(out: Path, prompts: list[str], seeds: list[int]) -> list[Path]:
-    """A file for each picture: `out` for one, numbered for more, or named after its caption in a folder."""
+    """A file for each picture: `out` for one, numbered for more, or named after its caption in a folder.
+
+    Raises:
+        ValueError: `out` is a picture of another format than PNG.
+    """
+    if out.suffix.lower() in OTHER_PICTURES:
+        rule = "prompt and settings are kept in PNG text chunks; name a .png file or a folder"
+        raise ValueError(f"out: {out.name!r} is no PNG; {rule}")
     if out.suffix.lower() == ".png":
         count = len(prompts)
         return [out] if count == 1 else [out.with_stem(f"{out.stem}-{index}") for index in range(count)]
     names = [re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture" for prompt in prompts]
-    return [out / f"{name}-{seed}.png" for name, seed in zip(names, seeds, strict=True)]
+    paths: list[Path] = []
+    for name, seed in zip(names, seeds, strict=True):
+        path, repeat = out / f"{name}-{seed}.png", 1
+        while path in paths:
+            repeat += 1
+            path = out / f"{name}-{seed}-{repeat}.png"
+        paths.append(path)
+    return paths
 
 
 @command(app, "sample")
@@ -160,13 +175,14 @@ def sample(
         from nitro_e_lite.inputs import as_integer, seeded_generators
 
         as_integer("num", num, 1)
+        prompts = [caption for caption in captions for _ in range(num)]
+        seeds = [seed + index for _ in captions for index in range(num)]
+        paths, generators = picture_paths(out, prompts, seeds), seeded_generators(seeds)
         pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora)
         pipeline.set_progress_bar_config(disable=None)
         if len(pipeline.tokenizer) < LITE_VOCABULARY:
-            warn_unknown_words(captions)
-        prompts = [caption for caption in captions for _ in range(num)]
-        seeds = [seed + index for _ in captions for index in range(num)]
-        paths, start = picture_paths(out, prompts, seeds), time.perf_counter()
+            warn_unknown_words([*captions, negative or ""])
+        start = time.perf_counter()
         images = pipeline(
             prompts,
             steps,
@@ -175,7 +191,7 @@ def sample(
             negative_prompt=negative,
             height=height,
             width=width,
-            generator=seeded_generators(seeds),
+            generator=generators,
         ).images
         seconds, facts = time.perf_counter() - start, settings(pipeline, model, steps, guidance, shift)
         for image, path, prompt, own_seed in zip(images, paths, prompts, seeds, strict=True):

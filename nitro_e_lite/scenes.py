@@ -485,5 +485,5 @@ def vocabulary() -> frozenset[str]:
 
 
 def unknown_words(text: str) -> list[str]:
-    """The words of ``text`` that no caption contains, in order of appearance."""
-    return list(dict.fromkeys(w for w in words(text) if w not in vocabulary()))
+    """The words of ``text``, in any script, that no caption contains, in order of appearance."""
+    return [w for w in dict.fromkeys(re.findall(r"[^\W\d_]+|\d+", text.lower())) if w not in vocabulary()]

@@ -110,6 +110,16 @@ def test_sample_names_words_the_model_does_not_know(run):
     note = next(line for line in result.stderr.splitlines() if line.startswith("Note:"))
     assert "dog, beach" in note and "circle" in note
     assert "Note:" not in run("sample", "a red star", *FAST).stderr
+    assert "never read: 圆, fog." in run("sample", "a red 圆", "--negative", "fog, a star", *FAST).stderr
+
+
+def test_sample_keeps_pictures_whose_captions_are_alike(run):
+    result = only_json(run("sample", "a red star", "A red star!", "--json", *FAST))
+    paths = [image["path"] for image in result["images"]]
+    assert paths == ["outputs/a-red-star-0.png", "outputs/a-red-star-0-2.png"]
+    for path, prompt in zip(paths, ["a red star", "A red star!"], strict=True):
+        with Image.open(path) as saved:
+            assert saved.text["prompt"] == prompt
 
 
 def test_sample_warns_of_a_caption_that_is_cut(run):
@@ -124,6 +134,13 @@ def test_picture_paths():
         Path("d/a-red-big-star-3.png"),
         Path("d/picture-4.png"),
     ]
+    assert picture_paths(Path("v1.5"), ["红", "圆", "picture 0"], [0, 0, 2]) == [
+        Path("v1.5/picture-0.png"),
+        Path("v1.5/picture-0-2.png"),
+        Path("v1.5/picture-0-2-2.png"),
+    ]
+    long = "a red star and " * 5
+    assert len(set(picture_paths(Path("d"), [long + "a cross", long + "a heart", long], [0, 0, 0]))) == 3
 
 
 @pytest.mark.parametrize(
@@ -132,6 +149,10 @@ def test_picture_paths():
         (["a star", "--steps", "0"], "num_inference_steps: 0 is below 1"),
         (["a star", "--guidance", "-1"], "guidance_scale: -1"),
         (["a star", "--num", "0"], "num: 0 is below 1"),
+        (["a star", "--seed", str(10**23)], f"seed: {10**23} is above {2**64 - 1}"),
+        (["a star", "--seed", str(-(2**63) - 1)], f"seed: {-(2**63) - 1} is below {-(2**63)}"),
+        (["a star", "--out", "pic.jpg"], "out: 'pic.jpg' is no PNG"),
+        (["a star", "--out", "d/PIC.WebP"], "out: 'PIC.WebP' is no PNG"),
         (["a star", "--height", "30"], "height: 30 px does not fit"),
         (["a star", "--model", "heavy"], "model: 'heavy'"),
         (["a star", "--device", "tpuu"], "device: 'tpuu'"),
@@ -143,7 +164,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(run, arguments, message):
     result = run("sample", *arguments, code=2)
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("Error: ") and message in lines[0]
-    assert not result.stdout
+    assert not result.stdout and not list(Path().iterdir())
 
 
 def test_damaged_weights_end_in_one_line(run, shipped):
