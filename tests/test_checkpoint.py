@@ -70,6 +70,16 @@ def test_missing_left_over_and_misshapen_weights_are_named(tmp_path):
         assert key in str(error.value)
 
 
+@pytest.mark.parametrize("contents", [b"", b"no safetensors file at all"])
+def test_damaged_files_are_named(contents, tmp_path):
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(contents)
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 2}')
+    for read in (lambda: load_official(path), lambda: merge_lora(tiny(), tmp_path)):
+        with pytest.raises(ValueError, match="adapter_model.safetensors is damaged or no safetensors file: .*header"):
+            read()
+
+
 def test_projector_must_be_announced(tmp_path):
     path, config, _ = official_file(FILES[1], tmp_path)
     with pytest.raises(ValueError, match=r"left over \['projectors\.0\.0\.bias'"):

@@ -92,6 +92,9 @@ def test_manifest_round_trip_and_damage(tmp_path):
     (tmp_path / "part" / "b.txt").write_text("c")
     with pytest.raises(ValueError, match="b.txt: contents differ"):
         common.check_manifest(tmp_path)
+    assert list(common.check_manifest(tmp_path, "a.txt")) == ["a.txt"]  # the rest may be damaged
+    with pytest.raises(ValueError, match="b.txt: contents differ"):
+        common.check_manifest(tmp_path, "a.txt", "part")
     (tmp_path / "part" / "b.txt").unlink()
     with pytest.raises(FileNotFoundError, match="b.txt: listed"):
         common.check_manifest(tmp_path)

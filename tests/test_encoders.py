@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import logging
 import re
+import shutil
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderDC
+from huggingface_hub.errors import HTTPError
 from transformers import AutoModel, AutoTokenizer, LlamaModel
 
-from nitro_e_lite import autoencoder_training, encoders, language_model_training
-from nitro_e_lite.common import weights_dir
+from nitro_e_lite import autoencoder_training, encoder_set, encoders, language_model_training
+from nitro_e_lite.common import weights_dir, write_manifest
+from nitro_e_lite.encoder_set import load_encoders
 from nitro_e_lite.encoders import EncoderUnavailable, LatentStats
 from nitro_e_lite.geneval import load_prompts, true_scene, verify
 from nitro_e_lite.scenes import COLORS, SHAPES, SIZES, caption, plural, render, sample_scene, words
@@ -106,6 +110,50 @@ def test_unpinned_hub_id_needs_a_revision_and_bad_names_are_refused(tmp_path):
     with pytest.raises(EncoderUnavailable, match="cannot be loaded"):
         encoders.load_text_encoder(tmp_path)
     assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in encoders.HUB_REVISIONS.values())
+
+
+@pytest.mark.parametrize("size", [0, 100, -50])
+def test_a_damaged_file_ends_in_one_clear_error(size, tiny, tmp_path):
+    shutil.copytree(tiny[1], tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(EncoderUnavailable, match="cannot be loaded .*header"):
+        encoders.load_text_encoder(tmp_path)
+
+
+def test_without_network_there_is_one_clear_error_and_no_noise(monkeypatch, caplog):
+    def load(**_):
+        logging.getLogger("huggingface_hub.utils._http").warning("thrown while requesting HEAD")
+        raise HTTPError("Name or service not known")
+
+    monkeypatch.setattr(AutoencoderDC, "from_pretrained", load)
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+    with pytest.raises(EncoderUnavailable, match="cannot be downloaded .Name or service not known.*--vae PATH"):
+        encoders.load_autoencoder(encoders.FULL_AUTOENCODER)
+    assert not caplog.messages
+    logging.getLogger("huggingface_hub.utils._http").warning("as before")
+    assert caplog.messages == ["as before"]
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["vae/diffusion_pytorch_model.safetensors", "vae/latent_stats.json", "text_encoder/model.safetensors",
+     "tokenizer/tokenizer.json"],
+)  # fmt: skip
+def test_encoders_must_be_as_their_checksums_say(file, tiny, tmp_path, monkeypatch):
+    folder = tmp_path / "lite"
+    shutil.copytree(tiny[1], folder)
+    shutil.copytree(tiny[0], folder / "vae")
+    (folder / "transformer").mkdir()
+    (folder / "transformer" / "config.json").write_text("{}")
+    write_manifest(folder)
+    (folder / "transformer" / "config.json").write_text("not read, not checked")
+    load_encoders(folder)
+    (folder / file).write_bytes((folder / file).read_bytes() + b" ")
+    monkeypatch.setattr(encoder_set, "weights_dir", lambda: tmp_path)
+    for source in ("lite", folder):
+        with pytest.raises(ValueError, match=f"{file}: contents differ from SHA256SUMS"):
+            load_encoders(source)
 
 
 # Latents

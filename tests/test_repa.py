@@ -9,7 +9,7 @@ import torch
 from transformers import Dinov2Config, Dinov2Model
 
 from nitro_e_lite.autoencoder_training import scene_images
-from nitro_e_lite.common import check_manifest
+from nitro_e_lite.common import check_manifest, write_manifest
 from nitro_e_lite.config import override, preset
 from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.encoder_set import load_encoders
@@ -110,6 +110,43 @@ def test_a_vision_model_is_shipped_beside_what_is_there(vision, tmp_path):
     there, shipped = load_vision(vision).model.state_dict(), load_vision(tmp_path / "weights" / "vision").model
     assert all(torch.equal(value, there[name].half().float()) for name, value in shipped.state_dict().items())
     assert (tmp_path / "weights" / "vision" / "probe.json").is_file()
+
+
+def test_a_vision_model_must_be_as_its_checksums_say(vision, tmp_path):
+    shutil.copytree(vision, tmp_path / "vision")
+    write_manifest(tmp_path)
+    weights = tmp_path / "vision" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    for source in (tmp_path, tmp_path / "vision"):
+        with pytest.raises(ValueError, match="vision/model.safetensors: contents differ from SHA256SUMS"):
+            load_vision(source)
+    (tmp_path / "SHA256SUMS").unlink()
+    load_vision(tmp_path / "vision")
+    weights.write_bytes(b"")
+    with pytest.raises(EncoderUnavailable, match="vision: cannot be loaded .*header"):
+        load_vision(tmp_path / "vision")
+
+
+@pytest.mark.parametrize("part", ["transformer", "vision"])
+@pytest.mark.parametrize("damaged", ["vae/config.json", "text_encoder/config.json", "{other}/config.json"])
+def test_nothing_is_shipped_beside_damaged_files(part, damaged, vision, tiny_folder, tmp_path):
+    """It would get a fresh list of checksums, and the damage with it."""
+    source = {"transformer": tiny_folder / "transformer", "vision": vision}
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "vae" / "latent_stats.json").write_text('{"latents_mean": [0, 0, 0, 0], "latents_std": [1, 1, 1, 1]}')
+    shutil.copytree(vision, tmp_path / "vision")
+    write_manifest(tmp_path)
+    other = ({"transformer", "vision"} - {part}).pop()
+    file = tmp_path / damaged.format(other=other)
+    intact = file.read_bytes()
+    file.write_bytes(intact + b" ")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="config.json: contents differ from SHA256SUMS"):
+        ship(source[part], str(tmp_path))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    file.write_bytes(intact)
+    (tmp_path / part / "README.md").write_text("of what is replaced, the card may be new")
+    check_manifest(ship(source[part], str(tmp_path)))
 
 
 # -- in training
