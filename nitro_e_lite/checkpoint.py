@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -149,6 +150,14 @@ def _model_config(config: dict, weights: dict[str, Tensor]) -> dict:
     }  # fmt: skip
 
 
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+
+
 def load_official(path: str | Path, **config) -> EMMDiTTransformer2DModel:
     """Read an official Nitro-E safetensors file.
 
@@ -161,10 +170,10 @@ def load_official(path: str | Path, **config) -> EMMDiTTransformer2DModel:
         The model in evaluation mode, in the file's dtype.
 
     Raises:
-        ValueError: An argument the reference does not know, or a file whose names or shapes do not fit the model;
-            the message lists every name missing or left over.
+        ValueError: An argument the reference does not know, a damaged file, or one whose names or shapes do not fit
+            the model; the message lists every name missing or left over.
     """
-    weights = load_file(path)
+    weights = _read(path)
     with torch.device("meta"):
         model = EMMDiTTransformer2DModel(**_model_config(config, weights))
     state, missing, misfits = {}, [], []
@@ -245,12 +254,12 @@ def merge_lora(model: EMMDiTTransformer2DModel, folder: str | Path) -> EMMDiTTra
         The same model.
 
     Raises:
-        ValueError: No adapters, keys that fit nowhere, half a pair, a wrong shape, or a kind of LoRA other than the
-            plain one. The model is unchanged then.
+        ValueError: A damaged file, no adapters, keys that fit nowhere, half a pair, a wrong shape, or a kind of LoRA
+            other than the plain one. The model is unchanged then.
     """
     scale = _lora_scale(json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8")))
     parameters, pairs, unknown = dict(model.named_parameters()), {}, []
-    for key, tensor in load_file(Path(folder) / "adapter_model.safetensors").items():
+    for key, tensor in _read(Path(folder) / "adapter_model.safetensors").items():
         if (target := _lora_target(parameters, key)) is None:
             unknown.append(key)
         else:
