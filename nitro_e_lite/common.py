@@ -144,8 +144,12 @@ def write_manifest(folder: str | Path) -> Path:
     return path
 
 
-def check_manifest(folder: str | Path) -> dict[str, str]:
-    """Compares every file named in `folder/SHA256SUMS` with its checksum.
+def check_manifest(folder: str | Path, *parts: str) -> dict[str, str]:
+    """Compares the files named in `folder/SHA256SUMS` with their checksums.
+
+    Args:
+        folder: holds the manifest.
+        *parts: names of files and folders in it; only they are compared. All when none is given.
 
     Returns:
         Relative path -> sha256.
@@ -163,6 +167,8 @@ def check_manifest(folder: str | Path) -> dict[str, str]:
         digest, separator, name = line.partition("  ")
         if not separator or len(digest) != 64:
             raise ValueError(f"{path}: cannot read the line {line!r}; expected '<sha256>  <file>'")
+        if parts and name.split("/")[0] not in parts:
+            continue
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name}: listed in {MANIFEST} but missing; get the folder again")
         if sha256_file(folder / name) != digest:

@@ -82,6 +82,7 @@ def load_encoders(
 
     Raises:
         EncoderUnavailable: when the folder holds no such models.
+        ValueError: when a file differs from its checksum.
     """
     if source == "full":
         tokenizer, text_encoder = encoders.load_text_encoder(encoders.FULL_TEXT_ENCODER, device=device, dtype=dtype)

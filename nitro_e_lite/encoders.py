@@ -22,6 +22,7 @@ any other token. Source: the published Nitro-E code; DC-AE arXiv 2410.10733.
 import hashlib
 import html
 import json
+import logging
 import re
 import unicodedata
 import warnings
@@ -35,10 +36,12 @@ import numpy as np
 import torch
 import transformers
 from diffusers import AutoencoderDC
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from nitro_e_lite.common import MANIFEST, check_manifest
 from nitro_e_lite.products import speed_up
 
 FULL_AUTOENCODER = "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers"
@@ -117,11 +120,11 @@ def load_autoencoder(
 
     Raises:
         EncoderUnavailable: when nothing can be loaded from ``source``.
-        ValueError: for a hub id without a revision.
+        ValueError: for a hub id without a revision, or a file that differs from its checksum.
     """
     place = _resolve(source, revision, "--vae PATH")
     load = AutoencoderDC.from_pretrained
-    vae = _attempt(source, "--vae PATH", load, torch_dtype=dtype, use_safetensors=True, **place)
+    vae = attempt(source, "--vae PATH", load, torch_dtype=dtype, use_safetensors=True, **place)
     return vae.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -147,7 +150,7 @@ def load_text_encoder(
 
     Raises:
         EncoderUnavailable: when nothing can be loaded from ``source``; names the licence page.
-        ValueError: for a hub id without a revision.
+        ValueError: for a hub id without a revision, or a file that differs from its checksum.
     """
     option = "--text-encoder PATH"
     place = _resolve(source, revision, option)
@@ -158,9 +161,9 @@ def load_text_encoder(
         folders = [place, place]
     if not Path(source).is_dir():
         folders = [{**f, "token": token} for f in folders]
-    tokenizer = _attempt(source, option, AutoTokenizer.from_pretrained, **folders[0])
+    tokenizer = attempt(source, option, AutoTokenizer.from_pretrained, **folders[0])
     load = AutoModel.from_pretrained
-    model = _attempt(source, option, load, dtype=dtype, use_safetensors=True, **folders[1])
+    model = attempt(source, option, load, dtype=dtype, use_safetensors=True, **folders[1])
     if tokenizer.eos_token is None:
         raise EncoderUnavailable(f"{source}: the tokenizer has no end token, which captions are padded with")
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
@@ -185,7 +188,10 @@ def _resolve(source: str | Path, revision: str | None, option: str) -> dict[str,
 
 @contextmanager
 def quiet_loading(source: str | Path) -> Iterator[None]:
-    """Without the libraries' progress bars when ``source`` is a folder; a download shows its progress."""
+    """Without the hub's warnings, and without progress bars when ``source`` is a folder; a download shows its own."""
+    hub = logging.getLogger("huggingface_hub")  # warns of every request that failed, before it tries again
+    level = hub.level
+    hub.setLevel(logging.ERROR)
     logs = [diffusers.utils.logging, transformers.utils.logging] if Path(source).is_dir() else []
     shown = [log for log in logs if log.is_progress_bar_enabled()]
     for log in shown:
@@ -193,16 +199,23 @@ def quiet_loading(source: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
+        hub.setLevel(level)
         for log in shown:
             log.enable_progress_bar()
 
 
-def _attempt(source: str | Path, option: str, load, **arguments):
-    """Calls a ``from_pretrained``; whatever the hub answers ends in one readable error."""
+def attempt(source: str | Path, option: str, load, **arguments):
+    """Calls a ``from_pretrained``; whatever the hub answers, or a damaged file, ends in one readable error.
+
+    A folder that lies beside a list of checksums, as shipped weights do, must agree with it.
+    """
+    folder = Path(arguments["pretrained_model_name_or_path"])
+    if (folder.parent / MANIFEST).is_file():
+        check_manifest(folder.parent, folder.name)
     try:
         with quiet_loading(source):
             return load(**arguments)
-    except (OSError, ValueError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (OSError, ValueError, HTTPError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(source).is_dir():
         message = f"{source}: cannot be loaded ({reason})"

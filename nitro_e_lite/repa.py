@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import Dinov2Model
 
 from nitro_e_lite.common import weights_dir
-from nitro_e_lite.encoders import EncoderUnavailable, images_to_tensor
+from nitro_e_lite.encoders import EncoderUnavailable, attempt, images_to_tensor
 from nitro_e_lite.products import speed_up
 
 FULL_VISION = "facebook/dinov2-base"
@@ -96,7 +96,7 @@ def load_vision(
 
     Raises:
         EncoderUnavailable: nothing can be loaded from there.
-        ValueError: a hub id without a pinned revision.
+        ValueError: a file differs from its checksum.
     """
     places = [weights_dir() / source / "vision", Path(source) / "final", Path(source)]
     folder = next((p for p in places if (p / "config.json").is_file()), None)
@@ -107,10 +107,9 @@ def load_vision(
             "nitro-e train vision and name its folder"
         )
     place = {} if folder else {"revision": VISION_REVISIONS[str(source)]}
-    try:
-        model = Dinov2Model.from_pretrained(folder or source, dtype=dtype, use_safetensors=True, **place)
-    except OSError as error:
-        raise EncoderUnavailable(f"vision model {str(source)!r}: cannot be loaded ({error})") from error
+    place["pretrained_model_name_or_path"] = folder or source
+    option, load = "--vision PATH (repa.vision=PATH in training)", Dinov2Model.from_pretrained
+    model = attempt(folder or source, option, load, dtype=dtype, use_safetensors=True, **place)
     speed_up(model)
     return VisionEncoder(model.to(device).eval().requires_grad_(False))
 

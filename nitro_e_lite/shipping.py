@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from nitro_e_lite.common import weights_dir, write_manifest
+from nitro_e_lite.common import MANIFEST, check_manifest, weights_dir, write_manifest
 from nitro_e_lite.config import TrainConfig, to_dict
 from nitro_e_lite.encoder_set import load_encoders
 from nitro_e_lite.loading import load_transformer
@@ -42,11 +42,15 @@ def ship(
 
     Raises:
         EncoderUnavailable: the folder holds no encoders.
-        ValueError: transformer and encoders do not fit.
+        ValueError: transformer and encoders do not fit, or what stays in the folder differs from its checksums.
     """
     shipped = weights_dir() / name
     folder = shipped if shipped.is_dir() else Path(name)
-    if _is_vision(Path(source)):
+    vision = _is_vision(Path(source))
+    if (folder / MANIFEST).is_file():  # no fresh checksums for damaged files
+        replaced = {"vision"} if vision else {"transformer", "scheduler", "model_index.json"}
+        check_manifest(folder, *{part.name for part in folder.iterdir()} - replaced)
+    if vision:
         return _ship_vision(Path(source), folder)
     run = Path(source) / "config.json"  # of a training run; the folder ``final`` has a model's
     trained = json.loads(run.read_text(encoding="utf-8")).get("config") if run.is_file() else None

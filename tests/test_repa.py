@@ -116,7 +116,7 @@ def test_a_vision_model_must_be_as_its_checksums_say(vision, tmp_path):
     shutil.copytree(vision, tmp_path / "vision")
     write_manifest(tmp_path)
     weights = tmp_path / "vision" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     for source in (tmp_path, tmp_path / "vision"):
         with pytest.raises(ValueError, match="vision/model.safetensors: contents differ from SHA256SUMS"):
             load_vision(source)
