@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from safetensors import SafetensorError
 
 from nitro_e_lite import common
 from nitro_e_lite.checkpoint import load_official, merge_lora
@@ -65,9 +66,10 @@ def load_pipeline(
     official = path.is_file()
     if official_config and not official:
         raise TypeError(f"{', '.join(official_config)}: only official .safetensors files take a configuration")
-    if official:
-        text_encoder, vae = text_encoder or FULL_TEXT_ENCODER, vae or FULL_AUTOENCODER
     parts: dict[str, Any] = {}
+    if official:  # first: a wrong file is found out before gigabytes of encoders are fetched
+        parts["transformer"] = load_official(path, **official_config or _variant(path)).to(dtype)
+        text_encoder, vae = text_encoder or FULL_TEXT_ENCODER, vae or FULL_AUTOENCODER
     if text_encoder is not None:
         parts["tokenizer"], parts["text_encoder"] = load_text_encoder(text_encoder, dtype=dtype)
     if vae is not None:
@@ -75,13 +77,16 @@ def load_pipeline(
         if (Path(vae) / "latent_stats.json").is_file():
             stats = LatentStats.load(vae)
             parts |= {"latents_mean": list(stats.mean), "latents_std": list(stats.std)}
-    with quiet_loading(path.parent):
-        if official:
-            pipeline = _official_pipeline(path, parts, official_config, dtype)
-        elif (path / DiffusionPipeline.config_name).is_file():
-            pipeline = NitroEPipeline.from_pretrained(path, dtype=dtype, **parts)
-        else:
-            pipeline = _trained_pipeline(path, parts, dtype)
+    try:
+        with quiet_loading(path.parent):
+            if official:
+                pipeline = _official_pipeline(path, parts)
+            elif (path / DiffusionPipeline.config_name).is_file():
+                pipeline = NitroEPipeline.from_pretrained(path, dtype=dtype, **parts)
+            else:
+                pipeline = _trained_pipeline(path, parts, dtype)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: a weight file below it is damaged ({error})") from None
     if lora is not None:
         merge_lora(pipeline.transformer, lora)
     return pipeline.to(device)
@@ -154,11 +159,12 @@ def _encoders_of(path: Path, source: str, dtype: torch.dtype) -> dict:
         ) from None
 
 
-def _official_pipeline(path: Path, parts: dict, config: dict, dtype: torch.dtype) -> NitroEPipeline:
-    """Official weights. The file does not say which variant it is; its published name does (1024px, dist)."""
-    if not config and "1024" in path.name:
-        config = {"sample_size": 32, "use_sub_attn": False}
-    transformer = load_official(path, **config).to(dtype)
+def _variant(path: Path) -> dict[str, Any]:
+    """An official file does not say which variant it is; its published name does."""
+    return {"sample_size": 32, "use_sub_attn": False} if "1024" in path.name else {}
+
+
+def _official_pipeline(path: Path, parts: dict) -> NitroEPipeline:
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
     settings = {"default_steps": 4, "default_guidance": 0.0} if "dist" in path.name else {}
-    return NitroEPipeline(transformer, **parts, scheduler=scheduler, sigma_grid="scheduler", **settings)
+    return NitroEPipeline(**parts, scheduler=scheduler, sigma_grid="scheduler", **settings)

@@ -86,3 +86,17 @@ def test_a_lite_run_is_drawn_like_the_shipped_model(tmp_path):
         for p in (pipeline, shipped)
     ]
     assert (draw[0] == draw[1]).all()
+
+
+@pytest.mark.parametrize("part", ["text_encoder/model", "transformer/diffusion_pytorch_model"])
+def test_a_damaged_part_of_a_pipeline_is_one_readable_error(tiny_folder, tmp_path, part):
+    file = shutil.copytree(tiny_folder, tmp_path / "cut") / f"{part}.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises((ValueError, OSError), match="damaged|Unable to load weights"):
+        load_pipeline(tmp_path / "cut", "cpu")
+
+
+def test_a_wrong_official_file_is_found_out_before_encoders_are_fetched(tmp_path):
+    (tmp_path / "Nitro-E-512px.safetensors").write_bytes(b"\0" * 64)
+    with pytest.raises(ValueError, match="Nitro-E-512px.safetensors is damaged"):
+        load_pipeline(tmp_path / "Nitro-E-512px.safetensors", "cpu")

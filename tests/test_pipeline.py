@@ -324,7 +324,7 @@ def test_official_file_with_encoders_from_folders(tiny_pipeline, tiny_folder, tm
     image = loaded(PROMPTS[0], output_type="np").images
     assert image.shape == (1, 64, 64, 3)
     with pytest.raises((EncoderUnavailable, ValueError), match="--text-encoder PATH"):
-        load_pipeline(file, "cpu")
+        load_pipeline(file, "cpu", **config)
     with pytest.raises(TypeError, match="sample_size: only official"):
         load_pipeline(tiny_folder, "cpu", sample_size=32)
 
