@@ -140,7 +140,7 @@ def _trained_pipeline(path: Path, parts: dict, dtype: torch.dtype) -> NitroEPipe
     found = Encoders(
         pipeline.vae, pipeline.tokenizer, pipeline.text_encoder, pipeline.stats, pipeline.config.max_text_length
     )
-    if run.get("encoders", found.fingerprint) != found.fingerprint:
+    if "encoders" in run and run["encoders"] != found.fingerprint:
         message = f"{path}: was trained with other encoders than these; the pictures would be wrong"
         if not given:
             raise ValueError(f"{message}. Name those of the run: --text-encoder PATH --vae PATH")
