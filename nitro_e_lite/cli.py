@@ -79,6 +79,7 @@ def demo(
         from nitro_e_lite.inputs import seeded_generators
 
         captions, count = list(DEMO_CAPTIONS), len(DEMO_CAPTIONS)
+        [out] = picture_paths(out, ["demo"], [seed])
         pipeline = load_pipeline("lite")
         pipeline.set_progress_bar_config(disable=None)  # None: shown on a terminal only
         clock.append(time.perf_counter())
@@ -129,6 +130,8 @@ def warn_unknown_words(prompts: list[str]) -> None:
 def picture_paths(out: Path, prompts: list[str], seeds: list[int]) -> list[Path]:
     """A file for each picture: `out` for one, numbered for more, or named after its caption in a folder.
 
+    A named file is replaced; in a folder, a picture that is there already stays, whatever settings it was drawn with.
+
     Raises:
         ValueError: `out` is a picture of another format than PNG.
     """
@@ -142,7 +145,7 @@ def picture_paths(out: Path, prompts: list[str], seeds: list[int]) -> list[Path]
     paths: list[Path] = []
     for name, seed in zip(names, seeds, strict=True):
         path, repeat = out / f"{name}-{seed}.png", 1
-        while path in paths:
+        while path in paths or path.exists():
             repeat += 1
             path = out / f"{name}-{seed}-{repeat}.png"
         paths.append(path)
@@ -215,6 +218,9 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 25,
     out: Annotated[Path | None, typer.Option(help="Also write the result card to this file.")] = None,
     grid: Annotated[Path | None, typer.Option(help="Also write the first pictures of every category here.")] = None,
+    text_encoder: TextEncoder = None,
+    vae: Vae = None,
+    lora: Lora = None,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
@@ -226,7 +232,7 @@ def evaluate(
         from nitro_e_lite.geneval import load_prompts, read_prompts
 
         asked = read_prompts(prompts) if prompts else load_prompts(split)
-        pipeline = load_pipeline(model, device, dtype)
+        pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora)
         sampler = {"steps": steps, "guidance": guidance, "shift": shift, "batch_size": batch}
         found = run(pipeline, asked, seeds=range(seeds), keep_images=grid is not None, **sampler)
         found.card.update(model=model, prompt_list=prompts.name if prompts else split)

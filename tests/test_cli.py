@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import build_tiny_pipeline
 from typer.testing import CliRunner
 
 from nitro_e_lite import load_pipeline
@@ -70,6 +72,11 @@ def test_demo_json(run):
     assert result["total_seconds"] == pytest.approx(sum(result["seconds"].values()), abs=0.01)
 
 
+def test_demo_refuses_other_formats_before_it_draws(run, shipped):
+    shutil.rmtree(shipped)  # had it looked for weights first, the error would be another one
+    assert "out: 'a.jpg' is no PNG" in run("demo", "--out", "a.jpg", code=2).stderr
+
+
 def test_demo_captions_are_words_the_lite_model_knows():
     assert [word for caption in DEMO_CAPTIONS for word in unknown_words(caption)] == []
 
@@ -120,6 +127,15 @@ def test_sample_keeps_pictures_whose_captions_are_alike(run):
     for path, prompt in zip(paths, ["a red star", "A red star!"], strict=True):
         with Image.open(path) as saved:
             assert saved.text["prompt"] == prompt
+
+
+def test_sample_keeps_what_a_folder_holds(run):
+    for _ in range(2):
+        run("sample", "a red star", *FAST)
+    other = run("sample", "a red star", "--steps", "2", "--guidance", "0").stdout.split()
+    assert other == ["outputs/a-red-star-0-3.png"] and len(list(Path("outputs").iterdir())) == 3
+    with Image.open("outputs/a-red-star-0.png") as first:
+        assert first.text["steps"] == "1"
 
 
 def test_sample_warns_of_a_caption_that_is_cut(run):
@@ -198,6 +214,20 @@ def test_evaluate_json(run, prompt_file):
 def test_evaluate_table(run, prompt_file):
     text = run("evaluate", "--prompts", prompt_file, "--seeds", "1", *FAST).stdout
     assert "overall" in text and "single_object" in text and "3 pictures" in text
+
+
+def test_evaluate_takes_other_encoders(run, prompt_file, tmp_path):
+    build_tiny_pipeline().save_pretrained(tmp_path / "same")
+    other = load_pipeline("lite", "cpu")
+    other.text_encoder.norm.weight.data += 1
+    other.save_pretrained(tmp_path / "other")
+    hashes = []
+    for encoder in ("same", "other"):
+        where = ["--text-encoder", str(tmp_path / encoder), "--vae", str(tmp_path / encoder / "vae")]
+        card = only_json(run("evaluate", *where, "--prompts", prompt_file, "--seeds", "1", "--json", *FAST))
+        hashes.append(card["weights_sha256"])
+    assert hashes[0] != hashes[1]
+    assert "nowhere" in run("evaluate", "--text-encoder", "nowhere", code=2).stderr
 
 
 def test_evaluate_names_the_line_that_is_wrong(run, tmp_path):
