@@ -125,10 +125,14 @@ def execute(path: Path, parameters: Path | None = None, figures: Path | None = N
 
 
 def _stop_what_runs(pid: int) -> None:
-    """SIGTERM to the kernel and to what it has started: a training saves and ends, and papermill with the cell."""
+    """SIGTERM to the kernel and to what it has started: a training saves and ends, and papermill with the cell.
+
+    Without a kernel yet, papermill itself is ended.
+    """
     try:
-        for child in psutil.Process(pid).children(recursive=True):
-            child.terminate()
+        papermill = psutil.Process(pid)
+        for process in papermill.children(recursive=True) or [papermill]:
+            process.terminate()
     except psutil.NoSuchProcess:
         pass
 

@@ -1,6 +1,8 @@
 """The whole chain at smoke scale: encoders, both stages through their notebooks, a pipeline, a score."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -69,15 +71,32 @@ def test_what_cannot_be_reproduced_is_refused(tmp_path, monkeypatch):
         reproduce.Chain("lite", tmp_path)
 
 
+def _one_cell(path, source: str):
+    """A notebook with one cell of code."""
+    cell = {"cell_type": "code", "id": "only", "metadata": {}, "source": source, "outputs": [], "execution_count": None}
+    path.write_text(json.dumps({"cells": [cell], "metadata": notebooks.METADATA, "nbformat": 4, "nbformat_minor": 5}))
+
+
+def test_a_signal_before_there_is_a_kernel_stops_too(tmp_path, monkeypatch):
+    """It once found nothing to stop; the notebook then ran to its end, for hours, and further signals were ignored."""
+
+    class Hasty(subprocess.Popen):
+        def communicate(self, *arguments, **options):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().communicate(*arguments, **options)
+
+    _one_cell(tmp_path / "long.ipynb", "import pathlib, time\ntime.sleep(30)\npathlib.Path('to the end').touch()")
+    monkeypatch.setattr(notebooks.subprocess, "Popen", Hasty)
+    with pytest.raises(RuntimeError, match="stopped by SIGTERM while long.ipynb ran"):
+        notebooks.execute(tmp_path / "long.ipynb")
+    assert not (tmp_path / "to the end").exists()
+
+
 def test_a_stopped_execution_takes_down_what_the_notebook_had_started(tmp_path):
     """A killed `reproduce` once left its training running, and the next one wrote into the same folder."""
     cell = "import subprocess, pathlib\nchild = subprocess.Popen(['sleep', '600'])\n"
     cell += "pathlib.Path('pid').write_text(str(child.pid))\nchild.wait()\nraise SystemExit"
-    cells = [
-        {"cell_type": "code", "id": "waits", "metadata": {}, "source": cell, "outputs": [], "execution_count": None}
-    ]
-    book = {"cells": cells, "metadata": notebooks.METADATA, "nbformat": 4, "nbformat_minor": 5}
-    (tmp_path / "waits.ipynb").write_text(json.dumps(book))
+    _one_cell(tmp_path / "waits.ipynb", cell)
     script = f"from nitro_e_lite.notebooks import *; execute(Path({str(tmp_path / 'waits.ipynb')!r}))"
     parent = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
     for _ in range(600):
