@@ -186,7 +186,9 @@ def time_transformer(
     """
     device = common.pick_device(device)
     dtype = common.pick_dtype(dtype, device)
-    model = EMMDiTTransformer2DModel(**config).to(device, dtype)
+    model = EMMDiTTransformer2DModel(**config).to(device)
+    if dtype != model.dtype:  # diffusers warns of every conversion, of those that change nothing too
+        model.to(dtype)
     size = model.config
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(batch, size.in_channels, size.sample_size, size.sample_size, generator=generator)
