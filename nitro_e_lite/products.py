@@ -17,6 +17,7 @@ from nitro_e_lite import fused
 
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()  # else: another BLAS than MKL
 SMALL = 2**24  # multiplications below which the call itself takes longer than they do
+NARROW = 512  # side of a weight below which it takes longer to transpose what its gradient is made of than oneDNN gains
 
 
 @torch.library.custom_op("nitro_e_lite::product", mutates_args=(), device_types="cpu")
@@ -42,12 +43,15 @@ def _keep(ctx, inputs, output) -> None:
 def _backward(ctx, grad):
     rows, weight = ctx.saved_tensors
     wants_rows, wants_weight, *wants_bias = ctx.needs_input_grad  # without a bias there are two
-    flat = grad.flatten(0, -2)  # (N, O)
-    grads = (
-        product(grad, weight.t()) if wants_rows else None,
-        product(flat.t(), rows.flatten(0, -2).t()) if wants_weight else None,
-    )
-    return *grads, *(flat.sum(0) if wanted else None for wanted in wants_bias)
+    flat, flat_rows = grad.flatten(0, -2), rows.flatten(0, -2)  # (N, O), (N, I)
+    onto_rows = product(grad, weight.t()) if wants_rows else None
+    if not wants_weight:
+        onto_weight = None
+    elif min(weight.shape) < NARROW:
+        onto_weight = flat.t() @ flat_rows  # MKL reads them as they lie
+    else:
+        onto_weight = product(flat.t(), flat_rows.t())
+    return onto_rows, onto_weight, *(flat.sum(0) if wanted else None for wanted in wants_bias)
 
 
 product.register_autograd(_backward, setup_context=_keep)

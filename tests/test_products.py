@@ -25,9 +25,11 @@ def gradients(function, *tensors):
     return [out.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
 
 
+@pytest.mark.parametrize("narrow", [0, 100], ids=["wide", "narrow"])
 @pytest.mark.parametrize("shape", [(5, 24), (3, 7, 24), (2, 3, 4, 24), (1, 24)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear_and_its_gradients_are_those_of_torch(shape, bias):
+def test_linear_and_its_gradients_are_those_of_torch(shape, bias, narrow, monkeypatch):
+    monkeypatch.setattr(products, "NARROW", narrow)
     arguments = numbers(*shape), numbers(16, 24), numbers(16) if bias else None
     for mine, theirs in zip(gradients(products.linear, *arguments), gradients(F.linear, *arguments), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
@@ -82,6 +84,13 @@ def test_who_is_asked(calls, monkeypatch):
     monkeypatch.setattr(products, "SMALL", 10**6)
     layer(rows)
     assert len(calls) == 1, "autocast, plain operations, forward mode, bf16 and small products are torch's own"
+
+
+@pytest.mark.parametrize(("narrow", "asked"), [(16, 3), (17, 2)])
+def test_who_is_asked_for_gradients(calls, monkeypatch, narrow, asked):
+    monkeypatch.setattr(products, "NARROW", narrow)
+    products.linear(numbers(5, 24).requires_grad_(), numbers(16, 24).requires_grad_()).sum().backward()
+    assert len(calls) == asked, "forward, rows, and the weight unless it is narrow"
 
 
 def test_a_model_of_another_library_is_sped_up_in_place(calls):
