@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from nitro_e_lite import comparison, config, geneval
+from nitro_e_lite import common, comparison, config, geneval
 from nitro_e_lite.train import Trainer
 
 SMOKE = config.override(config.preset("base", "smoke"), ["data.encoders=lite", "batch_size=4"])
@@ -85,3 +85,15 @@ def test_prompts_are_spread_over_every_category():
         "with REPA",
         ["repa.weight=0.5", "a=[1,2]"],
     )
+
+
+def test_lite_trains_with_the_optimizer_that_learned_most():
+    """In the stored comparison, every run of the preset's optimiser is below every run of the other."""
+    found = json.loads((common.weights_dir() / "lite" / "transformer" / "optimizers.json").read_text(encoding="utf-8"))
+    losses = {}
+    for run in found["runs"]:
+        if run["step"] == found["points"][-1]:
+            optimizer = config.override(config.preset("base", "lite"), found["variants"][run["variant"]]).optimizer
+            losses.setdefault(optimizer.name, []).append(run["validation_loss"])
+    chosen = losses.pop(config.preset("base", "lite").optimizer.name)
+    assert len(chosen) >= 3 and losses and max(chosen) < min(min(others) for others in losses.values())
