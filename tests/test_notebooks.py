@@ -294,6 +294,21 @@ def test_parameter_files_of_the_full_run_train_two_steps_and_change_nothing(tmp_
     assert (tmp_path / "run" / "figures" / "ledger.json").is_file()
 
 
+@pytest.mark.slow
+def test_stage_2_does_at_smoke_size_all_that_it_does_at_lite_scale(tmp_path):
+    """White text and minimal pairs, which the smoke preset leaves out, once failed here after hours of training."""
+    lite = config.preset("finetune", "lite")
+    flags = {f"data.{name}": getattr(lite.data, name) for name in ("pairs", "pairs_every", "colorless", "quality")}
+    flags["optimizer.white_text"] = lite.optimizer.white_text
+    overrides = ["steps=2", *(f"{name}={json.dumps(value)}" for name, value in flags.items())]
+    values = two_steps("10_fine_tuning_ema", "lite") | {"overrides": overrides, "run_dir": str(tmp_path / "run")}
+    (tmp_path / "lite_at_smoke_size.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    text = printed(
+        notebooks.execute(FOLDER / "10_fine_tuning_ema.ipynb", tmp_path / "lite_at_smoke_size.yaml")["cells"]
+    )
+    assert "stage 2, average" in text and "ours agree on the first 32" in text
+
+
 def notebook_of(*sources: str) -> str:
     made = [
         {"cell_type": "code", "id": f"c{i}", "metadata": {}, "execution_count": None, "outputs": [], "source": text}
