@@ -74,7 +74,7 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     clip: float = 1.0  # of the global gradient norm
     warmup_steps: int = 100
-    decay_steps: int = 1500
+    decay_steps: int = 1500  # half of the run at most
     white_text: bool = False  # the layer that takes the text features learns as if they were white
 
 

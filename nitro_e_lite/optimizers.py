@@ -230,7 +230,10 @@ def hidden_matrices(model: EMMDiTTransformer2DModel) -> set[str]:
 
 
 def learning_rate_scale(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Factor on the learning rates at ``step`` (from 0): linear warm-up, constant, linear decay over the last steps."""
+    """Factor on the learning rates at ``step`` (from 0): linear warm-up, constant, linear decay over the last steps.
+
+    The decay takes half of the run at most, so that a run shortened by ``steps`` alone is not all decay.
+    """
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    left = (steps - step) / config.decay_steps if config.decay_steps else 1.0
+    left = (steps - step) / min(config.decay_steps, max(1, steps / 2)) if config.decay_steps else 1.0
     return warm * min(1.0, left)

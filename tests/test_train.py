@@ -572,3 +572,5 @@ def test_learning_rate():
     rates = [learning_rate_scale(step, 20, settings) for step in range(20)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4:16] == [1.0] * 12
     assert rates[16:] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    short = [learning_rate_scale(step, 6, settings) for step in range(6)]  # three steps of decay, and not five
+    assert short == pytest.approx([0.25, 0.5, 0.75, 1.0, 2 / 3, 1 / 3])
