@@ -47,7 +47,7 @@ class MasterWeights:
             self.masters = trained
         else:
             self.masters = {name: nn.Parameter(p.detach().clone()) for name, p in trained.items()}
-            model.to(dtype)
+            nn.Module.to(model, dtype)  # diffusers' own `to` warns of layers kept in float32, where there are none too
         self._trained = trained
 
     def collect_gradients(self) -> None:

@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from nitro_e_lite.common import MANIFEST, check_manifest, weights_dir, write_manifest
@@ -55,7 +54,7 @@ def ship(
     run = Path(source) / "config.json"  # of a training run; the folder ``final`` has a model's
     trained = json.loads(run.read_text(encoding="utf-8")).get("config") if run.is_file() else None
     usual = trained or to_dict(TrainConfig())
-    transformer = load_transformer(source).to(torch.float16)
+    transformer = load_transformer(source).half()
     pipeline = NitroEPipeline(
         transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),

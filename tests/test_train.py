@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import random
 import shutil
@@ -551,6 +552,13 @@ def test_showing_other_weights_is_undone(tmp_path):
     with weights.showing({name: torch.zeros_like(p) for name, p in weights.masters.items()}):
         assert not model.weight.any()
     assert torch.equal(model.weight, before)
+
+
+def test_changing_the_number_type_warns_of_nothing(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    model = EMMDiTTransformer2DModel(num_attention_heads=2, attention_head_dim=16, block_groups=(1, 1, 1))
+    MasterWeights(model, torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and not caplog.text
 
 
 def test_every_parameter_has_one_optimizer_and_muon_gets_the_matrices():
