@@ -19,10 +19,8 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import unicodedata
 from dataclasses import dataclass
 from functools import cache
-from itertools import groupby
 
 import numpy as np
 
@@ -488,10 +486,4 @@ def vocabulary() -> frozenset[str]:
 
 def unknown_words(text: str) -> list[str]:
     """The words of ``text``, in any script, that no caption contains, in order of appearance."""
-
-    def kind(sign: str) -> str:  # a mark belongs to its letter
-        letter = sign.isalpha() or unicodedata.category(sign).startswith("M")
-        return "word" if letter else "number" if sign.isdecimal() else ""
-
-    found = ["".join(run) for name, run in groupby(unicodedata.normalize("NFC", text.lower()), kind) if name]
-    return [word for word in dict.fromkeys(found) if word not in vocabulary()]
+    return [w for w in dict.fromkeys(re.findall(r"[^\W\d_]+|\d+", text.lower())) if w not in vocabulary()]
