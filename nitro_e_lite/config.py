@@ -127,6 +127,10 @@ class TrainConfig:
         _require(0 <= self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "in [0, 1]")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         _require(self.optimizer.name in ("muon", "adamw"), "optimizer.name", self.optimizer.name, "'muon' or 'adamw'")
+        for name in ("lr", "muon_lr", "weight_decay", "warmup_steps", "decay_steps"):  # below 0 it would climb
+            value = getattr(self.optimizer, name)
+            _require(value >= 0, f"optimizer.{name}", value, ">= 0")
+        _require(self.optimizer.clip > 0, "optimizer.clip", self.optimizer.clip, "> 0")
         _require(self.data.quality in ("all", "readable"), "data.quality", self.data.quality, "'all' or 'readable'")
         if self.data.pairs:
             _require(not self.data.folders, "data.folders", self.data.folders, "empty with data.pairs")
