@@ -16,7 +16,7 @@ __all__ = ["__version__", "load_pipeline"]
 
 def __getattr__(name: str) -> Any:
     if name == "load_pipeline":
-        from nitro_e_lite.loading import load_pipeline
+        from nitro_e_lite.inference.loading import load_pipeline
 
         return load_pipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -104,7 +104,7 @@ def fork(rank: int, request: dict) -> int:
             sys.argv = words
             runpy.run_path(words[0], run_name="__main__")
         else:
-            from nitro_e_lite.cli import app
+            from nitro_e_lite.cli.app import app
 
             app(words)
         code = 0

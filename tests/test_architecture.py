@@ -11,7 +11,7 @@ import pytest
 import typer
 from packaging.requirements import Requirement
 
-from nitro_e_lite.cli import app
+from nitro_e_lite.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "nitro_e_lite"

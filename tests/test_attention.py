@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nitro_e_lite import fused
-from nitro_e_lite.attention import (
+from nitro_e_lite.model import cpu_kernels
+from nitro_e_lite.model.attention import (
     JointAttention,
     joint_attention_probabilities,
     scaled_attention,
@@ -63,7 +63,7 @@ def test_subregions_equal_masked_full_attention(ratio, chunk):
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("context_pre_only", [False, True])
 def test_fused_heads_equal_plain_ones(pattern, context_pre_only, monkeypatch):
-    monkeypatch.setattr(fused, "CACHE_ELEMENTS", 2 * 96 * 48)  # two samples a piece: 2 + 1 of 3
+    monkeypatch.setattr(cpu_kernels, "CACHE_ELEMENTS", 2 * 96 * 48)  # two samples a piece: 2 + 1 of 3
     module = attention(pattern, context_pre_only)
     streams = [x.requires_grad_() for x in inputs()]
 
@@ -73,13 +73,13 @@ def test_fused_heads_equal_plain_ones(pattern, context_pre_only, monkeypatch):
         return output + list(torch.autograd.grad(sum(x.square().sum() for x in output), wanted))
 
     mine = run()
-    with fused.plain_operations():
+    with cpu_kernels.plain_operations():
         torch.testing.assert_close(mine, run(), rtol=1e-10, atol=1e-10)
 
 
 def test_plain_heads_are_rms_normalised():
     module, (image, text) = attention(), inputs()
-    with fused.plain_operations():
+    with cpu_kernels.plain_operations():
         query, _, value = module.joint_heads(image, text)
     raw = F.linear(text, module.qkv_context.weight[:16], module.qkv_context.bias[:16]).unflatten(2, (2, 8))
     expected = raw / (raw.square().mean(-1, keepdim=True) + 1e-6).sqrt() * module.norm_q_context.weight
@@ -123,7 +123,7 @@ def test_plain_operations_differentiate_twice():
     module = attention()
     module.backend = "math"
     streams = [x.requires_grad_() for x in inputs(batch=1, image=4, text=4)]
-    with fused.plain_operations():
+    with cpu_kernels.plain_operations():
         assert torch.autograd.gradgradcheck(lambda *x: module(*x)[0], streams, fast_mode=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         (grad,) = torch.autograd.grad(module(*streams)[0].sum(), streams[0], create_graph=True)

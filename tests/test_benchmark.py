@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nitro_e_lite import benchmark
-from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.evaluation import benchmark
+from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 
 
 def test_the_full_model_has_the_published_size():

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from diffusers.models.normalization import AdaLayerNormSingle
 
-from nitro_e_lite import fused
-from nitro_e_lite.blocks import MODULATIONS, FeedForward, JointBlock, Modulation, TimeEmbedding
+from nitro_e_lite.model import cpu_kernels
+from nitro_e_lite.model.blocks import MODULATIONS, FeedForward, JointBlock, Modulation, TimeEmbedding
 
 
 def streams(image=32, text=16, dim=16, seed=1):
@@ -107,5 +107,5 @@ def test_fused_block_has_the_gradients_of_the_plain_one(modulation):
         return torch.autograd.grad(output, [image, text, *block.parameters()])
 
     mine = run()
-    with fused.plain_operations():
+    with cpu_kernels.plain_operations():
         torch.testing.assert_close(mine, run(), rtol=1e-8, atol=1e-8)

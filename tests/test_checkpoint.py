@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from test_golden import FILES, official_file
 from torch import nn
 
-from nitro_e_lite.checkpoint import load_official, merge_lora, official_names, save_official
-from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.model.official_weights import load_official, merge_lora, official_names, save_official
 
 TARGETS = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
 

@@ -15,9 +15,9 @@ from tiny import build_tiny_pipeline
 from typer.testing import CliRunner
 
 from nitro_e_lite import load_pipeline
-from nitro_e_lite.cli import DEMO_CAPTIONS, app, picture_paths
-from nitro_e_lite.geneval import load_prompts
-from nitro_e_lite.scenes import unknown_words
+from nitro_e_lite.cli.app import DEMO_CAPTIONS, app, picture_paths
+from nitro_e_lite.scenes.geneval import load_prompts
+from nitro_e_lite.scenes.grammar import unknown_words
 
 FAST = ["--steps", "1", "--guidance", "0"]
 

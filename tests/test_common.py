@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nitro_e_lite import common
+from nitro_e_lite import runtime
 
 
 def test_import_of_the_package_is_light():
@@ -32,9 +32,9 @@ def test_package_has_no_unknown_attribute():
 
 
 def test_seed_everything_repeats_all_generators():
-    common.seed_everything(3)
+    runtime.seed_everything(3)
     first = (np.random.rand(), torch.rand(2).tolist())
-    common.seed_everything(3)
+    runtime.seed_everything(3)
     assert first == (np.random.rand(), torch.rand(2).tolist())
 
 
@@ -43,71 +43,71 @@ def test_seed_everything_repeats_all_generators():
 )
 def test_seed_everything_refuses(seed, error):
     with pytest.raises(error, match="seed"):
-        common.seed_everything(seed)
+        runtime.seed_everything(seed)
 
 
 def test_a_build_for_gpus_without_a_gpu_runs_on_the_cpu(monkeypatch):
     """The usual Linux wheel of torch names an accelerator on every machine; what counts is whether one is there."""
     monkeypatch.setattr(torch._C, "_accelerator_getAccelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert common.pick_device() == torch.device("cpu")
+    assert runtime.pick_device() == torch.device("cpu")
 
 
 def test_pick_device_and_dtype():
-    assert common.pick_device("cpu") == torch.device("cpu")
-    assert common.pick_dtype(None, torch.device("cpu")) is torch.float32
-    assert common.pick_dtype("bfloat16", torch.device("cpu")) is torch.bfloat16
-    assert common.pick_dtype(torch.float16, torch.device("cpu")) is torch.float16
+    assert runtime.pick_device("cpu") == torch.device("cpu")
+    assert runtime.pick_dtype(None, torch.device("cpu")) is torch.float32
+    assert runtime.pick_dtype("bfloat16", torch.device("cpu")) is torch.bfloat16
+    assert runtime.pick_dtype(torch.float16, torch.device("cpu")) is torch.float16
 
 
 @pytest.mark.parametrize("name", ["tpuu", "cuda:99", 3.5])
 def test_pick_device_names_what_is_wrong(name):
     with pytest.raises(ValueError, match="device: .*try 'cpu'"):
-        common.pick_device(name)
+        runtime.pick_device(name)
 
 
 @pytest.mark.parametrize("name", ["fp32", torch.int8, 16])
 def test_pick_dtype_names_what_is_wrong(name):
     with pytest.raises(ValueError, match="dtype: .*bfloat16"):
-        common.pick_dtype(name, torch.device("cpu"))
+        runtime.pick_dtype(name, torch.device("cpu"))
 
 
 def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("NITRO_E_CACHE", str(tmp_path / "a"))
-    assert common.cache_dir() == tmp_path / "a"
+    assert runtime.cache_dir() == tmp_path / "a"
     monkeypatch.delenv("NITRO_E_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert common.cache_dir() == tmp_path / "nitro-e-lite"
+    assert runtime.cache_dir() == tmp_path / "nitro-e-lite"
 
 
 def test_manifest_round_trip_and_damage(tmp_path):
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "b.txt").write_text("b")
     (tmp_path / "a.txt").write_text("a")
-    common.write_manifest(tmp_path)
-    assert list(common.check_manifest(tmp_path)) == ["a.txt", "part/b.txt"]
+    runtime.write_manifest(tmp_path)
+    assert list(runtime.check_manifest(tmp_path)) == ["a.txt", "part/b.txt"]
     # an independent reader of the format agrees
     subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=tmp_path, check=True)
 
     (tmp_path / "part" / "b.txt").write_text("c")
     with pytest.raises(ValueError, match="b.txt: contents differ"):
-        common.check_manifest(tmp_path)
-    assert list(common.check_manifest(tmp_path, "a.txt")) == ["a.txt"]  # the rest may be damaged
+        runtime.check_manifest(tmp_path)
+    assert list(runtime.check_manifest(tmp_path, "a.txt")) == ["a.txt"]  # the rest may be damaged
     with pytest.raises(ValueError, match="b.txt: contents differ"):
-        common.check_manifest(tmp_path, "a.txt", "part")
+        runtime.check_manifest(tmp_path, "a.txt", "part")
     (tmp_path / "part" / "b.txt").unlink()
     with pytest.raises(FileNotFoundError, match="b.txt: listed"):
-        common.check_manifest(tmp_path)
+        runtime.check_manifest(tmp_path)
     (tmp_path / "SHA256SUMS").write_text("nonsense\n")
     with pytest.raises(ValueError, match="cannot read the line"):
-        common.check_manifest(tmp_path)
+        runtime.check_manifest(tmp_path)
     (tmp_path / "SHA256SUMS").unlink()
     with pytest.raises(FileNotFoundError, match="checksum file is missing"):
-        common.check_manifest(tmp_path)
+        runtime.check_manifest(tmp_path)
 
 
 def test_environment_report_is_json_and_complete():
-    report = json.loads(json.dumps(common.environment_report()))
+    report = json.loads(json.dumps(runtime.environment_report()))
     assert report["packages"]["torch"] == torch.__version__
     assert {"commit", "device", "device_name", "python", "cpu_threads", "rocm"} <= set(report)
     if report["device"] == "cpu":
@@ -116,29 +116,29 @@ def test_environment_report_is_json_and_complete():
 
 def test_metrics_survive_a_kill_and_a_resume(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
-    with common.MetricsWriter(path) as metrics:
+    with runtime.MetricsWriter(path) as metrics:
         for step in range(5):
             metrics.write(step=step, loss=1.0 / (step + 1))
     with open(path, "a") as file:
         file.write('{"step": 5, "lo')  # killed in the middle of a line
-    assert [row["step"] for row in common.read_jsonl(path)] == [0, 1, 2, 3, 4]
-    with common.MetricsWriter(path) as metrics:  # reopened as it is: the torn line goes, whole lines stay
+    assert [row["step"] for row in runtime.read_jsonl(path)] == [0, 1, 2, 3, 4]
+    with runtime.MetricsWriter(path) as metrics:  # reopened as it is: the torn line goes, whole lines stay
         metrics.write(step=5, loss=0.1)
-    assert [row["step"] for row in common.read_jsonl(path)] == [0, 1, 2, 3, 4, 5]
+    assert [row["step"] for row in runtime.read_jsonl(path)] == [0, 1, 2, 3, 4, 5]
 
-    with common.MetricsWriter(path) as metrics:
+    with runtime.MetricsWriter(path) as metrics:
         metrics.truncate_after(2)
         metrics.write(step=3, loss=0.5)
-    assert [row["step"] for row in common.read_jsonl(path)] == [0, 1, 2, 3]
+    assert [row["step"] for row in runtime.read_jsonl(path)] == [0, 1, 2, 3]
 
 
 def test_metrics_refuse_nan(tmp_path):
-    with common.MetricsWriter(tmp_path / "m.jsonl") as metrics, pytest.raises(ValueError):
+    with runtime.MetricsWriter(tmp_path / "m.jsonl") as metrics, pytest.raises(ValueError):
         metrics.write(step=0, loss=float("nan"))
 
 
 def test_metrics_on_a_full_disk_name_their_file(tmp_path):
-    metrics = common.MetricsWriter(tmp_path / "m.jsonl")
+    metrics = runtime.MetricsWriter(tmp_path / "m.jsonl")
     metrics.write(step=1)
     metrics._file.close()
     full = OSError(28, "No space left on device")
@@ -146,7 +146,7 @@ def test_metrics_on_a_full_disk_name_their_file(tmp_path):
     with pytest.raises(OSError, match="m.jsonl: could not be written .*No space left"):
         metrics.write(step=2)
     metrics.close()  # has nothing more to say
-    assert [row["step"] for row in common.read_jsonl(tmp_path / "m.jsonl")] == [1]
+    assert [row["step"] for row in runtime.read_jsonl(tmp_path / "m.jsonl")] == [1]
 
 
 def test_tune_cpu_flushes_denormals():

@@ -5,8 +5,10 @@ from collections import Counter
 
 import pytest
 
-from nitro_e_lite import common, comparison, config, geneval
-from nitro_e_lite.train import Trainer
+from nitro_e_lite import config, runtime
+from nitro_e_lite.experiments import compare
+from nitro_e_lite.scenes import geneval
+from nitro_e_lite.training.engine import Trainer
 
 SMOKE = config.override(config.preset("base", "smoke"), ["data.encoders=lite", "batch_size=4"])
 
@@ -19,38 +21,38 @@ def measured(result):
 
 
 def test_same_variants_are_equal_and_a_stopped_comparison_goes_on(tmp_path):
-    prompts = comparison.spread_prompts(geneval.load_prompts(), 1)[:2]
+    prompts = compare.spread_prompts(geneval.load_prompts(), 1)[:2]
     same = {"one": ["optimizer.lr=1e-3"], "Two!": ["optimizer.lr=1e-3"]}
-    result = comparison.compare(SMOKE, same, [3], [1, 2], tmp_path / "whole", prompts, "cpu")
+    result = compare.compare(SMOKE, same, [3], [1, 2], tmp_path / "whole", prompts, "cpu")
     rows = measured(result)
     assert len(rows) == 4 and rows[:2] == rows[2:]
     assert [row["step"] for row in rows] == [1, 2, 1, 2] and all(set(row["categories"]) for row in rows)
     assert rows[0]["validation_loss"] != rows[1]["validation_loss"]
-    shown = comparison.summary(result)
+    shown = compare.summary(result)
     assert [row[:3] for row in shown] == [("one", 1, 1), ("one", 2, 1), ("Two!", 1, 1), ("Two!", 2, 1)]
     assert float(shown[1][3]) == pytest.approx(rows[1]["validation_loss"], abs=1e-4)
 
     part = {"one": same["one"]}
-    comparison.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu")
+    compare.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu")
     file = tmp_path / "part" / "one-seed3" / "rows.jsonl"
     first, last = file.read_text(encoding="utf-8").splitlines()
     file.write_text(first + "\n", encoding="utf-8")
-    again = comparison.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu")
+    again = compare.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu")
     assert measured(again) == rows[:2]
     assert json.loads((tmp_path / "part" / "comparison.json").read_text(encoding="utf-8")) == again
     with file.open("a", encoding="utf-8") as stream:
         stream.write('{"step": 3, "va')  # a kill while writing
-    assert measured(comparison.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu")) == rows[:2]
+    assert measured(compare.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu")) == rows[:2]
     file.write_text(last + "\n", encoding="utf-8")  # as if point 1 were new: its weights are gone
     with pytest.raises(ValueError, match="points: .* trained to step 2; only later points can be added"):
-        comparison.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu")
+        compare.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu")
     with pytest.raises(ValueError, match="holds a run with other settings"):
-        comparison.compare(SMOKE, {"one": ["optimizer.lr=2e-3"]}, [3], [1, 2], tmp_path / "part", prompts, "cpu")
+        compare.compare(SMOKE, {"one": ["optimizer.lr=2e-3"]}, [3], [1, 2], tmp_path / "part", prompts, "cpu")
 
 
 def test_killed_between_points_it_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
     settings = config.override(SMOKE, ["checkpoint_every=2"])
-    whole = comparison.compare(settings, {"one": []}, [0], [5], tmp_path / "whole", device="cpu")
+    whole = compare.compare(settings, {"one": []}, [0], [5], tmp_path / "whole", device="cpu")
     plain_step, taken = Trainer.train_step, []
 
     def step(trainer):
@@ -62,26 +64,26 @@ def test_killed_between_points_it_goes_on_from_a_checkpoint(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", step)
         with pytest.raises(KeyboardInterrupt):
-            comparison.compare(settings, {"one": []}, [0], [5], tmp_path / "part", device="cpu")
-    again = comparison.compare(settings, {"one": []}, [0], [5], tmp_path / "part", device="cpu")
+            compare.compare(settings, {"one": []}, [0], [5], tmp_path / "part", device="cpu")
+    again = compare.compare(settings, {"one": []}, [0], [5], tmp_path / "part", device="cpu")
     assert measured(again) == measured(whole)
     assert taken == [0, 1, 2] and again["runs"][0]["trained_steps"] == 3  # 2, 3, 4: step 2 was lost, 0 and 1 were not
 
 
 def test_refuses_what_is_no_comparison(tmp_path):
     with pytest.raises(ValueError, match=r"points=\[2, 1\]"):
-        comparison.compare(SMOKE, {"a": []}, [0], [2, 1], tmp_path)
+        compare.compare(SMOKE, {"a": []}, [0], [2, 1], tmp_path)
     with pytest.raises(ValueError, match="unknown field"):
-        comparison.compare(SMOKE, {"a": ["repa.wait=1"]}, [0], [1], tmp_path)
+        compare.compare(SMOKE, {"a": ["repa.wait=1"]}, [0], [1], tmp_path)
     with pytest.raises(ValueError, match="must read 'name:"):
-        comparison.read_variant("repa.weight=0")
+        compare.read_variant("repa.weight=0")
 
 
 def test_prompts_are_spread_over_every_category():
     prompts = geneval.load_prompts()
-    assert Counter(p.tag for p in comparison.spread_prompts(prompts, 7)) == dict.fromkeys(geneval.CATEGORIES, 7)
-    assert comparison.spread_prompts(prompts, 50) == prompts
-    assert comparison.read_variant("with REPA: repa.weight=0.5 a=[1,2]") == (
+    assert Counter(p.tag for p in compare.spread_prompts(prompts, 7)) == dict.fromkeys(geneval.CATEGORIES, 7)
+    assert compare.spread_prompts(prompts, 50) == prompts
+    assert compare.read_variant("with REPA: repa.weight=0.5 a=[1,2]") == (
         "with REPA",
         ["repa.weight=0.5", "a=[1,2]"],
     )
@@ -89,7 +91,7 @@ def test_prompts_are_spread_over_every_category():
 
 def test_lite_trains_with_the_optimizer_that_learned_most():
     """In the stored comparison, every run of the preset's optimiser is below every run of the other."""
-    found = json.loads((common.weights_dir() / "lite" / "transformer" / "optimizers.json").read_text(encoding="utf-8"))
+    found = json.loads((runtime.weights_dir() / "lite" / "transformer" / "optimizers.json").read_text(encoding="utf-8"))
     losses = {}
     for run in found["runs"]:
         if run["step"] == found["points"][-1]:

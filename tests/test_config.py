@@ -7,7 +7,7 @@ import pytest
 
 from nitro_e_lite import config as module
 from nitro_e_lite.config import PRESETS, TrainConfig, assignments, from_dict, override, preset, to_dict
-from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 
 PACKAGE = Path(module.__file__).parent
 

@@ -8,11 +8,11 @@ import pytest
 import typer
 from huggingface_hub import DatasetCard
 
-from nitro_e_lite import scenes
-from nitro_e_lite.cli import app
+from nitro_e_lite.cli.app import app
 from nitro_e_lite.config import preset
-from nitro_e_lite.encode_data import SOURCES
-from nitro_e_lite.sources import Prompts
+from nitro_e_lite.data.precompute import SOURCES
+from nitro_e_lite.data.sources import Prompts
+from nitro_e_lite.scenes import grammar
 
 FOLDER = Path(__file__).resolve().parents[1] / "data_cards"
 NAMES = ("synthetic_scenes", "sa1b", "journeydb", "fluxdb", "nitro_e_25m")
@@ -124,17 +124,17 @@ def test_disk_space_of_the_latents_is_the_product(name, millions):
 
 def test_card_of_the_scenes_agrees_with_the_code():
     text = load("synthetic_scenes").text
-    for kind, share in scenes.KINDS.items():
+    for kind, share in grammar.KINDS.items():
         assert f"| {kind} | {share:.2f} |" in text
-    assert (len(scenes.SHAPES), len(scenes.COLORS), len(scenes.SIZES)) == (6, 10, 3)
+    assert (len(grammar.SHAPES), len(grammar.COLORS), len(grammar.SIZES)) == (6, 10, 3)
     assert "Six shapes" in text and "ten colours" in text and "three sizes" in text
     flat = " ".join(text.split())
-    for shape, color in scenes.HELD_OUT_OBJECTS:
+    for shape, color in grammar.HELD_OUT_OBJECTS:
         assert f"{color} {shape}" in flat
-    for pair in scenes.HELD_OUT_SHAPE_PAIRS:
+    for pair in grammar.HELD_OUT_SHAPE_PAIRS:
         first, second = pair
         assert f"{first} with {second}" in flat or f"{second} with {first}" in flat
-    assert scenes.RESERVED_FRACTION == 4 and "one caption string in four" in flat
-    assert len(scenes.vocabulary()) < 100
+    assert grammar.RESERVED_FRACTION == 4 and "one caption string in four" in flat
+    assert len(grammar.vocabulary()) < 100
     data = preset("base", "lite").data
     assert f"{data.scenes:,} scenes of seed {data.seed}" in flat and f"{data.captions} captions each" in flat

@@ -6,9 +6,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nitro_e_lite.cli import app
-from nitro_e_lite.data_check import NEEDED_SAMPLES_PER_SECOND, check, measure_reading
-from nitro_e_lite.shards import CARD, LatentBatch, LatentDataset, ShardWriter, read_quarantine, write_latents
+from nitro_e_lite.cli.app import app
+from nitro_e_lite.data.check import NEEDED_SAMPLES_PER_SECOND, check, measure_reading
+from nitro_e_lite.data.shards import CARD, LatentBatch, LatentDataset, ShardWriter, read_quarantine, write_latents
 
 SHAPE = (3, 8, 8)
 

@@ -22,16 +22,16 @@ from tiny_flux import build_tiny_flux
 from transformers import Dinov2Config, Dinov2Model
 from typer.testing import CliRunner
 
-from nitro_e_lite import encoders as encoder_functions
-from nitro_e_lite.cli import app
-from nitro_e_lite.cli_data import local_device
-from nitro_e_lite.data_check import check
-from nitro_e_lite.encode_data import Encoding, drawn_source, open_source
-from nitro_e_lite.encoder_set import Encoders
-from nitro_e_lite.encoders import EncoderUnavailable, LatentStats
-from nitro_e_lite.repa import VisionEncoder
-from nitro_e_lite.shards import LatentBatch, LatentDataset, sidecars, write_latents
-from nitro_e_lite.sources import Folder, square
+from nitro_e_lite.cli.app import app
+from nitro_e_lite.cli.data import local_device
+from nitro_e_lite.data.check import check
+from nitro_e_lite.data.precompute import Encoding, drawn_source, open_source
+from nitro_e_lite.data.shards import LatentBatch, LatentDataset, sidecars, write_latents
+from nitro_e_lite.data.sources import Folder, square
+from nitro_e_lite.inference import encoders as encoder_functions
+from nitro_e_lite.inference.encoder_set import Encoders
+from nitro_e_lite.inference.encoders import EncoderUnavailable, LatentStats
+from nitro_e_lite.inference.vision import VisionEncoder
 
 SIZE, COUNT = 64, 22
 
@@ -112,7 +112,7 @@ def test_what_gives_no_row_is_reported_with_its_reason(whole):
 
 def test_any_number_of_processes_writes_the_same(raw, models, whole, tmp_path, monkeypatch):
     world = 3
-    monkeypatch.setattr("nitro_e_lite.sources.LINES", 8)
+    monkeypatch.setattr("nitro_e_lite.data.sources.LINES", 8)
     encode(raw, models, tmp_path / "one")
     for rank in reversed(range(world)):
         encode(raw, models, tmp_path / "many", rank=rank, world=world)
@@ -179,10 +179,10 @@ import sys, time
 sys.path.insert(0, sys.argv[1])
 import torch
 from tiny import build_tiny_pipeline
-from nitro_e_lite.encode_data import Encoding
-from nitro_e_lite.encoder_set import Encoders
-from nitro_e_lite.encoders import LatentStats
-from nitro_e_lite.sources import Folder
+from nitro_e_lite.data.precompute import Encoding
+from nitro_e_lite.inference.encoder_set import Encoders
+from nitro_e_lite.inference.encoders import LatentStats
+from nitro_e_lite.data.sources import Folder
 
 p = build_tiny_pipeline()
 models = Encoders(p.vae, p.tokenizer, p.text_encoder, LatentStats(p.config.latents_mean, p.config.latents_std), 16)
@@ -311,7 +311,7 @@ def test_sa1b_from_tar_files_to_checked_rows(models, tmp_path):
 
 def test_prompts_are_shared_and_taken_up_again(models, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr("nitro_e_lite.sources.LINES", 2)
+    monkeypatch.setattr("nitro_e_lite.data.sources.LINES", 2)
     build_tiny_flux().save_pretrained(tmp_path / "flux")
     (tmp_path / "prompts.txt").write_text("".join(f"a star, number {k}\n" for k in range(7)))
     small = {"height": 32, "width": 32, "num_inference_steps": 1, "max_sequence_length": 16}
@@ -366,7 +366,7 @@ def test_odd_and_broken_pictures_in_the_published_layouts(kind, models, tmp_path
 
 
 def test_each_process_of_torchrun_encodes_on_its_own_gpu(monkeypatch):
-    monkeypatch.setattr("nitro_e_lite.common.pick_device", lambda name: torch.device(name or "cuda"))
+    monkeypatch.setattr("nitro_e_lite.runtime.pick_device", lambda name: torch.device(name or "cuda"))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "6")
     assert local_device(None) == "cuda:2" and local_device("cuda:1") == "cuda:1" and local_device("cpu") == "cpu"

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from nitro_e_lite import fused
-from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
-from nitro_e_lite.tokens import crop_positions
+from nitro_e_lite.model import cpu_kernels
+from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.model.tokens import crop_positions
 
 
 def tiny(**config):
@@ -116,7 +116,7 @@ def test_backends_have_the_same_gradients(backend):
     arguments = inputs(dtype=torch.double)
     expected = gradients(model, *arguments)
     model.set_attention_backend(backend)
-    with fused.plain_operations():
+    with cpu_kernels.plain_operations():
         torch.testing.assert_close(gradients(model, *arguments), expected, rtol=1e-7, atol=1e-9)
 
 

@@ -14,22 +14,23 @@ from diffusers import AutoencoderDC
 from huggingface_hub.errors import HTTPError
 from transformers import AutoModel, AutoTokenizer, LlamaModel
 
-from nitro_e_lite import autoencoder_training, encoder_set, encoders, language_model_training
-from nitro_e_lite.common import weights_dir, write_manifest
-from nitro_e_lite.encoder_set import load_encoders
-from nitro_e_lite.encoders import EncoderUnavailable, LatentStats
-from nitro_e_lite.geneval import load_prompts, true_scene, verify
-from nitro_e_lite.scenes import COLORS, SHAPES, SIZES, caption, plural, render, sample_scene, words
+from nitro_e_lite.inference import encoder_set, encoders
+from nitro_e_lite.inference.encoder_set import load_encoders
+from nitro_e_lite.inference.encoders import EncoderUnavailable, LatentStats
+from nitro_e_lite.runtime import weights_dir, write_manifest
+from nitro_e_lite.scenes.geneval import load_prompts, true_scene, verify
+from nitro_e_lite.scenes.grammar import COLORS, SHAPES, SIZES, caption, plural, render, sample_scene, words
+from nitro_e_lite.stages import autoencoder, language_model
 
 LITE = weights_dir() / "lite"
 NEW = 10_000  # a data set seed that no training used
 
-TINY_VAE = autoencoder_training.AutoencoderConfig(
+TINY_VAE = autoencoder.AutoencoderConfig(
     steps=6, batch_size=2, image_size=32, latent_channels=4, encoder_widths=(8, 8, 16, 16),
     decoder_widths=(8, 8, 16, 16), decoder_layers=(0, 1, 1, 1), warmup_steps=2, log_every=1, checkpoint_every=2,
     statistics_scenes=4,
 )  # fmt: skip
-TINY_LM = language_model_training.LanguageModelConfig(
+TINY_LM = language_model.LanguageModelConfig(
     steps=6, batch_size=4, tokenizer_scenes=50, width=32, layers=1, heads=2, key_value_heads=1, intermediate=32,
     decoder_layers=1, warmup_steps=2, log_every=1, checkpoint_every=2,
 )  # fmt: skip
@@ -39,8 +40,8 @@ TINY_LM = language_model_training.LanguageModelConfig(
 def tiny(tmp_path_factory):
     """Folder of a smoke-scale autoencoder and language model, trained for six steps each."""
     folder = tmp_path_factory.mktemp("encoders")
-    vae = autoencoder_training.train_autoencoder(TINY_VAE, folder / "vae_run")
-    text = language_model_training.train_language_model(TINY_LM, folder / "text_run")
+    vae = autoencoder.train_autoencoder(TINY_VAE, folder / "vae_run")
+    text = language_model.train_language_model(TINY_LM, folder / "text_run")
     return vae, text
 
 
@@ -249,7 +250,7 @@ def test_fingerprint_changes_with_any_weight_and_any_setting(tiny):
 
 @pytest.mark.parametrize("name", ["autoencoder", "language_model"])
 def test_training_resumes_bit_for_bit_and_learns(name, tmp_path):
-    module = {"autoencoder": autoencoder_training, "language_model": language_model_training}[name]
+    module = {"autoencoder": autoencoder, "language_model": language_model}[name]
     config = {"autoencoder": TINY_VAE, "language_model": TINY_LM}[name]
     train = getattr(module, f"train_{name}")
     whole = train(config, tmp_path / "whole")
@@ -273,7 +274,7 @@ def test_a_language_model_goes_on_from_another_and_stays_near_it(tiny, tmp_path)
     distance = {}
     for keep in (1.0, 100.0):
         config = dataclasses.replace(TINY_LM, **lesson, keep_weight=keep, steps=20)
-        final = language_model_training.train_language_model(config, tmp_path / str(keep))
+        final = language_model.train_language_model(config, tmp_path / str(keep))
         rows = [json.loads(line) for line in (final.parent / "metrics.jsonl").read_text().splitlines()]
         assert rows[0]["keep"] == 0 < rows[-1]["keep"]
         if keep == 1.0:
@@ -289,9 +290,9 @@ def test_a_language_model_goes_on_from_another_and_stays_near_it(tiny, tmp_path)
 
 def test_bad_training_settings_are_refused():
     with pytest.raises(ValueError, match="steps=0"):
-        autoencoder_training.AutoencoderConfig(steps=0)
+        autoencoder.AutoencoderConfig(steps=0)
     with pytest.raises(ValueError, match="keep_weight=1.0: there is nothing to keep"):
-        language_model_training.LanguageModelConfig(keep_weight=1.0)
+        language_model.LanguageModelConfig(keep_weight=1.0)
 
 
 # The shipped weights

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from tiny import build_tiny_pipeline
 
-from nitro_e_lite import evaluate as ev
-from nitro_e_lite.common import weights_dir
-from nitro_e_lite.geneval import load_prompts
-from nitro_e_lite.geneval_files import read_metadata
+from nitro_e_lite.evaluation import geneval_lite as ev
+from nitro_e_lite.evaluation.official_geneval import read_metadata
+from nitro_e_lite.runtime import weights_dir
+from nitro_e_lite.scenes.geneval import load_prompts
 from nitro_e_lite.viz import LEDGER, figures_dir
 
 PROMPTS = load_prompts()[::60]  # a few, of several categories

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from nitro_e_lite import flow
+from nitro_e_lite.model import flow
 
 
 @pytest.fixture

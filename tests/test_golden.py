@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nitro_e_lite import fused
-from nitro_e_lite.checkpoint import load_official
+from nitro_e_lite.model import cpu_kernels
+from nitro_e_lite.model.official_weights import load_official
 
 FILES = ("emmdit_512_asa", "emmdit_512_repa", "emmdit_1024_full_attention")
 
@@ -33,7 +33,7 @@ def load(name, folder):
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("context", [torch.no_grad, nullcontext, fused.plain_operations])
+@pytest.mark.parametrize("context", [torch.no_grad, nullcontext, cpu_kernels.plain_operations])
 def test_velocity_equals_the_reference(name, context, tmp_path):
     model, tensors = load(name, tmp_path)
     with context():

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from nitro_e_lite.grounding import PlaceReader, Said, said_places
-from nitro_e_lite.scenes import COLORS, RELATIONS, SHAPES, Background, Scene, SceneObject
+from nitro_e_lite.scenes.grammar import COLORS, RELATIONS, SHAPES, Background, Scene, SceneObject
+from nitro_e_lite.stages.grounding import PlaceReader, Said, said_places
 
 LEFT, RIGHT, TOP, BOTTOM, UNSAID = range(5)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nitro_e_lite.config import assignments, override, preset
-from nitro_e_lite.launch import (
+from nitro_e_lite.experiments.launch import (
     LaunchError,
     child_environment,
     launch,
@@ -22,7 +22,7 @@ from nitro_e_lite.launch import (
     torchrun_words,
     train_arguments,
 )
-from nitro_e_lite.training_state import RunStopped, list_checkpoints
+from nitro_e_lite.training.checkpoints import RunStopped, list_checkpoints
 
 SUM = """
 import os, torch, torch.distributed as dist

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from nitro_e_lite import lessons, uncertainty
+from nitro_e_lite import stats
+from nitro_e_lite.course import lessons
 
 PARAMETERS = {"preset": "smoke", "seed": 3, "devices": 1, "overrides": []}
 
@@ -61,7 +62,7 @@ def test_start_takes_words_as_extra_parameters(begin):
 
 
 def test_a_relative_run_dir_lies_in_the_checkout(monkeypatch):
-    root = lessons.common.repo_root()
+    root = lessons.runtime.repo_root()
     monkeypatch.chdir(root / "tests")
     assert lessons._run_folder("runs/x") == root / "runs" / "x"
 
@@ -167,15 +168,15 @@ def test_interval_of_three_values_against_the_textbook():
     ("freedom", "truth"), [(10, 2.2281), (11, 2.2010), (20, 2.0860), (60, 2.0003), (10**6, 1.9600)]
 )
 def test_students_t(freedom, truth):
-    assert uncertainty._t_95(freedom) == pytest.approx(truth, rel=1.5e-3)
+    assert stats._t_95(freedom) == pytest.approx(truth, rel=1.5e-3)
 
 
 def test_interval_of_a_share_against_known_values():
-    assert uncertainty.share_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert uncertainty.share_interval(16, 16) == pytest.approx((16 / (16 + 1.959964**2), 1.0))
-    assert uncertainty.share_interval(0, 5)[0] == 0
+    assert stats.share_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert stats.share_interval(16, 16) == pytest.approx((16 / (16 + 1.959964**2), 1.0))
+    assert stats.share_interval(0, 5)[0] == 0
     with pytest.raises(ValueError, match="right=3, count=2"):
-        uncertainty.share_interval(3, 2)
+        stats.share_interval(3, 2)
 
 
 def test_interval_needs_repeats():

@@ -6,13 +6,13 @@ from collections import Counter
 import pytest
 import torch
 
-from nitro_e_lite.batches import Batches
 from nitro_e_lite.config import override, preset
-from nitro_e_lite.encoder_set import load_encoders
-from nitro_e_lite.minimal_pairs import FACTS, minimal_pair
-from nitro_e_lite.scenes import MARGIN, is_held_out, is_reserved, relation_between, render, sample_scene, words
-from nitro_e_lite.training_data import VALIDATION_START
-from nitro_e_lite.verifier import detect
+from nitro_e_lite.data.batches import Batches
+from nitro_e_lite.data.scene_latents import VALIDATION_START
+from nitro_e_lite.inference.encoder_set import load_encoders
+from nitro_e_lite.scenes.grammar import MARGIN, is_held_out, is_reserved, relation_between, render, sample_scene, words
+from nitro_e_lite.scenes.minimal_pairs import FACTS, minimal_pair
+from nitro_e_lite.scenes.verifier import detect
 
 PAIRS = [minimal_pair(11, index) for index in range(600)]
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -143,7 +143,7 @@ def test_only_the_facts_asked_for(config, encoders):
 
 
 def test_an_unknown_fact_is_refused_before_anything_is_encoded(config, encoders, monkeypatch):
-    monkeypatch.setattr("nitro_e_lite.batches.cached_scenes", None)
+    monkeypatch.setattr("nitro_e_lite.data.batches.cached_scenes", None)
     with pytest.raises(ValueError, match="data.pairs=size: must be of places, colors"):
         Batches(override(config, ["data.pairs=[size]"]), encoders)
 
@@ -158,7 +158,7 @@ def test_two_processes_see_what_one_sees(config, encoders):
 
 def test_a_pair_stays_whole_or_goes(config, encoders, monkeypatch):
     readable = dataclasses.replace(config, batch_size=2, data=dataclasses.replace(config.data, quality="readable"))
-    monkeypatch.setattr("nitro_e_lite.batches.readable_rows", lambda *_: torch.tensor([0, 1, 2, 5, 6, 7]).numpy())
+    monkeypatch.setattr("nitro_e_lite.data.batches.readable_rows", lambda *_: torch.tensor([0, 1, 2, 5, 6, 7]).numpy())
     assert Batches(readable, encoders).sources[0].rows.tolist() == [[0, 1], [6, 7]]
 
 

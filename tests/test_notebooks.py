@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nitro_e_lite import config, lessons, notebooks
+from nitro_e_lite import config
+from nitro_e_lite.course import lessons, notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks"
@@ -385,6 +386,6 @@ def test_clean_takes_out_widgets_timing_and_split_streams():
 
 
 def test_scales_are_those_of_the_benchmark():
-    from nitro_e_lite.benchmark import SIZES
+    from nitro_e_lite.evaluation.benchmark import SIZES
 
     assert set(lessons.SCALES) == set(SIZES)

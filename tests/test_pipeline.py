@@ -10,10 +10,10 @@ from PIL import Image
 from tiny import build_tiny_pipeline
 
 import nitro_e_lite
-from nitro_e_lite.checkpoint import save_official
-from nitro_e_lite.encoders import EncoderUnavailable, LatentStats, decode_latents
-from nitro_e_lite.inputs import seeded_generators
-from nitro_e_lite.loading import load_pipeline
+from nitro_e_lite.inference.arguments import seeded_generators
+from nitro_e_lite.inference.encoders import EncoderUnavailable, LatentStats, decode_latents
+from nitro_e_lite.inference.loading import load_pipeline
+from nitro_e_lite.model.official_weights import save_official
 
 PROMPTS = ["a red star", "two blue squares", "a green cross above a white heart"]
 NAN = float("nan")

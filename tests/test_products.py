@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nitro_e_lite import fused, products
+from nitro_e_lite.model import cpu_kernels, products
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def test_who_is_asked(calls, monkeypatch):
     assert len(calls) == 1
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(rows).dtype == torch.bfloat16
-    with fused.plain_operations():
+    with cpu_kernels.plain_operations():
         layer(rows)
     torch.func.jvp(layer, (rows,), (rows,))
     products.Linear(24, 16, dtype=torch.bfloat16)(rows.bfloat16())

@@ -5,9 +5,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from nitro_e_lite.cli import app
+from nitro_e_lite.cli.app import app
 from nitro_e_lite.config import override, preset
-from nitro_e_lite.rehearsal import LIMIT, rehearse
+from nitro_e_lite.experiments.overfit import LIMIT, rehearse
 
 SMOKE = preset("base", "smoke")
 

@@ -8,18 +8,17 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
-from nitro_e_lite.autoencoder_training import scene_images
-from nitro_e_lite.common import check_manifest, write_manifest
 from nitro_e_lite.config import override, preset
-from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
-from nitro_e_lite.encoder_set import load_encoders
-from nitro_e_lite.encoders import EncoderUnavailable
-from nitro_e_lite.repa import MEAN, STD, load_vision, prepare_pixels, repa_loss
-from nitro_e_lite.scenes import SHAPES, render, sample_scene
-from nitro_e_lite.shards import LatentBatch, write_latents
-from nitro_e_lite.shipping import ship
-from nitro_e_lite.train import Trainer, train
-from nitro_e_lite.vision_training import (
+from nitro_e_lite.data.shards import LatentBatch, write_latents
+from nitro_e_lite.experiments.ship import ship
+from nitro_e_lite.inference.encoder_set import load_encoders
+from nitro_e_lite.inference.encoders import EncoderUnavailable
+from nitro_e_lite.inference.vision import MEAN, STD, load_vision, prepare_pixels, repa_loss
+from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.runtime import check_manifest, write_manifest
+from nitro_e_lite.scenes.grammar import SHAPES, render, sample_scene
+from nitro_e_lite.stages.autoencoder import scene_images
+from nitro_e_lite.stages.vision import (
     HELD_OUT_SEED,
     VisionConfig,
     baselines,
@@ -29,6 +28,7 @@ from nitro_e_lite.vision_training import (
     patches_of_objects,
     train_vision,
 )
+from nitro_e_lite.training.engine import Trainer, train
 
 REPA = ["repa.weight=0.5", "repa.hidden=32", "steps=4", "sample_every=9", "validate_every=9", "checkpoint_every=2"]
 

@@ -11,8 +11,10 @@ import psutil
 import pytest
 
 import nitro_e_lite
-from nitro_e_lite import config, notebooks, reproduce
-from nitro_e_lite.training_state import load_latest
+from nitro_e_lite import config
+from nitro_e_lite.course import notebooks
+from nitro_e_lite.experiments import reproduce
+from nitro_e_lite.training.checkpoints import load_latest
 
 # Small, but with all that stage 2 does at lite scale and not at smoke scale: notebook 10 once broke on it after hours.
 LITE = config.preset("finetune", "lite")
@@ -56,7 +58,7 @@ def test_a_step_killed_while_it_writes_its_result_is_not_done(tmp_path, monkeypa
     """The autoencoder's weights were there, the statistics of its latents not: stage 1 failed at every repeat."""
     chain = reproduce.Chain("smoke", tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("nitro_e_lite.autoencoder_training.measure_latents", lambda *_: 1 / 0)
+        patch.setattr("nitro_e_lite.stages.autoencoder.measure_latents", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             next(chain.run())
     step, seconds = next(reproduce.Chain("smoke", tmp_path).run())
@@ -71,7 +73,7 @@ def test_what_cannot_be_reproduced_is_refused(tmp_path, monkeypatch):
         reproduce.Chain("smoke", tmp_path, devices=0)
     with pytest.raises(ValueError, match="unknown field"):
         reproduce.Chain("smoke", tmp_path, overrides=["step=2"])
-    monkeypatch.setattr(notebooks.common, "repo_root", lambda: None)
+    monkeypatch.setattr(notebooks.runtime, "repo_root", lambda: None)
     with pytest.raises(FileNotFoundError, match="checkout"):
         reproduce.Chain("lite", tmp_path)
 

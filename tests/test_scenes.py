@@ -7,8 +7,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from nitro_e_lite import scenes
-from nitro_e_lite.scenes import caption, is_held_out, is_reserved, render, sample_scene
+from nitro_e_lite.scenes import grammar
+from nitro_e_lite.scenes.grammar import caption, is_held_out, is_reserved, render, sample_scene
 
 SCENES = [sample_scene(11, index) for index in range(1500)]
 
@@ -45,17 +45,17 @@ def test_training_scenes_never_hold_a_held_out_composition():
     held_out = [sample_scene(11, i, "held_out") for i in range(200)]
     assert all(is_held_out(s.objects) for s in held_out)
     seen = {(o.shape, o.color) for s in held_out for o in s.objects}
-    assert seen >= scenes.HELD_OUT_OBJECTS
+    assert seen >= grammar.HELD_OUT_OBJECTS
 
 
 def test_training_scenes_hold_every_other_composition():
     objects = {(o.shape, o.color) for s in SCENES for o in s.objects}
-    assert len(objects) == len(scenes.SHAPES) * len(scenes.COLORS) - len(scenes.HELD_OUT_OBJECTS)
+    assert len(objects) == len(grammar.SHAPES) * len(grammar.COLORS) - len(grammar.HELD_OUT_OBJECTS)
     pairs = {frozenset(p) for s in SCENES for p in combinations({o.shape for o in s.objects}, 2)}
-    assert len(pairs) == 15 - len(scenes.HELD_OUT_SHAPE_PAIRS)
-    shares = {k: np.mean([s.kind == k for s in SCENES]) for k in scenes.KINDS}
-    assert all(abs(shares[k] - share) < 0.05 for k, share in scenes.KINDS.items())
-    assert {s.relation for s in SCENES} == {None, *scenes.RELATIONS}
+    assert len(pairs) == 15 - len(grammar.HELD_OUT_SHAPE_PAIRS)
+    shares = {k: np.mean([s.kind == k for s in SCENES]) for k in grammar.KINDS}
+    assert all(abs(shares[k] - share) < 0.05 for k, share in grammar.KINDS.items())
+    assert {s.relation for s in SCENES} == {None, *grammar.RELATIONS}
 
 
 def distance_to(o, size=128):
@@ -63,7 +63,7 @@ def distance_to(o, size=128):
     y, x = ((np.mgrid[:size, :size] + 0.5) / size).astype(np.float32)
     c, s = math.cos(o.angle), math.sin(o.angle)
     x, y = (x - o.x) / o.radius, (y - o.y) / o.radius
-    return scenes.signed_distance(o.shape, c * x + s * y, c * y - s * x) * o.radius
+    return grammar.signed_distance(o.shape, c * x + s * y, c * y - s * x) * o.radius
 
 
 def test_objects_never_touch_and_stay_inside():
@@ -88,27 +88,27 @@ def test_relations_are_true():
 def test_captions_are_never_reserved_and_stay_in_the_vocabulary():
     texts = [caption(s, v) for s in SCENES for v in range(2)]
     assert not any(map(is_reserved, texts))
-    assert not {w for t in texts for w in scenes.unknown_words(t)}
+    assert not {w for t in texts for w in grammar.unknown_words(t)}
     assert len(set(texts)) > 2000
     reserved = np.mean([is_reserved(f"a string number {i}") for i in range(4000)])
-    assert reserved == pytest.approx(1 / scenes.RESERVED_FRACTION, abs=0.03)
+    assert reserved == pytest.approx(1 / grammar.RESERVED_FRACTION, abs=0.03)
 
 
 def test_captions_say_what_is_there():
     for scene in SCENES[:600]:
-        said = scenes.words(caption(scene, 7))
+        said = grammar.words(caption(scene, 7))
         for shape in {o.shape for o in scene.objects}:
-            assert {shape, scenes.plural(shape)} & set(said)
-        assert set(said) & set(scenes.COLORS) <= {o.color for o in scene.objects}
+            assert {shape, grammar.plural(shape)} & set(said)
+        assert set(said) & set(grammar.COLORS) <= {o.color for o in scene.objects}
         if scene.kind == "count":
             number = len(scene.objects)
-            assert scenes.COUNT_WORDS[number] in said or str(number) in said
+            assert grammar.COUNT_WORDS[number] in said or str(number) in said
 
 
 def test_unknown_words():
-    assert scenes.unknown_words("A red dragon, over two zebras and a dragon!") == ["dragon", "zebras"]
-    assert scenes.unknown_words("") == []
-    assert scenes.unknown_words("红色的圆, a Café_star café \u0663 Ёж 2") == ["红色的圆", "café", "\u0663", "ёж"]
+    assert grammar.unknown_words("A red dragon, over two zebras and a dragon!") == ["dragon", "zebras"]
+    assert grammar.unknown_words("") == []
+    assert grammar.unknown_words("红色的圆, a Café_star café \u0663 Ёж 2") == ["红色的圆", "café", "\u0663", "ёж"]
 
 
 @pytest.mark.parametrize("size", [16, 64, 100, 128, 256])
@@ -120,15 +120,15 @@ def test_any_size_shows_the_same_picture(size):
 
 def test_edges_are_anti_aliased():
     pixels = render(SCENES[1], 128).astype(int)
-    background = scenes.render_background(SCENES[1].background, 128)
+    background = grammar.render_background(SCENES[1].background, 128)
     strength = np.abs(pixels - background).max(-1)
     assert ((strength > 0.1 * strength.max()) & (strength < 0.9 * strength.max())).mean() > 0.002
 
 
 def test_every_shape_has_a_signed_distance():
     y, x = np.mgrid[-2:2:81j, -2:2:81j].astype(np.float32)
-    for shape in scenes.SHAPES:
-        distance = scenes.signed_distance(shape, x, y)
+    for shape in grammar.SHAPES:
+        distance = grammar.signed_distance(shape, x, y)
         assert distance[40, 40] < 0 < distance[0, 0]
         assert np.abs(np.diff(distance, axis=1)).max() < 0.1  # no jumps
         assert np.hypot(x, y)[distance < 0].max() < 1.3

@@ -10,15 +10,8 @@ import pytest
 import torch
 from datasets.arrow_writer import ArrowWriter
 
-from nitro_e_lite.order import batch_indices
-from nitro_e_lite.shards import (
-    QUARANTINE,
-    LatentBatch,
-    LatentDataset,
-    ShardWriter,
-    read_quarantine,
-    write_latents,
-)
+from nitro_e_lite.data.order import batch_indices
+from nitro_e_lite.data.shards import QUARANTINE, LatentBatch, LatentDataset, ShardWriter, read_quarantine, write_latents
 
 
 def batches(count=10, size=4, features=False):

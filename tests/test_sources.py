@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from tiny_flux import build_tiny_flux
 
-from nitro_e_lite.sources import FLUX, SA1B, Folder, JourneyDB, Problem, Prompts, Record, square
+from nitro_e_lite.data.sources import FLUX, SA1B, Folder, JourneyDB, Problem, Prompts, Record, square
 
 
 def photo(width=40, height=30, mode="RGB", seed=0):
@@ -335,7 +335,7 @@ def test_own_folder(folder):
 
 
 def test_lists_longer_than_a_part(folder, monkeypatch):
-    monkeypatch.setattr("nitro_e_lite.sources.LINES", 3)
+    monkeypatch.setattr("nitro_e_lite.data.sources.LINES", 3)
     source = Folder(folder)
     assert source.parts() == ["lines-000000000", "lines-000000003", "lines-000000006", "unlisted"]
     assert [item.key for item in source.items("lines-000000003")] == ["bild 3 ä.png", "bild 4 ä.png", "broken.jpg"]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import PatchEmbed
 from torch import nn
 
-from nitro_e_lite import tokens
+from nitro_e_lite.model import tokens
 
 
 def to_grid(x, height, width):

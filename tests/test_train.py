@@ -15,16 +15,22 @@ import torch
 from ranks import ranks  # noqa: F401
 from safetensors.torch import load_file
 
-from nitro_e_lite import config, training_data
-from nitro_e_lite.batches import Batches
-from nitro_e_lite.benchmark import count_flops
-from nitro_e_lite.common import check_manifest, read_jsonl, sha256_file, weights_dir
+from nitro_e_lite import config
 from nitro_e_lite.config import override, preset, to_dict
-from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
-from nitro_e_lite.encoder_set import load_encoders
-from nitro_e_lite.encoders import LatentStats
-from nitro_e_lite.loading import load_pipeline
-from nitro_e_lite.optimizers import (
+from nitro_e_lite.data import scene_latents
+from nitro_e_lite.data.batches import Batches
+from nitro_e_lite.data.scene_latents import encode_scenes
+from nitro_e_lite.evaluation.benchmark import count_flops
+from nitro_e_lite.experiments.ship import ship
+from nitro_e_lite.inference.encoder_set import load_encoders
+from nitro_e_lite.inference.encoders import LatentStats
+from nitro_e_lite.inference.loading import load_pipeline
+from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.runtime import check_manifest, read_jsonl, sha256_file, weights_dir
+from nitro_e_lite.training.checkpoints import RunStopped, list_checkpoints, sole_writer
+from nitro_e_lite.training.engine import Trainer, train
+from nitro_e_lite.training.metrics import tracker_name
+from nitro_e_lite.training.optimizers import (
     MasterWeights,
     build_optimizers,
     hidden_matrices,
@@ -32,11 +38,6 @@ from nitro_e_lite.optimizers import (
     plain_weights,
     white_roots,
 )
-from nitro_e_lite.progress import tracker_name
-from nitro_e_lite.shipping import ship
-from nitro_e_lite.train import Trainer, train
-from nitro_e_lite.training_data import encode_scenes
-from nitro_e_lite.training_state import RunStopped, list_checkpoints, sole_writer
 
 SMOKE = preset("base", "smoke")
 TWO_PROCESSES = 1e-4  # largest relative difference of a weight tensor after ten steps; about 3e-6 is usual
@@ -372,7 +373,7 @@ def test_processes_that_did_not_find_each_other_are_refused(uninterrupted, tmp_p
 
 
 def test_a_run_that_would_silently_stay_on_the_cpu_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("nitro_e_lite.progress.pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("nitro_e_lite.training.metrics.pick_device", lambda name: torch.device("cuda"))
     with pytest.raises(RuntimeError, match="chose the CPU"):
         Trainer(SMOKE, tmp_path)
 
@@ -519,7 +520,7 @@ def test_pictures_of_scenes_whose_latents_were_replaced_are_refused(tmp_path, mo
             yield batch
 
     monkeypatch.setenv("NITRO_E_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(training_data, "encode_scenes", with_a_bad_row)
+    monkeypatch.setattr(scene_latents, "encode_scenes", with_a_bad_row)
     config = override(SMOKE, ["data.scenes=8"])
     batches = Batches(config, load_encoders("lite"))
     with pytest.warns(UserWarning, match="bad rows found"):

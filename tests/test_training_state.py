@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nitro_e_lite.training_state import (
+from nitro_e_lite.training.checkpoints import (
     list_checkpoints,
     load_checkpoint,
     load_latest,

@@ -9,9 +9,9 @@ def build_tiny_pipeline(width: int = 32):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-    from nitro_e_lite.emmdit import EMMDiTTransformer2DModel
-    from nitro_e_lite.pipeline import NitroEPipeline
-    from nitro_e_lite.scenes import vocabulary
+    from nitro_e_lite.inference.pipeline import NitroEPipeline
+    from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
+    from nitro_e_lite.scenes.grammar import vocabulary
 
     torch.manual_seed(0)
     transformer = EMMDiTTransformer2DModel(

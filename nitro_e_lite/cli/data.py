@@ -1,0 +1,141 @@
+"""The commands for training data: `nitro-e data encode`, `check` and `benchmark`."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nitro_e_lite.cli.terminal import Device, Dtype, Json, command, console, errors, output, show_table
+
+app = typer.Typer(help="Training data: encode, check, measure.", no_args_is_help=True)
+
+Encoders = Annotated[str, typer.Option(help="Shipped name, folder, or full: DC-AE f32c32 and Llama-3.2-1B.")]
+
+
+def local_device(name: str | None) -> str:
+    """The device of this process: under torchrun each takes its own GPU."""
+    import torch
+
+    from nitro_e_lite.runtime import pick_device
+
+    device = pick_device(name)
+    if name is None and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return str(device)
+
+
+@command(app, "encode")
+def encode(
+    kind: Annotated[str, typer.Argument(help="sa1b, journeydb, fluxdb or folder.")],
+    path: Annotated[Path, typer.Argument(help="The raw data; a file of prompts for fluxdb.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the data set; an unfinished one is continued.")],
+    encoders: Encoders = "lite",
+    size: Annotated[int | None, typer.Option(help="Pixels a side; by default what gives 16x16 latents.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="Store text features too.")] = False,
+    vision: Annotated[
+        str | None, typer.Option(help="Store features of this vision model too; folder or hub id.")
+    ] = None,
+    captions: Annotated[Path | None, typer.Option(help="sa1b: folder of the caption files.")] = None,
+    generator: Annotated[str | None, typer.Option(help="fluxdb: pipeline that draws; FLUX.1-dev by default.")] = None,
+    draw: Annotated[list[str] | None, typer.Option(help="fluxdb: argument=value of the pipeline's call.")] = None,
+    batch: Annotated[int, typer.Option(help="Pictures at once.")] = 32,
+    shard_rows: Annotated[int, typer.Option(help="Rows in one shard.")] = 10_000,
+    threads: Annotated[int, typer.Option(help="Threads that decode pictures.")] = 4,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Encode raw pictures and captions into shards; run it again to continue, under torchrun to share the work."""
+    with output(json) as result:
+        import yaml
+
+        from nitro_e_lite import runtime
+        from nitro_e_lite.data import precompute
+        from nitro_e_lite.inference.encoder_set import load_encoders
+        from nitro_e_lite.inference.vision import load_vision
+
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        device = local_device(device)
+        number_type = runtime.pick_dtype(dtype, runtime.pick_device(device))
+        if kind == "fluxdb":
+            settings = {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in draw or [])}
+            chosen = generator or precompute.GENERATOR
+            options = {"settings": settings, "device": device, "dtype": number_type, "batch": batch}
+            source = precompute.drawn_source(path, chosen, **options)
+        else:
+            source = precompute.open_source(kind, path, captions)
+        models = load_encoders(encoders, device, number_type)
+        eyes = load_vision(vision, device, number_type) if vision else None
+        options = {"size": size, "batch": batch, "shard_rows": shard_rows, "threads": threads}
+        encoding = precompute.Encoding(source, models, out, text=text, vision=eyes, rank=rank, world=world, **options)
+        result |= {"out": str(out), "rank": rank, "world": world} | encoding.run()
+        if not json:
+            line = f"Process {rank} of {world}: {result['rows']:,} rows in {result['seconds']:.1f} s, "
+            line += f"{result['rows_per_second']:,.1f} a second"
+            if result["skipped"]:
+                line += f"; {result['skipped']:,} items gave no row, `nitro-e data check {out}` says why"
+            console.print(line, markup=False, soft_wrap=True)
+
+
+@command(app, "check")
+def check(
+    folder: Annotated[Path, typer.Argument(help="A data set.")],
+    max_repeated: Annotated[float, typer.Option(help="Share of repeated pictures that is still accepted.")] = 0.01,
+    json: Json = False,
+) -> None:
+    """Read every byte of a data set: checksums, numbers, captions, repetitions; exit code 1 when something is wrong."""
+    with output(json) as result:
+        from nitro_e_lite.data import check
+
+        result |= check.check(folder, max_repeated)
+        if not json:
+            facts = {name: result[name] for name in ("rows", "captions", "repeated_pictures", "repeated_captions")}
+            facts |= {f"from {name or 'no named source'}": count for name, count in result["sources"].items()}
+            facts |= {f"shards {name}": count for name, count in result["shards"].items()}
+            facts |= {f"parts {name}": count for name, count in (result["parts"] or {}).items()}
+            facts |= {f"no row: {reason}": count for reason, count in result["skipped"].items()}
+            facts |= result["notes"]
+            show_table(str(folder), ["", "count"], [[name.replace("_", " "), f"{n:,}"] for name, n in facts.items()])
+            numbers = enumerate(zip(result["latent_mean"], result["latent_std"], strict=True))
+            rows = [[str(k), f"{mean:.3f}", f"{spread:.3f}"] for k, (mean, spread) in numbers]
+            show_table("Latents, expected 0 and 1", ["channel", "mean", "std"], rows)
+            for problem in result["problems"]:
+                errors.print(f"Wrong: {problem}", style="red", markup=False, soft_wrap=True)
+            if result["skipped"]:
+                console.print(f"{folder / check.SKIPPED} names what gave no row.", markup=False, soft_wrap=True)
+            if result["ok"]:
+                console.print("Nothing is wrong.")
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
+@command(app, "benchmark")
+def benchmark(
+    batch: Annotated[int, typer.Option(help="Rows read at once.")] = 256,
+    seconds: Annotated[float, typer.Option(help="How long to measure each.")] = 3.0,
+    json: Json = False,
+) -> None:
+    """Measure how fast one core reads rows of the full model's shapes, against what the full run needs."""
+    with output(json) as result:
+        from nitro_e_lite import runtime
+        from nitro_e_lite.data import check
+
+        sets = (("latents",), ("latents", "text"), ("latents", "text", "vision"))
+        result["rows"] = [check.measure_reading(columns, batch=batch, seconds=seconds) for columns in sets]
+        result["environment"] = runtime.environment_report()
+        if not json:
+            show_table(
+                f"One core; the full run needs {check.NEEDED_SAMPLES_PER_SECOND:,} samples a second",
+                ["columns", "samples/s a core", "margin", "KB a sample", "GB/s for the full run"],
+                [
+                    [
+                        " + ".join(row["columns"]),
+                        f"{row['samples_per_second_per_core']:,.0f}",
+                        f"{row['margin']:.1f}x",
+                        f"{row['bytes_per_sample'] / 1e3:,.1f}",
+                        f"{row['gigabytes_per_second']:.2f}",
+                    ]
+                    for row in result["rows"]
+                ],
+            )

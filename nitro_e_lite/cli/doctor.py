@@ -1,0 +1,72 @@
+"""What is installed here, what is missing, and what to do about it.
+
+The doctor compares the installed packages with the pins of this package's own metadata, so it cannot disagree
+with `pyproject.toml`. It must be able to speak when an installation is broken, therefore nothing heavy is
+imported before the packages have been looked at.
+"""
+
+import importlib.metadata
+from typing import Any
+
+from packaging.requirements import Requirement
+
+DISTRIBUTION = "nitro-e-lite"
+
+
+def check_packages() -> list[dict[str, Any]]:
+    """One row a requirement: `name`, `wanted`, `found`, `extra` (None for the core), `ok`."""
+    rows = []
+    for text in importlib.metadata.requires(DISTRIBUTION) or []:
+        requirement = Requirement(text)
+        extra = str(requirement.marker).split("==")[-1].strip(" \"'") if requirement.marker else None
+        try:
+            found = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            found = None
+        rows.append(
+            {
+                "name": requirement.name,
+                "wanted": str(requirement.specifier),
+                "found": found,
+                "extra": extra,
+                "ok": found is not None and requirement.specifier.contains(found, prereleases=True),
+            }
+        )
+    return rows
+
+
+def diagnose() -> dict[str, Any]:
+    """The whole report as plain JSON.
+
+    Returns:
+        `ok` (everything the core needs is there), `problems` (sentences that say what to do), `packages`,
+        `environment` and `weights` (None when a core package is missing).
+    """
+    packages = check_packages()
+    broken = [row for row in packages if not row["ok"] and row["extra"] is None]
+    problems = [f"{row['name']} {row['wanted']}: found {row['found'] or 'nothing'}" for row in broken]
+    if problems:
+        advice = 'install the package again in a fresh environment: pip install -e "."'
+        return {
+            "ok": False,
+            "problems": [*problems, advice],
+            "packages": packages,
+            "environment": None,
+            "weights": None,
+        }
+    from nitro_e_lite import runtime
+
+    weights: dict[str, int] = {}
+    folders = sorted(p.parent for p in runtime.weights_dir().glob(f"*/{runtime.MANIFEST}"))
+    if not folders:
+        problems.append(
+            f"{runtime.weights_dir()}: no shipped weights; get the checkout again, or train with nitro-e train"
+        )
+    for folder in folders:
+        try:
+            names = runtime.check_manifest(folder)
+            weights[folder.name] = sum((folder / name).stat().st_size for name in names)
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+    report = {"packages": packages, "environment": runtime.environment_report(), "weights": weights}
+    return {"ok": not problems, "problems": problems} | report

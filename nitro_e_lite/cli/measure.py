@@ -1,0 +1,176 @@
+"""The commands that look at a model or a machine: `nitro-e count`, `benchmark`, `sensitivity`, `geneval`, `doctor`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nitro_e_lite.cli.terminal import (
+    Device,
+    Dtype,
+    Guidance,
+    Json,
+    Lora,
+    Model,
+    Steps,
+    TextEncoder,
+    Vae,
+    command,
+    console,
+    output,
+    settings,
+    show_table,
+)
+
+app = typer.Typer()
+
+
+@command(app, "count")
+def count(
+    size: Annotated[str, typer.Option(help="full (the published model), lite or smoke.")] = "full",
+    batch: int = 1,
+    text_tokens: Annotated[int | None, typer.Option(help="128 for full, 32 for the others.")] = None,
+    json: Json = False,
+) -> None:
+    """Count the transformer's parameters and the FLOPs of one forward pass, without running it."""
+    with output(json) as result:
+        from nitro_e_lite.evaluation import benchmark
+
+        config = benchmark.model_config(size)
+        tokens = text_tokens if text_tokens is not None else (128 if size == "full" else 32)
+        flops = benchmark.count_flops(config, batch, tokens)
+        parameters = benchmark.count_parameters(benchmark.build_on_meta(config))
+        result |= {
+            "size": size,
+            "batch": batch,
+            "text_tokens": tokens,
+            "parameters": sum(parameters.values()),
+        }
+        result |= {"tflops": flops.weights / 1e12, "tflops_attention_products": flops.attention / 1e12}
+        result["parts"] = {
+            part: {"parameters": n, "tflops": flops.components.get(part, 0) / 1e12} for part, n in parameters.items()
+        }
+        if not json:
+            rows = [[k, f"{v['parameters']:,}", f"{v['tflops']:.5f}"] for k, v in result["parts"].items()]
+            rows.append(["total", f"{result['parameters']:,}", f"{sum(flops.components.values()) / 1e12:.5f}"])
+            show_table(f"{size} model, batch {batch}, {tokens} text tokens", ["", "parameters", "TFLOPs"], rows)
+            console.print(
+                f"{flops.weights / 1e12:.4f} TFLOPs are products with weights, counted as for the published model; "
+                f"{flops.attention / 1e12:.4f} more are products inside attention. A multiply-add is two FLOPs.",
+                soft_wrap=True,
+            )
+
+
+@command(app, "benchmark")
+def benchmark_command(
+    model: Model = "lite",
+    steps: Steps = None,
+    guidance: Guidance = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Pictures at once; may be given several times.")] = None,
+    repeats: int = 3,
+    transformer: Annotated[
+        str | None, typer.Option(help="Time a transformer with random weights instead: full, lite or smoke.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Time whole pictures and their parts, or one forward and backward pass of the transformer."""
+    with output(json) as result:
+        from nitro_e_lite import load_pipeline, runtime
+        from nitro_e_lite.evaluation import benchmark
+
+        batches = batch or ([4] if transformer else [1, 8])
+        if transformer:
+            config = benchmark.model_config(transformer)
+            rows = [
+                {"batch": b} | benchmark.time_transformer(config, b, device=device, dtype=dtype, repeats=repeats)
+                for b in batches
+            ]
+        else:
+            pipeline = load_pipeline(model, device, dtype)
+            pipeline.set_progress_bar_config(disable=True)
+            result |= settings(pipeline, model, steps, guidance)
+            rows = benchmark.time_pipeline(pipeline, batches, steps, guidance, repeats)
+        result |= {"rows": rows, "repeats": repeats, "environment": runtime.environment_report()}
+        if not json:
+            names = [name.replace("_", " ") for name in rows[0]]
+            show_table(f"median of {repeats}", names, [[f"{v:.4g}" for v in row.values()] for row in rows])
+
+
+@command(app, "sensitivity")
+def sensitivity(
+    model: Model = "lite",
+    pairs: Annotated[int, typer.Option(help="Minimal pairs for each fact.")] = 32,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Measure how much the loss rises when one fact of a caption is wrong: whether the model reads it at all."""
+    with output(json) as result:
+        from dataclasses import asdict
+
+        from nitro_e_lite import load_pipeline
+        from nitro_e_lite.evaluation.sensitivity import TIMES, caption_sensitivity
+
+        readings = caption_sensitivity(load_pipeline(model, device, dtype), pairs)
+        result |= {"model": model, "pairs": pairs, "readings": [asdict(one) for one in readings]}
+        if not json:
+            facts = {one.fact: f"{one.text:.3f}" for one in readings}
+            rows = [
+                [fact, change, *(f"{r.rise:+.4f} ± {r.margin:.4f}" for r in readings if r.fact == fact)]
+                for fact, change in facts.items()
+            ]
+            title = f"Change of the text and rise of the loss (95 % interval) with a wrong fact; {pairs} pairs each"
+            show_table(title, ["wrong", "text", *(f"t = {t:g}" for t in TIMES)], rows)
+
+
+@command(app, "geneval")
+def geneval(
+    prompts: Annotated[Path, typer.Argument(help="GenEval's evaluation_metadata.jsonl.")],
+    folder: Annotated[Path, typer.Argument(help="Where the pictures go.")],
+    model: Model = "lite",
+    each: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 4,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    text_encoder: TextEncoder = None,
+    vae: Vae = None,
+    lora: Lora = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Draw the pictures that the official GenEval scorer reads; the same command continues after a stop."""
+    with output(json) as result:
+        from nitro_e_lite import load_pipeline
+        from nitro_e_lite.evaluation.geneval_lite import draw_for_geneval
+        from nitro_e_lite.evaluation.official_geneval import read_metadata
+
+        metadata = read_metadata(prompts)
+        pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora)
+        pictures = draw_for_geneval(pipeline, metadata, folder, each=each, steps=steps, guidance=guidance)
+        result |= settings(pipeline, model, steps, guidance) | {"pictures": pictures, "prompts": len(metadata)}
+        if not json:
+            console.print(f"{pictures} pictures of {len(metadata)} prompts in {folder}", soft_wrap=True)
+            console.print(f"Score them in GenEval's own environment: evaluation/evaluate_images.py {folder}")
+
+
+@command(app, "doctor")
+def doctor(json: Json = False) -> None:
+    """Say what is installed, where things would run and what is missing; exit code 1 if something is."""
+    from nitro_e_lite.cli.doctor import diagnose
+
+    with output(json) as result:
+        result |= diagnose()
+        if not json:
+            rows = [[r["name"], r["extra"] or "", r["wanted"], r["found"] or "missing"] for r in result["packages"]]
+            show_table("Packages", ["name", "extra", "wanted", "found"], rows)
+            facts = dict(result["environment"] or {})
+            facts.pop("packages", None)
+            facts |= {f"weights {name}": f"{size / 1e6:.1f} MB" for name, size in (result["weights"] or {}).items()}
+            show_table("This machine", ["", ""], [[name, str(value)] for name, value in facts.items()])
+            for problem in result["problems"]:
+                console.print(f"Missing: {problem}", style="red", markup=False, soft_wrap=True)
+            console.print("All is there." if result["ok"] else "Something is missing.", soft_wrap=True)
+    if not result["ok"]:
+        raise typer.Exit(1)

@@ -1,0 +1,244 @@
+"""The commands that train and plan: `nitro-e train ...` and `nitro-e plan`."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nitro_e_lite.cli.terminal import Device, Json, Overrides, Resume, RunDir, command, console, output, show_table
+
+app = typer.Typer()
+train_app = typer.Typer(help="Train one of the models of the course.", no_args_is_help=True)
+app.add_typer(train_app, name="train")
+
+Preset = Annotated[str, typer.Option(help="smoke, lite or full.")]
+Processes = Annotated[int, typer.Option(help="Processes on a machine, one for each accelerator.")]
+Nodes = Annotated[int, typer.Option(help="Machines; for more than one the commands are printed, not run.")]
+
+
+def run_stage(stage, preset, overrides, run_dir, resume, device, processes, nodes) -> None:
+    """Trains one stage, or prints how to start it on several machines."""
+    from nitro_e_lite import config
+    from nitro_e_lite.experiments import launch
+    from nitro_e_lite.training.checkpoints import RunStopped
+
+    chosen = config.override(config.preset(stage, preset), overrides or [])
+    run_dir = run_dir or Path("runs") / f"{stage}-{preset}"
+    if nodes > 1:
+        words = launch.train_arguments(chosen, run_dir, True, device)
+        lines = ["# On each machine, HOST being the first:", *launch.torchrun_commands(words, nodes, processes)]
+        lines += ["", "# Or as a Slurm job:", launch.slurm_script(words, nodes, processes)]
+        typer.echo("\n".join(lines))
+        return
+    try:
+        finish(launch.launch(chosen, run_dir, processes=processes, resume=resume, device=device, on_line=typer.echo))
+    except RunStopped as stopped:
+        if os.environ.get("RANK", "0") == "0":  # one line, whatever the number of processes
+            typer.echo(str(stopped))
+
+
+@command(train_app, "base")
+def train_base(
+    preset: Preset = "lite",
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    device: Device = None,
+    processes: Processes = 1,
+    nodes: Nodes = 1,
+) -> None:
+    """Train the text-to-image transformer (stage 1); `RUN_DIR/final` holds the weights at the end."""
+    run_stage("base", preset, overrides, run_dir, resume, device, processes, nodes)
+
+
+@command(train_app, "finetune")
+def train_finetune(
+    preset: Preset = "lite",
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    device: Device = None,
+    processes: Processes = 1,
+    nodes: Nodes = 1,
+) -> None:
+    """Fine-tune a base model on the better part of the data (stage 2); `--set start_from=FOLDER` names the base."""
+    run_stage("finetune", preset, overrides, run_dir, resume, device, processes, nodes)
+
+
+@command(train_app, "autoencoder")
+def train_autoencoder(overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = False) -> None:
+    """Train the lite autoencoder."""
+    from nitro_e_lite import config
+    from nitro_e_lite.stages import autoencoder
+
+    chosen = config.override(autoencoder.AutoencoderConfig(), overrides or [])
+    finish(autoencoder.train_autoencoder(chosen, run_dir or Path("runs/autoencoder"), resume))
+
+
+@command(train_app, "language-model")
+def train_language_model(overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = False) -> None:
+    """Train the lite tokenizer and language model."""
+    from nitro_e_lite import config
+    from nitro_e_lite.stages import language_model
+
+    chosen = config.override(language_model.LanguageModelConfig(), overrides or [])
+    finish(language_model.train_language_model(chosen, run_dir or Path("runs/language-model"), resume))
+
+
+@command(train_app, "vision")
+def train_vision(overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = False) -> None:
+    """Train the lite vision model for REPA, and probe its features for shape and colour."""
+    import json
+
+    from nitro_e_lite import config
+    from nitro_e_lite.stages import vision
+
+    chosen = config.override(vision.VisionConfig(), overrides or [])
+    final = vision.train_vision(chosen, run_dir or Path("runs/vision"), resume)
+    found = json.loads((final / "probe.json").read_text(encoding="utf-8"))
+    rows = [[name, f"{row['shape']:.3f}", f"{row['color']:.3f}"] for name, row in found.items()]
+    show_table("linear probe of single patches, held-out scenes", ["features", "shape", "color"], rows)
+    finish(final)
+
+
+def whole_numbers(name: str, text: str) -> list[int]:
+    """The numbers of "0,1,2"."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name}={text!r}: must be whole numbers with commas between, like 0,1,2") from None
+
+
+@command(app, "compare")
+def compare_command(
+    variant: Annotated[list[str], typer.Option(help="'name: field=value field=value'; give several.")],
+    points: Annotated[str, typer.Option(help="Steps after which every run is measured.")] = "100,200,400",
+    seeds: Annotated[str, typer.Option(help="Each variant is trained with each of them.")] = "0,1,2",
+    prompts: Annotated[int, typer.Option(help="GenEval-lite prompts of each category drawn at each point.")] = 10,
+    stage: Annotated[str, typer.Option(help="base or finetune.")] = "base",
+    preset: Preset = "lite",
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Train variants of a stage on the same batches, over several seeds, and measure them along the way."""
+    with output(json) as result:
+        from nitro_e_lite import config
+        from nitro_e_lite.experiments import compare
+        from nitro_e_lite.scenes import geneval
+
+        chosen = config.override(config.preset(stage, preset), overrides or [])
+        variants = dict(compare.read_variant(text) for text in variant)
+        steps, numbers = whole_numbers("points", points), whole_numbers("seeds", seeds)
+        drawn = compare.spread_prompts(geneval.load_prompts(), prompts)
+        folder = run_dir or Path("runs/comparison")
+        result |= compare.compare(chosen, variants, numbers, steps, folder, drawn, device)
+        if json:
+            return
+        rows = [[str(value) for value in row] for row in compare.summary(result)]
+        show_table("mean over seeds, 95 % interval", ["", "step", "seeds", "validation loss", "GenEval-lite"], rows)
+
+
+@command(app, "rehearse")
+def rehearse_command(
+    stage: Annotated[str, typer.Option(help="base or finetune.")] = "base",
+    preset: Preset = "lite",
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(help="In the one batch.")] = 8,
+    steps: Annotated[int, typer.Option(help="To train on it.")] = 60,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Learn one small batch by heart with the settings of a run, before it may take days. Fails when that fails."""
+    with output(json) as result:
+        from nitro_e_lite import config
+        from nitro_e_lite.experiments import overfit
+
+        chosen = config.override(config.preset(stage, preset), overrides or [])
+        result |= overfit.rehearse(chosen, samples, steps, device)
+        if not json:
+            marks = sorted({round(k * steps / 6) for k in range(7)})
+            left = ["not finite" if x is None else f"{x:.1%}" for x in (result["left"][k] for k in marks)]
+            rows = [[str(k), share] for k, share in zip(marks, left, strict=True)]
+            show_table(f"{samples} samples by heart", ["after steps", "of the variance left"], rows)
+            console.print(f"Spread of the latents {result['spread']:.2f}, steps skipped {result['skipped']}.")
+            goal = f"{result['goal']:.0%} after {steps} steps"
+            console.print(f"Passed: below {goal}." if result["ok"] else f"Failed: must be below {goal}, none skipped.")
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
+@command(app, "reproduce")
+def reproduce_command(
+    preset: Annotated[str, typer.Option(help="lite: hours on a laptop; smoke: the same chain in minutes.")] = "lite",
+    run_dir: RunDir = None,
+    seed: int = 0,
+    processes: Processes = 1,
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Make a lite model from nothing: encoders, both stages, evaluation. Continues where it stopped."""
+    with output(json) as result:
+        from nitro_e_lite.experiments.reproduce import Chain
+
+        folder = run_dir or Path("runs") / f"reproduce-{preset}"
+        chain = Chain(preset, folder, seed, processes, overrides or [])
+        for step, seconds in chain.run():
+            took = "was there" if seconds is None else f"{seconds:,.1f} s"
+            console.print(f"{step.name}: {took}, {folder / step.result}", markup=False, soft_wrap=True)
+        result |= chain.report
+
+
+@command(app, "plan")
+def plan_command(
+    preset: Preset = "full",
+    stage: Annotated[str, typer.Option(help="base or finetune.")] = "base",
+    hardware: Annotated[str, typer.Option(help="mi300x, h100, h200, a100, rtx4090 or cpu.")] = "mi300x",
+    devices: Annotated[int, typer.Option(help="How many of them.")] = 8,
+    mfu: Annotated[float | None, typer.Option(help="Utilisation; that of the published run when not given.")] = None,
+    peak_tflops: Annotated[float | None, typer.Option(help="Of one device, instead of the data sheet's.")] = None,
+    pictures: Annotated[int | None, typer.Option(help="In the data set; those of its folders when not given.")] = None,
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Say what a training stage needs, before it is started: memory, hours, disk; nothing is trained."""
+    with output(json) as result:
+        import dataclasses
+
+        from nitro_e_lite import config
+        from nitro_e_lite.experiments import plan
+        from nitro_e_lite.model.hardware import HARDWARE
+
+        chosen = config.override(config.preset(stage, preset), overrides or [])
+        found = plan.plan(chosen, hardware, devices, mfu, peak_tflops, pictures)
+        result |= {"stage": stage, "preset": preset, "hardware": hardware, "devices": devices}
+        result |= dataclasses.asdict(found) | {"published_mfu": plan.published_mfu()}
+        if json:
+            return
+        rows = [["parameters", f"{found.parameters:,}"], ["forward pass, TFLOP", f"{found.forward_flops / 1e12:.4f}"]]
+        rows += [[f"encoder of {name}, TFLOP", f"{e.flops / 1e12:.4f}"] for name, e in found.encoders.items()]
+        rows += [[f"memory: {name}, GB", f"{size / 1e9:.2f}"] for name, size in found.memory.items()]
+        rows.append(["memory in all / of the device, GB", f"{found.needed / 1e9:.1f} / {found.capacity / 1e9:.0f}"])
+        rows += [[f"disk: {name}, GB", f"{size / 1e9:,.1f}"] for name, size in found.disk.items()]
+        show_table(f"{stage}/{preset} on {devices} x {hardware}", ["", ""], rows)
+        columns = ["", "TFLOP a sample", "samples/s", "hours"]
+        rows = [
+            [way, f"{flops / 1e12:.3f}", f"{found.samples_per_second[way]:,.4g}", f"{found.hours[way]:,.1f}"]
+            for way, flops in found.sample_flops.items()
+        ]
+        show_table(f"at {found.mfu:.1%} of {found.peak / 1e12:,.4g} TFLOP/s a device", columns, rows)
+        saved = found.sample_flops["latents stored"] / found.sample_flops["all stored"]
+        size = sum(bytes_ for name, bytes_ in found.disk.items() if name != "latents")
+        typer.echo(f"Storing more than latents divides the arithmetic by {saved:.2f} and takes {size / 1e12:.3g} TB.")
+        source, published = HARDWARE[hardware].source, plan.published_mfu()
+        bounds = "; ".join(f"{way}: {value:.1%}" for way, value in published.items())
+        typer.echo(f"Peak: {source}. MFU that the published 1.5 days on 8 MI300X imply, {bounds}.")
+        if found.needed > found.capacity:
+            typer.echo("It does not fit: set accumulate, or gradient_checkpointing=true (not modelled here).")
+
+
+def finish(final: Path) -> None:
+    """Prints where the weights of a finished run are."""
+    console.print(f"Weights: {final}", markup=False, soft_wrap=True)

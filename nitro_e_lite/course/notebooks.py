@@ -1,0 +1,178 @@
+"""Runs the notebooks of the course again and writes them back, clean.
+
+Notebooks are committed with their outputs, so that they can be read without running anything. `refresh` executes
+each from its first cell to its last in a process of its own and replaces the file only when that succeeded. What
+belongs to a machine and not to the lesson is taken out: paths, timing metadata, widget state, progress bars.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from nitro_e_lite import runtime
+from nitro_e_lite.training.checkpoints import StopRequest
+
+MAX_BYTES = 500_000
+METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+CELL_METADATA = ("tags", "jupyter")
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+MACHINE_PATH = re.compile(r"(?<![\w.])(?:/(?:work|root|home|tmp|Users|private)/|[A-Z]:\\)\w+")
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """One notebook that was run again.
+
+    Attributes:
+        name: file name without suffix.
+        seconds: wall-clock time of the whole run.
+        cpu_seconds: processor time over all cores; 0 where the system does not tell.
+        size: bytes of the file.
+    """
+
+    name: str
+    seconds: float
+    cpu_seconds: float
+    size: int
+
+
+def notebooks_dir() -> Path:
+    """The notebooks of the checkout.
+
+    Raises:
+        FileNotFoundError: the package does not run from a checkout.
+    """
+    root = runtime.repo_root()
+    if root is None:
+        raise FileNotFoundError("notebooks/: only a checkout of the repository has it; clone it and install with -e")
+    return root / "notebooks"
+
+
+def refresh(names: Sequence[str] | None = None) -> Iterator[Refreshed]:
+    """Executes notebooks in place, with their default parameters, and rewrites their figures.
+
+    Args:
+        names: file names with or without suffix, or their numbers ("08"); None: all, in order.
+
+    Yields:
+        A `Refreshed` after each notebook.
+
+    Raises:
+        ValueError: an unknown name, or a result that is too large or still names this machine.
+        RuntimeError: a cell failed; the message holds its error. The file is unchanged then.
+    """
+    for path in [_find(name) for name in names] if names else sorted(notebooks_dir().glob("*.ipynb")):
+        start, cpu = time.perf_counter(), _children_seconds()
+        notebook = clean(execute(path, figures=notebooks_dir().parent / "figures"))
+        text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+        if found := MACHINE_PATH.search(text):
+            raise ValueError(f"{path.name}: an output names a path of this machine, {found[0]!r}; print a relative one")
+        size = len(text.encode())
+        if size > MAX_BYTES:
+            raise ValueError(f"{path.name}: {size:,} bytes with outputs, more than {MAX_BYTES:,}; make figures smaller")
+        path.write_text(text, encoding="utf-8", newline="\n")
+        yield Refreshed(path.stem, time.perf_counter() - start, _children_seconds() - cpu, size)
+
+
+def _find(name: str) -> Path:
+    matches = sorted(notebooks_dir().glob(f"{Path(name).stem}*.ipynb"))
+    if len(matches) != 1:
+        known = ", ".join(path.stem for path in sorted(notebooks_dir().glob("*.ipynb")))
+        raise ValueError(f"notebook: {name!r} names {len(matches)} of them; there are {known}")
+    return matches[0]
+
+
+def execute(path: Path, parameters: Path | None = None, figures: Path | None = None) -> dict[str, Any]:
+    """Runs a notebook with papermill, in the folder it lies in.
+
+    Args:
+        path: the notebook; it is not changed.
+        parameters: YAML file with values for its parameters cell.
+        figures: folder that its figures go to; None: its own `run_dir`.
+
+    Returns:
+        The notebook with outputs, as in its file.
+
+    Raises:
+        RuntimeError: a cell failed, or this process was asked to stop; what the notebook had started is stopped too.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    environment |= {"NITRO_E_FIGURES": str(figures)} if figures else {}
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / path.name
+        command = [sys.executable, "-m", "papermill", str(path), str(output), "--cwd", str(path.parent)]
+        command += ["--kernel", "python3", "--no-progress-bar", "--log-level", "ERROR"]
+        command += ["-f", str(parameters)] if parameters else []
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        process = subprocess.Popen(command, env=environment, **pipes)
+        with StopRequest(lambda: _stop_what_runs(process.pid)) as request:
+            _, said = process.communicate()
+        if request.name:
+            raise RuntimeError(f"stopped by {request.name} while {path.name} ran; the same command begins it again")
+        if process.returncode:
+            raise RuntimeError(f"{path.name} failed:\n{said[-3000:]}")
+        return json.loads(output.read_text(encoding="utf-8"))
+
+
+def _stop_what_runs(pid: int) -> None:
+    """SIGTERM to the kernel and to what it has started: a training saves and ends, and papermill with the cell.
+
+    Without a kernel yet, papermill itself is ended.
+    """
+    try:
+        papermill = psutil.Process(pid)
+        for process in papermill.children(recursive=True) or [papermill]:
+            process.terminate()
+    except psutil.NoSuchProcess:
+        pass
+
+
+def clean(notebook: dict[str, Any]) -> dict[str, Any]:
+    """The notebook without what belongs to the run and not to the lesson. Changes its argument."""
+    notebook["metadata"] = METADATA
+    for cell in notebook["cells"]:
+        tags = [tag for tag in cell["metadata"].pop("tags", []) if tag != "injected-parameters"]
+        kept = {name: value for name, value in cell["metadata"].items() if name in CELL_METADATA and value}
+        cell["metadata"] = kept | ({"tags": tags} if tags else {})
+        if cell["cell_type"] == "code":
+            cell["outputs"] = _clean_outputs(cell["outputs"])
+    return notebook
+
+
+def _clean_outputs(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Joined streams, no widget views, no progress bars, no paths of this machine."""
+    kept: list[dict[str, Any]] = []
+    for output in outputs:
+        if output["output_type"] == "stream":
+            if output["name"] == "stderr" and "\r" in "".join(output["text"]):
+                continue
+            if kept and kept[-1].get("name") == output["name"]:
+                kept[-1]["text"] = _lines("".join([*kept[-1]["text"], *output["text"]]))
+                continue
+            output["text"] = _lines("".join(output["text"]))
+        elif WIDGET_VIEW in output.get("data", {}):
+            continue
+        elif "text/plain" in output.get("data", {}):
+            output["data"]["text/plain"] = _lines("".join(output["data"]["text/plain"]))
+        kept.append(output)
+    return kept
+
+
+def _lines(text: str) -> list[str]:
+    """Text as a notebook holds it, a list of lines, with paths relative to the checkout."""
+    return text.replace(f"{notebooks_dir().parent}{os.sep}", "").splitlines(keepends=True)
+
+
+def _children_seconds() -> float:
+    times = os.times()
+    return times.children_user + times.children_system

@@ -1,0 +1,1 @@
+"""Training data: raw pictures to shards, shards to batches."""

@@ -1,0 +1,224 @@
+"""What one process reads in one step: its share of the batch and all that is drawn at random for it.
+
+Everything of step k is a function of (seed, k): the rows, the caption among a picture's paraphrases, the captions that
+are dropped, the timesteps, the noise. It is drawn for the whole batch and then cut, so that two processes see together
+exactly what one process would see. Both scenes of a minimal pair (``minimal_pairs.py``) get the same draws; a run can
+alternate between steps on pairs and steps on plain scenes. The next batch is prepared in a thread while the current one
+is computed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nitro_e_lite.config import DataConfig, TrainConfig
+from nitro_e_lite.data.order import batch_indices
+from nitro_e_lite.data.quality import readable_rows
+from nitro_e_lite.data.scene_latents import cached_scenes, scene_row
+from nitro_e_lite.data.shards import CARD, LatentBatch, LatentDataset
+from nitro_e_lite.inference.encoder_set import Encoders
+from nitro_e_lite.model import flow
+from nitro_e_lite.scenes.grammar import COLORS, render, words
+from nitro_e_lite.scenes.minimal_pairs import FACTS, minimal_pair
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process works on.
+
+    Attributes:
+        latents: clean (B, C, H, W).
+        captions: one a picture; "" where the caption was dropped.
+        t: noise levels (B,).
+        noise: (B, C, H, W).
+        text: stored text features (B, L, Dc), of captions that were not dropped; None when they are not stored.
+        vision: stored vision features (B, N, Cv), or None.
+        images: the pictures uint8 (B, H, W, 3), drawn only when a vision model has to look at them; or None.
+    """
+
+    latents: Tensor
+    captions: list[str]
+    t: Tensor
+    noise: Tensor
+    text: Tensor | None = None
+    vision: Tensor | None = None
+    images: Tensor | None = None
+
+    def parts(self, count: int) -> list[Share]:
+        """The share in ``count`` equal parts."""
+        size = len(self.captions) // count
+        cuts = [slice(k * size, (k + 1) * size) for k in range(count)]
+        return [Share(**{name: v if v is None else v[cut] for name, v in vars(self).items()}) for cut in cuts]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Rows to train on: ``rows`` (N, group) of ``data``; the rows of a group get the same draws."""
+
+    config: DataConfig
+    data: LatentDataset
+    rows: np.ndarray
+
+    @classmethod
+    def open(cls, config: DataConfig, encoders: Encoders) -> _Source:
+        """The rows that ``config.quality`` and ``config.pairs`` leave: a minimal pair stays only as a whole."""
+        if unknown := set(config.pairs) - set(FACTS):
+            raise ValueError(f"data.pairs={', '.join(sorted(unknown))}: must be of {', '.join(FACTS)}")
+        data = _open(config, encoders, "train")
+        groups = np.arange(len(data)).reshape(-1, 2 if config.pairs else 1)
+        if config.pairs and set(config.pairs) != set(FACTS):
+            groups = groups[[minimal_pair(config.seed, index).fact in config.pairs for index in range(len(groups))]]
+        if config.quality == "readable" and not config.folders:
+            store = data.folders[0] / "readable.json"
+            readable = readable_rows(encoders, data, partial(scene_row, config), store)
+            groups = groups[np.isin(groups, readable).all(1)]
+        return cls(config, data, groups)
+
+
+class Batches:
+    """The training and validation data of a run.
+
+    Args:
+        config: of the run.
+        encoders: make the latents, or must match those that are stored.
+        rank: of this process.
+        world: number of processes.
+
+    Raises:
+        FileNotFoundError: a folder holds no data.
+        ValueError: fewer rows than one batch are left, or stored latents are of another encoder.
+    """
+
+    def __init__(self, config: TrainConfig, encoders: Encoders, rank: int = 0, world: int = 1):
+        self.config = config
+        self.mine = slice(rank * config.batch_size // world, (rank + 1) * config.batch_size // world)
+        self.sources = [_Source.open(config.data, encoders)]
+        if config.data.pairs and config.data.pairs_every > 1:
+            self.sources.append(_Source.open(replace(config.data, pairs=()), encoders))
+        self.training = self.sources[0].data
+        self.validation = _open(config.data, encoders, "validation")
+        for source in self.sources:
+            if source.rows.size < config.batch_size:
+                raise ValueError(
+                    f"batch_size={config.batch_size}: only {source.rows.size} of {len(source.data)} rows are left by "
+                    f"data.quality={config.data.quality!r}"
+                )
+        self.needs_images = False
+        self._thread = ThreadPoolExecutor(1, "next batch")
+        self._ahead: tuple[int, Future[Share]] | None = None
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows to train on, by source; with the seed they fix the order of training."""
+        return [source.rows.size for source in self.sources]
+
+    def compare(self, before: list[int] | None) -> None:
+        """Warns when a checkpoint was written with other numbers of rows; None if it does not say."""
+        if before is not None and before != self.counts:
+            warnings.warn(
+                f"data: {before} rows when the checkpoint was written, {self.counts} now; "
+                "from here on the samples come in another order",
+                stacklevel=2,
+            )
+
+    def share(self, step: int) -> Share:
+        """This process's share of step ``step``."""
+        if self._ahead is None or self._ahead[0] != step:
+            self._ahead = (step, self._thread.submit(self._draw, step))
+        share = self._ahead[1].result()
+        if step + 1 < self.config.steps:
+            self._ahead = (step + 1, self._thread.submit(self._draw, step + 1))
+        return share
+
+    def _source(self, step: int) -> tuple[_Source, int]:
+        """What step ``step`` reads, and how many steps have read of it before."""
+        pairs, every = (step + 1) // self.config.data.pairs_every, self.config.data.pairs_every
+        if len(self.sources) == 1:
+            return self.sources[0], step
+        return (self.sources[0], pairs - 1) if (step + 1) % every == 0 else (self.sources[1], step - pairs)
+
+    def _draw(self, step: int) -> Share:
+        config, mine = self.config, self.mine
+        source, before = self._source(step)
+        alike = source.rows.shape[1]
+        count = config.batch_size // alike
+        rows = source.rows[batch_indices(config.seed, len(source.rows), count, before)].flatten()[mine]
+        batch = source.data.batch(rows)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        which = torch.rand(count, generator=generator).repeat_interleave(alike)[mine].tolist()
+        dropped = torch.rand(count, generator=generator).repeat_interleave(alike)[mine] < config.caption_dropout
+        t = flow.sample_timesteps(count, generator, config.timestep_mean, config.timestep_std)
+        t = t.repeat_interleave(alike)[mine]
+        noise = torch.randn(count, *batch.latents.shape[1:], generator=generator).repeat_interleave(alike, 0)[mine]
+        ways = batch.captions
+        if config.data.colorless:
+            plain = torch.rand(count, generator=generator).repeat_interleave(alike)[mine] < config.data.colorless
+            ways = [_colorless(w) or w if only else w for w, only in zip(ways, plain.tolist(), strict=True)]
+        captions = [
+            "" if drop else some[int(u * len(some))]
+            for some, u, drop in zip(ways, which, dropped.tolist(), strict=True)
+        ]
+        images = self._pictures(source, rows) if self.needs_images else None
+        return Share(batch.latents, captions, t, noise, batch.text, batch.vision, images)
+
+    def _pictures(self, source: _Source, rows: np.ndarray) -> Tensor:
+        """The scenes of ``rows``, drawn again; only right while each row's latents are its own."""
+        if source.data.has_bad_rows:
+            folder = source.data.folders[0]
+            raise ValueError(f"{folder}: holds bad rows, so latents and pictures differ; delete it to encode it anew")
+        scenes = [scene_row(source.config, int(row)) for row in rows]
+        return torch.stack([torch.from_numpy(render(scene)) for scene in scenes])  # (B, H, W, 3)
+
+    def validation_shares(self, size: int = 64) -> Iterator[Share]:
+        """Yields the validation set in shares of ``size``: first captions, t over [0, 1]; the same in all runs."""
+        count = len(self.validation)
+        generator = torch.Generator().manual_seed(2**31)
+        t = (torch.randperm(count, generator=generator) + 0.5) / count
+        for first in range(0, count, size):
+            batch = self.validation.batch(range(first, min(first + size, count)))
+            noise = torch.randn(batch.latents.shape, generator=generator)
+            yield Share(batch.latents, first_captions(batch), t[first : first + size], noise, batch.text)
+
+    def validation_captions(self, count: int) -> list[str]:
+        """The first captions of the first ``count`` validation pictures."""
+        return first_captions(self.validation.batch(range(min(count, len(self.validation)))))
+
+
+def check_folders(data: DataConfig) -> None:
+    """Looks for the shards of a run before anything is loaded.
+
+    Raises:
+        FileNotFoundError: a folder holds none.
+        ValueError: there are folders to train on and none to validate on.
+    """
+    if data.folders and not data.validation_folders:
+        raise ValueError("data.validation_folders=(): name shards to validate on, along with data.folders")
+    for folder in (*data.folders, *data.validation_folders):
+        if not (Path(folder) / CARD).is_file():
+            raise FileNotFoundError(f"{folder}: holds no shards ({CARD} is missing); nitro-e data encode makes them")
+
+
+def first_captions(batch: LatentBatch) -> list[str]:
+    """One caption a picture."""
+    return [ways[0] for ways in batch.captions]
+
+
+def _colorless(captions: list[str]) -> list[str]:
+    """Those captions that name no colour."""
+    return [text for text in captions if not COLORS.keys() & words(text)]
+
+
+def _open(config: DataConfig, encoders: Encoders, split: str) -> LatentDataset:
+    if not config.folders:
+        return cached_scenes(encoders, config, split)
+    folders = config.folders if split == "train" else config.validation_folders
+    return LatentDataset(folders, encoders.image_fingerprint, encoders.fingerprint)

@@ -1,0 +1,265 @@
+"""Looks at every byte of a data set before a long run does, and measures how fast it can be read.
+
+``check`` reads all shards once: checksums, numbers that are not finite, captions that say nothing, repeated pictures
+and captions, the mean and spread of each latent channel. Latents are normalised, so mean 0 and spread 1 are expected: a
+forgotten scaling factor, which no loss curve shows before hours have gone, is off by more than a factor of two. What is
+wrong with single rows and shards goes into ``quarantine.jsonl``, what gave no row at all into ``skipped.jsonl``.
+
+``measure_reading`` fills a folder with random rows and reads them in training order with one core.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from nitro_e_lite.data.order import batch_indices
+from nitro_e_lite.data.shards import (
+    QUARANTINE,
+    SHARDS,
+    Chunk,
+    LatentBatch,
+    LatentDataset,
+    array_shapes,
+    bad_rows,
+    open_shards,
+    read_captions,
+    read_card,
+    sidecars,
+    write_atomically,
+    write_latents,
+)
+from nitro_e_lite.runtime import sha256_file
+
+MEAN_LIMIT, SPREAD_LIMITS = 0.5, (0.7, 1.4)  # of the mean over channels, in absolute value
+CHANNEL_MEAN_LIMIT, CHANNEL_SPREAD_LIMITS = 1.5, (0.2, 5.0)
+SKIPPED = "skipped.jsonl"
+NEEDED_SAMPLES_PER_SECOND = 2_370  # 150,000 steps of 2,048 samples in 1.5 days
+FULL_SHAPES = {"latents": (32, 16, 16), "text": (128, 2048), "vision": (256, 768)}
+
+
+def check(folder: str | Path, max_repeated: float = 0.01) -> dict[str, Any]:
+    """Checks a data set completely.
+
+    Args:
+        folder: of the data set.
+        max_repeated: share of pictures that occur before in the set, above which that is a problem.
+
+    Returns:
+        JSON-able facts; ``problems`` lists in words what is wrong, ``ok`` says that nothing is.
+
+    Raises:
+        FileNotFoundError: when the folder holds no data set.
+    """
+    folder = Path(folder)
+    card, states = read_card(folder), sidecars(folder)
+    (folder / QUARANTINE).unlink(missing_ok=True)
+    lines = [
+        {"shard": name, "row": None, "reason": "contents differ from the checksum"}
+        for name in tqdm(states, desc="checksums", disable=None)
+        if not _same_bytes(folder, name, states[name])
+    ]
+    damaged = {line["shard"] for line in lines}
+    chunks = [chunk for chunk in open_shards(folder, card) if chunk.shard.name not in damaged]
+    unreadable = {chunk.shard.name: chunk.shard.reason for chunk in chunks if chunk.shard.reason}
+    lines += [{"shard": name, "row": None, "reason": reason} for name, reason in unreadable.items()]
+    survey = _Survey(card)
+    for chunk in tqdm([c for c in chunks if c.arrays is not None], desc="rows", disable=None):
+        lines += survey.look_at(chunk)
+    if lines:
+        write_atomically(folder / QUARANTINE, "".join(json.dumps(line) + "\n" for line in lines))
+    left_out = [[name, *item] for name, state in states.items() for item in (state or {}).get("skipped", ())]
+    if left_out:
+        named = (dict(zip(("shard", "key", "reason", "count"), item, strict=True)) for item in left_out)
+        write_atomically(folder / SKIPPED, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in named))
+    facts = survey.facts() | _account(card, states)
+    facts["shards"] = {"all": len(states) or 1, "quarantined": len(damaged) + len(unreadable)}
+    facts["quarantined_rows"] = sum(line["row"] is not None for line in lines)
+    facts["problems"] = _problems(facts, max_repeated)
+    return {"folder": str(folder), "fingerprint": card["fingerprint"], **facts, "ok": not facts["problems"]}
+
+
+def _same_bytes(folder: Path, name: str, state: dict[str, Any] | None) -> bool:
+    path = folder / SHARDS / f"{name}.arrow"
+    if state is None or not state["rows"] or not path.is_file() or path.stat().st_size != state["bytes"]:
+        return True  # nothing to compare; what is wrong is said when the shard is opened
+    return sha256_file(path) == state["sha256"]
+
+
+class _Survey:
+    """What is counted while the rows go by."""
+
+    def __init__(self, card: dict[str, Any]):
+        self.channels = array_shapes(card)["latents"][0]
+        self.total, self.squares, self.count = np.zeros(self.channels), np.zeros(self.channels), 0
+        self.rows, self.not_finite, self.no_caption, self.captions = 0, 0, 0, 0
+        self.sources: Counter[str] = Counter()
+        self.pictures, self.texts = [], []  # 64-bit digests of all rows, in arrays
+
+    def look_at(self, chunk: Chunk) -> list[dict[str, Any]]:
+        """Counts a chunk; returns the lines for the quarantine."""
+        texts = [read_captions(value) for value in chunk.captions]
+        bad = {int(k): f"{name} not finite" for name, x in chunk.arrays.items() for k in np.flatnonzero(bad_rows(x))}
+        silent = [k for k, captions in enumerate(texts) if not captions]
+        self.rows += chunk.rows
+        self.not_finite += len(bad)
+        self.no_caption += len(silent)
+        self.captions += sum(map(len, texts))
+        self.sources.update(chunk.sources.to_pylist() if chunk.sources is not None else {"": chunk.rows})
+        good = [k for k in range(chunk.rows) if k not in bad]
+        latents = chunk.arrays["latents"][good].astype(np.float64).reshape(len(good), self.channels, -1)  # (B, C, h*w)
+        self.total += latents.sum((0, 2))
+        self.squares += np.square(latents).sum((0, 2))
+        self.count += latents.shape[0] * latents.shape[2]
+        self.pictures.append(_digests(row.tobytes() for row in chunk.arrays["latents"]))
+        self.texts.append(_digests("\n".join(captions).encode() for captions in texts if captions))
+        reasons = dict.fromkeys(silent, "no caption") | bad
+        return [{"shard": chunk.shard.name, "row": chunk.first + k, "reason": r} for k, r in sorted(reasons.items())]
+
+    def facts(self) -> dict[str, Any]:
+        """The counts in words."""
+        mean = self.total / max(self.count, 1)
+        spread = np.sqrt(np.maximum(self.squares / max(self.count, 1) - mean**2, 0))
+        return {
+            "rows": self.rows,
+            "captions": self.captions,
+            "sources": dict(self.sources),
+            "latent_mean": [round(float(x), 4) for x in mean],
+            "latent_std": [round(float(x), 4) for x in spread],
+            "not_finite": self.not_finite,
+            "without_caption": self.no_caption,
+            "repeated_pictures": _repeated(self.pictures),
+            "repeated_captions": _repeated(self.texts),
+        }
+
+
+def _digests(rows: Iterable[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(hashlib.blake2b(row, digest_size=8).digest() for row in rows), np.uint64)
+
+
+def _repeated(digests: list[np.ndarray]) -> int:
+    every = np.concatenate(digests) if digests else np.empty(0)
+    return len(every) - len(np.unique(every))
+
+
+def _account(card: dict[str, Any], states: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
+    """What the JSON files of the shards say of items that gave no row, and of parts."""
+    skipped, notes, ended = Counter(), Counter(), 0
+    for state in states.values():
+        for _, reason, count in (state or {}).get("skipped", ()):
+            skipped[reason] += count
+        notes.update((state or {}).get("notes", {}))
+        ended += bool(state and state["end"])
+    parts = card.get("parts")
+    return {
+        "skipped": dict(skipped.most_common()),
+        "notes": {reason: count for reason, count in notes.items() if count},
+        "parts": None if parts is None else {"all": parts, "encoded": ended},
+    }
+
+
+def _problems(facts: dict[str, Any], max_repeated: float) -> list[str]:
+    """What is wrong, in words."""
+    mean, spread = np.array(facts["latent_mean"]), np.array(facts["latent_std"])
+    rows, parts, shards = facts["rows"], facts["parts"], facts["shards"]
+    scaled = abs(mean.mean()) <= MEAN_LIMIT and SPREAD_LIMITS[0] <= spread.mean() <= SPREAD_LIMITS[1]
+    found = {
+        "there is no row that can be read": not rows,
+        f"{shards['quarantined']} of {shards['all']} shards are damaged": shards["quarantined"],
+        f"{facts['not_finite']} rows hold numbers that are not finite": facts["not_finite"],
+        f"{facts['without_caption']} rows have no caption": facts["without_caption"],
+        f"{facts['repeated_pictures']} pictures occur before": facts["repeated_pictures"] > max_repeated * rows,
+        f"latents have mean {mean.mean():.2f}, spread {spread.mean():.2f}; normalised ones have 0 and 1": (
+            rows and not scaled
+        ),
+    }
+    if parts and parts["encoded"] < parts["all"]:
+        found[f"{parts['encoded']} of {parts['all']} parts are encoded: run the same command again"] = True
+    low, high = CHANNEL_SPREAD_LIMITS
+    odd = np.flatnonzero((abs(mean) > CHANNEL_MEAN_LIMIT) | (spread < low) | (spread > high))
+    if rows and len(odd):
+        k = int(odd[0])
+        found[f"{len(odd)} channels are far from mean 0, spread 1; first {k}: {mean[k]:.2f}, {spread[k]:.2f}"] = True
+    return [text for text, holds in found.items() if holds]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Speed
+# -----------------------------------------------------------------------------------------------------------
+
+
+def measure_reading(
+    columns: Sequence[str] = ("latents",), rows: int | None = None, batch: int = 256, seconds: float = 3.0
+) -> dict[str, Any]:
+    """Samples a second that one core reads in training order, at the shapes of the full model.
+
+    The data set is written to a temporary folder first: random latents, captions of 128 words and, if named, text and
+    vision features. Files just written are in the memory of the operating system, so that this measures the reader and
+    not the disk; ``gigabytes_per_second`` says what a disk has to deliver to keep up.
+
+    Args:
+        columns: of "latents", "text", "vision"; latents are always there.
+        rows: size of the data set; by default what makes half a gigabyte, more than a processor keeps.
+        batch: rows read at once; 256 is one GPU's share of the full batch.
+        seconds: how long to measure.
+
+    Returns:
+        Samples a second of one core, the number the full run needs, the margin, and the sizes.
+
+    Raises:
+        ValueError: an unknown column, or fewer rows than one batch.
+    """
+    shapes = {name: shape for name, shape in FULL_SHAPES.items() if name == "latents" or name in columns}
+    size = sum(2 * prod(shape) for shape in shapes.values())
+    rows = max(batch, 2**29 // size) if rows is None else rows
+    if not set(columns) <= set(FULL_SHAPES) or not 1 <= batch <= rows:
+        raise ValueError(
+            f"columns={columns}, batch={batch}: columns are {', '.join(FULL_SHAPES)}; batch is 1 to {rows}"
+        )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            write_latents(Path(folder) / "data", _random_rows(shapes, rows), "")
+            data = LatentDataset(Path(folder) / "data", "")
+            data.batch(range(rows))  # every page once
+            samples, step, started, cpu = 0, 0, time.perf_counter(), time.process_time()
+            while time.perf_counter() - started < seconds:
+                samples += len(data.batch(batch_indices(0, rows, batch, step)).captions)
+                step += 1
+            wall, cpu = time.perf_counter() - started, time.process_time() - cpu
+    finally:
+        torch.set_num_threads(threads)
+    speed = samples / cpu
+    return {
+        "columns": list(shapes),
+        "rows": rows,
+        "samples_per_second_per_core": round(speed, 1),
+        "samples_per_second_wall": round(samples / wall, 1),
+        "needed_samples_per_second": NEEDED_SAMPLES_PER_SECOND,
+        "margin": round(speed / NEEDED_SAMPLES_PER_SECOND, 2),
+        "bytes_per_sample": size,
+        "gigabytes_per_second": round(size * NEEDED_SAMPLES_PER_SECOND / 1e9, 3),
+    }
+
+
+def _random_rows(shapes: dict[str, tuple[int, ...]], rows: int, size: int = 64) -> Iterator[LatentBatch]:
+    generator = torch.Generator().manual_seed(0)
+    for first in range(0, rows, size):
+        count = min(size, rows - first)
+        arrays = {n: torch.randn(count, *shape, generator=generator).half() for n, shape in shapes.items()}
+        captions = [
+            [f"row {first + k}: " + "a caption of one hundred and twenty-six words " * 14] for k in range(count)
+        ]
+        yield LatentBatch(captions=captions, **arrays)

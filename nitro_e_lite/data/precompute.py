@@ -1,0 +1,304 @@
+"""Pictures to shards: every frozen encoder runs once, before training, instead of once an epoch.
+
+``Encoding`` takes a source apart into its parts, gives every process its own ones, and writes each part as a row of
+shards. Two properties make it safe to leave alone for days:
+
+* **Restartable.** A shard counts when its JSON file is there, and that file says where in the part the shard ended. A
+  killed run is started again with the same command and loses at most the shard that each process was writing.
+  A tar file that was cut short is taken up again where it ended, once its size has changed.
+* **The same whatever the number of processes.** Parts, shards and batches are cut at fixed places, so one process and
+  eight write the same data set, and a run may be resumed with another number.
+
+What gives no row (a broken picture, a missing caption, features that are not finite) is kept with its reason in the
+JSON file of the shard it would have gone into.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import time
+import warnings
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HfHubHTTPError
+from tqdm.auto import tqdm
+
+from nitro_e_lite.data.shards import (
+    CARD,
+    SHARD_ROWS,
+    SHARDS,
+    LatentBatch,
+    ShardWriter,
+    array_shapes,
+    bad_rows,
+    read_card,
+    sidecars,
+    write_atomically,
+)
+from nitro_e_lite.data.sources import FLUX, SA1B, Folder, JourneyDB, Problem, Prompts, Record, Source, square
+from nitro_e_lite.inference.encoder_set import Encoders
+from nitro_e_lite.inference.encoders import EncoderUnavailable
+
+GRID = 16  # latents a side
+GENERATOR = "black-forest-labs/FLUX.1-dev"
+GENERATOR_REVISIONS = {GENERATOR: "3de623fc3c33e44ffbe2bad470d0f45bccf2eb21"}
+SOURCES = {source.kind: source for source in (SA1B, JourneyDB, Folder)}
+
+
+class Encoding:
+    """The pre-computation of one data set, or this process's share of it.
+
+    Args:
+        source: raw pictures and captions.
+        encoders: make the latents and, if wanted, the text features.
+        out: folder of the data set; an unfinished one is continued.
+        size: side in pixels to which pictures are cut; by default what gives 16x16 latents.
+        text: store text features too: those of the first caption, the only one that is then kept.
+        vision: stores vision features too: ``repa.VisionEncoder`` or anything with its ``encode``, ``width``,
+            ``fingerprint``.
+        batch: pictures encoded at once.
+        shard_rows: rows after which the next shard begins.
+        threads: for reading and decoding pictures.
+        rank: number of this process.
+        world: number of processes.
+
+    Raises:
+        ValueError: ``out`` holds another data set, or a size or count makes no sense.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        encoders: Encoders,
+        out: str | Path,
+        *,
+        size: int | None = None,
+        text: bool = False,
+        vision: Any = None,
+        batch: int = 32,
+        shard_rows: int = SHARD_ROWS,
+        threads: int = 4,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        for name, value in (("batch", batch), ("shard_rows", shard_rows), ("threads", threads), ("world", world)):
+            if value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        ratio = encoders.vae.spatial_compression_ratio
+        self.size = GRID * ratio if size is None else size
+        if self.size < ratio or self.size % ratio:
+            raise ValueError(f"size={size}: must be a multiple of {ratio}, the autoencoder's compression")
+        self.source, self.encoders, self.out, self.text, self.vision = source, encoders, Path(out), text, vision
+        self.batch, self.shard_rows, self.threads = batch, shard_rows, threads
+        parts = source.parts()
+        self.parts = parts[rank::world]
+        card = self._card(parts)
+        self.shapes = array_shapes(card)
+        self._write_card(card)
+        self.rows, self.skipped, self.seconds = 0, 0, 0.0
+        self._bar = tqdm(
+            desc="encoding", unit=" pictures", disable=rank > 0, mininterval=1 if sys.stderr.isatty() else 30
+        )
+
+    def _card(self, parts: list[str]) -> dict[str, Any]:
+        side = self.size // self.encoders.vae.spatial_compression_ratio
+        arrays, made_by = {}, {"text": None, "vision": None}
+        if self.text:
+            arrays["text"] = [self.encoders.max_text_length, self.encoders.width]
+            made_by["text"] = self.encoders.fingerprint
+        if self.vision is not None:
+            arrays["vision"] = [GRID * GRID, self.vision.width]
+            made_by["vision"] = self.vision.fingerprint
+        return {
+            "fingerprint": self.encoders.image_fingerprint,
+            "shape": [self.encoders.latent_channels, side, side],
+            "arrays": arrays,
+            "features": made_by,
+            "image_size": self.size,
+            "shard_rows": self.shard_rows,
+            **self.source.describe(),
+            "parts": len(parts),
+        }
+
+    def _write_card(self, card: dict[str, Any]) -> None:
+        """Writes the card, or compares it with the one of the run that is continued; only new parts may be added."""
+        if (self.out / CARD).is_file():
+            before = read_card(self.out)
+            for name, value in card.items():
+                if name != "parts" and before.get(name) != value:
+                    raise ValueError(
+                        f"{self.out}: {name} was {before.get(name)!r} and is {value!r} now; continue with what it was, "
+                        "or name another folder"
+                    )
+            if before == card:
+                return
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.out / CARD, json.dumps(card, indent=1) + "\n")
+
+    def run(self) -> dict[str, Any]:
+        """Encodes this process's parts; returns what it did: rows, skipped items, seconds, rows a second."""
+        started = time.perf_counter()
+        with self._bar:
+            for part in self.parts:
+                self._encode_part(part)
+        self.seconds = time.perf_counter() - started
+        speed = self.rows / self.seconds
+        return {
+            "rows": self.rows,
+            "skipped": self.skipped,
+            "seconds": round(self.seconds, 3),
+            "rows_per_second": round(speed, 2),
+        }
+
+    def _finished(self, part: str) -> tuple[int, int, bool]:
+        """Shards of a part that are done, the item after them, and whether they are all."""
+        states, number, start = sidecars(self.out, f"{part}-?????"), 0, 0
+        while state := states.get(f"{part}-{number:05d}"):
+            path = self.out / SHARDS / f"{part}-{number:05d}.arrow"
+            if state["rows"] and not (path.is_file() and path.stat().st_size == state["bytes"]):
+                break
+            number, start = number + 1, state["next"]
+            if state["end"] or (state.get("cut_at") is not None and state["cut_at"] == self.source.size(part)):
+                return number, start, True
+        return number, start, False
+
+    def _encode_part(self, part: str) -> None:
+        number, start, ended = self._finished(part)
+        if ended:
+            return
+        items = self._decoded(self.source.items(part, start))
+        while not ended:
+            writer = ShardWriter(self.out, f"{part}-{number:05d}", self.shapes)
+            skipped, notes, pending, position, ended, cut_at = Counter(), Counter(), [], start, True, None
+            for item in items:
+                cut_at = item.cut_at if isinstance(item, Problem) else None
+                position += cut_at is None
+                if isinstance(item, Problem):
+                    skipped[item.key, item.reason] += 1
+                else:
+                    pending.append(item)
+                if len(pending) == self.batch:
+                    self._encode(pending, writer, skipped, notes)
+                if writer.rows + len(pending) >= self.shard_rows:
+                    ended = False
+                    break
+            self._encode(pending, writer, skipped, notes)
+            left_out = [[key, reason, count] for (key, reason), count in skipped.items()]
+            about = {"part": part, "start": start, "next": position, "end": ended and cut_at is None}
+            about |= {} if cut_at is None else {"cut_at": cut_at}
+            writer.finish(**about, skipped=left_out, notes=dict(notes))
+            self.rows, self.skipped = self.rows + writer.rows, self.skipped + skipped.total()
+            number, start = number + 1, position
+
+    def _decoded(self, items: Iterable[Record | Problem]) -> Iterator[tuple[Record, np.ndarray] | Problem]:
+        """The items in their order, pictures decoded a little ahead by several threads."""
+        with ThreadPoolExecutor(self.threads) as pool:
+            ahead: deque = deque()
+            for item in items:
+                ahead.append(pool.submit(self._decode, item))
+                if len(ahead) > 4 * self.threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+
+    def _decode(self, item: Record | Problem) -> tuple[Record, np.ndarray] | Problem:
+        if isinstance(item, Problem):
+            return item
+        try:
+            return item, square(item.image, self.size)
+        except ValueError as error:
+            return Problem(item.key, str(error))
+
+    def _encode(self, pending: list[tuple[Record, np.ndarray]], writer: ShardWriter, skipped, notes) -> None:
+        """Encodes what is pending, writes it and empties the list."""
+        if not pending:
+            return
+        records, pictures = [record for record, _ in pending], np.stack([picture for _, picture in pending])
+        captions = [record.captions for record in records]
+        features = {"latents": self.encoders.encode_images(pictures)}
+        if self.text:
+            notes["further caption left out"] += sum(len(texts) - 1 for texts in captions)
+            captions = [texts[:1] for texts in captions]
+            with warnings.catch_warnings(record=True) as cut:
+                warnings.simplefilter("always")
+                features["text"] = self.encoders.encode_text([texts[0] for texts in captions])
+            short = sum("caption cut" in str(one.message) for one in cut)
+            notes[f"caption cut to {self.encoders.max_text_length} tokens"] += short
+        if self.vision is not None:
+            features["vision"] = self.vision.encode(pictures)
+        features = {name: x.to(torch.float16).cpu() for name, x in features.items()}
+        bad = np.logical_or.reduce([bad_rows(x.flatten(1).numpy()) for x in features.values()])
+        for k in np.flatnonzero(bad):
+            skipped[records[k].key, "encoded to numbers that are not finite"] += 1
+        good = [int(k) for k in np.flatnonzero(~bad)]
+        if good:
+            keys, names = [records[k].key for k in good], [self.source.kind] * len(good)
+            features = {name: x[good] for name, x in features.items()}
+            writer.add(LatentBatch(captions=[captions[k] for k in good], sources=names, keys=keys, **features))
+        self._bar.update(len(pending))
+        pending.clear()
+
+
+def open_source(kind: str, path: str | Path, captions: str | Path | None = None) -> Source:
+    """A raw data set of ``SOURCES``; for prompts see ``drawn_source``.
+
+    Raises:
+        ValueError: an unknown kind, or captions for a kind that has its own.
+    """
+    if kind not in SOURCES:
+        raise ValueError(f"kind={kind!r}: there are {', '.join([*SOURCES, Prompts.kind])}")
+    if captions is not None and kind != SA1B.kind:
+        raise ValueError(f"captions={str(captions)!r}: only {SA1B.kind!r} keeps them in a folder of their own")
+    return SA1B(path, captions) if kind == SA1B.kind else SOURCES[kind](path)
+
+
+def drawn_source(
+    path: str | Path,
+    generator: str | Path = GENERATOR,
+    revision: str | None = None,
+    settings: dict[str, Any] | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch: int = 8,
+) -> Prompts:
+    """A list of prompts, drawn by a diffusers pipeline as it is read.
+
+    Args:
+        path: the prompts, see ``sources.Prompts``.
+        generator: folder or hub id of a text-to-image pipeline.
+        revision: commit of a hub id; the pinned one of ``GENERATOR_REVISIONS`` when None.
+        settings: changes to ``sources.FLUX``, of which the pipeline is given what it knows.
+        device: where to draw.
+        dtype: number type of the weights.
+        batch: prompts drawn at once.
+
+    Raises:
+        EncoderUnavailable: the pipeline cannot be loaded; the message says what to do.
+        ValueError: a setting that the pipeline does not know, or an unreadable list.
+    """
+    place = {} if Path(generator).is_dir() else {"revision": revision or GENERATOR_REVISIONS.get(str(generator))}
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(generator, dtype=dtype, **place).to(device)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EncoderUnavailable(
+            f"{generator}: cannot be loaded ({reason}). FLUX.1-dev is gated: accept its licence at "
+            f"https://huggingface.co/{GENERATOR} and run `hf auth login`, or name a folder with --generator"
+        ) from None
+    pipeline.set_progress_bar_config(disable=True)
+    known = inspect.signature(pipeline.__call__).parameters
+    unknown = [name for name in settings or {} if name not in known]
+    if unknown:
+        raise ValueError(f"settings: {type(pipeline).__name__} does not know {', '.join(unknown)}")
+    chosen = {name: value for name, value in FLUX.items() if name in known} | (settings or {})
+    name = "@".join([str(generator), str(place["revision"])]) if place else Path(generator).name
+    return Prompts(path, pipeline, chosen, batch=batch, generator=name)

@@ -1,0 +1,60 @@
+"""The training data of the lite model: scenes, encoded once and cached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from tqdm.auto import tqdm
+
+from nitro_e_lite.config import DataConfig, to_dict
+from nitro_e_lite.data.shards import LatentBatch, LatentDataset, write_latents
+from nitro_e_lite.inference.encoder_set import Encoders
+from nitro_e_lite.runtime import cache_dir
+from nitro_e_lite.scenes.grammar import Scene, caption, render, sample_scene
+from nitro_e_lite.scenes.minimal_pairs import minimal_pair
+
+VALIDATION_START, VALIDATION_SEED = 2**40, 0  # the same scenes whatever a run trains on: its losses can be compared
+
+
+def scene_row(data: DataConfig, row: int) -> Scene:
+    """The scene of a row; rows 2k and 2k + 1 are a minimal pair when ``data.pairs``."""
+    return minimal_pair(data.seed, row // 2).scenes[row % 2] if data.pairs else sample_scene(data.seed, row)
+
+
+def row_captions(data: DataConfig, row: int, scene: Scene) -> list[str]:
+    """The captions kept with a row; those of a minimal pair have the same template, one by one."""
+    variants = range(data.captions)
+    if data.pairs:
+        pair = minimal_pair(data.seed, row // 2)
+        return [pair.captions(variant)[row % 2] for variant in variants]
+    return [caption(scene, variant) for variant in variants]
+
+
+def encode_scenes(
+    encoders: Encoders, data: DataConfig, start: int, count: int, batch: int = 64
+) -> Iterator[LatentBatch]:
+    """Yields ``LatentBatch`` after ``LatentBatch`` for rows ``start .. start + count`` of the data set."""
+    for first in tqdm(range(0, count, batch), desc="encoding scenes", mininterval=5, leave=False):
+        rows = range(start + first, start + min(first + batch, count))
+        scenes = [scene_row(data, row) for row in rows]
+        images = torch.stack([torch.from_numpy(render(scene)) for scene in scenes])  # (B, H, W, 3)
+        captions = [row_captions(data, row, scene) for row, scene in zip(rows, scenes, strict=True)]
+        keys = [f"seed {data.seed}, {'pair row' if data.pairs else 'scene'} {row}" for row in rows]
+        sources = ["synthetic_scenes"] * len(scenes)
+        yield LatentBatch(encoders.encode_images(images).float(), captions, sources=sources, keys=keys)
+
+
+def cached_scenes(encoders: Encoders, data: DataConfig, split: str) -> LatentDataset:
+    """The latents of the training or validation scenes, encoded on first use and then read from the cache folder."""
+    start, count = (0, data.scenes) if split == "train" else (VALIDATION_START, data.validation_scenes)
+    if split == "validation":
+        data = replace(data, pairs=(), seed=VALIDATION_SEED)
+    kind = "minimal-pairs" if data.pairs else "scenes"
+    name = f"{kind}-{encoders.image_fingerprint[:12]}-seed{data.seed}-{start}-{count}x{data.captions}"
+    folder = cache_dir() / "latents" / name
+    if not folder.exists():
+        about = {"data": to_dict(data), "split": split}
+        write_latents(folder, encode_scenes(encoders, data, start, count), encoders.image_fingerprint, about)
+    return LatentDataset(folder, encoders.image_fingerprint)

@@ -1,0 +1,240 @@
+"""How big, how much arithmetic, how fast.
+
+Size and arithmetic are counted on torch's *meta* device: the model is built and run without a single number
+being stored, so the full 302M-parameter model is counted on any laptop in a second.
+
+What counts as a FLOP: a multiplication and an addition are two. The headline number holds the products with weights
+(linear layers and convolutions), which is how 0.0775 TFLOPs comes about for the published model (batch 1, 128 text
+tokens). The products inside attention, query x key and probability x value, hold no weights and are reported beside it;
+with them it is 0.0804, and either rounds to the published 0.08.
+
+Speed is the median of several runs after a warm-up, with the device idle before the clock is read.
+"""
+
+import re
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nitro_e_lite import runtime
+from nitro_e_lite.config import preset, to_dict
+from nitro_e_lite.inference.arguments import as_integer
+from nitro_e_lite.inference.pipeline import NitroEPipeline
+from nitro_e_lite.model import products
+from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
+
+CAPTION = "a red circle to the left of a blue square"
+SIZES = ("full", "lite", "smoke")
+PARTS = {
+    "patch_embed": "embeddings",
+    "text_embed": "embeddings",
+    "time_embed": "embeddings",
+    "compressor": "token compressor",
+    "reconstructor": "token reconstructor",
+    "projector": "REPA projector",
+    "norm_out": "output",
+    "proj_out": "output",
+}
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """FLOPs of one forward pass.
+
+    Attributes:
+        weights: products with weights.
+        attention: products inside attention, which hold no weights.
+        components: part of the model -> what is computed there, products of both kinds.
+    """
+
+    weights: int
+    attention: int
+    components: dict[str, int]
+
+
+def model_config(size: str) -> dict[str, Any]:
+    """Constructor arguments of the transformer at one of the project's sizes; "full" is the published model.
+
+    Raises:
+        ValueError: for another size.
+    """
+    if size not in SIZES:
+        raise ValueError(f"size: {size!r} is not one of {', '.join(SIZES)}")
+    return {} if size == "full" else to_dict(preset("base", size).model)
+
+
+def build_on_meta(config: Mapping[str, Any]) -> EMMDiTTransformer2DModel:
+    """The transformer without storage: every tensor has a shape and no numbers."""
+    with torch.device("meta"):
+        return EMMDiTTransformer2DModel(**config).eval()
+
+
+def part_of(name: str) -> str:
+    """The part of the transformer that a parameter or module belongs to, in a reader's words."""
+    first, *rest = name.split(".")
+    return f"group {int(rest[0]) + 1}" if first == "groups" else PARTS[first]
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Part of the transformer -> number of parameters."""
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        counts[part_of(name)] += parameter.numel()
+    return dict(counts)
+
+
+def count_flops(config: Mapping[str, Any], batch: int = 1, text_tokens: int = 128) -> FlopCount:
+    """Counts one forward pass; the module's essay says what is counted.
+
+    Args:
+        config: constructor arguments of the transformer.
+        batch: pictures in the batch.
+        text_tokens: length of the text.
+
+    Raises:
+        TypeError, ValueError: for a batch or number of text tokens below 1.
+    """
+    batch, text_tokens = as_integer("batch", batch, 1), as_integer("text_tokens", text_tokens, 1)
+    model = build_on_meta(config)
+    size = model.config
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        latents = torch.empty(batch, size.in_channels, size.sample_size, size.sample_size)
+        model(latents, torch.empty(batch, text_tokens, size.caption_channels), torch.empty(batch))
+    counts = counter.get_flop_counts()
+    components: Counter[str] = Counter()
+    for name, operations in counts.items():
+        inner = name.partition(".")[2]  # without the class name
+        if re.fullmatch(r"\w+|groups\.\d+\.\d+", inner):
+            components[part_of(inner)] += sum(operations.values())
+    total = sum(counts["Global"].values())
+    attention = sum(n for operation, n in counts["Global"].items() if "bmm" in str(operation))
+    return FlopCount(total - attention, attention, dict(components))
+
+
+def median_seconds(function: Callable[[], Any], repeats: int = 5, warmup: int = 1) -> float:
+    """Median wall-clock seconds of `function()`; the accelerator, if there is one, is waited for."""
+    as_integer("repeats", repeats, 1)
+    times = []
+    for run in range(warmup + repeats):
+        start = time.perf_counter()
+        function()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        if run >= warmup:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def time_pipeline(
+    pipeline: NitroEPipeline,
+    batch_sizes: Sequence[int] = (1, 8),
+    steps: int | None = None,
+    guidance: float | None = None,
+    repeats: int = 3,
+) -> list[dict[str, float]]:
+    """Times whole pictures, caption to pixels, and the three parts of the work.
+
+    Returns:
+        One row a batch size: `batch`, `seconds` (the batch), `images_per_second`, and the medians
+        `text_seconds`, `sampling_seconds`, `decoding_seconds`.
+    """
+    rows = []
+    for batch in batch_sizes:
+        prompts = [CAPTION] * as_integer("batch_sizes", batch, 1)
+        features = pipeline.encode_prompt(prompts)
+        negative = pipeline.encode_prompt([""] * batch)
+        draw = partial(pipeline, num_inference_steps=steps, guidance_scale=guidance)
+        sample = partial(draw, prompt_embeds=features, negative_prompt_embeds=negative, output_type="latent")
+        latents = sample().images
+        seconds = median_seconds(partial(draw, prompts), repeats)
+        rows.append(
+            {
+                "batch": batch,
+                "seconds": seconds,
+                "images_per_second": batch / seconds,
+                "text_seconds": median_seconds(partial(pipeline.encode_prompt, [CAPTION, ""]), repeats),
+                "sampling_seconds": median_seconds(sample, repeats),
+                "decoding_seconds": median_seconds(partial(pipeline.decode, latents, "np"), repeats),
+            }
+        )
+    return rows
+
+
+def time_transformer(
+    config: Mapping[str, Any],
+    batch: int = 4,
+    text_tokens: int = 128,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    repeats: int = 3,
+) -> dict[str, float]:
+    """Times one batch through random weights.
+
+    Returns:
+        Medians `forward_seconds` and `forward_backward_seconds`, and `products_seconds`: the matrix products
+        of the forward pass's Linear layers alone, with weights that lie in the cache. The forward cannot be faster than
+        that, nor forward and backward faster than three times that. `torch_products_seconds` are the same products by
+        `torch.nn.functional.linear`, see `products.py`.
+    """
+    device = runtime.pick_device(device)
+    dtype = runtime.pick_dtype(dtype, device)
+    model = EMMDiTTransformer2DModel(**config).to(device)
+    if dtype != model.dtype:  # diffusers warns of every conversion, of those that change nothing too
+        model.to(dtype)
+    size = model.config
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(batch, size.in_channels, size.sample_size, size.sample_size, generator=generator)
+    features = torch.randn(batch, text_tokens, size.caption_channels, generator=generator)
+    inputs = (
+        latents.to(device, dtype),
+        features.to(device, dtype),
+        torch.full((batch,), 500.0, device=device),
+    )
+
+    def step() -> None:
+        model.zero_grad()
+        model(*inputs).sample.float().square().mean().backward()
+
+    with torch.no_grad():
+        by_library = [time_products(model, inputs, multiply, repeats) for multiply in (products.linear, F.linear)]
+        forward = median_seconds(lambda: model(*inputs), repeats)
+    return {
+        "products_seconds": by_library[0],
+        "torch_products_seconds": by_library[1],
+        "forward_seconds": forward,
+        "forward_backward_seconds": median_seconds(step, repeats),
+    }
+
+
+@torch.no_grad()
+def time_products(model: nn.Module, inputs: Sequence[torch.Tensor], multiply: Callable, repeats: int = 3) -> float:
+    """Seconds of the products in the Linear layers of `model(*inputs)` by `multiply`, each shape timed by itself."""
+    seconds = 0.0
+    for (rows, width, out), count in product_shapes(model, inputs).items():
+        tokens, weight = inputs[0].new_ones(rows, width), inputs[0].new_ones(out, width)
+        seconds += count * median_seconds(partial(multiply, tokens, weight), max(5, repeats))
+    return seconds
+
+
+@torch.no_grad()
+def product_shapes(model: nn.Module, inputs: Sequence[torch.Tensor]) -> Counter[tuple[int, int, int]]:
+    """(rows, inputs, outputs) -> how many Linear layers of `model(*inputs)` multiply so."""
+    shapes: Counter[tuple[int, int, int]] = Counter()
+
+    def record(layer: nn.Linear, arguments: tuple[torch.Tensor, ...]) -> None:
+        shapes[arguments[0].numel() // layer.in_features, layer.in_features, layer.out_features] += 1
+
+    handles = [m.register_forward_pre_hook(record) for m in model.modules() if isinstance(m, nn.Linear)]
+    model(*inputs)
+    for handle in handles:
+        handle.remove()
+    return shapes

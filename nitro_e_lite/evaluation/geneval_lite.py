@@ -1,0 +1,214 @@
+"""GenEval-lite scores of a pipeline, with everything needed to get the same number again.
+
+A score without its recipe cannot be checked, so the result is a *card*: the hash of the weights, the sampler,
+steps, guidance, seeds, number type, prompts expected and judged, and the environment, beside the score.
+Tables and figures are made from cards.
+
+Every picture has a generator of its own, seeded from its seed number and the place of its prompt in the list;
+the batch size therefore changes nothing but speed, and `nitro-e sample --seed` draws any one of them again.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+
+from nitro_e_lite import runtime
+from nitro_e_lite.evaluation.official_geneval import check_folder, write_sample
+from nitro_e_lite.inference.arguments import as_integer, seeded_generators
+from nitro_e_lite.inference.pipeline import NitroEPipeline
+from nitro_e_lite.scenes.geneval import Prompt, Score, Verdict, score, verify
+from nitro_e_lite.viz import image_grid
+
+SEED_STRIDE = 1_000_000  # picture seed = SEED_STRIDE * seed + place of the prompt
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation.
+
+    Attributes:
+        score: overall, interval, category means, number of images.
+        card: the score and its recipe as plain JSON.
+        prompts, verdicts: prompt and verdict of each picture, seed by seed.
+        images: uint8 `(H, W, 3)` each, when they were asked for.
+    """
+
+    score: Score
+    card: dict[str, Any]
+    prompts: list[Prompt]
+    verdicts: list[Verdict]
+    images: list[np.ndarray]
+
+    def grid(self, each: int = 8) -> Image.Image:
+        """The first pictures of every category with caption and verdict: nothing chosen, nothing left out.
+
+        Args:
+            each: pictures a category, one row.
+
+        Raises:
+            ValueError: when the evaluation kept no images.
+        """
+        if not self.images:
+            raise ValueError("images: this evaluation kept none; ask for keep_images=True")
+        rows = [[i for i, p in enumerate(self.prompts) if p.tag == c][:each] for c in self.score.categories]
+        chosen = [i for row in rows for i in row]
+        labels = [f"{'✓' if self.verdicts[i].correct else '✗'} {self.prompts[i].text}" for i in chosen]
+        return image_grid([self.images[i] for i in chosen], columns=max(map(len, rows)), labels=labels)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the card as JSON."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.card, indent=2) + "\n", encoding="utf-8", newline="\n")
+        return path
+
+
+def weights_hash(*modules: nn.Module) -> str:
+    """SHA-256 over the names, types and values of all weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def picture_seed(seed: int, place: int) -> int:
+    """The seed of the picture of prompt number `place` in repetition `seed`."""
+    return SEED_STRIDE * seed + place
+
+
+def evaluate(
+    pipeline: NitroEPipeline,
+    prompts: Sequence[Prompt],
+    *,
+    seeds: Sequence[int] = (0, 1),
+    steps: int | None = None,
+    guidance: float | None = None,
+    shift: float | None = None,
+    batch_size: int = 25,
+    keep_images: bool = False,
+    progress: bool = True,
+) -> Evaluation:
+    """Draws every prompt with every seed and judges the pictures.
+
+    Args:
+        pipeline: what to score.
+        prompts: what to draw.
+        seeds: repetitions, each a number >= 0.
+        steps, guidance, shift: of the sampler; the pipeline's own when not given.
+        batch_size: pictures drawn at once.
+        keep_images: also return the pictures.
+        progress: show a progress bar when standard error is a terminal.
+
+    Raises:
+        TypeError, ValueError: no prompts, no seeds, a repeated or negative seed, a batch size below 1.
+    """
+    if not prompts:
+        raise ValueError("prompts: empty; expected at least one")
+    seeds = [as_integer(f"seeds[{index}]", seed, 0) for index, seed in enumerate(seeds)]
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"seeds: {seeds} must be at least one number, each once")
+    batch_size = as_integer("batch_size", batch_size, 1)
+    steps = pipeline.config.default_steps if steps is None else steps
+    guidance = pipeline.config.default_guidance if guidance is None else guidance
+    shift = pipeline.shift if shift is None else shift
+    jobs = [(prompt, picture_seed(seed, place)) for seed in seeds for place, prompt in enumerate(prompts)]
+    verdicts, images, start = [], [], time.perf_counter()
+    with tqdm(total=len(jobs), desc="evaluating", unit="image", disable=None if progress else True) as bar:
+        for first in range(0, len(jobs), batch_size):
+            batch = jobs[first : first + batch_size]
+            pictures = draw(pipeline, [(prompt.text, seed) for prompt, seed in batch], steps, guidance, shift)
+            verdicts += [verify(picture, prompt) for picture, (prompt, _) in zip(pictures, batch, strict=True)]
+            images += pictures if keep_images else []
+            bar.update(len(batch))
+    seconds = time.perf_counter() - start
+    asked = [prompt for prompt, _ in jobs]
+    result = score(asked, verdicts)
+    recipe = {"seconds": round(seconds, 2), "seeds": seeds, "steps": steps, "guidance": guidance, "shift": shift}
+    recipe |= {"prompts": len(prompts), "images_expected": len(prompts) * len(seeds)}
+    card = dataclasses.asdict(result) | recipe | describe(pipeline)
+    return Evaluation(result, card, asked, verdicts, images)
+
+
+def draw_for_geneval(
+    pipeline: NitroEPipeline,
+    metadata: Sequence[dict],
+    root: str | Path,
+    *,
+    each: int = 4,
+    steps: int | None = None,
+    guidance: float | None = None,
+) -> int:
+    """Draws a benchmark for the official scorer, prompt by prompt; prompts that are there already are left alone.
+
+    Args:
+        pipeline: what to draw with.
+        metadata: see ``geneval_files.read_metadata``.
+        root: the folder, see ``geneval_files``.
+        each: pictures a prompt (GenEval: 4); picture k of prompt p has ``picture_seed(k, p)``.
+        steps, guidance: of the sampler; the pipeline's own when not given.
+
+    Returns:
+        The number of pictures in the folder.
+
+    Raises:
+        ValueError: the folder holds something else, or pictures of other prompts.
+    """
+    each, root = as_integer("each", each, 1), Path(root)
+    steps = pipeline.config.default_steps if steps is None else steps
+    guidance = pipeline.config.default_guidance if guidance is None else guidance
+    for place, entry in enumerate(tqdm(metadata, desc="drawing", unit="prompt", disable=None)):
+        if not (root / f"{place:05d}").exists():
+            jobs = [(entry["prompt"], picture_seed(number, place)) for number in range(each)]
+            write_sample(root, place, entry, draw(pipeline, jobs, steps, guidance))
+    return check_folder(root, metadata, each)
+
+
+def draw(
+    pipeline: NitroEPipeline,
+    jobs: Sequence[tuple[str, int]],
+    steps: int,
+    guidance: float,
+    shift: float | None = None,
+) -> list[np.ndarray]:
+    """Pictures of (caption, seed) pairs, uint8 `(H, W, 3)` each, without a progress bar of their own."""
+    bar = getattr(pipeline, "_progress_bar_config", {})
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        output = pipeline(
+            [caption for caption, _ in jobs],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            shift=shift,
+            generator=seeded_generators(seed for _, seed in jobs),
+            output_type="np",
+        )
+    finally:
+        pipeline.set_progress_bar_config(**bar)
+    return list((output.images * 255).round().astype(np.uint8))
+
+
+def describe(pipeline: NitroEPipeline) -> dict[str, Any]:
+    """What a score depends on besides prompts, seeds and sampler settings, as plain JSON."""
+    parts = [m for m in (pipeline.transformer, pipeline.vae, pipeline.text_encoder) if m is not None]
+    return {
+        "sampler": type(pipeline.scheduler).__name__,
+        "sigma_grid": pipeline.config.sigma_grid,
+        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
+        "device": str(pipeline.device),
+        "weights_sha256": weights_hash(*parts),
+        "transformer_parameters": sum(p.numel() for p in pipeline.transformer.parameters()),
+        "environment": runtime.environment_report(),
+    }

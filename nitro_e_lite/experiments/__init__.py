@@ -1,0 +1,1 @@
+"""Around a training run: starting, planning, comparing, reproducing, shipping."""

@@ -1,0 +1,165 @@
+"""Which of several recipes learns more from the same data: runs that differ in one thing, over several seeds.
+
+A variant is a name and the fields it changes. For each seed, all variants see the same batches, noise and timesteps; at
+each of a few points of the training the averaged weights are validated and asked to draw. What remains is the spread
+over seeds, so that a difference can be told from luck. Learning rates stay constant: a point half-way is then a run of
+its own, and not one that was cut before its end.
+
+Each run keeps its rows in a folder of its own. A comparison that was stopped goes on with the run it was in, and two
+processes may share the work by taking different seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nitro_e_lite.config import TrainConfig, override, to_dict
+from nitro_e_lite.evaluation.geneval_lite import evaluate
+from nitro_e_lite.runtime import MetricsWriter, read_jsonl
+from nitro_e_lite.scenes.geneval import CATEGORIES, Prompt
+from nitro_e_lite.stats import interval
+from nitro_e_lite.training.engine import Trainer
+
+RESULT = "comparison.json"
+
+
+def read_variant(text: str) -> tuple[str, list[str]]:
+    """``"REPA: repa.weight=0.5 repa.hidden=256"`` as a name and ``config.override`` strings.
+
+    Raises:
+        ValueError: there is no name.
+    """
+    name, colon, changes = text.partition(":")
+    if not colon or not name.strip():
+        raise ValueError(f"variant={text!r}: must read 'name: field=value field=value'")
+    return name.strip(), changes.split()
+
+
+def compare(
+    config: TrainConfig,
+    variants: Mapping[str, Sequence[str]],
+    seeds: Sequence[int],
+    points: Sequence[int],
+    run_dir: str | Path,
+    prompts: Sequence[Prompt] = (),
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Trains every variant with every seed and measures at each point.
+
+    Args:
+        config: what all runs share; its ``steps`` and ``optimizer.decay_steps`` are replaced.
+        variants: name -> ``config.override`` strings.
+        seeds: of weights, order, noise and pictures.
+        points: steps after which a run is measured, ascending.
+        run_dir: gets a folder for each run and ``comparison.json``.
+        prompts: GenEval-lite prompts, drawn once each in 20 steps; none: only losses are measured.
+        device: of the training.
+
+    Returns:
+        What ``comparison.json`` holds: ``points``, ``batch_size``, ``variants``, ``prompts``, ``config`` and ``runs``.
+        These are a list with a row for each variant, seed and point: ``step``, ``samples``, ``trained_steps`` since the
+        point before or, if it was stopped on the way, since it went on, and their ``seconds``, the fields of
+        ``Trainer.validate``, and with prompts ``geneval`` and ``categories``.
+
+    Raises:
+        ValueError: no variants, seeds or points, points out of order, an unknown field, or a folder that holds another
+            comparison.
+    """
+    if not variants or not seeds or not points or list(points) != sorted(set(points)) or points[0] < 1:
+        raise ValueError(f"points={list(points)}: need variants, seeds and ascending steps from 1 on")
+    optimizer = dataclasses.replace(config.optimizer, decay_steps=0)
+    config = dataclasses.replace(config, steps=points[-1], optimizer=optimizer, tracker="none")
+    chosen = {name: override(config, list(changes)) for name, changes in variants.items()}
+    run_dir = Path(run_dir)
+    for seed in seeds:
+        for name, one in chosen.items():
+            folder = run_dir / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-seed{seed}"
+            _run(dataclasses.replace(one, seed=seed), points, folder, prompts, device, name)
+    about = {"points": list(points), "batch_size": config.batch_size, "prompts": len(prompts)}
+    about |= {"variants": {name: list(changes) for name, changes in variants.items()}, "config": to_dict(config)}
+    return _collect(run_dir, about)
+
+
+def _run(config: TrainConfig, points, folder: Path, prompts, device: str | None, variant: str) -> None:
+    """One run; goes on from its last checkpoint."""
+    file, recipe = folder / "rows.jsonl", folder / "recipe.json"
+    text = json.dumps({"variant": variant, **to_dict(config), "steps": None, "prompts": len(prompts)})
+    if recipe.is_file() and recipe.read_text(encoding="utf-8") != text:
+        raise ValueError(f"run_dir={folder}: holds a run with other settings; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe.write_text(text, encoding="utf-8")
+    rows = _rows(file)
+    missing = [point for point in points if point not in {row["step"] for row in rows}]
+    if not missing:
+        return
+    trainer = Trainer(config, folder, resume=True, device=device)
+    if trainer.step > missing[0]:
+        raise ValueError(f"points: {folder} has been trained to step {trainer.step}; only later points can be added")
+    for point in missing:
+        begin, before = time.perf_counter(), trainer.step
+        while trainer.step < point:
+            trainer.train_step()
+            if trainer.step % config.checkpoint_every == 0 and trainer.step < point:
+                trainer.save()
+        trained = {"trained_steps": trainer.step - before, "seconds": round(time.perf_counter() - begin, 2)}
+        row = {"variant": variant, "seed": config.seed, "step": point, "samples": point * config.batch_size}
+        row |= trained | trainer.validate()
+        if prompts:
+            with trainer.drawing() as pipeline:
+                options = {"seeds": [config.seed], "steps": 20, "guidance": config.guidance, "progress": False}
+                found = evaluate(pipeline, prompts, **options).score
+            row |= {"geneval": found.overall, "categories": found.categories}
+        trainer.save()
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}  # a run blew up
+        with MetricsWriter(file) as kept:
+            kept.write(**row)
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    return list(read_jsonl(file))
+
+
+def _collect(run_dir: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """All rows of the folder, those of other processes too, in one file."""
+    rows = [row for file in sorted(run_dir.glob("*/rows.jsonl")) for row in _rows(file)]
+    result = about | {"runs": [row for row in rows if row["variant"] in about["variants"]]}
+    text = json.dumps(result, indent=1) + "\n"
+    (run_dir / RESULT).write_text(text, encoding="utf-8")
+    return json.loads(text)
+
+
+def summary(result: Mapping[str, Any]) -> list[tuple[str, int, int, str, str]]:
+    """Rows (variant, step, seeds, validation loss, GenEval-lite): means over seeds with intervals."""
+    table = []
+    for name in result["variants"]:
+        for step in result["points"]:
+            own = [row for row in result["runs"] if (row["variant"], row["step"]) == (name, step)]
+            found = ([row.get(key) for row in own] for key in ("validation_loss", "geneval"))
+            losses, scores = ([value for value in values if value is not None] for values in found)
+            table.append((name, step, len(own), _shown(losses), _shown(scores)))
+    return table
+
+
+def _shown(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return "".join(f"{value:.4f}" for value in values)
+    mean, half = interval(values)
+    return f"{mean:.4f} ± {half:.4f}"
+
+
+def spread_prompts(prompts: Sequence[Prompt], each: int) -> list[Prompt]:
+    """``each`` prompts of every category, spread evenly over its list."""
+    chosen = []
+    for category in CATEGORIES:
+        own = [prompt for prompt in prompts if prompt.tag == category]
+        chosen += [own[math.floor(k * len(own) / each)] for k in range(min(each, len(own)))]
+    return chosen

@@ -1,0 +1,334 @@
+"""What a run will need before it is started: memory, arithmetic, hours and disk.
+
+Nothing here is run at full size. Models are built on torch's *meta* device, where tensors have shapes and no numbers:
+their FLOPs are counted, and the tensors that autograd would keep for the backward pass are added up. Then
+
+    samples/s = devices * peak * MFU / FLOPs of a sample,      hours = steps * batch / (samples/s) / 3600
+
+A training sample costs three forward passes of the transformer, and one of each frozen encoder that is not stored. At
+full scale the encoders cost more than the model, while their stored features fill disks: the plan shows three ways,
+with everything stored, with latents alone stored, and with nothing stored.
+
+MFU is the one free number. Its default is what the published run implies if everything was stored: 307 million samples
+in 1.5 days on 8 MI300X. What that run stored is not published; with text and vision on-line the same days mean the
+higher MFU that ``published_mfu`` also gives. Count both as bounds.
+
+Not modelled: gradient checkpointing, the allocator's fragmentation, work space of libraries.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderDC
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModel, Dinov2Config, Dinov2Model, LlamaConfig
+
+from nitro_e_lite.config import DataConfig, TrainConfig, preset, to_dict
+from nitro_e_lite.data.shards import sidecars
+from nitro_e_lite.evaluation.benchmark import build_on_meta, median_seconds
+from nitro_e_lite.inference.encoder_set import FULL_TEXT_LENGTH, LITE_TEXT_LENGTH
+from nitro_e_lite.inference.vision import GRID
+from nitro_e_lite.model.cpu_kernels import plain_operations
+from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.model.hardware import HARDWARE
+from nitro_e_lite.runtime import weights_dir
+from nitro_e_lite.training.metrics import model_flops
+from nitro_e_lite.training.optimizers import hidden_matrices
+
+PUBLISHED_DAYS, PUBLISHED_DEVICES, PUBLISHED_HARDWARE = 1.5, 8, "mi300x"
+STORED = {"all stored": ("latents", "text", "vision"), "latents stored": ("latents",), "nothing stored": ()}
+PICTURES = {"sa1b": 11_100_000, "journeydb": 4_400_000, "fluxdb": 9_500_000}  # in the paper's folders
+LLAMA_1B = dict(
+    vocab_size=128_256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+)  # meta-llama/Llama-3.2-1B
+_BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+DC_AE_F32 = dict(
+    encoder_block_types=_BLOCKS,
+    decoder_block_types=_BLOCKS,
+    downsample_block_type="conv",
+    upsample_block_type="interpolate",
+)  # mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers; the rest are the defaults of the class
+DINO_B = dict(patch_size=14, image_size=518)  # facebook/dinov2-base; the rest are the defaults of the class
+LITE_VISION = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, patch_size=8, image_size=128)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen encoder: parameters, FLOPs of one sample, bytes of its stored features of one sample."""
+
+    parameters: int
+    flops: float
+    stored: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs. Bytes, FLOPs and seconds without prefixes.
+
+    Attributes:
+        parameters: of the transformer in training.
+        forward_flops: of the transformer, one sample, attention included.
+        encoders: "latents", "text" and "vision" (with REPA only).
+        sample_flops: of one training sample, by what is stored (the keys of ``STORED``).
+        memory: of one device, by what it is for.
+        activation: bytes of one sample that the backward pass needs; part of ``memory``.
+        capacity: memory of one device.
+        peak: FLOP/s of one device.
+        mfu: assumed utilisation.
+        samples_per_second: of all devices, by what is stored.
+        hours: of the whole stage, by what is stored.
+        disk: bytes of the data set, by column.
+    """
+
+    parameters: int
+    forward_flops: float
+    encoders: dict[str, Encoder]
+    sample_flops: dict[str, float]
+    memory: dict[str, float]
+    activation: float
+    capacity: float
+    peak: float
+    mfu: float
+    samples_per_second: dict[str, float]
+    hours: dict[str, float]
+    disk: dict[str, float]
+
+    @property
+    def needed(self) -> float:
+        """Bytes on each device, in all."""
+        return sum(self.memory.values())
+
+
+def count_pictures(data: DataConfig) -> int:
+    """Pictures that a run reads: rows of the folders that are here, the paper's number for those named as there.
+
+    Raises:
+        ValueError: a folder that is neither here nor one of the paper's.
+    """
+    if not data.folders:
+        return data.scenes
+    count = 0
+    for folder in map(Path, data.folders):
+        there = [state["rows"] for state in sidecars(folder).values() if state]
+        if not there and folder.name not in PICTURES:
+            raise ValueError(f"data.folders: {folder} is not here; say with --pictures how many there will be in all")
+        count += sum(there) or PICTURES[folder.name]
+    return count
+
+
+def plan(
+    config: TrainConfig,
+    hardware: str = PUBLISHED_HARDWARE,
+    devices: int = 1,
+    mfu: float | None = None,
+    peak_tflops: float | None = None,
+    pictures: int | None = None,
+) -> Plan:
+    """Plans one stage.
+
+    Args:
+        config: of the stage.
+        hardware: a name in ``hardware.HARDWARE``.
+        devices: how many of them, one process each.
+        mfu: utilisation in (0, 1]; that of the published run when None.
+        peak_tflops: of one device; the data sheet's when None, measured here for "cpu".
+        pictures: in the data set, for the disk; when None those of the folders, see ``count_pictures``.
+
+    Raises:
+        ValueError: unknown hardware, a number outside of its range, or a folder of which nothing is known.
+    """
+    _check(config, hardware, devices, mfu)
+    model = _model_arguments(config)
+    encoders = frozen_encoders(config)
+    forward = forward_flops(config)
+    flops = sample_flops(forward, encoders)
+    peak = peak_tflops * 1e12 if peak_tflops else HARDWARE[hardware].peak or measured_peak()
+    mfu = published_mfu()["all stored"] if mfu is None else mfu
+    speed = {way: devices * peak * mfu / cost for way, cost in flops.items()}
+    activation = activation_bytes(model, _text_length(config), config.precision, on_cpu=hardware == "cpu")
+    per_device = config.batch_size // (devices * config.accumulate)
+    count = count_pictures(config.data) if pictures is None else pictures
+    if count < 1:
+        raise ValueError(f"pictures={count}: must be at least 1")
+    return Plan(
+        parameters=sum(p.numel() for p in build_on_meta(model).parameters()),
+        forward_flops=forward,
+        encoders=encoders,
+        sample_flops=flops,
+        memory=_state_bytes(config, model, encoders) | {"activations": activation * per_device},
+        activation=activation,
+        capacity=HARDWARE[hardware].memory,
+        peak=peak,
+        mfu=mfu,
+        samples_per_second=speed,
+        hours={way: config.steps * config.batch_size / rate / 3600 for way, rate in speed.items()},
+        disk={name: count * encoder.stored for name, encoder in encoders.items()},
+    )
+
+
+def _check(config: TrainConfig, hardware: str, devices: int, mfu: float | None) -> None:
+    if hardware not in HARDWARE:
+        raise ValueError(f"hardware={hardware!r}: not one of {', '.join(HARDWARE)}")
+    if devices < 1 or config.batch_size % (devices * config.accumulate):
+        raise ValueError(
+            f"devices={devices}: batch_size={config.batch_size} must be a multiple of devices times "
+            f"accumulate={config.accumulate}"
+        )
+    if mfu is not None and not 0 < mfu <= 1:
+        raise ValueError(f"mfu={mfu}: must be in (0, 1]")
+
+
+def sample_flops(forward: float, encoders: dict[str, Encoder]) -> dict[str, float]:
+    """FLOPs of one training sample, by what is stored."""
+    return {
+        way: 3 * forward + sum(encoder.flops for name, encoder in encoders.items() if name not in stored)
+        for way, stored in STORED.items()
+    }
+
+
+@lru_cache
+def published_mfu() -> dict[str, float]:
+    """Utilisation that the published run implies, by what it may have stored."""
+    stages = [preset("base", "full"), preset("finetune", "full")]
+    seconds = PUBLISHED_DAYS * 86_400
+    peak = HARDWARE[PUBLISHED_HARDWARE].peak * PUBLISHED_DEVICES
+    work = dict.fromkeys(STORED, 0.0)
+    for stage in stages:
+        for way, flops in sample_flops(forward_flops(stage), frozen_encoders(stage)).items():
+            work[way] += stage.steps * stage.batch_size * flops
+    return {way: flops / (peak * seconds) for way, flops in work.items()}
+
+
+def measured_peak(size: int = 1024) -> float:
+    """FLOP/s of a float32 matrix product on this machine's processor: its practical peak."""
+    matrix = torch.ones(size, size)
+    return 2 * size**3 / median_seconds(lambda: matrix @ matrix)
+
+
+# -- what is counted on the meta device
+
+
+def _is_full(config: TrainConfig) -> bool:
+    return config.data.encoders == "full"
+
+
+def _text_length(config: TrainConfig) -> int:
+    return FULL_TEXT_LENGTH if _is_full(config) else LITE_TEXT_LENGTH
+
+
+def _vision_config(config: TrainConfig) -> Dinov2Config:
+    return Dinov2Config(**(DINO_B if _is_full(config) else LITE_VISION))
+
+
+def _model_arguments(config: TrainConfig) -> dict[str, Any]:
+    arguments = to_dict(config.model)
+    if config.repa.weight:
+        arguments |= {"repa_channels": _vision_config(config).hidden_size, "repa_hidden": config.repa.hidden}
+    return arguments
+
+
+@lru_cache
+def forward_flops(config: TrainConfig) -> float:
+    """FLOPs of one forward pass of one sample, with the projector where there is REPA."""
+    return model_flops(_model_arguments(config), _text_length(config))
+
+
+@lru_cache
+def frozen_encoders(config: TrainConfig) -> dict[str, Encoder]:
+    """The frozen encoders of a run: of pictures, of text, and with REPA the vision model."""
+    model, length = config.model, _text_length(config)
+    folder = weights_dir() / ("lite" if config.data.encoders == "full" else config.data.encoders)
+    with torch.device("meta"):
+        if _is_full(config):
+            vae, text = AutoencoderDC(**DC_AE_F32), AutoModel.from_config(LlamaConfig(**LLAMA_1B))
+        else:
+            vae = AutoencoderDC.from_config(AutoencoderDC.load_config(folder / "vae"))
+            text = AutoModel.from_config(AutoConfig.from_pretrained(folder / "text_encoder"))
+        side = model.sample_size * vae.spatial_compression_ratio
+        picture, tokens = torch.empty(1, 3, side, side), torch.zeros(1, length, dtype=torch.long)
+        latent = model.in_channels * model.sample_size**2
+        found = {
+            "latents": Encoder(_parameters(vae), _flops(vae.encode, picture), 2 * latent),
+            "text": Encoder(_parameters(text), _flops(text, tokens), 2 * length * model.caption_channels),
+        }
+        if config.repa.weight:
+            vision = Dinov2Model(_vision_config(config))
+            side = GRID * vision.config.patch_size
+            flops = _flops(vision, torch.empty(1, 3, side, side))
+            found["vision"] = Encoder(_parameters(vision), flops, 2 * GRID**2 * vision.config.hidden_size)
+    return found
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _flops(function, *inputs: torch.Tensor) -> float:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        function(*inputs)
+    return float(counter.get_total_flops())
+
+
+def activation_bytes(arguments: dict[str, Any], text_tokens: int, precision: str, on_cpu: bool = False) -> float:
+    """Bytes that autograd keeps for the backward pass of one sample, weights left out.
+
+    Counted on fake tensors, which say that they are on a CPU: there attention is fused, as it is on a GPU, and keeps no
+    table of probabilities. The passes of ``fused.py`` run on a CPU alone; a GPU keeps what ordinary operations keep. In
+    bf16 it is half of what it is in float32.
+    """
+    with FakeTensorMode(), nullcontext() if on_cpu else plain_operations():
+        model = EMMDiTTransformer2DModel(**arguments).train()
+        return _kept_bytes(model, text_tokens) / (2 if precision == "bf16" else 1)
+
+
+def _kept_bytes(model: EMMDiTTransformer2DModel, text_tokens: int) -> float:
+    weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage  # held, so that its address is not given to another
+        return tensor
+
+    size, totals = model.config, []
+    for batch in (1, 2):  # the difference leaves out what does not grow with the batch
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            latents = torch.empty(batch, size.in_channels, size.sample_size, size.sample_size)
+            output = model(latents, torch.empty(batch, text_tokens, size.caption_channels), torch.empty(batch))
+        totals.append(sum(s.nbytes() for address, s in kept.items() if address not in weights))
+        del output
+    return float(totals[1] - totals[0])
+
+
+def _state_bytes(config: TrainConfig, arguments: dict[str, Any], encoders: dict[str, Encoder]) -> dict[str, float]:
+    """Bytes on each device that do not depend on the batch, by what they are for."""
+    model = build_on_meta(arguments)
+    count = _parameters(model)
+    names = hidden_matrices(model) if config.optimizer.name == "muon" else set()
+    momentum = sum(p.numel() for name, p in model.named_parameters() if name in names)
+    half = config.precision == "bf16"
+    width = 2 if half else 4
+    vision_is_here = not config.data.folders  # stored features need no vision model
+    frozen = sum(e.parameters for name, e in encoders.items() if name != "vision" or vision_is_here)
+    return {
+        "weights and gradients": count * (4 + 4 + (2 + 2 if half else 0)),
+        "optimizer": 4 * momentum + 8 * (count - momentum),
+        "average of the weights": 4 * count,
+        "gradient buckets": width * count,
+        "frozen encoders": width * frozen,
+    }

@@ -1,0 +1,167 @@
+"""The lite model from nothing: every training of it, one after the other, in one folder.
+
+    autoencoder, language-model, vision   runs of the three encoders
+    encoders/                             the first two as one folder: what both stages read
+    stage1/, stage2/                      runs of notebooks 09 and 10, weights in training/final
+    notebooks/                            both notebooks as they were executed
+    weights/                              encoders and transformer as a pipeline, for ``nitro-e sample --model``
+    evaluation.json, uncurated.png        GenEval-lite of these weights
+    reproduce.json                        seconds of each step, and where its result is
+
+A step that came to its end is left out and a training goes on from its checkpoint, so the same command continues a
+chain that was killed. Scale "smoke" does everything in a minute or two and learns nothing; "lite" is the real one. The
+full model's encoders are published; its two stages are notebook 17.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nitro_e_lite import config as configuration
+from nitro_e_lite.course import notebooks
+from nitro_e_lite.evaluation.geneval_lite import evaluate
+from nitro_e_lite.experiments.compare import spread_prompts
+from nitro_e_lite.experiments.launch import check_processes
+from nitro_e_lite.experiments.ship import ship
+from nitro_e_lite.inference.loading import load_pipeline
+from nitro_e_lite.scenes.geneval import load_prompts
+from nitro_e_lite.stages.autoencoder import AutoencoderConfig, train_autoencoder
+from nitro_e_lite.stages.language_model import LanguageModelConfig, train_language_model
+from nitro_e_lite.stages.vision import VisionConfig, train_vision
+
+SCALES = ("smoke", "lite")
+STAGES = {"stage1": "09_repa_pretraining", "stage2": "10_fine_tuning_ema"}
+_SMALL = {  # overrides of the encoders at smoke scale
+    "autoencoder": ["steps=2", "batch_size=2"],
+    "language_model": ["steps=2", "batch_size=4"],
+    "vision": ["steps=2", "batch_size=2", "width=32", "layers=1", "heads=2", "kinds_scenes=32", "probe_scenes=16"],
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One link of the chain: ``work`` makes ``result``, a path below the run folder."""
+
+    name: str
+    result: str
+    work: Callable[[], Any]
+
+
+class Chain:
+    """The steps of one scale in one folder.
+
+    Args:
+        preset: "smoke" or "lite".
+        run_dir: folder of the chain.
+        seed: of everything.
+        devices: processes of a training of the transformer.
+        overrides: changes of both stages' training configuration.
+
+    Raises:
+        FileNotFoundError: there are no notebooks here, because this is no checkout.
+        ValueError: another preset, an unknown override, fewer than one process, or the folder holds a chain with other
+            settings.
+    """
+
+    def __init__(self, preset: str, run_dir: str | Path, seed: int = 0, devices: int = 1, overrides: list[str] = ()):
+        if preset not in SCALES:
+            raise ValueError(f"preset={preset!r}: must be smoke or lite; notebook 17 is for the full model")
+        notebooks.notebooks_dir()
+        check_processes(devices, None)
+        for stage in ("base", "finetune"):  # now, and not after the encoders
+            configuration.override(configuration.preset(stage, preset), list(overrides))
+        self.preset, self.seed, self.devices = preset, seed, devices
+        self.overrides, self.run_dir = list(overrides), Path(run_dir).resolve()
+        self.report = {"settings": {"preset": preset, "seed": seed, "overrides": self.overrides}, "steps": {}}
+        self._file = self.run_dir / "reproduce.json"
+        if self._file.is_file():
+            before = json.loads(self._file.read_text(encoding="utf-8"))
+            if before["settings"] != self.report["settings"]:
+                raise ValueError(f"run_dir={run_dir}: holds a chain with {before['settings']}; name another folder")
+            self.report = before
+
+    def steps(self) -> list[Step]:
+        """The chain, in order."""
+        return [
+            Step("autoencoder", "autoencoder/final/vae/config.json", self._autoencoder),
+            Step("language model", "language-model/final/text_encoder/config.json", self._language_model),
+            Step("vision model", "vision/final/probe.json", self._vision),
+            Step("encoders together", "encoders/tokenizer", self._join_encoders),
+            Step("stage 1, REPA", "notebooks/09_repa_pretraining.ipynb", lambda: self._stage("stage1")),
+            Step("stage 2, EMA", "notebooks/10_fine_tuning_ema.ipynb", lambda: self._stage("stage2")),
+            Step("pipeline", "weights/SHA256SUMS", self._assemble),
+            Step("evaluation", "evaluation.json", self._evaluate),
+        ]
+
+    def run(self) -> Iterator[tuple[Step, float | None]]:
+        """Works through the chain; yields each step with its seconds, or None where its result was there already."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        for step in self.steps():
+            seconds = None
+            if step.name not in self.report["steps"] or not (self.run_dir / step.result).exists():
+                begin = time.perf_counter()
+                step.work()
+                seconds = time.perf_counter() - begin
+                self.report["steps"][step.name] = {"seconds": round(seconds, 1), "result": step.result}
+                self._file.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
+            yield step, seconds
+
+    def _settings(self, cls: type, name: str) -> Any:
+        small = _SMALL[name] if self.preset == "smoke" else []
+        return configuration.override(cls(seed=self.seed), small)
+
+    def _autoencoder(self) -> None:
+        train_autoencoder(self._settings(AutoencoderConfig, "autoencoder"), self.run_dir / "autoencoder", True)
+
+    def _language_model(self) -> None:
+        train_language_model(
+            self._settings(LanguageModelConfig, "language_model"), self.run_dir / "language-model", True
+        )
+
+    def _vision(self) -> None:
+        train_vision(self._settings(VisionConfig, "vision"), self.run_dir / "vision", True)
+
+    def _join_encoders(self) -> None:
+        places = {"vae": "autoencoder", "text_encoder": "language-model", "tokenizer": "language-model"}
+        for part, run in places.items():
+            shutil.copytree(self.run_dir / run / "final" / part, self.run_dir / "encoders" / part, dirs_exist_ok=True)
+
+    def _stage(self, stage: str) -> None:
+        """Executes the notebook of a stage with its lite parameters and the folders of this chain."""
+        name = STAGES[stage]
+        file = notebooks.notebooks_dir() / "params" / f"{name}.lite.yaml"
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values |= {"preset": self.preset, "seed": self.seed, "devices": self.devices, "overrides": self.overrides}
+        values |= {"run_dir": str(self.run_dir / stage), "encoders": str(self.run_dir / "encoders")}
+        if stage == "stage1":
+            values["vision"] = str(self.run_dir / "vision" / "final")
+        else:
+            values["base"] = str(self.run_dir / "stage1" / "training")
+        with tempfile.TemporaryDirectory() as folder:
+            parameters = Path(folder) / file.name
+            parameters.write_text(yaml.safe_dump(values), encoding="utf-8")
+            executed = notebooks.execute(notebooks.notebooks_dir() / f"{name}.ipynb", parameters)
+        target = self.run_dir / "notebooks" / f"{name}.ipynb"
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(json.dumps(executed, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _assemble(self) -> None:
+        shutil.copytree(self.run_dir / "encoders", self.run_dir / "weights", dirs_exist_ok=True)
+        ship(self.run_dir / "stage2" / "training", str(self.run_dir / "weights"))
+
+    def _evaluate(self) -> None:
+        prompts, seeds = load_prompts(), (0, 1)
+        if self.preset == "smoke":
+            prompts, seeds = spread_prompts(prompts, 1), (0,)
+        found = evaluate(load_pipeline(self.run_dir / "weights"), prompts, seeds=seeds, keep_images=True)
+        found.grid().save(self.run_dir / "uncurated.png")
+        found.save(self.run_dir / "evaluation.json")

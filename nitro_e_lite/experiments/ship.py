@@ -1,0 +1,96 @@
+"""Putting a trained transformer, or the vision model of REPA, into a folder of shipped weights.
+
+A shipped folder is a diffusers pipeline in float16 with a model card for each part and one list of checksums. The
+encoders in it stay as they are, byte for byte: cached latents and every transformer trained on them depend on them.
+The vision model lies beside the pipeline, which does not need it.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from nitro_e_lite.config import TrainConfig, to_dict
+from nitro_e_lite.inference.encoder_set import load_encoders
+from nitro_e_lite.inference.loading import load_transformer
+from nitro_e_lite.inference.pipeline import NitroEPipeline
+from nitro_e_lite.inference.vision import load_vision
+from nitro_e_lite.runtime import MANIFEST, check_manifest, weights_dir, write_manifest
+
+
+def ship(
+    source: str | Path,
+    name: str = "lite",
+    *,
+    steps: int = 20,
+    guidance: float | None = None,
+    shift: float | None = None,
+) -> Path:
+    """Replaces the transformer of shipped weights, or the vision model when ``source`` is one.
+
+    Args:
+        source: a training run, its ``final/`` folder, or anything else ``load_transformer`` or ``load_vision`` takes.
+        name: of the shipped weights, or a folder; must hold the encoders.
+        steps: sampler steps of a call that names none.
+        guidance, shift: of the sampler likewise; not given: those of the run's own sample grids.
+
+    Returns:
+        The folder.
+
+    Raises:
+        EncoderUnavailable: the folder holds no encoders.
+        ValueError: transformer and encoders do not fit, or what stays in the folder differs from its checksums.
+    """
+    shipped = weights_dir() / name
+    folder = shipped if shipped.is_dir() else Path(name)
+    vision = _is_vision(Path(source))
+    if (folder / MANIFEST).is_file():  # no fresh checksums for damaged files
+        replaced = {"vision"} if vision else {"transformer", "scheduler", "model_index.json"}
+        check_manifest(folder, *{part.name for part in folder.iterdir()} - replaced)
+    if vision:
+        return _ship_vision(Path(source), folder)
+    run = Path(source) / "config.json"  # of a training run; the folder ``final`` has a model's
+    trained = json.loads(run.read_text(encoding="utf-8")).get("config") if run.is_file() else None
+    usual = trained or to_dict(TrainConfig())
+    transformer = load_transformer(source).half()
+    pipeline = NitroEPipeline(
+        transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
+        **load_encoders(folder).parts(),
+        default_steps=steps,
+        default_guidance=usual["guidance"] if guidance is None else guidance,
+        default_shift=usual.get("shift", 1.0) if shift is None else shift,  # runs of older versions have none
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        pipeline.save_pretrained(temporary)
+        for part in ("transformer", "scheduler"):
+            (folder / part).mkdir(exist_ok=True)
+            for file in (Path(temporary) / part).iterdir():
+                shutil.copyfile(file, folder / part / file.name)
+        shutil.copyfile(Path(temporary) / "model_index.json", folder / "model_index.json")
+    settings, metrics = (folder / "transformer" / file for file in ("training.json", "metrics.jsonl"))
+    if trained:  # how it was trained travels with it
+        settings.write_text(json.dumps(trained, indent=1) + "\n", encoding="utf-8")
+        shutil.copyfile(run.with_name("metrics.jsonl"), metrics)
+    else:  # and how the one before was trained does not stay
+        settings.unlink(missing_ok=True)
+        metrics.unlink(missing_ok=True)
+    write_manifest(folder)
+    return folder
+
+
+def _is_vision(source: Path) -> bool:
+    configs = [f for f in (source / "final" / "config.json", source / "config.json") if f.is_file()]
+    return bool(configs) and json.loads(configs[0].read_text(encoding="utf-8")).get("model_type") == "dinov2"
+
+
+def _ship_vision(source: Path, folder: Path) -> Path:
+    """Model in float16, its probe and its metrics."""
+    load_vision(source).model.half().save_pretrained(folder / "vision")
+    for file in (source / "final" / "probe.json", source / "metrics.jsonl"):
+        if file.is_file():
+            shutil.copyfile(file, folder / "vision" / file.name)
+    write_manifest(folder)
+    return folder

@@ -1,0 +1,1 @@
+"""What runs frozen: encoders, the pipeline from caption to picture, and how both are found and loaded."""

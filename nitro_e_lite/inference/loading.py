@@ -1,0 +1,170 @@
+"""Finding a model: shipped weights, a folder, a training run or an official file, by one function.
+
+Everything that draws pictures starts with `load_pipeline`. It never falls back: a name that means nothing, a
+file whose checksum differs or an encoder that is not there is an error that says what to do.
+"""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from safetensors import SafetensorError
+
+from nitro_e_lite import runtime
+from nitro_e_lite.inference.encoder_set import FULL_TEXT_LENGTH, LITE_TEXT_LENGTH, Encoders, load_encoders
+from nitro_e_lite.inference.encoders import (
+    FULL_AUTOENCODER,
+    FULL_TEXT_ENCODER,
+    EncoderUnavailable,
+    LatentStats,
+    load_autoencoder,
+    load_text_encoder,
+    quiet_loading,
+)
+from nitro_e_lite.inference.pipeline import NitroEPipeline
+from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.model.official_weights import load_official, merge_lora
+
+
+def load_pipeline(
+    source: str | Path = "lite",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    *,
+    text_encoder: str | Path | None = None,
+    vae: str | Path | None = None,
+    lora: str | Path | None = None,
+    **official_config: Any,
+) -> NitroEPipeline:
+    """A pipeline, ready to draw.
+
+    Args:
+        source: "lite" or another name of weights shipped in the package; a pipeline folder; a training run or its
+            `final/` (the encoders, guidance and shift are then those of the run); another folder with a transformer
+            alone (the rest is then that of "lite"); or an official Nitro-E `.safetensors` file.
+        device: where to run; the accelerator when there is one.
+        dtype: "float32", "bfloat16" or "float16"; float32 on the CPU, bfloat16 on a GPU that has it.
+        text_encoder: folder or hub id of another text encoder with its tokenizer; official weights use
+            Llama-3.2-1B when none is given.
+        vae: folder or hub id of another autoencoder; official weights use DC-AE f32c32. Its `latent_stats.json`, if
+            it has one, comes with it.
+        lora: a PEFT LoRA folder in the official naming, merged into the transformer.
+        **official_config: arguments for `checkpoint.load_official`, when the name of an official file does
+            not say which variant it is.
+
+    Raises:
+        TypeError, ValueError: a source that is none of these, a damaged file, parts that do not fit together.
+        EncoderUnavailable: an encoder that has to be downloaded first, or those of a run are not there any more; the
+            message says what to do.
+    """
+    device = runtime.pick_device(device)
+    dtype = runtime.pick_dtype(dtype, device)
+    path = _find(source)
+    official = path.is_file()
+    if official_config and not official:
+        raise TypeError(f"{', '.join(official_config)}: only official .safetensors files take a configuration")
+    parts: dict[str, Any] = {}
+    if official:  # first: a wrong file is found out before gigabytes of encoders are fetched
+        parts["transformer"] = load_official(path, **official_config or _variant(path)).to(dtype)
+        text_encoder, vae = text_encoder or FULL_TEXT_ENCODER, vae or FULL_AUTOENCODER
+    if text_encoder is not None:
+        parts["tokenizer"], parts["text_encoder"] = load_text_encoder(text_encoder, dtype=dtype)
+    if vae is not None:
+        parts["vae"] = load_autoencoder(vae, dtype=dtype)
+        if (Path(vae) / "latent_stats.json").is_file():
+            stats = LatentStats.load(vae)
+            parts |= {"latents_mean": list(stats.mean), "latents_std": list(stats.std)}
+    try:
+        with quiet_loading(path.parent):
+            if official:
+                pipeline = _official_pipeline(path, parts)
+            elif (path / DiffusionPipeline.config_name).is_file():
+                pipeline = NitroEPipeline.from_pretrained(path, dtype=dtype, **parts)
+            else:
+                pipeline = _trained_pipeline(path, parts, dtype)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: a weight file below it is damaged ({error})") from None
+    if lora is not None:
+        merge_lora(pipeline.transformer, lora)
+    return pipeline.to(device)
+
+
+def load_transformer(source: str | Path) -> EMMDiTTransformer2DModel:
+    """The transformer alone, in float32, from any source that `load_pipeline` takes (official files of 512 px)."""
+    path = _find(source)
+    if path.is_file():
+        return load_official(path)
+    if (path / DiffusionPipeline.config_name).is_file():
+        path = path / "transformer"
+    return EMMDiTTransformer2DModel.from_pretrained(path)
+
+
+def _find(source: str | Path) -> Path:
+    """The folder or file that `source` names, its checksums compared when it has any."""
+    shipped = runtime.weights_dir() / source
+    path = shipped if (shipped / runtime.MANIFEST).is_file() else Path(source)
+    for folder in (path, path / "transformer", path / "final"):
+        if (folder / DiffusionPipeline.config_name).is_file() or [*folder.glob("diffusion_pytorch_model*.safetensors")]:
+            if (folder / runtime.MANIFEST).is_file():
+                runtime.check_manifest(folder)
+            return folder
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    names = sorted(p.parent.name for p in runtime.weights_dir().glob(f"*/{runtime.MANIFEST}"))
+    raise ValueError(
+        f"model: {str(source)!r} is no pipeline folder, transformer folder or official .safetensors file, "
+        f"and no name of shipped weights ({', '.join(names) or 'none here'})"
+    )
+
+
+def _trained_pipeline(path: Path, parts: dict, dtype: torch.dtype) -> NitroEPipeline:
+    """A transformer alone, drawn with what it was trained with as far as its run says, else with the rest of "lite"."""
+    file = path.parent / "config.json"
+    run = json.loads(file.read_text(encoding="utf-8")) if path.name == "final" and file.is_file() else {}
+    trained = run.get("config", {"data": {"encoders": "lite"}})
+    source, given = trained["data"]["encoders"], "vae" in parts or "text_encoder" in parts
+    parts = {"transformer": EMMDiTTransformer2DModel.from_pretrained(path, dtype=dtype), **parts}
+    parts |= {f"default_{name}": trained[name] for name in ("guidance", "shift") if name in trained}
+    if "vae" in parts:  # without statistics of its own it has the published scaling factor, not lite's statistics
+        parts = {"latents_mean": None, "latents_std": None, **parts}
+    if source == "lite":
+        pipeline = NitroEPipeline.from_pretrained(_find("lite"), dtype=dtype, **parts)
+    else:
+        parts = {"max_text_length": FULL_TEXT_LENGTH if source == "full" else LITE_TEXT_LENGTH, **parts}
+        if "vae" not in parts or "text_encoder" not in parts:
+            parts = {**_encoders_of(path, source, dtype), **parts}
+        pipeline = NitroEPipeline(scheduler=FlowMatchEulerDiscreteScheduler(1000, shift=1.0), **parts)
+    found = Encoders(
+        pipeline.vae, pipeline.tokenizer, pipeline.text_encoder, pipeline.stats, pipeline.config.max_text_length
+    )
+    if "encoders" in run and run["encoders"] != found.fingerprint:
+        message = f"{path}: was trained with other encoders than these; the pictures would be wrong"
+        if not given:
+            raise ValueError(f"{message}. Name those of the run: --text-encoder PATH --vae PATH")
+        warnings.warn(message, stacklevel=3)
+    return pipeline
+
+
+def _encoders_of(path: Path, source: str, dtype: torch.dtype) -> dict:
+    """The encoders that a run names, as arguments of a pipeline."""
+    try:
+        return load_encoders(source, dtype=dtype).parts()
+    except EncoderUnavailable as error:
+        hint = "name them: --text-encoder PATH --vae PATH"
+        raise EncoderUnavailable(
+            f"{path}: was trained with the encoders {source!r}, not there ({error}); {hint}"
+        ) from None
+
+
+def _variant(path: Path) -> dict[str, Any]:
+    """An official file does not say which variant it is; its published name does."""
+    return {"sample_size": 32, "use_sub_attn": False} if "1024" in path.name else {}
+
+
+def _official_pipeline(path: Path, parts: dict) -> NitroEPipeline:
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
+    settings = {"default_steps": 4, "default_guidance": 0.0} if "dist" in path.name else {}
+    return NitroEPipeline(**parts, scheduler=scheduler, sigma_grid="scheduler", **settings)

@@ -1,0 +1,298 @@
+"""From a caption to a picture: text encoder, transformer, sampler and autoencoder in one object.
+
+The sampler walks the straight line of rectified flow from noise (sigma = 1) to a picture (sigma = 0) in K
+Euler steps; at each the transformer is asked for the velocity at `1000 sigma`. Classifier-free guidance asks
+twice, in one batch, with and without the caption, and goes further in the direction in which the two differ.
+
+The class is a diffusers pipeline: `from_pretrained`, `save_pretrained`, progress bar, callbacks and
+off-loading are the library's. Ours are the checks (`inputs.py`), the noise (one generator a picture) and the
+grid of noise levels. For the models of this project that grid is `linspace(1, 1/K, K)`, shifted towards noise where
+a model draws better so (`flow.shift_sigmas`). Differs: the official weights use the scheduler's own grid, whose last
+step goes from 0.001 to 0 and does nothing; `sigma_grid="scheduler"` keeps it.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderDC, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nitro_e_lite.inference.arguments import (
+    OUTPUT_TYPES,
+    as_generators,
+    as_grid,
+    as_integer,
+    as_number,
+    as_prompts,
+    as_sigmas,
+    as_tensor,
+    draw_noise,
+)
+from nitro_e_lite.inference.encoders import LatentStats, decode_latents, encode_text
+from nitro_e_lite.model import flow
+from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
+
+SIGMA_GRIDS = ("linear", "scheduler")
+
+
+class NitroEPipeline(DiffusionPipeline):
+    """Text to image with E-MMDiT.
+
+    Args:
+        transformer: predicts the velocity.
+        vae: turns latents into pictures.
+        text_encoder, tokenizer: turn captions into features; None when only `prompt_embeds` are used.
+        scheduler: the Euler sampler, shift 1.
+        latents_mean, latents_std: statistics that latents were normalised with, one number a channel; None:
+            the autoencoder's scaling factor.
+        max_text_length: tokens a caption is padded to.
+        sigma_grid: "linear" or "scheduler", see the module's essay.
+        default_steps, default_guidance, default_shift: what a call without `num_inference_steps`, `guidance_scale`,
+            `shift` uses.
+
+    Raises:
+        ValueError: when the parts do not fit together.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["text_encoder", "tokenizer"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        transformer: EMMDiTTransformer2DModel,
+        vae: AutoencoderDC,
+        text_encoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+        max_text_length: int = 128,
+        sigma_grid: str = "linear",
+        default_steps: int = 20,
+        default_guidance: float = 4.5,
+        default_shift: float = 1.0,
+    ):
+        super().__init__()
+        if sigma_grid not in SIGMA_GRIDS:
+            raise ValueError(f"sigma_grid: {sigma_grid!r} is not one of {', '.join(SIGMA_GRIDS)}")
+        channels = transformer.config.in_channels
+        if (latents_mean is None) != (latents_std is None):
+            raise ValueError("latents_mean, latents_std: give both or neither")
+        sizes = {"vae": vae.config.latent_channels}
+        if latents_mean is not None:
+            sizes |= {"latents_mean": len(latents_mean), "latents_std": len(latents_std)}
+        for name, size in sizes.items():
+            if size != channels:
+                raise ValueError(f"{name}: {size} latent channels, but the transformer has {channels}")
+        width = transformer.config.caption_channels
+        if text_encoder is not None and text_encoder.config.hidden_size != width:
+            size = text_encoder.config.hidden_size
+            raise ValueError(f"text_encoder: features of width {size}, but the transformer takes {width}")
+        self.register_modules(
+            transformer=transformer,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            scheduler=scheduler,
+        )
+        self.register_to_config(
+            latents_mean=latents_mean,
+            latents_std=latents_std,
+            max_text_length=as_integer("max_text_length", max_text_length, 1),
+            sigma_grid=sigma_grid,
+            default_steps=as_integer("default_steps", default_steps, 1),
+            default_guidance=as_number("default_guidance", default_guidance, 0.0),
+            default_shift=as_number("default_shift", default_shift, 1.0),
+        )
+        if latents_mean is None:
+            self.stats = LatentStats.from_scaling_factor(vae.config.scaling_factor, channels)
+        else:
+            self.stats = LatentStats(tuple(latents_mean), tuple(latents_std))
+        self.scale = vae.spatial_compression_ratio
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.scale)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """As in diffusers, without the path this pipeline was loaded from, which belongs to one machine."""
+        for part in (self, self.transformer, self.vae):
+            part.register_to_config(_name_or_path="")
+        super().save_pretrained(save_directory, **options)
+
+    @property
+    def shift(self) -> float:
+        """How far the noise levels of a call that names no shift lean towards noise."""
+        own = self.config.sigma_grid == "scheduler"
+        return self.scheduler.config.shift if own else self.config.default_shift
+
+    def encode_prompt(self, prompts: list[str]) -> Tensor:
+        """Text features `(B, L, D)` of captions; equal captions are encoded once.
+
+        Raises:
+            ValueError: when the pipeline has no text encoder.
+        """
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError(
+                "prompt: this pipeline has no text encoder; pass prompt_embeds (and negative_prompt_embeds)"
+            )
+        unique = list(dict.fromkeys(prompts))
+        features = encode_text(self.tokenizer, self.text_encoder, unique, self.config.max_text_length)
+        self._check_finite("text_encoder", features)
+        return features[[unique.index(prompt) for prompt in prompts]]  # (B, L, D)
+
+    def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
+        """Normalised latents `(B, C, h, w)` to pictures: PIL images, or an array or tensor in [0, 1]."""
+        images = decode_latents(self.vae, latents, self.stats)  # (B, 3, H, W)
+        self._check_finite("vae", images)
+        return self.image_processor.postprocess(images.float(), output_type=output_type)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        *,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        shift: float | None = None,
+        sigmas: list[float] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict | None] | None = None,
+        callback_on_step_end_tensor_inputs: Iterable[str] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Draws pictures.
+
+        Args:
+            prompt: one caption or a list; or give `prompt_embeds`.
+            num_inference_steps: sampler steps K, >= 1.
+            guidance_scale: strength of classifier-free guidance, >= 0; up to 1 it is off and a step costs
+                half.
+            negative_prompt: what to steer away from, one string or one a prompt; "" when not given. Not used
+                without guidance.
+            height, width: pixels; the size of training when not given.
+            shift: how far the grid of noise levels leans towards noise, >= 1; 1 is the even grid.
+            sigmas: noise levels of the steps, falling from at most 1 to above 0, in place of the usual grid.
+            num_images_per_prompt: pictures for each prompt; they come in the order of the prompts.
+            generator: one generator for all pictures or a list with one each, see `inputs.as_generators`.
+            latents: starting noise `(B, C, h, w)` in place of drawing it.
+            prompt_embeds, negative_prompt_embeds: text features `(prompts, L, D)` in place of text.
+            output_type: "pil", "np" `(B, H, W, 3)` or "pt" `(B, 3, H, W)` in [0, 1], or "latent"
+                (normalised).
+            return_dict: False gives a tuple.
+            callback_on_step_end: called as `f(pipeline, step, timestep, {"latents": ...})` after each step;
+                may return a dict with new `latents`.
+            callback_on_step_end_tensor_inputs: as in other diffusers pipelines; only "latents" is on offer, and
+                given when None.
+
+        Returns:
+            `ImagePipelineOutput` with `.images`.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type or value; the message names field, value
+                and rule.
+            FloatingPointError: a part of the model gave NaN or infinity; the message names the part.
+        """
+        steps, guidance = num_inference_steps, guidance_scale
+        steps = as_integer("num_inference_steps", steps, 1) if steps is not None else None
+        levels = self._check_levels(sigmas, steps, shift)
+        guidance = as_number("guidance_scale", self.config.default_guidance if guidance is None else guidance, 0.0)
+        repeats = as_integer("num_images_per_prompt", num_images_per_prompt, 1)
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type: {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
+        self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        grid = as_grid(height, width, self.transformer.config, self.scale)
+        texts = self._check_texts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, guided=guidance > 1)
+        count = len(texts[0]) * repeats
+        shape = (self.transformer.config.in_channels, *grid)
+        if latents is None:
+            latents = draw_noise(as_generators(generator, count), shape)
+        latents = as_tensor("latents", latents, (count, *shape)).to(self._execution_device, torch.float32)
+
+        features = torch.cat([self._features(text, repeats) for text in texts])  # (B or 2B, L, D)
+        self.scheduler.set_timesteps(**levels, device=self._execution_device)
+        latents = self._denoise(latents, features, guidance, callback_on_step_end)
+        images = latents if output_type == "latent" else self.decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_callback(self, callback: object, names: object) -> None:
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback_on_step_end: expected a function, got {type(callback).__name__}")
+        field, offer = "callback_on_step_end_tensor_inputs", self._callback_tensor_inputs
+        if isinstance(names, str) or not isinstance(names, Iterable | None):
+            raise TypeError(f"{field}: expected a list of names, got {names!r} ({type(names).__name__})")
+        if unknown := set(names or ()) - set(offer):
+            raise ValueError(f"{field}: {sorted(unknown)} not among {offer}")
+
+    def _check_texts(self, prompt, prompt_embeds, negative, negative_embeds, guided: bool) -> list[list[str] | Tensor]:
+        """What a step is told, as strings or features: `[negative, positive]`, or `[positive]` unguided."""
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("prompt, prompt_embeds: give exactly one of the two")
+        if negative is not None and negative_embeds is not None:
+            raise ValueError("negative_prompt, negative_prompt_embeds: give one of the two")
+        shape = (self.config.max_text_length, self.transformer.config.caption_channels)
+        if prompt is not None:
+            positive = as_prompts("prompt", prompt)
+        else:
+            positive = as_tensor("prompt_embeds", prompt_embeds, (None, *shape))
+        if negative_embeds is not None:
+            negative = as_tensor("negative_prompt_embeds", negative_embeds, (len(positive), *shape))
+        else:
+            negative = as_prompts("negative_prompt", "" if negative is None else negative, len(positive))
+        return [negative, positive] if guided else [positive]
+
+    def _features(self, text: list[str] | Tensor, repeats: int) -> Tensor:
+        """Text or features to features in the transformer's number type, each repeated for its pictures."""
+        features = text if isinstance(text, Tensor) else self.encode_prompt(text)
+        return features.to(self._execution_device, self.transformer.dtype).repeat_interleave(repeats, dim=0)
+
+    def _check_levels(self, sigmas: list[float] | None, steps: int | None, shift: float | None) -> dict[str, Any]:
+        """What the scheduler is told: the noise levels, or for its own grid how many."""
+        if sigmas is not None:
+            if shift is not None:
+                raise ValueError("shift, sigmas: give one of the two")
+            return {"sigmas": as_sigmas(sigmas, steps)}
+        steps = steps or self.config.default_steps
+        shift = as_number("shift", self.shift if shift is None else shift, 1.0)
+        if self.config.sigma_grid == "linear":
+            return {"sigmas": flow.shift_sigmas(flow.linear_sigmas(steps), shift)}
+        if shift != self.shift:
+            raise ValueError(f"shift: {shift:g} differs from the {self.shift:g} of the scheduler, whose grid is used")
+        return {"num_inference_steps": steps}
+
+    def _denoise(self, latents: Tensor, features: Tensor, guidance: float, callback: Callable | None) -> Tensor:
+        """Walks `latents` `(B, C, h, w)`, float32, down the scheduler's grid."""
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
+            for step, timestep in enumerate(self.scheduler.timesteps):
+                copies = len(features) // len(latents)
+                batch = latents.repeat(copies, 1, 1, 1).to(self.transformer.dtype)  # (B or 2B, C, h, w)
+                velocity = self.transformer(batch, features, timestep).sample.float()
+                if copies == 2:
+                    unconditional, conditional = velocity.chunk(2)  # (B, C, h, w) each
+                    velocity = flow.guide(conditional, unconditional, guidance)
+                self._check_finite("transformer", velocity)
+                latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+                if callback is not None:
+                    changed = (callback(self, step, timestep, {"latents": latents}) or {}).get("latents", latents)
+                    latents = as_tensor("callback_on_step_end: latents", changed, latents.shape).to(latents)
+                bar.update()
+        return latents
+
+    @staticmethod
+    def _check_finite(part: str, values: Tensor) -> None:
+        if not values.isfinite().all():
+            raise FloatingPointError(
+                f"{part}: gave NaN or infinity; if it runs in half precision, load it with dtype='float32'"
+            )

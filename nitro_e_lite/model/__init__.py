@@ -1,0 +1,1 @@
+"""The network alone: E-MMDiT and its parts, its arithmetic, its weight files."""

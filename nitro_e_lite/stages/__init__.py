@@ -1,0 +1,1 @@
+"""The mathematics of each training stage, one file a stage."""

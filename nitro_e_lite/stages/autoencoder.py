@@ -1,0 +1,154 @@
+"""Training of the lite autoencoder: a small DC-AE on synthetic scenes.
+
+At full scale the autoencoder comes ready-made and stays frozen. At lite scale the same library class is trained here,
+in minutes, and then frozen too.
+
+What a diffusion model wants from latents is not only that they decode well, but that they are easy to predict. Three
+terms ask for it: the picture itself (absolute, squared and gradient error); gaussian noise of up to ``latent_noise``
+standard deviations on the latents, so that the decoder forgives small errors of the diffusion model; and on every
+``half_resolution_every``-th step *scale equivariance*: latents averaged 2x2 must decode to the picture averaged 2x2,
+which removes high frequencies from the latents. Source: arXiv 2502.14831 (diffusability), 2502.09509.
+
+A run is a pure function of its config: step k draws its scenes, windows and noise from (seed, k) alone, so a killed run
+continues bit for bit from its last checkpoint.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderDC
+from torch import Tensor
+
+from nitro_e_lite.inference.encoders import LatentStats, images_to_tensor
+from nitro_e_lite.scenes.grammar import render, sample_scene
+from nitro_e_lite.training.fitting import FitConfig, fit, step_generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig(FitConfig):
+    """The lite autoencoder: f8, so that a 128 px picture becomes a 16x16 grid of latents."""
+
+    steps: int = 3600
+    batch_size: int = 16
+    image_size: int = 128
+    window: int = 64  # pixels a side of the part of a picture that a step looks at
+    latent_channels: int = 8
+    encoder_widths: tuple[int, ...] = (16, 16, 32, 128)  # first unused: no layer at 128x128
+    encoder_layers: tuple[int, ...] = (0, 1, 1, 1)
+    decoder_widths: tuple[int, ...] = (16, 16, 64, 128)
+    decoder_layers: tuple[int, ...] = (0, 1, 1, 3)
+    latent_noise: float = 0.1  # largest noise on the latents, in standard deviations of a channel
+    half_resolution_every: int = 6  # 0 switches scale equivariance off
+    squared_weight: float = 2.0
+    gradient_weight: float = 1.0
+    statistics_scenes: int = 2048
+
+
+def build_autoencoder(config: AutoencoderConfig) -> AutoencoderDC:
+    """A small `AutoencoderDC` of residual blocks, no attention, drawn from ``config.seed``."""
+    torch.manual_seed(config.seed)
+    stages = len(config.encoder_widths)
+    return AutoencoderDC(
+        latent_channels=config.latent_channels,
+        encoder_block_out_channels=config.encoder_widths,
+        decoder_block_out_channels=config.decoder_widths,
+        encoder_layers_per_block=config.encoder_layers,
+        decoder_layers_per_block=config.decoder_layers,
+        encoder_qkv_multiscales=((),) * stages,
+        decoder_qkv_multiscales=((),) * stages,
+        decoder_conv_act_fn="silu",
+    ).to(memory_format=torch.channels_last)
+
+
+def scene_images(seed: int, indices: range, size: int, split: str = "train") -> Tensor:
+    """Renders scenes as float images (B, 3, size, size) in [-1, 1]."""
+    return images_to_tensor(np.stack([render(sample_scene(seed, i, split), size) for i in indices]))
+
+
+def scene_windows(config: AutoencoderConfig, indices: range, generator: torch.Generator) -> Tensor:
+    """One square window (B, 3, window, window) of each scene, around one of its objects.
+
+    Most of a scene is soft background, which is learned at once; windows around objects are a quarter of the work and
+    hold most of the edges. The network is convolutional: what it learns in windows holds for whole pictures.
+    """
+    size, window = config.image_size, config.window
+    windows = []
+    for index in indices:
+        scene = sample_scene(config.seed, index)
+        which, *jitter = torch.rand(3, generator=generator).tolist()
+        centre = scene.objects[int(which * len(scene.objects))]
+        corner = (centre.y * size - window * jitter[0], centre.x * size - window * jitter[1])
+        top, left = (min(max(round(c), 0), size - window) for c in corner)
+        windows.append(render(scene, size)[top : top + window, left : left + window])
+    return images_to_tensor(np.stack(windows))
+
+
+def picture_error(decoded: Tensor, target: Tensor, config: AutoencoderConfig) -> Tensor:
+    """Absolute + squared + gradient error of images (B, 3, H, W)."""
+    error = decoded - target
+    slopes = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    plain = error.abs().mean() + config.squared_weight * error.square().mean()
+    return plain + config.gradient_weight * slopes
+
+
+def autoencoder_losses(vae: AutoencoderDC, config: AutoencoderConfig, step: int) -> dict[str, Tensor]:
+    """Loss of one step and the PSNR of its (noisy, possibly half-size) reconstruction in dB."""
+    generator = step_generator(config.seed, step)
+    first = step * config.batch_size
+    images = scene_windows(config, range(first, first + config.batch_size), generator)
+    latents = vae.encode(images.contiguous(memory_format=torch.channels_last)).latent  # (B, C, H/8, W/8)
+    spread = latents.std(dim=(0, 2, 3), keepdim=True)  # with gradient: growing latents gain nothing
+    every = config.half_resolution_every
+    if every and step % every == every - 1:
+        latents, images = F.avg_pool2d(latents, 2), F.avg_pool2d(images, 2)
+    level = config.latent_noise * torch.rand(len(latents), 1, 1, 1, generator=generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    decoded = vae.decode(latents + level * spread * noise).sample
+    psnr = -10 * torch.log10((decoded.detach() - images).square().mean() / 4)
+    return {"loss": picture_error(decoded, images, config), "psnr": psnr}
+
+
+def train_autoencoder(
+    config: AutoencoderConfig, run_dir: str | Path, resume: bool = False, stop_at: int | None = None
+) -> Path | None:
+    """Trains the lite autoencoder and measures its latents.
+
+    Args:
+        config: everything the result depends on.
+        run_dir: gets ``metrics.jsonl``, ``checkpoints/`` and, at the end, ``final/vae``.
+        resume: continue a run that is already there.
+        stop_at: ends early after this step, without a result.
+
+    Returns:
+        ``run_dir/final/vae``: an `AutoencoderDC` folder with ``latent_stats.json``; None when stopped early.
+    """
+    run_dir = Path(run_dir)
+    vae = build_autoencoder(config)
+    adam = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    losses = partial(autoencoder_losses, vae, config)
+    fit(config, vae, [adam], losses, run_dir, resume, "autoencoder", stop_at)
+    if stop_at is not None and stop_at < config.steps:
+        return None
+    folder = run_dir / "final" / "vae"
+    vae.eval().save_pretrained(folder)
+    stats = measure_latents(vae, config.statistics_scenes, config.image_size, config.seed)
+    (folder / "latent_stats.json").write_text(stats.to_json(), encoding="utf-8")
+    return folder
+
+
+@torch.no_grad()
+def measure_latents(vae: AutoencoderDC, scenes: int, size: int, seed: int, batch: int = 32) -> LatentStats:
+    """Mean and standard deviation of every latent channel over ``scenes`` training scenes."""
+    count, total, squares = 0, 0.0, 0.0
+    for first in range(0, scenes, batch):
+        images = scene_images(seed, range(first, min(first + batch, scenes)), size)
+        latents = vae.encode(images.contiguous(memory_format=torch.channels_last)).latent.double()
+        count += latents.numel() // latents.shape[1]
+        total = total + latents.sum(dim=(0, 2, 3))
+        squares = squares + latents.square().sum(dim=(0, 2, 3))
+    mean = total / count
+    return LatentStats(tuple(mean.tolist()), tuple((squares / count - mean**2).sqrt().tolist()))

@@ -1,0 +1,264 @@
+"""Training of the lite text encoder: a byte-pair tokenizer and a small Llama, both on captions of synthetic scenes.
+
+At full scale the language model comes ready-made and stays frozen. At lite scale the same library class is trained
+here, in minutes, and then frozen too.
+
+A causal language model learns to predict the next word, and may forget at the last word what the first was. The
+diffusion model needs the opposite: hidden states which say which colour belongs to which shape, and where. So two
+objectives are added, whose own weights are dropped after training:
+
+* **paraphrase**: from the *one* final hidden state at a random position (a word, the end token or a padding token) a
+  two-layer decoder must write another caption of the same scene. Whatever it can say of the scene, that single vector
+  had to hold.
+* **place**: from every final hidden state a linear layer must say where things are, see ``grounding.py``.
+
+Differs: Llama-3.2 is a plain causal language model; three million parameters need the hints.
+
+A language model that a transformer has learned to read can be taught more without spoiling that: ``start_from`` goes on
+from its weights and ``keep`` holds the features near what they were.
+
+A run is a pure function of its config: step k draws its scenes and positions from (seed, k) alone, so a killed run
+continues bit for bit from its last checkpoint.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
+
+from nitro_e_lite.inference.encoders import clean_caption, load_text_encoder
+from nitro_e_lite.runtime import weights_dir
+from nitro_e_lite.scenes.grammar import COLORS, SIZES, Scene, caption, sample_scene, words
+from nitro_e_lite.scenes.minimal_pairs import REDRAW
+from nitro_e_lite.stages.grounding import PLACE_WORDS, PlaceReader, Said, said_places
+from nitro_e_lite.training.fitting import FitConfig, fit, step_generator
+
+END = "</s>"
+Tokens = dict[str, Tensor]  # input_ids and attention_mask, (B, L)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig(FitConfig):
+    """The lite text encoder: a byte-pair tokenizer and a small Llama with grouped-query attention."""
+
+    steps: int = 1150
+    batch_size: int = 64
+    warmup_steps: int = 50
+    learning_rate: float = 0.02  # of Muon, on the hidden matrices
+    adam_learning_rate: float = 3e-3  # of AdamW, on embeddings and norms
+    max_length: int = 32
+    vocabulary_size: int = 512
+    tokenizer_scenes: int = 4000
+    width: int = 256
+    layers: int = 4
+    heads: int = 4
+    key_value_heads: int = 2
+    intermediate: int = 640
+    decoder_layers: int = 2
+    candidates: int = 6  # captions among which the paraphrase is chosen
+    related: float = 0.5  # share of the scenes that are drawn among those with a clear relation, to teach places
+    start_from: str = ""  # "lite" or a folder: tokenizer and language model to go on from
+    next_word_weight: float = 1.0
+    paraphrase_weight: float = 1.0
+    place_weight: float = 1.0
+    keep_weight: float = 0.0  # of the squared distance from the features of ``start_from``, relative to their variance
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.keep_weight and not self.start_from:
+            raise ValueError(f"keep_weight={self.keep_weight}: there is nothing to keep; name start_from")
+
+
+def train_tokenizer(config: LanguageModelConfig) -> PreTrainedTokenizerFast:
+    """Byte-pair tokenizer learned from captions: caption -> tokens + end token, padded with the end token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocabulary_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    scenes = (sample_scene(config.seed, i) for i in range(config.tokenizer_scenes))
+    tokenizer.train_from_iterator((clean_caption(caption(s, 0)) for s in scenes), trainer)
+    end = tokenizer.token_to_id(END)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, end)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=config.max_length,
+        padding_side="right",
+    )
+
+
+class Student(nn.Module):
+    """The language model that is kept, and what teaches it, which is not: a small decoder and a reader of places."""
+
+    def __init__(self, config: LanguageModelConfig, vocabulary_size: int, end: int):
+        super().__init__()
+        torch.manual_seed(config.seed)
+        self.config = config
+
+        def llama(layers: int) -> LlamaForCausalLM:
+            return LlamaForCausalLM(
+                LlamaConfig(
+                    vocab_size=vocabulary_size,
+                    hidden_size=config.width,
+                    intermediate_size=config.intermediate,
+                    num_hidden_layers=layers,
+                    num_attention_heads=config.heads,
+                    num_key_value_heads=config.key_value_heads,
+                    max_position_embeddings=4 * config.max_length,
+                    tie_word_embeddings=True,
+                    bos_token_id=None,
+                    eos_token_id=end,
+                    pad_token_id=end,
+                    initializer_range=0.05,
+                )
+            )
+
+        self.encoder = llama(config.layers)
+        self.decoder = llama(config.decoder_layers)
+        self.places = PlaceReader(config.width)
+
+    def forward(self, first: Tokens, second: Tokens, position: Tensor, said: Said) -> tuple[Tensor, dict[str, Tensor]]:
+        """Features and losses of a batch; a loss whose weight is zero is left out.
+
+        Args:
+            first: tokens of one caption, ``input_ids`` and ``attention_mask`` (B, L).
+            second: tokens of another caption of the same scene, (B, L).
+            position: (B,) where in the first caption the decoder looks.
+            said: what the first caption has said of places.
+        """
+        states, losses = self.encoder.model(**first).last_hidden_state, {}  # (B, L, D)
+        if self.config.next_word_weight:
+            losses["next_word"] = token_loss(self.encoder.lm_head(states[:, :-1]), first, 1)
+        if self.config.paraphrase_weight:
+            memory = states[torch.arange(len(states)), position]  # (B, D)
+            length = int(second["attention_mask"].sum(dim=1).max())
+            words = self.decoder.model.embed_tokens(second["input_ids"][:, : length - 1])
+            inputs = torch.cat([memory[:, None], words], dim=1)  # (B, length, D)
+            losses["paraphrase"] = token_loss(self.decoder(inputs_embeds=inputs).logits, second, 0)
+        if self.config.place_weight:
+            losses["place"] = self.places.loss(states, said)
+        return states, losses
+
+
+def token_loss(logits: Tensor, tokens: Tokens, shift: int) -> Tensor:
+    """Cross-entropy of ``logits`` (B, N, V) against tokens ``shift``, ``shift + 1``, …, padding left out."""
+    span = slice(shift, shift + logits.shape[1])
+    target = tokens["input_ids"][:, span].masked_fill(tokens["attention_mask"][:, span] == 0, -100)
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
+
+
+def mentioned(text: str) -> set[str]:
+    """What a caption says beyond shapes: its colours, its sizes, and "place" when it says where things are."""
+    said = set(words(text))
+    return (said & {*COLORS, *SIZES}) | ({"place"} if said & PLACE_WORDS else set())
+
+
+def caption_pair(scene: Scene, variants: list[int]) -> tuple[str, str]:
+    """Two captions of a scene which say about the same: of all later variants the one nearest to the first.
+
+    A second caption that mentions what the first left out would teach guessing.
+    """
+    first, *others = (clean_caption(caption(scene, v)) for v in variants)
+    facts = mentioned(first)
+    return first, min(others, key=lambda other: (len(facts ^ mentioned(other)), other == first))
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, captions: list[str], length: int) -> tuple[Tokens, Tensor]:
+    """Tokens (B, length) of captions, and where in the text each of them ends (B, length), 0 for the end token."""
+    settings = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+    batch = tokenizer(captions, return_offsets_mapping=True, **settings)
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}, batch["offset_mapping"][..., 1]
+
+
+def draw_scenes(config: LanguageModelConfig, step: int, generator: torch.Generator) -> list[Scene]:
+    """The scenes of one step; a share of them, ``config.related``, has a clear relation."""
+    related = torch.rand(config.batch_size, generator=generator) < config.related
+    scenes = []
+    for index, wanted in enumerate(related.tolist(), start=step * config.batch_size):
+        scene = sample_scene(config.seed, index)
+        while wanted and scene.relation is None:
+            index += REDRAW
+            scene = sample_scene(config.seed, index)
+        scenes.append(scene)
+    return scenes
+
+
+def language_model_losses(
+    model: Student, tokenizer: PreTrainedTokenizerFast, before: LlamaModel | None, step: int
+) -> dict[str, Tensor]:
+    """Loss of one step: the weighted sum of next word, paraphrase, place and the distance from ``before``."""
+    config = model.config
+    generator = step_generator(config.seed, step)
+    scenes = draw_scenes(config, step, generator)
+    drawn = torch.randint(1 << 20, (len(scenes), 1 + config.candidates), generator=generator).tolist()
+    pairs = [caption_pair(scene, variants) for scene, variants in zip(scenes, drawn, strict=True)]
+    captions, others = (list(side) for side in zip(*pairs, strict=True))
+    first, text_ends = tokenize(tokenizer, captions, config.max_length)
+    second, _ = tokenize(tokenizer, others, config.max_length)
+    ends = first["attention_mask"].sum(dim=1) - 1  # index of the end token
+    random = torch.rand(2, len(scenes), generator=generator)
+    inside = (random[0] * ends).long()  # a word
+    after = ends + (random[0] * (config.max_length - ends)).long()  # the end token or padding
+    position = torch.where(random[1] < 0.5, inside, after)
+    states, losses = model(first, second, position, said_places(captions, scenes, text_ends))
+    if config.keep_weight:
+        with torch.no_grad():
+            old = before(**first).last_hidden_state
+        losses["keep"] = (states - old).square().mean() / (old - old.mean(dim=(0, 1))).square().mean()
+    total = sum(getattr(config, f"{name}_weight") * loss for name, loss in losses.items())
+    return {"loss": total, **losses}
+
+
+def train_language_model(
+    config: LanguageModelConfig, run_dir: str | Path, resume: bool = False, stop_at: int | None = None
+) -> Path | None:
+    """Trains the lite tokenizer and language model.
+
+    Args:
+        config: everything the result depends on.
+        run_dir: gets ``metrics.jsonl``, ``checkpoints/`` and, at the end, ``final/tokenizer`` and
+            ``final/text_encoder``.
+        resume: continue a run that is already there.
+        stop_at: ends early after this step, without a result.
+
+    Returns:
+        ``run_dir/final``; None when stopped early.
+
+    Raises:
+        EncoderUnavailable: ``config.start_from`` holds no language model.
+    """
+    run_dir = Path(run_dir)
+    if config.start_from:
+        shipped = weights_dir() / config.start_from
+        tokenizer, before = load_text_encoder(shipped if shipped.is_dir() else config.start_from)
+    else:
+        tokenizer, before = train_tokenizer(config), None
+    model = Student(config, len(tokenizer), tokenizer.eos_token_id)
+    if before is not None:
+        model.encoder.model.load_state_dict(before.state_dict())
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or ".layers." not in n]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=config.learning_rate, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=config.adam_learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    losses = partial(language_model_losses, model, tokenizer, before)
+    fit(config, model, optimizers, losses, run_dir, resume, "language model", stop_at)
+    if stop_at is not None and stop_at < config.steps:
+        return None
+    final = run_dir / "final"
+    tokenizer.save_pretrained(final / "tokenizer")
+    model.encoder.model.eval().save_pretrained(final / "text_encoder")
+    return final

@@ -1,0 +1,249 @@
+"""Training of the lite vision model: what DINOv2 is to photographs, for scenes.
+
+REPA needs a vision model that learned what is in a picture without labels. Here a small ``Dinov2Model`` learns it from
+two questions asked about every patch:
+
+* its **pixels** (absolute error);
+* which **kind of outline** the thing has that it belongs to. Things are segments: what stands out of the background
+  and hangs together (``segments.py``). Kinds are clusters of their outlines, found once by k-means; nobody names them.
+  No patch holds an outline, so its feature must gather the thing from the patches around.
+
+Filling hidden gaps, as in iBOT or masked autoencoders, did not do here: flat shapes can be continued from the borders
+of a gap, and features carried colour but no shape.
+
+Whether it learned anything is asked by a **linear probe**: ridge regression from single patch features to the shape and
+the colour of the object that covers the patch, on scenes never trained on, beside the same probe on raw pixels and on
+an untrained model.
+
+Source: clusters as targets, DeepCluster (arXiv 1807.05520); segments found without labels as the units to learn from,
+DetCon (arXiv 2103.10957). Differs: both cluster or contrast the features that they learn, here outlines are clustered.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Dinov2Config, Dinov2Model
+
+from nitro_e_lite.inference.vision import GRID, patch_features, prepare_pixels
+from nitro_e_lite.scenes.grammar import COLORS, SHAPES, sample_scene
+from nitro_e_lite.scenes.segments import OUTLINE_CELLS, centre_and_area, find_segments, outline
+from nitro_e_lite.stages.autoencoder import scene_images
+from nitro_e_lite.training.fitting import FitConfig, fit, step_generator
+
+HELD_OUT_SEED = 20_000  # scenes of this seed are for the probe
+CORE = 0.6  # a patch belongs to an object whose centre is nearer than this, in radii
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig(FitConfig):
+    """The lite vision model: 128 px in patches of 8, so that it has a feature for each latent."""
+
+    steps: int = 1000
+    batch_size: int = 32
+    learning_rate: float = 0.02  # of Muon, on the hidden matrices
+    adam_learning_rate: float = 1.5e-3
+    warmup_steps: int = 40
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    patch_size: int = 8
+    kinds: int = 12  # clusters of outlines
+    kinds_scenes: int = 768  # scenes they are found in
+    pixel_weight: float = 0.5
+    probe_scenes: int = 512  # half to fit the probe, half to judge it
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width}: must be a multiple of heads={self.heads}")
+        if self.kinds < 2:
+            raise ValueError(f"kinds={self.kinds}: must be at least 2")
+
+
+class OutlineLearner(nn.Module):
+    """The vision model, its two heads and the kinds of outlines."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        torch.manual_seed(config.seed)
+        self.vision = build_vision(config)
+        self.pixels = nn.Linear(config.width, 3 * config.patch_size**2)
+        self.kind = nn.Linear(config.width, config.kinds)
+        self.register_buffer("kinds", find_kinds(config))  # (K, 256)
+
+    def losses(self, step: int) -> dict[str, Tensor]:
+        """The losses of step ``step``, whose pictures are a function of (seed, step) alone."""
+        config = self.config
+        first = step * config.batch_size
+        images = scene_images(config.seed, range(first, first + config.batch_size), GRID * config.patch_size)
+        pixels = prepare_pixels(images, GRID * config.patch_size)  # (B, 3, H, W)
+        outlines, owner = patch_outlines(images, config.patch_size)  # (S, 256), (B, N)
+        features = patch_features(self.vision, pixels)  # (B, N, D)
+        known = torch.cdist(outlines, self.kinds).argmin(1)[owner[owner >= 0]]  # (patches of segments,)
+        guess = self.kind(features[owner >= 0])
+        kind_loss = F.cross_entropy(guess, known)
+        pixel_loss = (self.pixels(features) - cut_patches(pixels, config.patch_size)).abs().mean()
+        right = (guess.argmax(1) == known).float().mean()
+        loss = kind_loss + config.pixel_weight * pixel_loss
+        return {"loss": loss, "kind_loss": kind_loss, "pixel_loss": pixel_loss, "kind_right": right}
+
+
+def patch_outlines(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
+    """The segments of pictures and which patch belongs to which.
+
+    Args:
+        images: (B, 3, H, W) in [-1, 1].
+        patch_size: in pixels.
+
+    Returns:
+        Outlines (S, 256), 16 x 16 each, of all segments of all pictures; and for each patch the row of the segment at
+        its centre, or -1: (B, N).
+    """
+    outlines, owners = [], []
+    for image in ((images + 1) * 127.5).permute(0, 2, 3, 1).numpy():
+        segments, owner = find_segments(image)
+        centres = owner[patch_size // 2 :: patch_size, patch_size // 2 :: patch_size].flatten()  # (N,)
+        owners.append(np.where(centres >= 0, centres + len(outlines), -1))
+        outlines += [outline(one.coverage, *centre_and_area(one.coverage)) for one in segments]
+    masks = torch.from_numpy(np.stack(outlines)).unflatten(1, (1, OUTLINE_CELLS, -1))  # (S, 1, 48, 48)
+    return F.avg_pool2d(masks, OUTLINE_CELLS // 16).flatten(1), torch.from_numpy(np.stack(owners))
+
+
+def find_kinds(config: VisionConfig, restarts: int = 5, rounds: int = 40) -> Tensor:
+    """Clusters the outlines of ``config.kinds_scenes`` scenes by k-means, the best of several starts: (K, 256)."""
+    images = (scene_images(config.seed, range(n, n + 1), 128) for n in range(config.kinds_scenes))
+    outlines = torch.cat([patch_outlines(image, config.patch_size)[0] for image in images])
+    if len(outlines) < config.kinds:
+        raise ValueError(f"kinds_scenes={config.kinds_scenes}: hold fewer outlines than kinds={config.kinds}")
+    generator, found = step_generator(config.seed, 0), []
+    for _ in range(restarts):
+        centres = outlines[torch.randperm(len(outlines), generator=generator)[: config.kinds]]
+        for _ in range(rounds):
+            member = F.one_hot(torch.cdist(outlines, centres).argmin(1), config.kinds).float()  # (S, K)
+            size = member.sum(0)[:, None]
+            centres = torch.where(size > 0, member.T @ outlines / size.clamp_min(1), centres)
+        error = torch.cdist(outlines, centres).amin(1).square().mean().item()
+        found.append((error, centres))
+    return min(found, key=lambda one: one[0])[1]
+
+
+def build_vision(config: VisionConfig) -> Dinov2Model:
+    """The model with random weights."""
+    return Dinov2Model(
+        Dinov2Config(
+            hidden_size=config.width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            patch_size=config.patch_size,
+            image_size=GRID * config.patch_size,
+            use_mask_token=False,
+        )
+    )
+
+
+def cut_patches(pixels: Tensor, size: int) -> Tensor:
+    """Pixels (B, 3, H, W) as patches (B, N, 3 * size * size), row by row."""
+    return F.unfold(pixels, size, stride=size).mT
+
+
+def train_vision(
+    config: VisionConfig, run_dir: str | Path, resume: bool = False, stop_at: int | None = None
+) -> Path | None:
+    """Trains the lite vision model and probes it.
+
+    Args:
+        config: everything the result depends on.
+        run_dir: gets ``metrics.jsonl``, ``state.pt`` and, at the end, ``final``.
+        resume: continue a run that is already there.
+        stop_at: ends early after this step, without a result.
+
+    Returns:
+        ``run_dir/final``: a ``Dinov2Model`` folder with ``probe.json``; None when stopped early.
+    """
+    run_dir = Path(run_dir)
+    learner = OutlineLearner(config)
+    matrices = [p for name, p in learner.named_parameters() if p.ndim == 2 and ".layer." in name]
+    others = [p for name, p in learner.named_parameters() if p.ndim != 2 or ".layer." not in name]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=config.learning_rate, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=config.adam_learning_rate, betas=(0.9, 0.95), weight_decay=0.05),
+    ]
+    fit(config, learner, optimizers, learner.losses, run_dir, resume, "vision model", stop_at)
+    if stop_at is not None and stop_at < config.steps:
+        return None
+    folder = run_dir / "final"
+    learner.vision.eval().save_pretrained(folder)
+    result = {"trained": probe(learner.vision, config.probe_scenes)} | baselines(config)
+    (folder / "probe.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+# -- the linear probe
+
+
+def baselines(config: VisionConfig) -> dict[str, dict[str, float]]:
+    """The probe on raw pixels of a patch and on an untrained model."""
+    torch.manual_seed(config.seed + 1)
+    raw = partial(cut_patches, size=config.patch_size)
+    return {
+        "pixels": probe_features(raw, GRID * config.patch_size, config.probe_scenes),
+        "untrained": probe(build_vision(config).eval(), config.probe_scenes),
+    }
+
+
+def probe(model: Dinov2Model, scenes: int = 512) -> dict[str, float]:
+    """How well single patch features tell the shape and the colour of the object they show, see ``probe_features``."""
+    return probe_features(partial(patch_features, model), GRID * model.config.patch_size, scenes)
+
+
+@torch.no_grad()
+def probe_features(features, size: int, scenes: int = 512) -> dict[str, float]:
+    """Fits a ridge regression on half of the scenes and judges it on the other half.
+
+    Args:
+        features: function from pixels (B, 3, H, W), normalised, to features (B, 256, D).
+        size: side of the pictures in pixels.
+        scenes: held-out scenes to use.
+
+    Returns:
+        Share of patches named rightly: ``shape`` (chance 1/6), ``color`` (chance 1/10); ``patches`` judged.
+    """
+    rows, shapes, colors, halves = [], [], [], []
+    for first in range(0, scenes, 32):
+        numbers = range(first, min(first + 32, scenes))
+        found = features(prepare_pixels(scene_images(HELD_OUT_SEED, numbers, size), size))
+        for number, one in zip(numbers, found, strict=True):
+            for patch, item in patches_of_objects(number):
+                rows.append(one[patch])
+                shapes.append(SHAPES.index(item.shape))
+                colors.append(list(COLORS).index(item.color))
+                halves.append(number % 2)
+    data, half = torch.stack(rows).double(), torch.tensor(halves, dtype=torch.bool)
+    data = (data - data[~half].mean(0)) / (data[~half].std(0) + 1e-6)
+    data = torch.cat([data, torch.ones(len(data), 1)], 1)
+    result = {"patches": int(half.sum())}
+    for name, labels, count in (("shape", shapes, len(SHAPES)), ("color", colors, len(COLORS))):
+        labels = torch.tensor(labels)
+        known = F.one_hot(labels[~half], count).double()
+        gram = data[~half].T @ data[~half] + torch.eye(data.shape[1], dtype=torch.double)
+        guess = (data[half] @ torch.linalg.solve(gram, data[~half].T @ known)).argmax(1)
+        result[name] = (guess == labels[half]).double().mean().item()
+    return result
+
+
+def patches_of_objects(number: int):
+    """Yields (patch, object) for each patch whose centre lies well inside an object of a held-out scene."""
+    for item in sample_scene(HELD_OUT_SEED, number).objects:
+        for patch in range(GRID**2):
+            x, y = (patch % GRID + 0.5) / GRID, (patch // GRID + 0.5) / GRID
+            if (x - item.x) ** 2 + (y - item.y) ** 2 < (CORE * item.radius) ** 2:
+                yield patch, item

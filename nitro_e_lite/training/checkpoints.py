@@ -1,0 +1,272 @@
+"""Checkpoints that survive a kill: written aside, checked by sha256, renamed into place.
+
+A checkpoint is a folder ``step-00001000`` with safetensors files and ``state.json``; the latter lists the sha256 of
+every file and is written last. The folder gets its name by one atomic rename after everything is on disk, so a run
+killed at any moment leaves either the whole checkpoint or none of it. A checkpoint that does not match its own list is
+skipped and the one before it is used. A checkpoint that cannot be written (a full disk) is an error, and the ones
+before it are untouched: old ones are removed only after the new one stands.
+
+A run that is *asked* to stop, by SIGTERM or SIGINT, ends the step in progress and writes a checkpoint first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nitro_e_lite.runtime import sha256_file
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+STATE = "state.json"
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any], keep: int
+) -> Path:
+    """Writes one checkpoint and removes old ones.
+
+    Args:
+        folder: where checkpoints live.
+        step: finished optimiser steps.
+        tensors: file stem -> named tensors, e.g. ``{"weights": {...}, "ema": {...}, "optimizer": {...}}``.
+        state: JSON-able rest.
+        keep: how many checkpoints to keep, the newest ones.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: it could not be written, for example because the disk is full; what was there before still is.
+    """
+    final = folder / f"step-{step:08d}"
+    before = list_checkpoints(folder)[-1:]
+    with whole_folder(final, f"{before[0].name} is intact" if before else "there is none before it") as partial:
+        _write(partial, step, tensors, state)
+    _fsync(folder)
+    there = list_checkpoints(folder)
+    now = there.index(final)
+    for old in there[: max(0, now + 1 - keep)] + there[now + 1 :]:  # later ones were damaged: the run went back
+        shutil.rmtree(old)
+    return final
+
+
+@contextmanager
+def whole_folder(final: Path, otherwise: str) -> Iterator[Path]:
+    """A folder to write that becomes ``final`` at the end, in place of one that is there, or is gone.
+
+    Args:
+        final: the folder.
+        otherwise: for the message, what is left when it cannot be written.
+
+    Raises:
+        OSError: it could not be written, for example because the disk is full.
+    """
+    partial = final.with_name(f".partial-{final.name}")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(final.parent).free / 1e9
+        raise OSError(
+            f"{final}: could not be written ({error}); {otherwise}; make room ({free:.1f} GB are free) and resume"
+        ) from error
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+
+
+FIXED = ("stage", "model", "seed", "batch_size")  # of a run: other values are another run
+NOT_LEARNED = (  # what is changed freely, because the model learns the same
+    "start_from steps accumulate log_every validate_every sample_every checkpoint_every keep_checkpoints max_skipped "
+    "guidance shift gradient_checkpointing compile tracker peak_tflops"
+).split()
+
+
+def compare_settings(before: dict[str, Any], now: dict[str, Any], step: int, say: bool = True) -> None:
+    """Holds the settings of a run that goes on against those it was started with; ``say``: warns of changed ones.
+
+    Raises:
+        ValueError: a setting that makes it another run, or fewer steps than were trained.
+    """
+    now = json.loads(json.dumps(now))
+    for name in FIXED:
+        if before.get(name, now[name]) != now[name]:
+            raise ValueError(f"{name}={now[name]}: the run was started with {before[name]}; name another folder")
+    if now["steps"] < step:
+        raise ValueError(f"steps={now['steps']}: the run has been trained to step {step}")
+    changed = [text for name in now.keys() - NOT_LEARNED for text in _changes(name, before.get(name), now[name])]
+    if changed and say:
+        warnings.warn(f"from step {step} on other settings hold: {', '.join(sorted(changed))}", stacklevel=3)
+
+
+def _changes(name: str, before: Any, now: Any) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for field in before.keys() & now.keys():  # a field of one version only was not changed by anyone
+            yield from _changes(f"{name}.{field}", before[field], now[field])
+    elif before is not None and before != now:
+        yield f"{name} {json.dumps(before)} -> {json.dumps(now)}"
+
+
+def _write(partial: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
+    """Writes all files of a checkpoint, ``state.json`` last."""
+    partial.mkdir(parents=True)
+    sums = {}
+    for stem, named in tensors.items():
+        path = partial / f"{stem}.safetensors"
+        save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, path)
+        _fsync(path)
+        sums[path.name] = sha256_file(path)
+    path = partial / STATE
+    path.write_text(json.dumps({"step": step, "sha256": sums, **state}, indent=1) + "\n", encoding="utf-8")
+    _fsync(path)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if (p / STATE).is_file())
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Reads one checkpoint.
+
+    Returns:
+        The tensors by file stem, and the state.
+
+    Raises:
+        ValueError: when a file is missing or differs from its sha256.
+    """
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    for name, digest in state["sha256"].items():
+        if not (path / name).is_file() or sha256_file(path / name) != digest:
+            raise ValueError(f"{path / name}: missing or damaged (its sha256 is not the one in {STATE})")
+    return {Path(name).stem: load_file(path / name) for name in state["sha256"]}, state
+
+
+def load_latest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+    """The newest undamaged checkpoint, or None in a folder without any; damaged ones are named in a warning.
+
+    Raises:
+        ValueError: there are checkpoints and all are damaged. Starting anew would undo the run unasked.
+    """
+    there = list_checkpoints(folder)
+    for path in reversed(there):
+        try:
+            return load_checkpoint(path)
+        except (ValueError, json.JSONDecodeError) as error:
+            warnings.warn(f"checkpoint skipped: {error}", stacklevel=2)
+    if there:
+        names = ", ".join(path.name for path in there)
+        raise ValueError(f"{folder}: all checkpoints are damaged ({names}); move them away to start from the beginning")
+    return None
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """An optimiser's state as named tensors, ``parameter name/entry``."""
+    return {
+        f"{names[parameter]}/{entry}": value
+        for parameter, entries in optimizer.state.items()
+        for entry, value in entries.items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> None:
+    """The inverse of ``optimizer_tensors``: fills the state of the parameters this optimiser owns, on their device."""
+    owned = [p for group in optimizer.param_groups for p in group["params"]]
+    number = {parameter: k for k, parameter in enumerate(owned)}  # as the optimiser's state_dict counts them
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in named.items():
+        name, entry = key.rsplit("/", 1)
+        if parameters[name] in number:
+            state.setdefault(number[parameters[name]], {})[entry] = value.clone()
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+@contextmanager
+def sole_writer(run_dir: Path, writes: bool = True) -> Iterator[None]:
+    """Holds the folder of a run, which two trainings at once would spoil; a kill frees it too.
+
+    Args:
+        run_dir: made when missing.
+        writes: whether this process is the one that writes; the others of the run hold nothing.
+
+    Raises:
+        RuntimeError: another run holds it.
+    """
+    if not writes:
+        yield
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "w") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"run_dir={run_dir}: another process is training there; stop it or let it end") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+class RunStopped(Exception):
+    """A run was asked to stop and has written its checkpoint; the message says how to continue."""
+
+
+class StopRequest:
+    """Listens for SIGTERM and SIGINT while a run lasts; ``name`` is the signal's name once one came.
+
+    The signal only leaves a note: the step in progress is finished, then the loop sees the note and saves. Signals that
+    follow are ignored, because a launcher and a terminal may both send one. Outside of the main thread, where Python
+    delivers no signals, nothing is listened for.
+
+    Args:
+        action: also called when the first signal comes.
+    """
+
+    def __init__(self, action: Callable[[], None] = lambda: None):
+        self.name: str | None = None
+        self._action = action
+
+    def __enter__(self) -> StopRequest:
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.name is None:
+            self.name = signal.Signals(number).name
+            self._action()
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
