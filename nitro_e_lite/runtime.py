@@ -1,21 +1,18 @@
-"""Seeds, devices, folders, the environment report and the metrics file.
+"""Seeds, devices, number types, the environment report, and stopping on request.
 
-What every other module needs and none should decide for itself: where things live on disk, which device and
-number type a run uses, how a file's contents are checked, and how a long run writes what it measured so that
-a killed run can carry on. The rule for the metrics file: one JSON object a line, flushed as soon as it is
-written, so that a reader (or a resumed run) never needs more than the last whole line.
+What every other module needs and none should decide for itself.
 """
 
-import contextlib
+from __future__ import annotations
+
 import ctypes
-import hashlib
 import importlib.metadata
-import json
-import os
 import platform
 import random
+import signal
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +20,10 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend
 
-PACKAGE_DIR = Path(__file__).resolve().parent
-MANIFEST = "SHA256SUMS"
+from nitro_e_lite.files import repo_root
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 REPORTED_PACKAGES = (
     "torch diffusers transformers tokenizers accelerate peft safetensors numpy matplotlib "
     "jupyterlab ipywidgets papermill nbval"
@@ -99,23 +97,6 @@ def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dt
     return dtype
 
 
-def weights_dir() -> Path:
-    """Folder of the weights shipped inside the package."""
-    return PACKAGE_DIR / "weights"
-
-
-def cache_dir() -> Path:
-    """Folder for what can be made again (latent caches); `NITRO_E_CACHE` moves it. Not created here."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("NITRO_E_CACHE") or Path(base) / "nitro-e-lite")
-
-
-def repo_root() -> Path | None:
-    """The checkout this package runs from, or None when it is installed elsewhere."""
-    root = PACKAGE_DIR.parent
-    return root if (root / "pyproject.toml").is_file() and (root / "tests").is_dir() else None
-
-
 def git_commit() -> str | None:
     """Short hash of the checkout's commit, None outside a checkout or without git."""
     root = repo_root()
@@ -126,55 +107,6 @@ def git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_manifest(folder: str | Path) -> Path:
-    """Writes `SHA256SUMS` (the format of `sha256sum`) for every file below `folder` and returns its path."""
-    folder = Path(folder)
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    lines = [f"{sha256_file(p)}  {p.relative_to(folder).as_posix()}\n" for p in files]
-    path = folder / MANIFEST
-    path.write_text("".join(lines), encoding="utf-8", newline="\n")
-    return path
-
-
-def check_manifest(folder: str | Path, *parts: str) -> dict[str, str]:
-    """Compares the files named in `folder/SHA256SUMS` with their checksums.
-
-    Args:
-        folder: holds the manifest.
-        *parts: names of files and folders in it; only they are compared. All when none is given.
-
-    Returns:
-        Relative path -> sha256.
-
-    Raises:
-        FileNotFoundError: the manifest, or a file it names, is missing.
-        ValueError: a file's contents differ, or a line cannot be read.
-    """
-    folder = Path(folder)
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: checksum file is missing")
-    sums = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        digest, separator, name = line.partition("  ")
-        if not separator or len(digest) != 64:
-            raise ValueError(f"{path}: cannot read the line {line!r}; expected '<sha256>  <file>'")
-        if parts and name.split("/")[0] not in parts:
-            continue
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: listed in {MANIFEST} but missing; get the folder again")
-        if sha256_file(folder / name) != digest:
-            raise ValueError(f"{folder / name}: contents differ from {MANIFEST}; get the file again")
-        sums[name] = digest
-    return sums
 
 
 def environment_report() -> dict[str, Any]:
@@ -224,59 +156,37 @@ def device_name(device: torch.device) -> str:
         return platform.processor() or platform.machine()
 
 
-def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a JSONL file; a last line that was cut off by a kill is left out."""
-    for line in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line)
+class RunStopped(Exception):
+    """A run was asked to stop and has written its checkpoint; the message says how to continue."""
 
 
-class MetricsWriter:
-    """Appends one JSON object a line to `path`, flushed at once; safe to reopen after a kill.
+class StopRequest:
+    """Listens for SIGTERM and SIGINT while a run lasts; ``name`` is the signal's name once one came.
+
+    The signal only leaves a note: the step in progress is finished, then the loop sees the note and saves. Signals that
+    follow are ignored, because a launcher and a terminal may both send one. Outside of the main thread, where Python
+    delivers no signals, nothing is listened for.
 
     Args:
-        path: the JSONL file; its folder is made when missing.
+        action: also called when the first signal comes.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._rewrite(list(read_jsonl(self.path)) if self.path.is_file() else [])
+    def __init__(self, action: Callable[[], None] = lambda: None):
+        self.name: str | None = None
+        self._action = action
 
-    def write(self, **row: Any) -> None:
-        """Writes one row; values must be JSON types, numbers finite.
-
-        Raises:
-            ValueError: for a value that is NaN or infinite.
-            TypeError: for a value JSON has no form for.
-            OSError: it could not be written, for example because the disk is full.
-        """
-        text = json.dumps(row, allow_nan=False) + "\n"
-        try:
-            self._file.write(text)
-            self._file.flush()
-        except OSError as error:
-            raise OSError(f"{self.path}: could not be written ({error}); what was written before is intact") from error
-
-    def truncate_after(self, step: int) -> None:
-        """Drops the rows whose `step` lies after `step`: call it when a run resumes from that step."""
-        self._file.close()
-        self._rewrite([row for row in read_jsonl(self.path) if row.get("step", 0) <= step])
-
-    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        """Replaces the file's contents in one atomic move, then reopens it for appending."""
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8", newline="\n")
-        os.replace(temporary, self.path)
-        self._file = open(self.path, "a", encoding="utf-8", newline="\n")
-
-    def close(self) -> None:
-        """Closes the file."""
-        with contextlib.suppress(OSError):  # every row was flushed; one that could not be was reported
-            self._file.close()
-
-    def __enter__(self) -> "MetricsWriter":
+    def __enter__(self) -> StopRequest:
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
         return self
 
+    def _note(self, number: int, frame: Any) -> None:
+        if self.name is None:
+            self.name = signal.Signals(number).name
+            self._action()
+
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from nitro_e_lite import runtime
+from nitro_e_lite import files, runtime
 
 COLORS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442")
 LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))
@@ -51,7 +51,7 @@ LEDGER = "ledger.json"
 
 def figures_dir() -> Path:
     """Where figures are saved: `NITRO_E_FIGURES`, else `figures/` in the checkout or the current folder."""
-    return Path(os.environ.get("NITRO_E_FIGURES") or (runtime.repo_root() or Path.cwd()) / "figures")
+    return Path(os.environ.get("NITRO_E_FIGURES") or (files.repo_root() or Path.cwd()) / "figures")
 
 
 def as_uint8(image: Any) -> np.ndarray:

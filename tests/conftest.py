@@ -10,7 +10,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 from tiny import build_tiny_pipeline
 
-from nitro_e_lite import runtime
+from nitro_e_lite import files
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +31,6 @@ def tiny_folder(tiny_pipeline, tmp_path_factory):
 def shipped(monkeypatch, tmp_path, tiny_folder):
     """The tiny pipeline in the place of the shipped weights."""
     shutil.copytree(tiny_folder, tmp_path / "lite")
-    runtime.write_manifest(tmp_path / "lite")
-    monkeypatch.setattr(runtime, "weights_dir", lambda: tmp_path)
+    files.write_manifest(tmp_path / "lite")
+    monkeypatch.setattr(files, "weights_dir", lambda: tmp_path)
     return tmp_path / "lite"

@@ -5,11 +5,12 @@ import torch
 
 from nitro_e_lite.evaluation import benchmark
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.model.flops import build_on_meta, count_flops, count_parameters, model_config
 
 
 def test_the_full_model_has_the_published_size():
-    model = benchmark.build_on_meta(benchmark.model_config("full"))
-    counts = benchmark.count_parameters(model)
+    model = build_on_meta(model_config("full"))
+    counts = count_parameters(model)
     assert sum(counts.values()) == 302_449_952
     assert set(counts) == {
         "embeddings", "group 1", "group 2", "group 3", "token compressor", "token reconstructor", "output",
@@ -17,7 +18,7 @@ def test_the_full_model_has_the_published_size():
 
 
 def test_the_full_model_takes_the_published_flops():
-    count = benchmark.count_flops(benchmark.model_config("full"))
+    count = count_flops(model_config("full"))
     assert count.weights / 1e12 == pytest.approx(0.0775, abs=5e-5)
     assert (count.weights + count.attention) / 1e12 == pytest.approx(0.08, abs=5e-3)
     assert sum(count.components.values()) == count.weights + count.attention
@@ -35,7 +36,7 @@ def test_flops_of_one_full_attention_block_by_hand():
     last = first - text * (1 + 6) * width**2  # the text stream ends without output projection and MLP
     time = 256 * width + width * width + width * 6 * width
     outside = image * 4 * width * 2 + text * 24 * width + time
-    count = benchmark.count_flops(config, batch=batch, text_tokens=text)
+    count = count_flops(config, batch=batch, text_tokens=text)
     assert count.weights == 2 * batch * (first + last + outside)
     assert count.attention == batch * attention
 
@@ -43,12 +44,12 @@ def test_flops_of_one_full_attention_block_by_hand():
 @pytest.mark.parametrize(("field", "value"), [("batch", 0), ("text_tokens", 0), ("batch", 1.5)])
 def test_count_flops_refuses(field, value):
     with pytest.raises((TypeError, ValueError), match=field):
-        benchmark.count_flops({}, **{field: value})
+        count_flops({}, **{field: value})
 
 
 def test_unknown_size():
     with pytest.raises(ValueError, match="size: 'huge'"):
-        benchmark.model_config("huge")
+        model_config("huge")
 
 
 def test_median_ignores_the_warm_up():
@@ -58,24 +59,22 @@ def test_median_ignores_the_warm_up():
 
 
 def test_time_transformer_trains_and_draws():
-    times = benchmark.time_transformer(
-        benchmark.model_config("smoke"), batch=1, text_tokens=16, device="cpu", repeats=1
-    )
+    times = benchmark.time_transformer(model_config("smoke"), batch=1, text_tokens=16, device="cpu", repeats=1)
     assert 0 < times["products_seconds"] < times["forward_backward_seconds"]
     assert 0 < times["torch_products_seconds"] < times["forward_backward_seconds"]
     assert 0 < times["forward_seconds"] < times["forward_backward_seconds"]
 
 
 def test_product_shapes_hold_all_counted_flops():
-    config = benchmark.model_config("smoke")
+    config = model_config("smoke")
     inputs = torch.randn(2, 8, 16, 16), torch.randn(2, 16, 256), torch.rand(2)
     shapes = benchmark.product_shapes(EMMDiTTransformer2DModel(**config), inputs)
     flops = sum(2 * rows * width * out * count for (rows, width, out), count in shapes.items())
-    assert flops == benchmark.count_flops(config, batch=2, text_tokens=16).weights
+    assert flops == count_flops(config, batch=2, text_tokens=16).weights
 
 
 def test_smoke_and_lite_sizes_build():
     for size in ("smoke", "lite"):
-        model = benchmark.build_on_meta(benchmark.model_config(size))
+        model = build_on_meta(model_config(size))
         assert isinstance(model, EMMDiTTransformer2DModel)
         assert all(p.device == torch.device("meta") for p in model.parameters())

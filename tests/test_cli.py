@@ -15,9 +15,10 @@ from tiny import build_tiny_pipeline
 from typer.testing import CliRunner
 
 from nitro_e_lite import load_pipeline
-from nitro_e_lite.cli.app import DEMO_CAPTIONS, app, picture_paths
+from nitro_e_lite.cli.app import app
+from nitro_e_lite.cli.draw import DEMO_CAPTIONS, picture_paths
+from nitro_e_lite.scenes.captions import unknown_words
 from nitro_e_lite.scenes.geneval import load_prompts
-from nitro_e_lite.scenes.grammar import unknown_words
 
 FAST = ["--steps", "1", "--guidance", "0"]
 

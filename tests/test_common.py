@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from nitro_e_lite import runtime
+from nitro_e_lite import files, runtime
+from nitro_e_lite.training.metrics import MetricsWriter
 
 
 def test_import_of_the_package_is_light():
@@ -74,36 +75,36 @@ def test_pick_dtype_names_what_is_wrong(name):
 
 def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("NITRO_E_CACHE", str(tmp_path / "a"))
-    assert runtime.cache_dir() == tmp_path / "a"
+    assert files.cache_dir() == tmp_path / "a"
     monkeypatch.delenv("NITRO_E_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert runtime.cache_dir() == tmp_path / "nitro-e-lite"
+    assert files.cache_dir() == tmp_path / "nitro-e-lite"
 
 
 def test_manifest_round_trip_and_damage(tmp_path):
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "b.txt").write_text("b")
     (tmp_path / "a.txt").write_text("a")
-    runtime.write_manifest(tmp_path)
-    assert list(runtime.check_manifest(tmp_path)) == ["a.txt", "part/b.txt"]
+    files.write_manifest(tmp_path)
+    assert list(files.check_manifest(tmp_path)) == ["a.txt", "part/b.txt"]
     # an independent reader of the format agrees
     subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=tmp_path, check=True)
 
     (tmp_path / "part" / "b.txt").write_text("c")
     with pytest.raises(ValueError, match="b.txt: contents differ"):
-        runtime.check_manifest(tmp_path)
-    assert list(runtime.check_manifest(tmp_path, "a.txt")) == ["a.txt"]  # the rest may be damaged
+        files.check_manifest(tmp_path)
+    assert list(files.check_manifest(tmp_path, "a.txt")) == ["a.txt"]  # the rest may be damaged
     with pytest.raises(ValueError, match="b.txt: contents differ"):
-        runtime.check_manifest(tmp_path, "a.txt", "part")
+        files.check_manifest(tmp_path, "a.txt", "part")
     (tmp_path / "part" / "b.txt").unlink()
     with pytest.raises(FileNotFoundError, match="b.txt: listed"):
-        runtime.check_manifest(tmp_path)
+        files.check_manifest(tmp_path)
     (tmp_path / "SHA256SUMS").write_text("nonsense\n")
     with pytest.raises(ValueError, match="cannot read the line"):
-        runtime.check_manifest(tmp_path)
+        files.check_manifest(tmp_path)
     (tmp_path / "SHA256SUMS").unlink()
     with pytest.raises(FileNotFoundError, match="checksum file is missing"):
-        runtime.check_manifest(tmp_path)
+        files.check_manifest(tmp_path)
 
 
 def test_environment_report_is_json_and_complete():
@@ -116,29 +117,29 @@ def test_environment_report_is_json_and_complete():
 
 def test_metrics_survive_a_kill_and_a_resume(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
-    with runtime.MetricsWriter(path) as metrics:
+    with MetricsWriter(path) as metrics:
         for step in range(5):
             metrics.write(step=step, loss=1.0 / (step + 1))
     with open(path, "a") as file:
         file.write('{"step": 5, "lo')  # killed in the middle of a line
-    assert [row["step"] for row in runtime.read_jsonl(path)] == [0, 1, 2, 3, 4]
-    with runtime.MetricsWriter(path) as metrics:  # reopened as it is: the torn line goes, whole lines stay
+    assert [row["step"] for row in files.read_jsonl(path)] == [0, 1, 2, 3, 4]
+    with MetricsWriter(path) as metrics:  # reopened as it is: the torn line goes, whole lines stay
         metrics.write(step=5, loss=0.1)
-    assert [row["step"] for row in runtime.read_jsonl(path)] == [0, 1, 2, 3, 4, 5]
+    assert [row["step"] for row in files.read_jsonl(path)] == [0, 1, 2, 3, 4, 5]
 
-    with runtime.MetricsWriter(path) as metrics:
+    with MetricsWriter(path) as metrics:
         metrics.truncate_after(2)
         metrics.write(step=3, loss=0.5)
-    assert [row["step"] for row in runtime.read_jsonl(path)] == [0, 1, 2, 3]
+    assert [row["step"] for row in files.read_jsonl(path)] == [0, 1, 2, 3]
 
 
 def test_metrics_refuse_nan(tmp_path):
-    with runtime.MetricsWriter(tmp_path / "m.jsonl") as metrics, pytest.raises(ValueError):
+    with MetricsWriter(tmp_path / "m.jsonl") as metrics, pytest.raises(ValueError):
         metrics.write(step=0, loss=float("nan"))
 
 
 def test_metrics_on_a_full_disk_name_their_file(tmp_path):
-    metrics = runtime.MetricsWriter(tmp_path / "m.jsonl")
+    metrics = MetricsWriter(tmp_path / "m.jsonl")
     metrics.write(step=1)
     metrics._file.close()
     full = OSError(28, "No space left on device")
@@ -146,7 +147,7 @@ def test_metrics_on_a_full_disk_name_their_file(tmp_path):
     with pytest.raises(OSError, match="m.jsonl: could not be written .*No space left"):
         metrics.write(step=2)
     metrics.close()  # has nothing more to say
-    assert [row["step"] for row in runtime.read_jsonl(tmp_path / "m.jsonl")] == [1]
+    assert [row["step"] for row in files.read_jsonl(tmp_path / "m.jsonl")] == [1]
 
 
 def test_tune_cpu_flushes_denormals():

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from nitro_e_lite import config, runtime
+from nitro_e_lite import config, files
 from nitro_e_lite.experiments import compare
 from nitro_e_lite.scenes import geneval
 from nitro_e_lite.training.engine import Trainer
@@ -91,7 +91,7 @@ def test_prompts_are_spread_over_every_category():
 
 def test_lite_trains_with_the_optimizer_that_learned_most():
     """In the stored comparison, every run of the preset's optimiser is below every run of the other."""
-    found = json.loads((runtime.weights_dir() / "lite" / "transformer" / "optimizers.json").read_text(encoding="utf-8"))
+    found = json.loads((files.weights_dir() / "lite" / "transformer" / "optimizers.json").read_text(encoding="utf-8"))
     losses = {}
     for run in found["runs"]:
         if run["step"] == found["points"][-1]:

@@ -12,7 +12,7 @@ from nitro_e_lite.cli.app import app
 from nitro_e_lite.config import preset
 from nitro_e_lite.data.precompute import SOURCES
 from nitro_e_lite.data.sources import Prompts
-from nitro_e_lite.scenes import grammar
+from nitro_e_lite.scenes import captions, grammar
 
 FOLDER = Path(__file__).resolve().parents[1] / "data_cards"
 NAMES = ("synthetic_scenes", "sa1b", "journeydb", "fluxdb", "nitro_e_25m")
@@ -134,7 +134,7 @@ def test_card_of_the_scenes_agrees_with_the_code():
     for pair in grammar.HELD_OUT_SHAPE_PAIRS:
         first, second = pair
         assert f"{first} with {second}" in flat or f"{second} with {first}" in flat
-    assert grammar.RESERVED_FRACTION == 4 and "one caption string in four" in flat
-    assert len(grammar.vocabulary()) < 100
+    assert captions.RESERVED_FRACTION == 4 and "one caption string in four" in flat
+    assert len(captions.vocabulary()) < 100
     data = preset("base", "lite").data
     assert f"{data.scenes:,} scenes of seed {data.seed}" in flat and f"{data.captions} captions each" in flat

@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 
 from nitro_e_lite.cli.app import app
 from nitro_e_lite.data.check import NEEDED_SAMPLES_PER_SECOND, check, measure_reading
-from nitro_e_lite.data.shards import CARD, LatentBatch, LatentDataset, ShardWriter, read_quarantine, write_latents
+from nitro_e_lite.data.shard_writer import ShardWriter, write_latents
+from nitro_e_lite.data.shards import CARD, LatentBatch, LatentDataset, read_quarantine
 
 SHAPE = (3, 8, 8)
 

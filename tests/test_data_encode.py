@@ -26,11 +26,12 @@ from nitro_e_lite.cli.app import app
 from nitro_e_lite.cli.data import local_device
 from nitro_e_lite.data.check import check
 from nitro_e_lite.data.precompute import Encoding, drawn_source, open_source
-from nitro_e_lite.data.shards import LatentBatch, LatentDataset, sidecars, write_latents
+from nitro_e_lite.data.shard_writer import write_latents
+from nitro_e_lite.data.shards import LatentBatch, LatentDataset, sidecars
 from nitro_e_lite.data.sources import Folder, square
-from nitro_e_lite.inference import encoders as encoder_functions
-from nitro_e_lite.inference.encoder_set import Encoders
-from nitro_e_lite.inference.encoders import EncoderUnavailable, LatentStats
+from nitro_e_lite.inference import encoders
+from nitro_e_lite.inference.encoders import Encoders, LatentStats
+from nitro_e_lite.inference.hub import EncoderUnavailable
 from nitro_e_lite.inference.vision import VisionEncoder
 
 SIZE, COUNT = 64, 22
@@ -180,7 +181,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from tiny import build_tiny_pipeline
 from nitro_e_lite.data.precompute import Encoding
-from nitro_e_lite.inference.encoder_set import Encoders
+from nitro_e_lite.inference.encoders import Encoders
 from nitro_e_lite.inference.encoders import LatentStats
 from nitro_e_lite.data.sources import Folder
 
@@ -406,4 +407,4 @@ def test_stored_features_of_another_model_are_refused(raw, models, vision, tmp_p
 
 def test_fingerprint_is_that_of_the_encoder(models, whole):
     stats = models.stats
-    assert LatentDataset(whole, None).card["fingerprint"] == encoder_functions.fingerprint(models.vae, None, stats, 0)
+    assert LatentDataset(whole, None).card["fingerprint"] == encoders.fingerprint(models.vae, None, stats, 0)

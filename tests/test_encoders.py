@@ -14,12 +14,14 @@ from diffusers import AutoencoderDC
 from huggingface_hub.errors import HTTPError
 from transformers import AutoModel, AutoTokenizer, LlamaModel
 
-from nitro_e_lite.inference import encoder_set, encoders
-from nitro_e_lite.inference.encoder_set import load_encoders
-from nitro_e_lite.inference.encoders import EncoderUnavailable, LatentStats
-from nitro_e_lite.runtime import weights_dir, write_manifest
+from nitro_e_lite.files import weights_dir, write_manifest
+from nitro_e_lite.inference import encoders, hub
+from nitro_e_lite.inference.encoders import LatentStats, load_encoders
+from nitro_e_lite.inference.hub import EncoderUnavailable
+from nitro_e_lite.scenes.captions import caption, plural, words
 from nitro_e_lite.scenes.geneval import load_prompts, true_scene, verify
-from nitro_e_lite.scenes.grammar import COLORS, SHAPES, SIZES, caption, plural, render, sample_scene, words
+from nitro_e_lite.scenes.grammar import COLORS, SHAPES, SIZES, sample_scene
+from nitro_e_lite.scenes.render import render
 from nitro_e_lite.stages import autoencoder, language_model
 
 LITE = weights_dir() / "lite"
@@ -48,8 +50,8 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module")
 def lite():
     """The shipped encoders: autoencoder, latent statistics, tokenizer, language model."""
-    vae = encoders.load_autoencoder(LITE / "vae")
-    tokenizer, model = encoders.load_text_encoder(LITE)
+    vae = hub.load_autoencoder(LITE / "vae")
+    tokenizer, model = hub.load_text_encoder(LITE)
     return vae, LatentStats.load(LITE / "vae"), tokenizer, model
 
 
@@ -61,7 +63,7 @@ def new_images(count: int) -> np.ndarray:
 
 
 def test_autoencoder_loads_from_a_local_folder(tiny):
-    vae = encoders.load_autoencoder(tiny[0], dtype=torch.bfloat16)
+    vae = hub.load_autoencoder(tiny[0], dtype=torch.bfloat16)
     assert isinstance(vae, AutoencoderDC) and vae.dtype == torch.bfloat16 and not vae.training
     assert not any(p.requires_grad for p in vae.parameters())
 
@@ -79,15 +81,15 @@ def hub_layout(cache, hub_id: str, revision: str, parts):
 
 
 def test_full_loading_code_on_models_in_the_hub_layout(tiny, tmp_path, monkeypatch):
-    vae_id, text_id = encoders.FULL_AUTOENCODER, encoders.FULL_TEXT_ENCODER
-    hub_layout(tmp_path, vae_id, encoders.HUB_REVISIONS[vae_id], [tiny[0]])
+    vae_id, text_id = hub.FULL_AUTOENCODER, hub.FULL_TEXT_ENCODER
+    hub_layout(tmp_path, vae_id, hub.HUB_REVISIONS[vae_id], [tiny[0]])
     parts = [tiny[1] / "tokenizer", tiny[1] / "text_encoder"]
-    hub_layout(tmp_path, text_id, encoders.HUB_REVISIONS[text_id], parts)
+    hub_layout(tmp_path, text_id, hub.HUB_REVISIONS[text_id], parts)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("diffusers.models.modeling_utils.HF_HUB_CACHE", str(tmp_path), raising=False)
-    vae = encoders.load_autoencoder(vae_id)
-    tokenizer, model = encoders.load_text_encoder(text_id)
+    vae = hub.load_autoencoder(vae_id)
+    tokenizer, model = hub.load_text_encoder(text_id)
     assert vae.config.latent_channels == 4
     assert isinstance(model, LlamaModel) and tokenizer.pad_token == tokenizer.eos_token
     assert encoders.encode_text(tokenizer, model, ["a red star"], 16).shape == (1, 16, 32)
@@ -97,7 +99,7 @@ def test_gated_model_offline_ends_in_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(EncoderUnavailable) as caught:
-        encoders.load_text_encoder("meta-llama/Llama-3.2-1B")
+        hub.load_text_encoder("meta-llama/Llama-3.2-1B")
     message = str(caught.value)
     assert "https://huggingface.co/meta-llama/Llama-3.2-1B" in message and "--text-encoder PATH" in message
     assert caught.value.__cause__ is None and caught.value.__context__ is None
@@ -105,12 +107,12 @@ def test_gated_model_offline_ends_in_one_clear_error(tmp_path, monkeypatch):
 
 def test_unpinned_hub_id_needs_a_revision_and_bad_names_are_refused(tmp_path):
     with pytest.raises(ValueError, match="revision=None: someone/model"):
-        encoders.load_autoencoder("someone/model")
+        hub.load_autoencoder("someone/model")
     with pytest.raises(EncoderUnavailable, match="no such folder"):
-        encoders.load_autoencoder(tmp_path / "nothing")
+        hub.load_autoencoder(tmp_path / "nothing")
     with pytest.raises(EncoderUnavailable, match="cannot be loaded"):
-        encoders.load_text_encoder(tmp_path)
-    assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in encoders.HUB_REVISIONS.values())
+        hub.load_text_encoder(tmp_path)
+    assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in hub.HUB_REVISIONS.values())
 
 
 @pytest.mark.parametrize("size", [0, 100, -50])
@@ -119,7 +121,7 @@ def test_a_damaged_file_ends_in_one_clear_error(size, tiny, tmp_path):
     file = tmp_path / "text_encoder" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(EncoderUnavailable, match="cannot be loaded .*header"):
-        encoders.load_text_encoder(tmp_path)
+        hub.load_text_encoder(tmp_path)
 
 
 def test_without_network_there_is_one_clear_error_and_no_noise(monkeypatch, caplog):
@@ -130,7 +132,7 @@ def test_without_network_there_is_one_clear_error_and_no_noise(monkeypatch, capl
     monkeypatch.setattr(AutoencoderDC, "from_pretrained", load)
     monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
     with pytest.raises(EncoderUnavailable, match="cannot be downloaded .Name or service not known.*--vae PATH"):
-        encoders.load_autoencoder(encoders.FULL_AUTOENCODER)
+        hub.load_autoencoder(hub.FULL_AUTOENCODER)
     assert not caplog.messages
     logging.getLogger("huggingface_hub.utils._http").warning("as before")
     assert caplog.messages == ["as before"]
@@ -151,7 +153,7 @@ def test_encoders_must_be_as_their_checksums_say(file, tiny, tmp_path, monkeypat
     (folder / "transformer" / "config.json").write_text("not read, not checked")
     load_encoders(folder)
     (folder / file).write_bytes((folder / file).read_bytes() + b" ")
-    monkeypatch.setattr(encoder_set, "weights_dir", lambda: tmp_path)
+    monkeypatch.setattr(encoders, "weights_dir", lambda: tmp_path)
     for source in ("lite", folder):
         with pytest.raises(ValueError, match=f"{file}: contents differ from SHA256SUMS"):
             load_encoders(source)
@@ -174,7 +176,7 @@ def test_latent_stats_check_their_input():
 
 
 def test_images_of_the_wrong_type_or_size_are_refused(tiny):
-    vae = encoders.load_autoencoder(tiny[0])
+    vae = hub.load_autoencoder(tiny[0])
     stats = LatentStats.load(tiny[0])
     with pytest.raises(ValueError, match="divisible by 8"):
         encoders.encode_images(vae, torch.zeros(1, 3, 30, 32), stats)
@@ -183,7 +185,7 @@ def test_images_of_the_wrong_type_or_size_are_refused(tiny):
 
 
 def test_encoding_uint8_equals_encoding_floats(tiny):
-    vae, stats = encoders.load_autoencoder(tiny[0]), LatentStats.load(tiny[0])
+    vae, stats = hub.load_autoencoder(tiny[0]), LatentStats.load(tiny[0])
     images = np.stack([render(sample_scene(0, i), 32) for i in range(2)])
     floats = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
     a, b = encoders.encode_images(vae, images, stats), encoders.encode_images(vae, floats, stats)
@@ -200,7 +202,7 @@ def test_clean_caption():
 
 
 def test_caption_features_depend_on_their_caption_alone(tiny):
-    tokenizer, model = encoders.load_text_encoder(tiny[1])
+    tokenizer, model = hub.load_text_encoder(tiny[1])
     captions = ["a red star", "three small green circles above a blue square", "", "A  RED star"]
     together = encoders.encode_text(tokenizer, model, captions, 32)
     assert together.shape == (4, 32, 32)
@@ -212,14 +214,14 @@ def test_caption_features_depend_on_their_caption_alone(tiny):
 
 
 def test_padding_is_the_end_token_and_is_not_attended_to(tiny):
-    tokenizer, model = encoders.load_text_encoder(tiny[1])
+    tokenizer, model = hub.load_text_encoder(tiny[1])
     batch = tokenizer(["a red star"], padding="max_length", max_length=8)
     ids, mask = batch["input_ids"][0], batch["attention_mask"][0]
     assert sum(mask) == 4 and ids[3:] == [tokenizer.eos_token_id] * 5
 
 
 def test_long_captions_are_cut_with_a_warning(tiny):
-    tokenizer, model = encoders.load_text_encoder(tiny[1])
+    tokenizer, model = hub.load_text_encoder(tiny[1])
     with pytest.warns(UserWarning, match="caption cut to 8 of .*a very long"):
         features = encoders.encode_text(tokenizer, model, ["a very long " + "red star " * 20], 8)
     assert features.shape == (1, 8, 32)
@@ -228,10 +230,10 @@ def test_long_captions_are_cut_with_a_warning(tiny):
 
 
 def test_fingerprint_changes_with_any_weight_and_any_setting(tiny):
-    vae, (_, model) = encoders.load_autoencoder(tiny[0]), encoders.load_text_encoder(tiny[1])
+    vae, (_, model) = hub.load_autoencoder(tiny[0]), hub.load_text_encoder(tiny[1])
     stats = LatentStats.load(tiny[0])
     base = encoders.fingerprint(vae, model, stats, 32)
-    in_bf16 = encoders.load_autoencoder(tiny[0], dtype=torch.bfloat16)
+    in_bf16 = hub.load_autoencoder(tiny[0], dtype=torch.bfloat16)
     assert base == encoders.fingerprint(in_bf16, model, stats, 32)  # encoded on a GPU, trained on in float32
     assert base == encoders.fingerprint(vae, model, stats, 32) and re.fullmatch("[0-9a-f]{64}", base)
     others = {

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from tiny import build_tiny_pipeline
 
-from nitro_e_lite.evaluation import geneval_lite as ev
+from nitro_e_lite.evaluation import geneval_lite
 from nitro_e_lite.evaluation.official_geneval import read_metadata
-from nitro_e_lite.runtime import weights_dir
+from nitro_e_lite.files import weights_dir
+from nitro_e_lite.inference import hub
 from nitro_e_lite.scenes.geneval import load_prompts
 from nitro_e_lite.viz import LEDGER, figures_dir
 
@@ -21,7 +22,7 @@ PROMPTS = load_prompts()[::60]  # a few, of several categories
 
 @pytest.fixture(scope="module")
 def result(tiny_pipeline):
-    return ev.evaluate(
+    return geneval_lite.evaluate(
         tiny_pipeline,
         PROMPTS,
         seeds=(0, 3),
@@ -52,7 +53,7 @@ def test_grid_shows_the_first_pictures_of_every_category(result):
 
 
 def test_batch_size_changes_nothing(result, tiny_pipeline):
-    again = ev.evaluate(
+    again = geneval_lite.evaluate(
         tiny_pipeline,
         PROMPTS,
         seeds=(0, 3),
@@ -70,7 +71,7 @@ def test_batch_size_changes_nothing(result, tiny_pipeline):
 
 def test_any_picture_can_be_drawn_again_from_its_seed(result, tiny_pipeline):
     place = 2
-    generator = torch.Generator().manual_seed(ev.picture_seed(3, place))
+    generator = torch.Generator().manual_seed(geneval_lite.picture_seed(3, place))
     image = tiny_pipeline(
         PROMPTS[place].text, num_inference_steps=1, guidance_scale=0, generator=generator, output_type="np"
     ).images[0]
@@ -84,10 +85,10 @@ def test_progress_bar_settings_are_left_alone(result, tiny_pipeline):
 
 def test_weights_hash_follows_the_weights(tiny_pipeline):
     other = build_tiny_pipeline().transformer
-    assert ev.weights_hash(other) == ev.weights_hash(tiny_pipeline.transformer)
+    assert hub.weights_hash({"": other}) == hub.weights_hash({"": tiny_pipeline.transformer})
     with torch.no_grad():
         other.proj_out.bias[0] += 1
-    assert ev.weights_hash(other) != ev.weights_hash(tiny_pipeline.transformer)
+    assert hub.weights_hash({"": other}) != hub.weights_hash({"": tiny_pipeline.transformer})
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_weights_hash_follows_the_weights(tiny_pipeline):
 )
 def test_evaluate_refuses(tiny_pipeline, arguments, field):
     with pytest.raises((TypeError, ValueError), match=field):
-        ev.evaluate(tiny_pipeline, **({"prompts": PROMPTS, "progress": False} | arguments))
+        geneval_lite.evaluate(tiny_pipeline, **({"prompts": PROMPTS, "progress": False} | arguments))
 
 
 def test_pictures_for_the_official_scorer_and_how_they_continue(tiny_pipeline, tmp_path):
@@ -112,19 +113,19 @@ def test_pictures_for_the_official_scorer_and_how_they_continue(tiny_pipeline, t
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in metadata))
     assert read_metadata(tmp_path / "prompts.jsonl") == metadata
     root = tmp_path / "pictures"
-    assert ev.draw_for_geneval(tiny_pipeline, metadata, root, each=2, steps=1, guidance=1) == 6
+    assert geneval_lite.draw_for_geneval(tiny_pipeline, metadata, root, each=2, steps=1, guidance=1) == 6
     kept, gone = root / "00000" / "samples" / "0001.png", root / "00001" / "samples" / "0001.png"
     before, drawn_at = gone.read_bytes(), kept.stat().st_mtime_ns
     shutil.rmtree(root / "00001")
     (root / "00001.unfinished").mkdir()  # a kill left this
-    assert ev.draw_for_geneval(tiny_pipeline, metadata, root, each=2, steps=1, guidance=1) == 6
+    assert geneval_lite.draw_for_geneval(tiny_pipeline, metadata, root, each=2, steps=1, guidance=1) == 6
     assert gone.read_bytes() == before and kept.stat().st_mtime_ns == drawn_at
-    (one,) = ev.draw(tiny_pipeline, [(metadata[0]["prompt"], ev.picture_seed(1, 0))], 1, 1)
+    (one,) = geneval_lite.draw(tiny_pipeline, [(metadata[0]["prompt"], geneval_lite.picture_seed(1, 0))], 1, 1)
     assert np.array_equal(np.asarray(Image.open(kept)), one)
     with pytest.raises(ValueError, match="must hold"):
-        ev.draw_for_geneval(tiny_pipeline, metadata, root, each=3, steps=1, guidance=1)
+        geneval_lite.draw_for_geneval(tiny_pipeline, metadata, root, each=3, steps=1, guidance=1)
     with pytest.raises(ValueError, match="another prompt"):
-        ev.draw_for_geneval(tiny_pipeline, metadata[::-1], root, each=2, steps=1, guidance=1)
+        geneval_lite.draw_for_geneval(tiny_pipeline, metadata[::-1], root, each=2, steps=1, guidance=1)
 
 
 @pytest.mark.parametrize(

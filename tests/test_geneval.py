@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from nitro_e_lite.evaluation.official_geneval import check_folder, write_sample
-from nitro_e_lite.inference.encoders import LatentStats, decode_latents, encode_images, load_autoencoder
-from nitro_e_lite.runtime import weights_dir
-from nitro_e_lite.scenes import geneval, grammar
+from nitro_e_lite.files import weights_dir
+from nitro_e_lite.inference.encoders import LatentStats, decode_latents, encode_images
+from nitro_e_lite.inference.hub import load_autoencoder
+from nitro_e_lite.scenes import captions, geneval, grammar, render
 from nitro_e_lite.scenes.geneval import CATEGORIES, Prompt, Verdict, judge, load_prompts, score, true_scene, verify
 from nitro_e_lite.scenes.segments import components
 from nitro_e_lite.scenes.verifier import Detection, detect
@@ -46,7 +47,7 @@ def picture(*shapes, size=128):
     image = np.full((size, size, 3), 180.0)
     y, x = ((np.mgrid[:size, :size] + 0.5) / size).astype(np.float32)
     for shape, rgb, cx, cy, radius in shapes:
-        distance = grammar.signed_distance(shape, (x - cx) / radius, (y - cy) / radius) * radius * size
+        distance = render.signed_distance(shape, (x - cx) / radius, (y - cy) / radius) * radius * size
         cover = np.clip(0.5 - distance, 0, 1)[..., None]
         image += cover * (np.array(rgb) - image)
     return (image + 0.5).astype(np.uint8)
@@ -60,8 +61,8 @@ def test_prompt_lists_are_balanced_and_never_seen_in_training():
     assert Counter(p.tag for p in NEW) == dict.fromkeys(("two_object", "colors", "position", "color_attr"), 24)
     texts = [p.text for p in PROMPTS + NEW]
     assert len(set(texts)) == len(texts)
-    assert all(grammar.is_reserved(t) for t in texts)
-    assert not {w for t in texts for w in grammar.unknown_words(t)}
+    assert all(captions.is_reserved(t) for t in texts)
+    assert not {w for t in texts for w in captions.unknown_words(t)}
     for prompts, held_out in ((PROMPTS, False), (NEW, True)):
         for p in prompts:
             assert grammar.is_held_out([Detection(s, c, 0, 0, 0, 0) for s, c in p.objects]) == held_out
@@ -73,11 +74,11 @@ def test_prompt_lists_are_balanced_and_never_seen_in_training():
 
 def test_prompt_text_says_what_the_list_says():
     for p in PROMPTS + NEW:
-        said = grammar.words(p.text)
+        said = captions.words(p.text)
         assert not set(said) & set(grammar.SIZES)
         assert {w for w in said if w in grammar.COLORS} == {c for _, c in p.objects if c}
         for shape in {s for s, _ in p.objects}:
-            assert (grammar.plural(shape) if p.tag == "counting" else shape) in said
+            assert (captions.plural(shape) if p.tag == "counting" else shape) in said
         if p.relation:  # in every sentence the first object named stands where the first such word says
             meaning = {"left of": "left", "right of": "right", "above": "above over higher top"}
             meaning |= {"below": "below under underneath lower bottom"}
@@ -144,7 +145,7 @@ def test_unknown_split_is_refused():
 @pytest.mark.parametrize(("size", "soft"), [(64, False), (128, False), (256, False), (64, True), (128, True)])
 def test_true_renders_pass_in_every_category(size, soft):
     for prompts in (PROMPTS, NEW) if size == 128 else (PROMPTS[::2],):
-        images = [grammar.render(true_scene(p, seed=size), size) for p in prompts]
+        images = [render.render(true_scene(p, seed=size), size) for p in prompts]
         if soft:
             images = [blurred(image, size / 128) for image in images]
         result = score(prompts, [verify(i, p) for i, p in zip(images, prompts, strict=True)])
@@ -158,7 +159,7 @@ def test_the_shipped_autoencoder_keeps_what_is_asked_for():
     verdicts = []
     for start in range(0, len(PROMPTS), 10):
         batch = PROMPTS[start : start + 10]
-        images = np.stack([grammar.render(true_scene(p, seed=55)) for p in batch])
+        images = np.stack([render.render(true_scene(p, seed=55)) for p in batch])
         decoded = decode_latents(vae, encode_images(vae, images, stats), stats)
         pixels = ((decoded + 1) * 127.5).round().permute(0, 2, 3, 1).numpy().astype(np.uint8)
         verdicts += [verify(i, p) for i, p in zip(pixels, batch, strict=True)]
@@ -171,7 +172,7 @@ def test_random_scenes_are_read_exactly():
     wrong = 0
     for index in range(300):
         scene = grammar.sample_scene(41, index, "all")
-        found = detect(grammar.render(scene))
+        found = detect(render.render(scene))
         wrong += Counter((d.shape, d.color) for d in found) != Counter((o.shape, o.color) for o in scene.objects)
         for d in found:
             assert min(max(abs(d.x - o.x), abs(d.y - o.y)) for o in scene.objects) < 0.01
@@ -182,7 +183,7 @@ def test_captions_of_other_scenes_fail():
     passed = total = missed = 0
     for index, prompt in enumerate((PROMPTS + NEW)[::2]):
         scene = true_scene(prompt, seed=5)
-        ideal, found = as_detections(scene), detect(blurred(grammar.render(scene), 1.0))
+        ideal, found = as_detections(scene), detect(blurred(render.render(scene), 1.0))
         for other in (PROMPTS + NEW)[index % 3 :: 3]:
             true = judge(ideal, other).correct
             total += not true
@@ -196,7 +197,7 @@ def test_small_lies_fail():
     """One count, colour, shape or relation off, or the colours swapped."""
     lies = {"count": [], "shape": [], "color": [], "position": []}
     for prompt in (PROMPTS + NEW)[::2]:
-        found = detect(grammar.render(true_scene(prompt, seed=9)))
+        found = detect(render.render(true_scene(prompt, seed=9)))
         (shape, color), *rest = prompt.objects
         others = [s for s in grammar.SHAPES if s not in {s for s, _ in prompt.objects}]
         lies["count"].append((found, replace(prompt, objects=prompt.objects + ((shape, color),), relation=None)))
@@ -315,7 +316,7 @@ def test_bad_images_are_refused(image, error, message):
 
 
 def test_detection_is_fast():
-    images = [grammar.render(grammar.sample_scene(1, i)) for i in range(60)]
+    images = [render.render(grammar.sample_scene(1, i)) for i in range(60)]
     detect(images[0])
     start = time.process_time()
     for image in images:
@@ -361,7 +362,7 @@ def test_score_refuses_lists_that_do_not_fit(prompts, verdicts):
 def test_official_folder_layout(tmp_path):
     metadata = [p.metadata() for p in PROMPTS[::100]]
     for index, prompt in enumerate(PROMPTS[::100]):
-        images = [grammar.render(true_scene(prompt, seed), 64) for seed in range(4)]
+        images = [render.render(true_scene(prompt, seed), 64) for seed in range(4)]
         folder = write_sample(tmp_path, index, metadata[index], images)
         assert folder == tmp_path / f"{index:05d}"
     assert check_folder(tmp_path, metadata) == 12

@@ -22,7 +22,8 @@ from nitro_e_lite.experiments.launch import (
     torchrun_words,
     train_arguments,
 )
-from nitro_e_lite.training.checkpoints import RunStopped, list_checkpoints
+from nitro_e_lite.runtime import RunStopped
+from nitro_e_lite.training.checkpoints import list_checkpoints
 
 SUM = """
 import os, torch, torch.distributed as dist

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny import build_tiny_pipeline
 
-from nitro_e_lite.inference.encoder_set import load_encoders
-from nitro_e_lite.inference.encoders import EncoderUnavailable, LatentStats
+from nitro_e_lite.inference.encoders import LatentStats, load_encoders
+from nitro_e_lite.inference.hub import EncoderUnavailable
 from nitro_e_lite.inference.loading import load_pipeline
 
 STATS = LatentStats((0.5, 0.0, -0.5, 0.1), (2.0, 1.0, 1.0, 3.0))

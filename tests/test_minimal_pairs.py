@@ -9,9 +9,11 @@ import torch
 from nitro_e_lite.config import override, preset
 from nitro_e_lite.data.batches import Batches
 from nitro_e_lite.data.scene_latents import VALIDATION_START
-from nitro_e_lite.inference.encoder_set import load_encoders
-from nitro_e_lite.scenes.grammar import MARGIN, is_held_out, is_reserved, relation_between, render, sample_scene, words
+from nitro_e_lite.inference.encoders import load_encoders
+from nitro_e_lite.scenes.captions import is_reserved, words
+from nitro_e_lite.scenes.grammar import MARGIN, is_held_out, relation_between, sample_scene
 from nitro_e_lite.scenes.minimal_pairs import FACTS, minimal_pair
+from nitro_e_lite.scenes.render import render
 from nitro_e_lite.scenes.verifier import detect
 
 PAIRS = [minimal_pair(11, index) for index in range(600)]

@@ -386,6 +386,6 @@ def test_clean_takes_out_widgets_timing_and_split_streams():
 
 
 def test_scales_are_those_of_the_benchmark():
-    from nitro_e_lite.evaluation.benchmark import SIZES
+    from nitro_e_lite.model.flops import SIZES
 
     assert set(lessons.SCALES) == set(SIZES)

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from nitro_e_lite.training.optimizers import Muon, orthogonalize, plain_weights, whiten_input
+from nitro_e_lite.training.optimizers import Muon, orthogonalize
+from nitro_e_lite.training.weights import plain_weights, whiten_input
 
 SHAPES = [(24, 8), (8, 24), (16, 16), (24, 8), (48, 16)]
 BFLOAT16 = 0.03  # torch's Muon iterates in bfloat16, ours in float32 on a CPU: 1 to 2 % of an update of this size

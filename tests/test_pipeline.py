@@ -11,7 +11,8 @@ from tiny import build_tiny_pipeline
 
 import nitro_e_lite
 from nitro_e_lite.inference.arguments import seeded_generators
-from nitro_e_lite.inference.encoders import EncoderUnavailable, LatentStats, decode_latents
+from nitro_e_lite.inference.encoders import LatentStats, decode_latents
+from nitro_e_lite.inference.hub import EncoderUnavailable
 from nitro_e_lite.inference.loading import load_pipeline
 from nitro_e_lite.model.official_weights import save_official
 

@@ -9,14 +9,16 @@ import torch
 from transformers import Dinov2Config, Dinov2Model
 
 from nitro_e_lite.config import override, preset
-from nitro_e_lite.data.shards import LatentBatch, write_latents
+from nitro_e_lite.data.shard_writer import write_latents
+from nitro_e_lite.data.shards import LatentBatch
 from nitro_e_lite.experiments.ship import ship
-from nitro_e_lite.inference.encoder_set import load_encoders
-from nitro_e_lite.inference.encoders import EncoderUnavailable
+from nitro_e_lite.files import check_manifest, write_manifest
+from nitro_e_lite.inference.encoders import load_encoders
+from nitro_e_lite.inference.hub import EncoderUnavailable
 from nitro_e_lite.inference.vision import MEAN, STD, load_vision, prepare_pixels, repa_loss
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
-from nitro_e_lite.runtime import check_manifest, write_manifest
-from nitro_e_lite.scenes.grammar import SHAPES, render, sample_scene
+from nitro_e_lite.scenes.grammar import SHAPES, sample_scene
+from nitro_e_lite.scenes.render import render
 from nitro_e_lite.stages.autoencoder import scene_images
 from nitro_e_lite.stages.vision import (
     HELD_OUT_SEED,

@@ -7,8 +7,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from nitro_e_lite.scenes import grammar
-from nitro_e_lite.scenes.grammar import caption, is_held_out, is_reserved, render, sample_scene
+from nitro_e_lite.scenes import captions, grammar
+from nitro_e_lite.scenes.captions import caption, is_reserved
+from nitro_e_lite.scenes.grammar import is_held_out, sample_scene
+from nitro_e_lite.scenes.render import render, render_background, signed_distance
 
 SCENES = [sample_scene(11, index) for index in range(1500)]
 
@@ -63,7 +65,7 @@ def distance_to(o, size=128):
     y, x = ((np.mgrid[:size, :size] + 0.5) / size).astype(np.float32)
     c, s = math.cos(o.angle), math.sin(o.angle)
     x, y = (x - o.x) / o.radius, (y - o.y) / o.radius
-    return grammar.signed_distance(o.shape, c * x + s * y, c * y - s * x) * o.radius
+    return signed_distance(o.shape, c * x + s * y, c * y - s * x) * o.radius
 
 
 def test_objects_never_touch_and_stay_inside():
@@ -88,17 +90,17 @@ def test_relations_are_true():
 def test_captions_are_never_reserved_and_stay_in_the_vocabulary():
     texts = [caption(s, v) for s in SCENES for v in range(2)]
     assert not any(map(is_reserved, texts))
-    assert not {w for t in texts for w in grammar.unknown_words(t)}
+    assert not {w for t in texts for w in captions.unknown_words(t)}
     assert len(set(texts)) > 2000
     reserved = np.mean([is_reserved(f"a string number {i}") for i in range(4000)])
-    assert reserved == pytest.approx(1 / grammar.RESERVED_FRACTION, abs=0.03)
+    assert reserved == pytest.approx(1 / captions.RESERVED_FRACTION, abs=0.03)
 
 
 def test_captions_say_what_is_there():
     for scene in SCENES[:600]:
-        said = grammar.words(caption(scene, 7))
+        said = captions.words(caption(scene, 7))
         for shape in {o.shape for o in scene.objects}:
-            assert {shape, grammar.plural(shape)} & set(said)
+            assert {shape, captions.plural(shape)} & set(said)
         assert set(said) & set(grammar.COLORS) <= {o.color for o in scene.objects}
         if scene.kind == "count":
             number = len(scene.objects)
@@ -106,9 +108,9 @@ def test_captions_say_what_is_there():
 
 
 def test_unknown_words():
-    assert grammar.unknown_words("A red dragon, over two zebras and a dragon!") == ["dragon", "zebras"]
-    assert grammar.unknown_words("") == []
-    assert grammar.unknown_words("红色的圆, a Café_star café \u0663 Ёж 2") == ["红色的圆", "café", "\u0663", "ёж"]
+    assert captions.unknown_words("A red dragon, over two zebras and a dragon!") == ["dragon", "zebras"]
+    assert captions.unknown_words("") == []
+    assert captions.unknown_words("红色的圆, a Café_star café \u0663 Ёж 2") == ["红色的圆", "café", "\u0663", "ёж"]
 
 
 @pytest.mark.parametrize("size", [16, 64, 100, 128, 256])
@@ -120,7 +122,7 @@ def test_any_size_shows_the_same_picture(size):
 
 def test_edges_are_anti_aliased():
     pixels = render(SCENES[1], 128).astype(int)
-    background = grammar.render_background(SCENES[1].background, 128)
+    background = render_background(SCENES[1].background, 128)
     strength = np.abs(pixels - background).max(-1)
     assert ((strength > 0.1 * strength.max()) & (strength < 0.9 * strength.max())).mean() > 0.002
 
@@ -128,7 +130,7 @@ def test_edges_are_anti_aliased():
 def test_every_shape_has_a_signed_distance():
     y, x = np.mgrid[-2:2:81j, -2:2:81j].astype(np.float32)
     for shape in grammar.SHAPES:
-        distance = grammar.signed_distance(shape, x, y)
+        distance = signed_distance(shape, x, y)
         assert distance[40, 40] < 0 < distance[0, 0]
         assert np.abs(np.diff(distance, axis=1)).max() < 0.1  # no jumps
         assert np.hypot(x, y)[distance < 0].max() < 1.3

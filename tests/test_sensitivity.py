@@ -7,8 +7,9 @@ from tiny import build_tiny_pipeline
 
 from nitro_e_lite import load_pipeline
 from nitro_e_lite.evaluation.sensitivity import caption_sensitivity, pairs_of
-from nitro_e_lite.scenes.grammar import COLORS, render
+from nitro_e_lite.scenes.grammar import COLORS
 from nitro_e_lite.scenes.minimal_pairs import FACTS
+from nitro_e_lite.scenes.render import render
 
 
 def test_pairs_differ_in_the_fact_asked_for():

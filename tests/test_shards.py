@@ -10,8 +10,9 @@ import pytest
 import torch
 from datasets.arrow_writer import ArrowWriter
 
-from nitro_e_lite.data.order import batch_indices
-from nitro_e_lite.data.shards import QUARANTINE, LatentBatch, LatentDataset, ShardWriter, read_quarantine, write_latents
+from nitro_e_lite.data.batches import batch_indices
+from nitro_e_lite.data.shard_writer import ShardWriter, write_latents
+from nitro_e_lite.data.shards import QUARANTINE, LatentBatch, LatentDataset, read_quarantine
 
 
 def batches(count=10, size=4, features=False):

@@ -20,24 +20,18 @@ from nitro_e_lite.config import override, preset, to_dict
 from nitro_e_lite.data import scene_latents
 from nitro_e_lite.data.batches import Batches
 from nitro_e_lite.data.scene_latents import encode_scenes
-from nitro_e_lite.evaluation.benchmark import count_flops
 from nitro_e_lite.experiments.ship import ship
-from nitro_e_lite.inference.encoder_set import load_encoders
-from nitro_e_lite.inference.encoders import LatentStats
+from nitro_e_lite.files import check_manifest, read_jsonl, sha256_file, sole_writer, weights_dir
+from nitro_e_lite.inference.encoders import LatentStats, load_encoders
 from nitro_e_lite.inference.loading import load_pipeline
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
-from nitro_e_lite.runtime import check_manifest, read_jsonl, sha256_file, weights_dir
-from nitro_e_lite.training.checkpoints import RunStopped, list_checkpoints, sole_writer
+from nitro_e_lite.model.flops import count_flops
+from nitro_e_lite.runtime import RunStopped
+from nitro_e_lite.training.checkpoints import list_checkpoints
 from nitro_e_lite.training.engine import Trainer, train
 from nitro_e_lite.training.metrics import tracker_name
-from nitro_e_lite.training.optimizers import (
-    MasterWeights,
-    build_optimizers,
-    hidden_matrices,
-    learning_rate_scale,
-    plain_weights,
-    white_roots,
-)
+from nitro_e_lite.training.optimizers import build_optimizers, hidden_matrices, learning_rate_scale
+from nitro_e_lite.training.weights import MasterWeights, plain_weights, white_roots
 
 SMOKE = preset("base", "smoke")
 TWO_PROCESSES = 1e-4  # largest relative difference of a weight tensor after ten steps; about 3e-6 is usual

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nitro_e_lite.files import whole_folder
 from nitro_e_lite.training.checkpoints import (
     list_checkpoints,
     load_checkpoint,
@@ -10,7 +11,6 @@ from nitro_e_lite.training.checkpoints import (
     optimizer_tensors,
     restore_optimizer,
     save_checkpoint,
-    whole_folder,
 )
 
 

@@ -11,7 +11,7 @@ def build_tiny_pipeline(width: int = 32):
 
     from nitro_e_lite.inference.pipeline import NitroEPipeline
     from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
-    from nitro_e_lite.scenes.grammar import vocabulary
+    from nitro_e_lite.scenes.captions import vocabulary
 
     torch.manual_seed(0)
     transformer = EMMDiTTransformer2DModel(

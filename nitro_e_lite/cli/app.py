@@ -6,37 +6,21 @@ it); with `--json` standard output holds one JSON object and nothing else; progr
 standard error.
 
 Heavy libraries are imported inside the commands, so that `nitro-e --help` answers at once. The commands that
-look at size, speed and installation are in `cli_measure.py`, those that train in `cli_train.py`, those for data in
-`cli_data.py`.
+draw are in `draw.py`, those that score and measure in `measure.py`, those that train and plan in `train.py`, those for
+data in `data.py`.
 """
 
-import re
-import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nitro_e_lite.cli import data, measure, train
+from nitro_e_lite.cli import data, draw, measure, train
 from nitro_e_lite.cli.terminal import (
-    Device,
-    Dtype,
-    Guidance,
     Json,
-    Lora,
-    Model,
-    Shift,
-    Steps,
-    TextEncoder,
-    Vae,
     command,
     console,
-    errors,
     output,
-    settings,
-    show_table,
 )
-from nitro_e_lite.cli.train import finish
 
 app = typer.Typer(
     help="Nitro-E Lite: pictures from captions, and everything behind them.",
@@ -44,224 +28,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
 notebooks_app = typer.Typer(help="The notebooks of the course.", no_args_is_help=True)
+app.add_typer(draw.app)
 app.add_typer(measure.app)
 app.add_typer(data.app, name="data")
 app.add_typer(train.app)
 app.add_typer(notebooks_app, name="notebooks")
-
-LITE_VOCABULARY = 5000  # a tokenizer with fewer entries is one of this course
-OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-DEMO_CAPTIONS = (
-    "a red circle to the left of a blue square",
-    "two orange triangles",
-    "a photo of a pink heart and a green square",
-    "a yellow star above a purple heart",
-    "three small white circles",
-    "a large brown heart",
-    "a black cross below a red triangle",
-    "four blue stars",
-)
-
-
-@command(app, "demo")
-def demo(
-    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("outputs/demo.png"),
-    steps: Steps = None,
-    guidance: Guidance = None,
-    seed: int = 0,
-    json: Json = False,
-) -> None:
-    """Draw a handful of captions with the shipped weights: one labelled picture and a timing table."""
-    with output(json) as result:
-        clock = [time.perf_counter()]
-        from nitro_e_lite import load_pipeline, viz
-        from nitro_e_lite.inference.arguments import seeded_generators
-
-        captions, count = list(DEMO_CAPTIONS), len(DEMO_CAPTIONS)
-        [out] = picture_paths(out, ["demo"], [seed])
-        pipeline = load_pipeline("lite")
-        pipeline.set_progress_bar_config(disable=None)  # None: shown on a terminal only
-        clock.append(time.perf_counter())
-        features = pipeline.encode_prompt([""] * count + captions)
-        clock.append(time.perf_counter())
-        latents = pipeline(
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=seeded_generators(range(seed, seed + count)),
-            negative_prompt_embeds=features[:count],
-            prompt_embeds=features[count:],
-            output_type="latent",
-        ).images
-        clock.append(time.perf_counter())
-        images = pipeline.decode(latents)
-        clock.append(time.perf_counter())
-        facts = settings(pipeline, "lite", steps, guidance)
-        picture = viz.image_grid(images, 4, captions, f"Nitro-E Lite, {facts['steps']} steps, seeds {seed} and up")
-        viz.save_image(picture, out, {"captions": " | ".join(captions), "first seed": seed} | facts)
-        clock.append(time.perf_counter())
-        names = ["load libraries and weights", "read the captions", "sample", "decode", "draw and save"]
-        seconds = {name: round(b - a, 3) for name, a, b in zip(names, clock, clock[1:], strict=False)}
-        result |= {"path": str(out), "captions": captions, "seed": seed, "seconds": seconds} | facts
-        result["total_seconds"] = round(clock[-1] - clock[0], 3)
-        if not json:
-            title = f"{count} pictures of {images[0].width} px on {facts['device']}"
-            rows = [[name, f"{value:.2f}"] for name, value in seconds.items()]
-            show_table(title, ["", "seconds"], [*rows, ["total", f"{result['total_seconds']:.2f}"]])
-            console.print(f"Picture: {out}", markup=False, soft_wrap=True)
-
-
-def warn_unknown_words(prompts: list[str]) -> None:
-    """Says which words the lite model has never seen, and which it knows."""
-    from nitro_e_lite.scenes import grammar
-
-    unknown = dict.fromkeys(word for prompt in prompts for word in grammar.unknown_words(prompt))
-    if unknown:
-        errors.print(
-            f"Note: the lite model was trained on pictures of simple shapes and has never read: "
-            f"{', '.join(unknown)}. It knows {', '.join(grammar.SHAPES)}; {', '.join(grammar.COLORS)}; "
-            f"{', '.join(grammar.SIZES)}; one to four of a kind; {', '.join(grammar.RELATIONS)}.",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
-        )
-
-
-def picture_paths(out: Path, prompts: list[str], seeds: list[int]) -> list[Path]:
-    """A file for each picture: `out` for one, numbered for more, or named after its caption in a folder.
-
-    A named file is replaced; in a folder, a picture that is there already stays, whatever settings it was drawn with.
-
-    Raises:
-        ValueError: `out` is a picture of another format than PNG.
-    """
-    if out.suffix.lower() in OTHER_PICTURES:
-        rule = "prompt and settings are kept in PNG text chunks; name a .png file or a folder"
-        raise ValueError(f"out: {out.name!r} is no PNG; {rule}")
-    if out.suffix.lower() == ".png":
-        count = len(prompts)
-        return [out] if count == 1 else [out.with_stem(f"{out.stem}-{index}") for index in range(count)]
-    names = [re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture" for prompt in prompts]
-    paths: list[Path] = []
-    for name, seed in zip(names, seeds, strict=True):
-        path, repeat = out / f"{name}-{seed}.png", 1
-        while path in paths or path.exists():
-            repeat += 1
-            path = out / f"{name}-{seed}-{repeat}.png"
-        paths.append(path)
-    return paths
-
-
-@command(app, "sample")
-def sample(
-    captions: Annotated[list[str], typer.Argument(help="What to draw; each caption in quotes.")],
-    steps: Steps = None,
-    guidance: Guidance = None,
-    shift: Shift = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first picture of a caption; the next has seed + 1.")] = 0,
-    num: Annotated[int, typer.Option(help="Pictures for each caption.")] = 1,
-    out: Annotated[Path, typer.Option(help="A .png file, or a folder.")] = Path("outputs"),
-    negative: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
-    height: int | None = None,
-    width: int | None = None,
-    model: Model = "lite",
-    text_encoder: TextEncoder = None,
-    vae: Vae = None,
-    lora: Lora = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    json: Json = False,
-) -> None:
-    """Draw captions and save PNG files that hold prompt, seed and settings in their text chunks."""
-    with output(json) as result:
-        from nitro_e_lite import load_pipeline, viz
-        from nitro_e_lite.inference.arguments import as_integer, seeded_generators
-
-        as_integer("num", num, 1)
-        prompts = [caption for caption in captions for _ in range(num)]
-        seeds = [seed + index for _ in captions for index in range(num)]
-        paths, generators = picture_paths(out, prompts, seeds), seeded_generators(seeds)
-        pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora)
-        pipeline.set_progress_bar_config(disable=None)
-        if len(pipeline.tokenizer) < LITE_VOCABULARY:
-            warn_unknown_words([*captions, negative or ""])
-        start = time.perf_counter()
-        images = pipeline(
-            prompts,
-            steps,
-            guidance,
-            shift=shift,
-            negative_prompt=negative,
-            height=height,
-            width=width,
-            generator=generators,
-        ).images
-        seconds, facts = time.perf_counter() - start, settings(pipeline, model, steps, guidance, shift)
-        for image, path, prompt, own_seed in zip(images, paths, prompts, seeds, strict=True):
-            viz.save_image(image, path, {"prompt": prompt, "negative prompt": negative or "", "seed": own_seed} | facts)
-            if not json:
-                console.print(str(path), markup=False, soft_wrap=True)
-        rows = zip(paths, prompts, seeds, strict=True)
-        result |= {"images": [{"path": str(a), "prompt": b, "seed": c} for a, b, c in rows]}
-        result |= {"seconds": round(seconds, 3)} | facts
-
-
-@command(app, "evaluate")
-def evaluate(
-    model: Model = "lite",
-    steps: Steps = None,
-    guidance: Guidance = None,
-    shift: Shift = None,
-    prompts: Annotated[Path | None, typer.Option(help="JSON-lines file in GenEval's schema.")] = None,
-    split: Annotated[str, typer.Option(help="held_out_prompts or held_out_compositions.")] = "held_out_prompts",
-    seeds: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 2,
-    batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 25,
-    out: Annotated[Path | None, typer.Option(help="Also write the result card to this file.")] = None,
-    grid: Annotated[Path | None, typer.Option(help="Also write the first pictures of every category here.")] = None,
-    text_encoder: TextEncoder = None,
-    vae: Vae = None,
-    lora: Lora = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    json: Json = False,
-) -> None:
-    """Score a model on GenEval-lite: six categories, a 95 % interval and the whole recipe."""
-    with output(json) as result:
-        from nitro_e_lite import load_pipeline
-        from nitro_e_lite.evaluation.geneval_lite import evaluate as run
-        from nitro_e_lite.scenes.geneval import load_prompts, read_prompts
-
-        asked = read_prompts(prompts) if prompts else load_prompts(split)
-        pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora)
-        sampler = {"steps": steps, "guidance": guidance, "shift": shift, "batch_size": batch}
-        found = run(pipeline, asked, seeds=range(seeds), keep_images=grid is not None, **sampler)
-        found.card.update(model=model, prompt_list=prompts.name if prompts else split)
-        result |= found.card
-        if out:
-            found.save(out)
-        if grid:
-            grid.parent.mkdir(parents=True, exist_ok=True)
-            found.grid().save(grid)
-        if not json:
-            score = found.score
-            rows = [[name, f"{value:.3f}"] for name, value in score.categories.items()]
-            rows.append(["overall", f"{score.overall:.3f}  ({score.low:.3f} to {score.high:.3f})"])
-            title = f"GenEval-lite, {score.images} pictures, {found.card['seconds']:.0f} s"
-            show_table(title, ["category", "score"], rows)
-
-
-@command(app, "ship")
-def ship(
-    source: Annotated[Path, typer.Argument(help="A finished training run.")],
-    name: Annotated[str, typer.Option(help="Shipped weights, or a folder with encoders.")] = "lite",
-    steps: Annotated[int, typer.Option(help="Sampler steps of a call that names none.")] = 20,
-    guidance: Annotated[float | None, typer.Option(help="Guidance likewise; that of the run when not given.")] = None,
-    shift: Annotated[float | None, typer.Option(help="Shift likewise; that of the run when not given.")] = None,
-) -> None:
-    """Put a trained transformer into the package (or a folder), in float16 and with fresh checksums."""
-    from nitro_e_lite.experiments import ship
-
-    finish(ship.ship(source, name, steps=steps, guidance=guidance, shift=shift))
 
 
 @command(notebooks_app, "refresh")

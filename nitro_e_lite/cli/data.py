@@ -52,7 +52,7 @@ def encode(
 
         from nitro_e_lite import runtime
         from nitro_e_lite.data import precompute
-        from nitro_e_lite.inference.encoder_set import load_encoders
+        from nitro_e_lite.inference.encoders import load_encoders
         from nitro_e_lite.inference.vision import load_vision
 
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -54,17 +54,17 @@ def diagnose() -> dict[str, Any]:
             "environment": None,
             "weights": None,
         }
-    from nitro_e_lite import runtime
+    from nitro_e_lite import files, runtime
 
     weights: dict[str, int] = {}
-    folders = sorted(p.parent for p in runtime.weights_dir().glob(f"*/{runtime.MANIFEST}"))
+    folders = sorted(p.parent for p in files.weights_dir().glob(f"*/{files.MANIFEST}"))
     if not folders:
         problems.append(
-            f"{runtime.weights_dir()}: no shipped weights; get the checkout again, or train with nitro-e train"
+            f"{files.weights_dir()}: no shipped weights; get the checkout again, or train with nitro-e train"
         )
     for folder in folders:
         try:
-            names = runtime.check_manifest(folder)
+            names = files.check_manifest(folder)
             weights[folder.name] = sum((folder / name).stat().st_size for name in names)
         except (OSError, ValueError) as error:
             problems.append(str(error))

@@ -12,6 +12,7 @@ from nitro_e_lite.cli.terminal import (
     Json,
     Lora,
     Model,
+    Shift,
     Steps,
     TextEncoder,
     Vae,
@@ -34,12 +35,12 @@ def count(
 ) -> None:
     """Count the transformer's parameters and the FLOPs of one forward pass, without running it."""
     with output(json) as result:
-        from nitro_e_lite.evaluation import benchmark
+        from nitro_e_lite.model.flops import build_on_meta, count_flops, count_parameters, model_config
 
-        config = benchmark.model_config(size)
+        config = model_config(size)
         tokens = text_tokens if text_tokens is not None else (128 if size == "full" else 32)
-        flops = benchmark.count_flops(config, batch, tokens)
-        parameters = benchmark.count_parameters(benchmark.build_on_meta(config))
+        flops = count_flops(config, batch, tokens)
+        parameters = count_parameters(build_on_meta(config))
         result |= {
             "size": size,
             "batch": batch,
@@ -79,10 +80,11 @@ def benchmark_command(
     with output(json) as result:
         from nitro_e_lite import load_pipeline, runtime
         from nitro_e_lite.evaluation import benchmark
+        from nitro_e_lite.model.flops import model_config
 
         batches = batch or ([4] if transformer else [1, 8])
         if transformer:
-            config = benchmark.model_config(transformer)
+            config = model_config(transformer)
             rows = [
                 {"batch": b} | benchmark.time_transformer(config, b, device=device, dtype=dtype, repeats=repeats)
                 for b in batches
@@ -174,3 +176,47 @@ def doctor(json: Json = False) -> None:
             console.print("All is there." if result["ok"] else "Something is missing.", soft_wrap=True)
     if not result["ok"]:
         raise typer.Exit(1)
+
+
+@command(app, "evaluate")
+def evaluate(
+    model: Model = "lite",
+    steps: Steps = None,
+    guidance: Guidance = None,
+    shift: Shift = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSON-lines file in GenEval's schema.")] = None,
+    split: Annotated[str, typer.Option(help="held_out_prompts or held_out_compositions.")] = "held_out_prompts",
+    seeds: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 2,
+    batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 25,
+    out: Annotated[Path | None, typer.Option(help="Also write the result card to this file.")] = None,
+    grid: Annotated[Path | None, typer.Option(help="Also write the first pictures of every category here.")] = None,
+    text_encoder: TextEncoder = None,
+    vae: Vae = None,
+    lora: Lora = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Score a model on GenEval-lite: six categories, a 95 % interval and the whole recipe."""
+    with output(json) as result:
+        from nitro_e_lite import load_pipeline
+        from nitro_e_lite.evaluation.geneval_lite import evaluate as run
+        from nitro_e_lite.scenes.geneval import load_prompts, read_prompts
+
+        asked = read_prompts(prompts) if prompts else load_prompts(split)
+        pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora)
+        sampler = {"steps": steps, "guidance": guidance, "shift": shift, "batch_size": batch}
+        found = run(pipeline, asked, seeds=range(seeds), keep_images=grid is not None, **sampler)
+        found.card.update(model=model, prompt_list=prompts.name if prompts else split)
+        result |= found.card
+        if out:
+            found.save(out)
+        if grid:
+            grid.parent.mkdir(parents=True, exist_ok=True)
+            found.grid().save(grid)
+        if not json:
+            score = found.score
+            rows = [[name, f"{value:.3f}"] for name, value in score.categories.items()]
+            rows.append(["overall", f"{score.overall:.3f}  ({score.low:.3f} to {score.high:.3f})"])
+            title = f"GenEval-lite, {score.images} pictures, {found.card['seconds']:.0f} s"
+            show_table(title, ["category", "score"], rows)

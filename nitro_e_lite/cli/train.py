@@ -6,12 +6,21 @@ from typing import Annotated
 
 import typer
 
-from nitro_e_lite.cli.terminal import Device, Json, Overrides, Resume, RunDir, command, console, output, show_table
+from nitro_e_lite.cli.terminal import (
+    Device,
+    Json,
+    Overrides,
+    Resume,
+    RunDir,
+    command,
+    console,
+    output,
+    show_table,
+)
 
 app = typer.Typer()
 train_app = typer.Typer(help="Train one of the models of the course.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
-
 Preset = Annotated[str, typer.Option(help="smoke, lite or full.")]
 Processes = Annotated[int, typer.Option(help="Processes on a machine, one for each accelerator.")]
 Nodes = Annotated[int, typer.Option(help="Machines; for more than one the commands are printed, not run.")]
@@ -21,7 +30,7 @@ def run_stage(stage, preset, overrides, run_dir, resume, device, processes, node
     """Trains one stage, or prints how to start it on several machines."""
     from nitro_e_lite import config
     from nitro_e_lite.experiments import launch
-    from nitro_e_lite.training.checkpoints import RunStopped
+    from nitro_e_lite.runtime import RunStopped
 
     chosen = config.override(config.preset(stage, preset), overrides or [])
     run_dir = run_dir or Path("runs") / f"{stage}-{preset}"
@@ -209,7 +218,7 @@ def plan_command(
 
         from nitro_e_lite import config
         from nitro_e_lite.experiments import plan
-        from nitro_e_lite.model.hardware import HARDWARE
+        from nitro_e_lite.model.flops import HARDWARE
 
         chosen = config.override(config.preset(stage, preset), overrides or [])
         found = plan.plan(chosen, hardware, devices, mfu, peak_tflops, pictures)
@@ -242,3 +251,17 @@ def plan_command(
 def finish(final: Path) -> None:
     """Prints where the weights of a finished run are."""
     console.print(f"Weights: {final}", markup=False, soft_wrap=True)
+
+
+@command(app, "ship")
+def ship(
+    source: Annotated[Path, typer.Argument(help="A finished training run.")],
+    name: Annotated[str, typer.Option(help="Shipped weights, or a folder with encoders.")] = "lite",
+    steps: Annotated[int, typer.Option(help="Sampler steps of a call that names none.")] = 20,
+    guidance: Annotated[float | None, typer.Option(help="Guidance likewise; that of the run when not given.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Shift likewise; that of the run when not given.")] = None,
+) -> None:
+    """Put a trained transformer into the package (or a folder), in float16 and with fresh checksums."""
+    from nitro_e_lite.experiments import ship
+
+    finish(ship.ship(source, name, steps=steps, guidance=guidance, shift=shift))

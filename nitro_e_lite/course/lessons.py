@@ -31,7 +31,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from nitro_e_lite import config, runtime, viz
+from nitro_e_lite import config, files, runtime, viz
 from nitro_e_lite.stats import interval
 
 __all__ = ["Lesson", "check", "interval", "race", "start"]
@@ -221,7 +221,7 @@ def _meant(text: str) -> bool | int | float | str:
 
 
 def _run_folder(run_dir: str) -> Path:
-    root = runtime.repo_root()
+    root = files.repo_root()
     inside = root is not None and Path.cwd().resolve().is_relative_to(root)
     return (root if inside else Path.cwd()) / run_dir
 

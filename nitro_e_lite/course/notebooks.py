@@ -19,8 +19,8 @@ from typing import Any
 
 import psutil
 
-from nitro_e_lite import runtime
-from nitro_e_lite.training.checkpoints import StopRequest
+from nitro_e_lite import files
+from nitro_e_lite.runtime import StopRequest
 
 MAX_BYTES = 500_000
 METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
@@ -52,7 +52,7 @@ def notebooks_dir() -> Path:
     Raises:
         FileNotFoundError: the package does not run from a checkout.
     """
-    root = runtime.repo_root()
+    root = files.repo_root()
     if root is None:
         raise FileNotFoundError("notebooks/: only a checkout of the repository has it; clone it and install with -e")
     return root / "notebooks"

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from nitro_e_lite.config import DataConfig, TrainConfig
-from nitro_e_lite.data.order import batch_indices
-from nitro_e_lite.data.quality import readable_rows
-from nitro_e_lite.data.scene_latents import cached_scenes, scene_row
+from nitro_e_lite.data.scene_latents import cached_scenes, readable_rows, scene_row
 from nitro_e_lite.data.shards import CARD, LatentBatch, LatentDataset
-from nitro_e_lite.inference.encoder_set import Encoders
+from nitro_e_lite.inference.encoders import Encoders
 from nitro_e_lite.model import flow
-from nitro_e_lite.scenes.grammar import COLORS, render, words
+from nitro_e_lite.scenes.captions import words
+from nitro_e_lite.scenes.grammar import COLORS
 from nitro_e_lite.scenes.minimal_pairs import FACTS, minimal_pair
+from nitro_e_lite.scenes.render import render
 
 
 @dataclass(frozen=True)
@@ -222,3 +222,31 @@ def _open(config: DataConfig, encoders: Encoders, split: str) -> LatentDataset:
         return cached_scenes(encoders, config, split)
     folders = config.folders if split == "train" else config.validation_folders
     return LatentDataset(folders, encoders.image_fingerprint, encoders.fingerprint)
+
+
+def batch_indices(seed: int, length: int, batch_size: int, step: int) -> np.ndarray:
+    """Which rows step ``step`` (counted from 0) reads: a fresh permutation each epoch, the incomplete rest left out.
+
+    Args:
+        seed: of the order.
+        length: rows in the data set.
+        batch_size: rows a step, over all processes.
+        step: global step.
+
+    Returns:
+        int64 (batch_size,).
+
+    Raises:
+        ValueError: when a batch is larger than the data set.
+    """
+    if batch_size > length:
+        raise ValueError(f"batch_size={batch_size}: larger than the data set ({length} rows)")
+    epoch, position = divmod(step, length // batch_size)
+    return _permutation(seed, epoch, length)[position * batch_size : (position + 1) * batch_size]
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
+    """The order of one epoch; remembered, because every step of the epoch asks for it."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(length, generator=generator).numpy()

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from nitro_e_lite.data.order import batch_indices
+from nitro_e_lite.data.batches import batch_indices
+from nitro_e_lite.data.shard_writer import write_latents
 from nitro_e_lite.data.shards import (
     QUARANTINE,
     SHARDS,
@@ -37,10 +38,8 @@ from nitro_e_lite.data.shards import (
     read_captions,
     read_card,
     sidecars,
-    write_atomically,
-    write_latents,
 )
-from nitro_e_lite.runtime import sha256_file
+from nitro_e_lite.files import sha256_file, write_atomically
 
 MEAN_LIMIT, SPREAD_LIMITS = 0.5, (0.7, 1.4)  # of the mean over channels, in absolute value
 CHANNEL_MEAN_LIMIT, CHANNEL_SPREAD_LIMITS = 1.5, (0.2, 5.0)

@@ -32,21 +32,12 @@ from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HfHubHTTPError
 from tqdm.auto import tqdm
 
-from nitro_e_lite.data.shards import (
-    CARD,
-    SHARD_ROWS,
-    SHARDS,
-    LatentBatch,
-    ShardWriter,
-    array_shapes,
-    bad_rows,
-    read_card,
-    sidecars,
-    write_atomically,
-)
+from nitro_e_lite.data.shard_writer import ShardWriter
+from nitro_e_lite.data.shards import CARD, SHARD_ROWS, SHARDS, LatentBatch, array_shapes, bad_rows, read_card, sidecars
 from nitro_e_lite.data.sources import FLUX, SA1B, Folder, JourneyDB, Problem, Prompts, Record, Source, square
-from nitro_e_lite.inference.encoder_set import Encoders
-from nitro_e_lite.inference.encoders import EncoderUnavailable
+from nitro_e_lite.files import write_atomically
+from nitro_e_lite.inference.encoders import Encoders
+from nitro_e_lite.inference.hub import EncoderUnavailable
 
 GRID = 16  # latents a side
 GENERATOR = "black-forest-labs/FLUX.1-dev"

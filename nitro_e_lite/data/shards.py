@@ -27,12 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
-import time
-import uuid
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -42,16 +37,13 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 
-from nitro_e_lite.runtime import read_jsonl, sha256_file
+from nitro_e_lite.files import read_jsonl
 
 CARD, SHARDS, QUARANTINE = "card.json", "shards", "quarantine.jsonl"
 ARRAYS = ("latents", "text", "vision")  # columns of float16 numbers
 SHARD_ROWS = 10_000
-STALE = 86_400.0  # seconds after which what a process left unfinished is taken for abandoned
-WRITE_BYTES = 2**27  # rows are gathered up to this size: few large pieces are quick to open and to search
 LARGEST_FINITE = 0x7BFF  # bits of the largest finite float16, sign left out
 
 
@@ -329,123 +321,3 @@ def quarantine(folder: Path, shard: str, row: int | None, reason: str) -> None:
         if line not in read_quarantine(folder):
             with open(folder / QUARANTINE, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-
-
-# -----------------------------------------------------------------------------------------------------------
-# Writing
-# -----------------------------------------------------------------------------------------------------------
-
-
-class ShardWriter:
-    """Writes one shard of a data set.
-
-    Args:
-        folder: of the data set.
-        name: of the shard; rows are read in the order of the names.
-        shapes: of one row of each column, as ``array_shapes`` gives them.
-    """
-
-    def __init__(self, folder: str | Path, name: str, shapes: dict[str, tuple[int, ...]]):
-        self._path = Path(folder) / SHARDS / f"{name}.arrow"
-        self._partial = self._path.with_suffix(f".{os.getpid()}.partial")  # two processes never share a file
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        strings = datasets.Value("string")
-        features = {n: datasets.List(datasets.Value("float16"), length=prod(s)) for n, s in shapes.items()}
-        features |= {"captions": datasets.List(strings), "source": strings, "key": strings}
-        self._shapes, self._writer = shapes, ArrowWriter(path=str(self._partial), features=datasets.Features(features))
-        self.rows, self._sources, self._waiting = 0, Counter(), []
-
-    def add(self, batch: LatentBatch) -> None:
-        """Appends rows; numbers are stored as float16."""
-        count = len(batch.captions)
-        columns = {n: getattr(batch, n).to(torch.float16).flatten(1).cpu().numpy() for n in self._shapes}
-        columns |= {"captions": batch.captions, "source": batch.sources or [""] * count}
-        columns |= {"key": batch.keys or [""] * count}
-        self._waiting.append(columns)
-        self.rows += count
-        self._sources.update(columns["source"])
-        if sum(c[n].nbytes for c in self._waiting for n in self._shapes) > WRITE_BYTES:
-            self._write()
-
-    def _write(self) -> None:
-        if self._waiting:
-            joined = {n: np.concatenate([c[n] for c in self._waiting]) for n in self._shapes}
-            joined |= {n: sum((c[n] for c in self._waiting), []) for n in ("captions", "source", "key")}
-            self._writer.write_batch(joined)
-            self._waiting = []
-
-    def finish(self, **about: Any) -> None:
-        """Closes the shard; from now on it counts. ``about`` goes into its JSON file."""
-        state = {"rows": self.rows, "bytes": 0, "sha256": "", "sources": dict(self._sources), "end": True, **about}
-        if self.rows:
-            self._write()
-            self._writer.finalize()
-            self._writer.close()
-            with open(self._partial, "rb+") as file:
-                os.fsync(file.fileno())
-            state |= {"bytes": self._partial.stat().st_size, "sha256": sha256_file(self._partial)}
-            os.replace(self._partial, self._path)
-        else:
-            self._writer.close()
-            self._partial.unlink(missing_ok=True)
-        write_atomically(self._path.with_suffix(".json"), json.dumps(state, ensure_ascii=False) + "\n")
-        for leftover in self._path.parent.glob(f"{self._path.stem}.*.partial"):  # of a run that was killed
-            leftover.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all, also when the machine goes down."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_latents(
-    folder: str | Path,
-    batches: Iterable[LatentBatch],
-    fingerprint: str,
-    about: dict[str, Any] | None = None,
-    shard_rows: int = SHARD_ROWS,
-) -> None:
-    """Writes a data set, whole or not at all.
-
-    Several processes may write the same folder at once: each writes its own copy, and the first to finish gives it.
-
-    Args:
-        folder: where to; must not exist.
-        batches: latents, captions and, if wanted, features, in order.
-        fingerprint: of the encoder.
-        about: anything JSON-able to keep in the card.
-        shard_rows: rows after which the next shard begins.
-
-    Raises:
-        ValueError: when there is nothing to write.
-    """
-    folder = Path(folder)
-    for old in folder.parent.glob(f"{folder.name}.*.partial"):  # of processes that were killed
-        if time.time() - old.stat().st_mtime > STALE:
-            shutil.rmtree(old, ignore_errors=True)
-    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    shapes, writer, shard = {}, None, 0
-    for batch in batches:
-        shapes = shapes or {n: list(x.shape[1:]) for n in ARRAYS if (x := getattr(batch, n)) is not None}
-        writer = writer or ShardWriter(partial, f"{shard:06d}", shapes)
-        writer.add(batch)
-        if writer.rows >= shard_rows:
-            writer.finish()
-            writer, shard = None, shard + 1
-    if writer is not None:
-        writer.finish()
-    if not shapes:
-        raise ValueError(f"{folder}: no data to write")
-    card = {"fingerprint": fingerprint, "shape": shapes.pop("latents"), "arrays": shapes, **(about or {})}
-    write_atomically(partial / CARD, json.dumps(card, indent=1) + "\n")
-    try:
-        os.replace(partial, folder)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not (folder / CARD).is_file():  # else another process was first
-            raise

@@ -1,123 +1,26 @@
-"""How big, how much arithmetic, how fast.
-
-Size and arithmetic are counted on torch's *meta* device: the model is built and run without a single number
-being stored, so the full 302M-parameter model is counted on any laptop in a second.
-
-What counts as a FLOP: a multiplication and an addition are two. The headline number holds the products with weights
-(linear layers and convolutions), which is how 0.0775 TFLOPs comes about for the published model (batch 1, 128 text
-tokens). The products inside attention, query x key and probability x value, hold no weights and are reported beside it;
-with them it is 0.0804, and either rounds to the published 0.08.
+"""How fast: whole pictures and their parts, the transformer alone, its matrix products.
 
 Speed is the median of several runs after a warm-up, with the device idle before the clock is read.
 """
 
-import re
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from nitro_e_lite import runtime
-from nitro_e_lite.config import preset, to_dict
 from nitro_e_lite.inference.arguments import as_integer
 from nitro_e_lite.inference.pipeline import NitroEPipeline
-from nitro_e_lite.model import products
+from nitro_e_lite.model import cpu_kernels
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 
 CAPTION = "a red circle to the left of a blue square"
-SIZES = ("full", "lite", "smoke")
-PARTS = {
-    "patch_embed": "embeddings",
-    "text_embed": "embeddings",
-    "time_embed": "embeddings",
-    "compressor": "token compressor",
-    "reconstructor": "token reconstructor",
-    "projector": "REPA projector",
-    "norm_out": "output",
-    "proj_out": "output",
-}
-
-
-@dataclass(frozen=True)
-class FlopCount:
-    """FLOPs of one forward pass.
-
-    Attributes:
-        weights: products with weights.
-        attention: products inside attention, which hold no weights.
-        components: part of the model -> what is computed there, products of both kinds.
-    """
-
-    weights: int
-    attention: int
-    components: dict[str, int]
-
-
-def model_config(size: str) -> dict[str, Any]:
-    """Constructor arguments of the transformer at one of the project's sizes; "full" is the published model.
-
-    Raises:
-        ValueError: for another size.
-    """
-    if size not in SIZES:
-        raise ValueError(f"size: {size!r} is not one of {', '.join(SIZES)}")
-    return {} if size == "full" else to_dict(preset("base", size).model)
-
-
-def build_on_meta(config: Mapping[str, Any]) -> EMMDiTTransformer2DModel:
-    """The transformer without storage: every tensor has a shape and no numbers."""
-    with torch.device("meta"):
-        return EMMDiTTransformer2DModel(**config).eval()
-
-
-def part_of(name: str) -> str:
-    """The part of the transformer that a parameter or module belongs to, in a reader's words."""
-    first, *rest = name.split(".")
-    return f"group {int(rest[0]) + 1}" if first == "groups" else PARTS[first]
-
-
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Part of the transformer -> number of parameters."""
-    counts: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        counts[part_of(name)] += parameter.numel()
-    return dict(counts)
-
-
-def count_flops(config: Mapping[str, Any], batch: int = 1, text_tokens: int = 128) -> FlopCount:
-    """Counts one forward pass; the module's essay says what is counted.
-
-    Args:
-        config: constructor arguments of the transformer.
-        batch: pictures in the batch.
-        text_tokens: length of the text.
-
-    Raises:
-        TypeError, ValueError: for a batch or number of text tokens below 1.
-    """
-    batch, text_tokens = as_integer("batch", batch, 1), as_integer("text_tokens", text_tokens, 1)
-    model = build_on_meta(config)
-    size = model.config
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        latents = torch.empty(batch, size.in_channels, size.sample_size, size.sample_size)
-        model(latents, torch.empty(batch, text_tokens, size.caption_channels), torch.empty(batch))
-    counts = counter.get_flop_counts()
-    components: Counter[str] = Counter()
-    for name, operations in counts.items():
-        inner = name.partition(".")[2]  # without the class name
-        if re.fullmatch(r"\w+|groups\.\d+\.\d+", inner):
-            components[part_of(inner)] += sum(operations.values())
-    total = sum(counts["Global"].values())
-    attention = sum(n for operation, n in counts["Global"].items() if "bmm" in str(operation))
-    return FlopCount(total - attention, attention, dict(components))
 
 
 def median_seconds(function: Callable[[], Any], repeats: int = 5, warmup: int = 1) -> float:
@@ -205,7 +108,7 @@ def time_transformer(
         model(*inputs).sample.float().square().mean().backward()
 
     with torch.no_grad():
-        by_library = [time_products(model, inputs, multiply, repeats) for multiply in (products.linear, F.linear)]
+        by_library = [time_products(model, inputs, multiply, repeats) for multiply in (cpu_kernels.linear, F.linear)]
         forward = median_seconds(lambda: model(*inputs), repeats)
     return {
         "products_seconds": by_library[0],

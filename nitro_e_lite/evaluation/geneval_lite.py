@@ -9,7 +9,6 @@ the batch size therefore changes nothing but speed, and `nitro-e sample --seed` 
 """
 
 import dataclasses
-import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -18,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import nn
 from tqdm.auto import tqdm
 
 from nitro_e_lite import runtime
 from nitro_e_lite.evaluation.official_geneval import check_folder, write_sample
 from nitro_e_lite.inference.arguments import as_integer, seeded_generators
+from nitro_e_lite.inference.hub import weights_hash
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.scenes.geneval import Prompt, Score, Verdict, score, verify
 from nitro_e_lite.viz import image_grid
@@ -72,16 +70,6 @@ class Evaluation:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.card, indent=2) + "\n", encoding="utf-8", newline="\n")
         return path
-
-
-def weights_hash(*modules: nn.Module) -> str:
-    """SHA-256 over the names, types and values of all weights, whatever file they came from."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def picture_seed(seed: int, place: int) -> int:
@@ -202,13 +190,13 @@ def draw(
 
 def describe(pipeline: NitroEPipeline) -> dict[str, Any]:
     """What a score depends on besides prompts, seeds and sampler settings, as plain JSON."""
-    parts = [m for m in (pipeline.transformer, pipeline.vae, pipeline.text_encoder) if m is not None]
+    parts = {name: getattr(pipeline, name) for name in ("transformer", "vae", "text_encoder")}
     return {
         "sampler": type(pipeline.scheduler).__name__,
         "sigma_grid": pipeline.config.sigma_grid,
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
         "device": str(pipeline.device),
-        "weights_sha256": weights_hash(*parts),
+        "weights_sha256": weights_hash(parts),
         "transformer_parameters": sum(p.numel() for p in pipeline.transformer.parameters()),
         "environment": runtime.environment_report(),
     }

@@ -22,8 +22,8 @@ from torch import Tensor
 from nitro_e_lite.inference.encoders import encode_images
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.model import flow
-from nitro_e_lite.scenes.grammar import render
 from nitro_e_lite.scenes.minimal_pairs import FACTS, MinimalPair, minimal_pair
+from nitro_e_lite.scenes.render import render
 from nitro_e_lite.stats import interval
 
 HELD_OUT_SEED = 30_000  # pairs of this seed are for measuring

@@ -22,10 +22,11 @@ from typing import Any
 
 from nitro_e_lite.config import TrainConfig, override, to_dict
 from nitro_e_lite.evaluation.geneval_lite import evaluate
-from nitro_e_lite.runtime import MetricsWriter, read_jsonl
+from nitro_e_lite.files import read_jsonl
 from nitro_e_lite.scenes.geneval import CATEGORIES, Prompt
 from nitro_e_lite.stats import interval
 from nitro_e_lite.training.engine import Trainer
+from nitro_e_lite.training.metrics import MetricsWriter
 
 RESULT = "comparison.json"
 

@@ -26,7 +26,7 @@ import psutil
 import torch
 
 from nitro_e_lite.config import TrainConfig, assignments
-from nitro_e_lite.training.checkpoints import RunStopped, StopRequest
+from nitro_e_lite.runtime import RunStopped, StopRequest
 from nitro_e_lite.training.engine import train
 
 NOTEBOOK_SETTINGS = ("MPLBACKEND", "JPY_PARENT_PID", "FORCE_COLOR", "CLICOLOR_FORCE")

@@ -33,14 +33,13 @@ from transformers import AutoConfig, AutoModel, Dinov2Config, Dinov2Model, Llama
 
 from nitro_e_lite.config import DataConfig, TrainConfig, preset, to_dict
 from nitro_e_lite.data.shards import sidecars
-from nitro_e_lite.evaluation.benchmark import build_on_meta, median_seconds
-from nitro_e_lite.inference.encoder_set import FULL_TEXT_LENGTH, LITE_TEXT_LENGTH
+from nitro_e_lite.evaluation.benchmark import median_seconds
+from nitro_e_lite.files import weights_dir
+from nitro_e_lite.inference.encoders import FULL_TEXT_LENGTH, LITE_TEXT_LENGTH
 from nitro_e_lite.inference.vision import GRID
 from nitro_e_lite.model.cpu_kernels import plain_operations
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
-from nitro_e_lite.model.hardware import HARDWARE
-from nitro_e_lite.runtime import weights_dir
-from nitro_e_lite.training.metrics import model_flops
+from nitro_e_lite.model.flops import HARDWARE, build_on_meta, model_flops
 from nitro_e_lite.training.optimizers import hidden_matrices
 
 PUBLISHED_DAYS, PUBLISHED_DEVICES, PUBLISHED_HARDWARE = 1.5, 8, "mi300x"

@@ -13,11 +13,11 @@ from pathlib import Path
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from nitro_e_lite.config import TrainConfig, to_dict
-from nitro_e_lite.inference.encoder_set import load_encoders
+from nitro_e_lite.files import MANIFEST, check_manifest, weights_dir, write_manifest
+from nitro_e_lite.inference.encoders import load_encoders
 from nitro_e_lite.inference.loading import load_transformer
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.inference.vision import load_vision
-from nitro_e_lite.runtime import MANIFEST, check_manifest, weights_dir, write_manifest
 
 
 def ship(

@@ -19,42 +19,24 @@ token attends to the caption, so its feature is one more summary of it, which th
 any other token. Source: the published Nitro-E code; DC-AE arXiv 2410.10733.
 """
 
-import hashlib
 import html
 import json
-import logging
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from diffusers import AutoencoderDC
-from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nitro_e_lite.model.products import speed_up
-from nitro_e_lite.runtime import MANIFEST, check_manifest
-
-FULL_AUTOENCODER = "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers"
-FULL_TEXT_ENCODER = "meta-llama/Llama-3.2-1B"
-HUB_REVISIONS = {
-    FULL_AUTOENCODER: "ca69e17e97609e64ce055115a6515215109b1f50",
-    FULL_TEXT_ENCODER: "4e20de362430cd3b72f300e6b0f18e50e7166e08",
-}
-"""Hub id -> commit that is loaded when none is asked for. Other ids need a revision."""
-
-
-class EncoderUnavailable(RuntimeError):
-    """An encoder cannot be loaded: no such folder, no network, or a licence not accepted."""
+from nitro_e_lite.files import weights_dir
+from nitro_e_lite.inference import hub
 
 
 @dataclass(frozen=True)
@@ -96,136 +78,6 @@ class LatentStats:
         if like.shape[1] != len(self.mean):
             raise ValueError(f"latents have {like.shape[1]} channels, their statistics {len(self.mean)}")
         return tuple(like.new_tensor(x).view(1, -1, 1, 1) for x in (self.mean, self.std))
-
-
-# -----------------------------------------------------------------------------------------------------------
-# Loading
-# -----------------------------------------------------------------------------------------------------------
-
-
-def load_autoencoder(
-    source: str | Path,
-    *,
-    revision: str | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> AutoencoderDC:
-    """Loads an autoencoder, frozen and in evaluation mode.
-
-    Args:
-        source: local folder, or hub id such as ``FULL_AUTOENCODER``.
-        revision: commit of a hub id; the pinned one of ``HUB_REVISIONS`` when None.
-        device: where to put it.
-        dtype: number type of the weights.
-
-    Raises:
-        EncoderUnavailable: when nothing can be loaded from ``source``.
-        ValueError: for a hub id without a revision, or a file that differs from its checksum.
-    """
-    place = _resolve(source, revision, "--vae PATH")
-    load = AutoencoderDC.from_pretrained
-    vae = attempt(source, "--vae PATH", load, torch_dtype=dtype, use_safetensors=True, **place)
-    return vae.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)
-
-
-def load_text_encoder(
-    source: str | Path,
-    *,
-    revision: str | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    token: str | None = None,
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Loads a tokenizer and its language model, frozen and in evaluation mode.
-
-    Args:
-        source: hub id, a folder that holds both, or a folder with ``tokenizer`` and ``text_encoder`` inside.
-        revision: commit of a hub id; the pinned one of ``HUB_REVISIONS`` when None.
-        device: where to put the model.
-        dtype: number type of the weights.
-        token: access token for a gated hub id; the one of ``hf auth login`` when None.
-
-    Returns:
-        Tokenizer (pads on the right with the end token) and model (no language-model head).
-
-    Raises:
-        EncoderUnavailable: when nothing can be loaded from ``source``; names the licence page.
-        ValueError: for a hub id without a revision, or a file that differs from its checksum.
-    """
-    option = "--text-encoder PATH"
-    place = _resolve(source, revision, option)
-    if (Path(source) / "text_encoder").is_dir():
-        parts = (Path(source) / "tokenizer", Path(source) / "text_encoder")
-        folders = [{"pretrained_model_name_or_path": str(part)} for part in parts]
-    else:
-        folders = [place, place]
-    if not Path(source).is_dir():
-        folders = [{**f, "token": token} for f in folders]
-    tokenizer = attempt(source, option, AutoTokenizer.from_pretrained, **folders[0])
-    load = AutoModel.from_pretrained
-    model = attempt(source, option, load, dtype=dtype, use_safetensors=True, **folders[1])
-    if tokenizer.eos_token is None:
-        raise EncoderUnavailable(f"{source}: the tokenizer has no end token, which captions are padded with")
-    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
-    speed_up(model)
-    return tokenizer, model.to(device).eval().requires_grad_(False)
-
-
-def _resolve(source: str | Path, revision: str | None, option: str) -> dict[str, str]:
-    """Folder or (hub id, commit) as arguments of ``from_pretrained``."""
-    if Path(source).is_dir():
-        return {"pretrained_model_name_or_path": str(source)}
-    if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise EncoderUnavailable(f"{source}: no such folder, and not a hub id like owner/name ({option})")
-    revision = revision or HUB_REVISIONS.get(source)
-    if revision is None:
-        raise ValueError(
-            f"revision=None: {source} has no pinned commit; pass revision='<40-digit commit>' so that the "
-            f"run can be repeated, or download it once and pass its folder ({option})"
-        )
-    return {"pretrained_model_name_or_path": source, "revision": revision}
-
-
-@contextmanager
-def quiet_loading(source: str | Path) -> Iterator[None]:
-    """Without the hub's warnings, and without progress bars when ``source`` is a folder; a download shows its own."""
-    hub = logging.getLogger("huggingface_hub")  # warns of every request that failed, before it tries again
-    level = hub.level
-    hub.setLevel(logging.ERROR)
-    logs = [diffusers.utils.logging, transformers.utils.logging] if Path(source).is_dir() else []
-    shown = [log for log in logs if log.is_progress_bar_enabled()]
-    for log in shown:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hub.setLevel(level)
-        for log in shown:
-            log.enable_progress_bar()
-
-
-def attempt(source: str | Path, option: str, load, **arguments):
-    """Calls a ``from_pretrained``; whatever the hub answers, or a damaged file, ends in one readable error.
-
-    A folder that lies beside a list of checksums, as shipped weights do, must agree with it.
-    """
-    folder = Path(arguments["pretrained_model_name_or_path"])
-    if (folder.parent / MANIFEST).is_file():
-        check_manifest(folder.parent, folder.name)
-    try:
-        with quiet_loading(source):
-            return load(**arguments)
-    except (OSError, ValueError, HTTPError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if Path(source).is_dir():
-        message = f"{source}: cannot be loaded ({reason})"
-    else:
-        message = (
-            f"{source}: cannot be downloaded ({reason}). If it asks for a licence, accept it at "
-            f"https://huggingface.co/{source} and run `hf auth login`; without network, download it "
-            f"elsewhere and name its folder: {option}"
-        )
-    raise EncoderUnavailable(message)  # outside the except block: no chain of causes to dig through
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -323,6 +175,9 @@ def encode_text(
     return model(input_ids=tokens, attention_mask=mask).last_hidden_state  # (B, L, D)
 
 
+LITE_TEXT_LENGTH, FULL_TEXT_LENGTH = 32, 128  # tokens a caption is padded to
+
+
 def fingerprint(
     vae: AutoencoderDC | None,
     text_encoder: PreTrainedModel | None,
@@ -332,8 +187,7 @@ def fingerprint(
 ) -> str:
     """Names an encoder set: changes when any weight or any setting does. It travels with cached latents.
 
-    Weights count rounded to bfloat16, so that a set loaded as float32 and as bfloat16 is the same set: data encoded in
-    one can be trained on in the other.
+    Weights count rounded to bfloat16: data encoded in one number type can be trained on in another.
 
     Args:
         vae: autoencoder, or None.
@@ -341,17 +195,84 @@ def fingerprint(
         stats: latent statistics.
         max_length: text tokens.
         **settings: anything else the cached values depend on (JSON types), e.g. ``image_size=128``.
-
-    Returns:
-        64 hexadecimal digits.
     """
-    digest = hashlib.sha256()
     facts = {"stats": [stats.mean, stats.std], "max_length": max_length, **settings}
-    digest.update(json.dumps(facts, sort_keys=True).encode())
-    for name, module in (("vae", vae), ("text_encoder", text_encoder)):
-        for key, value in sorted(module.state_dict().items()) if module is not None else ():
-            value = value.detach().cpu()
-            value = value.to(torch.bfloat16) if value.is_floating_point() else value
-            digest.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return hub.weights_hash({"vae": vae, "text_encoder": text_encoder}, rounded_to=torch.bfloat16, **facts)
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """Frozen encoders that belong together."""
+
+    vae: AutoencoderDC
+    tokenizer: PreTrainedTokenizerBase
+    text_encoder: PreTrainedModel
+    stats: LatentStats
+    max_text_length: int = LITE_TEXT_LENGTH
+
+    @property
+    def latent_channels(self) -> int:
+        """`C` of the latents."""
+        return len(self.stats.mean)
+
+    @property
+    def width(self) -> int:
+        """`Dc` of the text features."""
+        return self.text_encoder.config.hidden_size
+
+    @cached_property
+    def image_fingerprint(self) -> str:
+        """Names the autoencoder and its statistics; travels with cached latents."""
+        return fingerprint(self.vae, None, self.stats, 0)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names both encoders and their settings; kept with a run."""
+        return fingerprint(self.vae, self.text_encoder, self.stats, self.max_text_length)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images (see ``encode_images``) to normalised latents (B, C, h, w)."""
+        return encode_images(self.vae, images, self.stats)
+
+    def encode_text(self, captions: list[str]) -> Tensor:
+        """Captions to features (B, L, Dc)."""
+        return encode_text(self.tokenizer, self.text_encoder, captions, self.max_text_length)
+
+    def parts(self) -> dict:
+        """The same as keyword arguments of ``NitroEPipeline``, which then draws with these encoders."""
+        return {
+            "vae": self.vae,
+            "tokenizer": self.tokenizer,
+            "text_encoder": self.text_encoder,
+            "latents_mean": list(self.stats.mean),
+            "latents_std": list(self.stats.std),
+            "max_text_length": self.max_text_length,
+        }
+
+
+def load_encoders(
+    source: str | Path = "lite", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Encoders:
+    """Loads ``vae`` (with ``latent_stats.json``), ``text_encoder`` and ``tokenizer`` of one folder.
+
+    Args:
+        source: a name of shipped weights, a folder, or "full": DC-AE f32c32 and Llama-3.2-1B from the hub.
+        device: where to put the models.
+        dtype: of the language model and the autoencoder.
+
+    Raises:
+        EncoderUnavailable: when the folder holds no such models.
+        ValueError: when a file differs from its checksum.
+    """
+    if source == "full":
+        tokenizer, text_encoder = hub.load_text_encoder(hub.FULL_TEXT_ENCODER, device=device, dtype=dtype)
+        vae = hub.load_autoencoder(hub.FULL_AUTOENCODER, device=device, dtype=dtype)
+        stats = LatentStats.from_scaling_factor(vae.config.scaling_factor, vae.config.latent_channels)
+        return Encoders(vae, tokenizer, text_encoder, stats, FULL_TEXT_LENGTH)
+    shipped = weights_dir() / source
+    folder = shipped if shipped.is_dir() else Path(source)
+    if not (folder / "vae" / "latent_stats.json").is_file():
+        raise hub.EncoderUnavailable(f"{source}: no vae/latent_stats.json below this folder")
+    tokenizer, text_encoder = hub.load_text_encoder(folder, device=device, dtype=dtype)
+    vae = hub.load_autoencoder(folder / "vae", device=device, dtype=dtype)
+    return Encoders(vae, tokenizer, text_encoder, LatentStats.load(folder / "vae"))

@@ -13,13 +13,12 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError
 
-from nitro_e_lite import runtime
-from nitro_e_lite.inference.encoder_set import FULL_TEXT_LENGTH, LITE_TEXT_LENGTH, Encoders, load_encoders
-from nitro_e_lite.inference.encoders import (
+from nitro_e_lite import files, runtime
+from nitro_e_lite.inference.encoders import FULL_TEXT_LENGTH, LITE_TEXT_LENGTH, Encoders, LatentStats, load_encoders
+from nitro_e_lite.inference.hub import (
     FULL_AUTOENCODER,
     FULL_TEXT_ENCODER,
     EncoderUnavailable,
-    LatentStats,
     load_autoencoder,
     load_text_encoder,
     quiet_loading,
@@ -104,16 +103,16 @@ def load_transformer(source: str | Path) -> EMMDiTTransformer2DModel:
 
 def _find(source: str | Path) -> Path:
     """The folder or file that `source` names, its checksums compared when it has any."""
-    shipped = runtime.weights_dir() / source
-    path = shipped if (shipped / runtime.MANIFEST).is_file() else Path(source)
+    shipped = files.weights_dir() / source
+    path = shipped if (shipped / files.MANIFEST).is_file() else Path(source)
     for folder in (path, path / "transformer", path / "final"):
         if (folder / DiffusionPipeline.config_name).is_file() or [*folder.glob("diffusion_pytorch_model*.safetensors")]:
-            if (folder / runtime.MANIFEST).is_file():
-                runtime.check_manifest(folder)
+            if (folder / files.MANIFEST).is_file():
+                files.check_manifest(folder)
             return folder
     if path.is_file() and path.suffix == ".safetensors":
         return path
-    names = sorted(p.parent.name for p in runtime.weights_dir().glob(f"*/{runtime.MANIFEST}"))
+    names = sorted(p.parent.name for p in files.weights_dir().glob(f"*/{files.MANIFEST}"))
     raise ValueError(
         f"model: {str(source)!r} is no pipeline folder, transformer folder or official .safetensors file, "
         f"and no name of shipped weights ({', '.join(names) or 'none here'})"

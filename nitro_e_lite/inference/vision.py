@@ -15,7 +15,6 @@ Source: REPA arXiv 2410.06940; Nitro-E stage 1 (weight 0.5, tap after group 1).
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,9 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Dinov2Model
 
-from nitro_e_lite.inference.encoders import EncoderUnavailable, attempt, images_to_tensor
-from nitro_e_lite.model.products import speed_up
-from nitro_e_lite.runtime import weights_dir
+from nitro_e_lite.files import weights_dir
+from nitro_e_lite.inference.encoders import images_to_tensor
+from nitro_e_lite.inference.hub import EncoderUnavailable, attempt, weights_hash
+from nitro_e_lite.model.cpu_kernels import speed_up
 
 FULL_VISION = "facebook/dinov2-base"
 VISION_REVISIONS = {FULL_VISION: "f9e44c814b77203eaa57a6bdbbd535f21ede1415"}
@@ -55,11 +55,7 @@ class VisionEncoder:
     @cached_property
     def fingerprint(self) -> str:
         """Names the weights, rounded to bfloat16; travels with stored features."""
-        digest = hashlib.sha256(str(self.size).encode())
-        for name, value in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tuple(value.shape)}".encode())
-            digest.update(value.detach().to(torch.bfloat16).cpu().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return weights_hash({"vision": self.model}, rounded_to=torch.bfloat16, size=self.size)
 
     @torch.no_grad()
     def encode(self, images: np.ndarray | Tensor) -> Tensor:

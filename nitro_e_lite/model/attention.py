@@ -17,10 +17,9 @@ Source: Stable Diffusion 3 (MM-DiT); Nitro-E (E-MMDiT), alternating subregion at
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from nitro_e_lite.model import cpu_kernels
-from nitro_e_lite.model.products import Linear
+from nitro_e_lite.model.cpu_kernels import Linear
 
 BACKENDS = ("auto", "sdpa", "math")
 EPS = 1e-6  # of the RMS norm of queries and keys
@@ -120,7 +119,7 @@ def join_heads(image: Tensor, text: Tensor, weights: tuple[Tensor, Tensor], rati
     for stream in (image, text):
         _check_divisible(stream.shape[1], ratio, chunk)
     if cpu_kernels.usable(image):
-        joined = _JoinHeads.apply(image, text, *weights, ratio, chunk)
+        joined = cpu_kernels.JoinHeads.apply(image, text, *weights, ratio, chunk, EPS)
     else:
         joined = _join_heads_plain(image, text, weights, ratio, chunk)
     return tuple(part.transpose(1, 2) for part in joined)  # (B*s, M, S, E)
@@ -135,78 +134,6 @@ def _join_heads_plain(image, text, weights, ratio, chunk):
         query, key = (F.rms_norm(x, x.shape[-1:], w, EPS) for x, w in zip((query, key), weight, strict=True))
         joined.append((query, key, value))
     return [torch.cat(parts, dim=1) for parts in zip(*joined, strict=True)]  # (B*s, S, M, E)
-
-
-class _JoinHeads(torch.autograd.Function):
-    """`_join_heads_plain`, written straight into the joint sequence, a cache full of samples at a time."""
-
-    @staticmethod
-    def forward(ctx, image, text, image_weight, text_weight, ratio, chunk):
-        batch, length, _, *heads = image.shape
-        joint = image.new_empty(3, batch, ratio, heads[0], (length + text.shape[1]) // ratio, heads[1]).transpose(3, 4)
-        inverses = []
-        for stream, weight, rows in _streams(image, text, image_weight, text_weight, ratio):
-            inverse = stream.new_empty(batch, stream.shape[1], 2, heads[0], 1)
-            source = _grouped(stream, ratio, chunk)  # (B, s, l, n, 3, M, E)
-            into = joint[:, :, :, rows].unflatten(3, (-1, chunk)).permute(1, 2, 3, 4, 0, 5, 6)
-            normed, grouped_inverse, row_weight = (
-                into[..., :2, :, :],
-                _grouped(inverse, ratio, chunk),
-                weight.unsqueeze(1),
-            )
-            for i in cpu_kernels.pieces(batch, stream[0].numel()):
-                size = torch.linalg.vector_norm(stream[i, :, :2], dim=-1, keepdim=True)
-                torch.rsqrt(size.square_().mul_(1 / heads[1]).add_(EPS), out=inverse[i])
-                torch.mul(source[i, ..., :2, :, :], grouped_inverse[i], out=normed[i])
-                normed[i].mul_(row_weight)
-                into[i, ..., 2, :, :].copy_(source[i, ..., 2, :, :])
-            inverses.append(inverse)
-        ctx.save_for_backward(image, text, image_weight, text_weight, *inverses)
-        ctx.pattern = ratio, chunk
-        return joint.flatten(1, 2).unbind(0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        image, text, image_weight, text_weight, *inverses = ctx.saved_tensors
-        ratio, chunk = ctx.pattern
-        results = []
-        streams = _streams(image, text, image_weight, text_weight, ratio)
-        for (stream, weight, rows), inverse in zip(streams, inverses, strict=True):
-            grad_stream, grad_weight = torch.empty_like(stream), torch.zeros_like(weight)
-            query, key, value = (  # (B, l, s, n, M, E): the order of the stream itself
-                grad.unflatten(0, (-1, ratio))[:, :, rows].unflatten(2, (-1, chunk)).transpose(1, 2) for grad in grads
-            )
-            tokens, into, inverse = (x.unflatten(1, (-1, ratio, chunk)) for x in (stream, grad_stream, inverse))
-            for i in cpu_kernels.pieces(len(stream), stream[0].numel()):
-                for p, grad in enumerate((query, key)):
-                    views = (x[i, ..., p, :, :] for x in (tokens, inverse, into))
-                    _norm_backward(grad[i], *views, weight[p], grad_weight[p])
-                into[i, ..., 2, :, :].copy_(value[i])
-            results.append((grad_stream, grad_weight))
-        (grad_image, grad_image_weight), (grad_text, grad_text_weight) = results
-        return grad_image, grad_text, grad_image_weight, grad_text_weight, None, None
-
-
-def _streams(image, text, image_weight, text_weight, ratio):
-    """Each stream with its weights and its place in the joint sequence."""
-    border = image.shape[1] // ratio
-    return (image, image_weight, slice(0, border)), (text, text_weight, slice(border, None))
-
-
-def _grouped(stream: Tensor, ratio: int, chunk: int) -> Tensor:
-    """View `(B, N, ...)` as `(B, s, l, n, ...)`."""
-    return stream.unflatten(1, (-1, ratio, chunk)).transpose(1, 2)
-
-
-def _norm_backward(grad, tokens, inverse, into, weight, grad_weight) -> None:
-    """Backward of `tokens * inverse * weight`, `inverse = rsqrt(mean(tokens^2) + eps)`; fills the last two."""
-    product = tokens.new_empty(tokens.shape)
-    product = torch.mul(grad, tokens, out=product).view(-1, tokens.shape[-1])  # (rows, E)
-    grad_weight += inverse.flatten() @ product
-    slope = (product @ weight).view(inverse.shape) * inverse**3 / tokens.shape[-1]
-    torch.mul(grad, weight, out=into)
-    into.mul_(inverse).addcmul_(tokens, slope, value=-1)
 
 
 class JointAttention(nn.Module):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from nitro_e_lite.model import cpu_kernels
 from nitro_e_lite.model.attention import JointAttention
-from nitro_e_lite.model.products import Linear
+from nitro_e_lite.model.cpu_kernels import Linear
 
 MODULATIONS = ("adaln_affine", "adaln_single", "adaln")
 

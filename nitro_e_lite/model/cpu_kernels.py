@@ -1,25 +1,31 @@
-"""Element-wise passes that stay in the cache.
+"""Hand-written CPU kernels: element-wise passes that stay in the cache, and matrix products by the faster library.
 
 On a CPU a transformer step spends a third of its time or more outside matrix products: each `x * (1 + scale) + shift`
 reads and writes whole activations, and autograd repeats every one of them, often more than once, on the way back. The
 functions here do the same arithmetic with fewer passes: their forward writes in place, their backward is written out by
 hand and walks over the batch in pieces that fit the second-level cache.
 
-Each has a plain twin made of ordinary torch operations. The twin runs on accelerators and under `torch.compile` (which
-fuse by themselves) and under forward-mode differentiation; gradients of gradients need it too, see `plain_operations`.
+The products themselves: on an x86 CPU torch multiplies float32 matrices with MKL, whose best kernels run on Intel
+processors alone. oneDNN, which comes with torch too, uses the wide registers of any processor that has them. `linear`
+asks oneDNN where that is faster; `nitro-e benchmark` prints what it gains.
+
+Each kernel has a plain twin made of ordinary torch operations. One switch, `usable`, decides for all of them: the twin
+runs on accelerators, under `torch.compile` (which fuses by itself), under autocast and under forward-mode
+differentiation; gradients of gradients need it too, see `plain_operations`.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 CACHE_ELEMENTS = 2**18  # 1 MiB of float32: half of a second-level cache
-
 _plain_wanted: ContextVar[bool] = ContextVar("plain_wanted", default=False)
 
 
@@ -39,8 +45,8 @@ def forward_mode() -> bool:
 
 
 def usable(tensor: Tensor) -> bool:
-    """Should the hand-written version run for this tensor?"""
-    if torch.compiler.is_compiling():
+    """Should the hand-written version run for this tensor? The one switch of this module."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     return tensor.device.type == "cpu" and not _plain_wanted.get() and not forward_mode()
 
@@ -145,3 +151,156 @@ def gelu(inputs: Tensor) -> Tensor:
     if usable(inputs) and inputs.dtype == torch.float32 and torch.is_grad_enabled() and inputs.requires_grad:
         return _Gelu.apply(inputs)
     return F.gelu(inputs, approximate="tanh")
+
+
+class JoinHeads(torch.autograd.Function):
+    """`attention.join_heads`, written straight into the joint sequence, a cache full of samples at a time."""
+
+    @staticmethod
+    def forward(ctx, image, text, image_weight, text_weight, ratio, chunk, eps):
+        batch, length, _, *heads = image.shape
+        joint = image.new_empty(3, batch, ratio, heads[0], (length + text.shape[1]) // ratio, heads[1]).transpose(3, 4)
+        inverses = []
+        for stream, weight, rows in _streams(image, text, image_weight, text_weight, ratio):
+            inverse = stream.new_empty(batch, stream.shape[1], 2, heads[0], 1)
+            source = _grouped(stream, ratio, chunk)  # (B, s, l, n, 3, M, E)
+            into = joint[:, :, :, rows].unflatten(3, (-1, chunk)).permute(1, 2, 3, 4, 0, 5, 6)
+            normed, grouped_inverse, row_weight = (
+                into[..., :2, :, :],
+                _grouped(inverse, ratio, chunk),
+                weight.unsqueeze(1),
+            )
+            for i in pieces(batch, stream[0].numel()):
+                size = torch.linalg.vector_norm(stream[i, :, :2], dim=-1, keepdim=True)
+                torch.rsqrt(size.square_().mul_(1 / heads[1]).add_(eps), out=inverse[i])
+                torch.mul(source[i, ..., :2, :, :], grouped_inverse[i], out=normed[i])
+                normed[i].mul_(row_weight)
+                into[i, ..., 2, :, :].copy_(source[i, ..., 2, :, :])
+            inverses.append(inverse)
+        ctx.save_for_backward(image, text, image_weight, text_weight, *inverses)
+        ctx.pattern = ratio, chunk
+        return joint.flatten(1, 2).unbind(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        image, text, image_weight, text_weight, *inverses = ctx.saved_tensors
+        ratio, chunk = ctx.pattern
+        results = []
+        streams = _streams(image, text, image_weight, text_weight, ratio)
+        for (stream, weight, rows), inverse in zip(streams, inverses, strict=True):
+            grad_stream, grad_weight = torch.empty_like(stream), torch.zeros_like(weight)
+            query, key, value = (  # (B, l, s, n, M, E): the order of the stream itself
+                grad.unflatten(0, (-1, ratio))[:, :, rows].unflatten(2, (-1, chunk)).transpose(1, 2) for grad in grads
+            )
+            tokens, into, inverse = (x.unflatten(1, (-1, ratio, chunk)) for x in (stream, grad_stream, inverse))
+            for i in pieces(len(stream), stream[0].numel()):
+                for p, grad in enumerate((query, key)):
+                    views = (x[i, ..., p, :, :] for x in (tokens, inverse, into))
+                    _norm_backward(grad[i], *views, weight[p], grad_weight[p])
+                into[i, ..., 2, :, :].copy_(value[i])
+            results.append((grad_stream, grad_weight))
+        (grad_image, grad_image_weight), (grad_text, grad_text_weight) = results
+        return grad_image, grad_text, grad_image_weight, grad_text_weight, None, None, None
+
+
+def _streams(image, text, image_weight, text_weight, ratio):
+    """Each stream with its weights and its place in the joint sequence."""
+    border = image.shape[1] // ratio
+    return (image, image_weight, slice(0, border)), (text, text_weight, slice(border, None))
+
+
+def _grouped(stream: Tensor, ratio: int, chunk: int) -> Tensor:
+    """View `(B, N, ...)` as `(B, s, l, n, ...)`."""
+    return stream.unflatten(1, (-1, ratio, chunk)).transpose(1, 2)
+
+
+def _norm_backward(grad, tokens, inverse, into, weight, grad_weight) -> None:
+    """Backward of `tokens * inverse * weight`, `inverse = rsqrt(mean(tokens^2) + eps)`; fills the last two."""
+    product = tokens.new_empty(tokens.shape)
+    product = torch.mul(grad, tokens, out=product).view(-1, tokens.shape[-1])  # (rows, E)
+    grad_weight += inverse.flatten() @ product
+    slope = (product @ weight).view(inverse.shape) * inverse**3 / tokens.shape[-1]
+    torch.mul(grad, weight, out=into)
+    into.mul_(inverse).addcmul_(tokens, slope, value=-1)
+
+
+ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()  # else: another BLAS than MKL
+SMALL = 2**24  # multiplications below which the call itself takes longer than they do
+NARROW = 512  # side of a weight below which it takes longer to transpose what its gradient is made of than oneDNN gains
+
+
+@torch.library.custom_op("nitro_e_lite::product", mutates_args=(), device_types="cpu")
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`rows @ weight.T + bias` of float32 `(..., I)`, `(O, I)` and `(O,)` on a CPU, by oneDNN: `(..., O)`."""
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+
+
+@product.register_fake
+def _(rows, weight, bias=None):
+    return rows.new_empty(*rows.shape[:-1], weight.shape[0])
+
+
+@register_flop_formula(torch.ops.nitro_e_lite.product)
+def _(rows_shape, weight_shape, *_, **__) -> int:
+    return 2 * math.prod(rows_shape) * weight_shape[0]
+
+
+def _keep(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _backward(ctx, grad):
+    rows, weight = ctx.saved_tensors
+    wants_rows, wants_weight, *wants_bias = ctx.needs_input_grad  # without a bias there are two
+    flat, flat_rows = grad.flatten(0, -2), rows.flatten(0, -2)  # (N, O), (N, I)
+    onto_rows = product(grad, weight.t()) if wants_rows else None
+    if not wants_weight:
+        onto_weight = None
+    elif min(weight.shape) < NARROW:
+        onto_weight = flat.t() @ flat_rows  # MKL reads them as they lie
+    else:
+        onto_weight = product(flat.t(), flat_rows.t())
+    return onto_rows, onto_weight, *(flat.sum(0) if wanted else None for wanted in wants_bias)
+
+
+product.register_autograd(_backward, setup_context=_keep)
+
+
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, by the faster library: `(..., I)` to `(..., O)` with a weight `(O, I)`."""
+    if _product_usable(rows, weight):
+        return product(rows, weight, bias)
+    return F.linear(rows, weight, bias)
+
+
+def multiply(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` of two stacks of matrices `(K, N, I)` and `(K, I, O)`, by the faster library."""
+    if ONEDNN and left.device.type == "cpu" and left.dtype == torch.float32:
+        return torch.stack([product(a, b.t()) for a, b in zip(left, right, strict=True)])
+    return left @ right
+
+
+def _product_usable(rows: Tensor, weight: Tensor) -> bool:
+    plain = type(weight) in (Tensor, nn.Parameter) and rows.dtype == weight.dtype == torch.float32
+    if not (ONEDNN and plain and rows.device.type == "cpu"):
+        return False
+    if rows.numel() * weight.shape[0] < SMALL:
+        return False
+    compiling = torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+    return compiling or usable(rows)
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` with `linear` inside."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """`(..., I)` to `(..., O)`."""
+        return linear(rows, self.weight, self.bias)
+
+
+def speed_up(module: nn.Module) -> None:
+    """Has every plain Linear layer of a module multiply by `linear`; weights, names and files stay the same."""
+    for layer in module.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = Linear

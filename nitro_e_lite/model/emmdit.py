@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nitro_e_lite.model.attention import BACKENDS, JointAttention
 from nitro_e_lite.model.blocks import MODULATIONS, JointBlock, TimeEmbedding
-from nitro_e_lite.model.products import Linear
+from nitro_e_lite.model.cpu_kernels import Linear
 from nitro_e_lite.model.tokens import (
     TokenCompressor,
     TokenReconstructor,

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
-from nitro_e_lite.model.products import Linear
+from nitro_e_lite.model.cpu_kernels import Linear
 
 RATIOS = (2, 4)  # the two paths of the compressor: half and quarter resolution
 

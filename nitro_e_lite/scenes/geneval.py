@@ -34,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nitro_e_lite.scenes import grammar
+from nitro_e_lite.scenes import captions, grammar
 from nitro_e_lite.scenes.grammar import COLORS, COUNT_WORDS, RELATIONS, SHAPES, SIZES, Scene, SceneObject, Stream
 from nitro_e_lite.scenes.verifier import UNKNOWN, Detection, detect
 
@@ -183,11 +183,11 @@ def _new_prompt(tag: str, slot: int, held_out: bool, taken: dict[str, Prompt]) -
         objects, relation = _compose(tag, slot + turn, held_out, Stream(_SEED, category, slot, turn))
         scene = Scene(_kind(tag), _stand_ins(objects), None, relation)
         for attempt in range(400):
-            text = grammar.describe(scene, Stream(_SEED, category, slot, turn, attempt, held_out))
-            said = set(grammar.words(text))
+            text = captions.describe(scene, Stream(_SEED, category, slot, turn, attempt, held_out))
+            said = set(captions.words(text))
             if (
                 text not in taken
-                and grammar.is_reserved(text)
+                and captions.is_reserved(text)
                 and not said & SIZES.keys()  # the verifier does not judge sizes
                 and bool(said & COLORS.keys()) == (objects[0][1] is not None)
                 and bool(said & _SPATIAL) == (relation is not None)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from nitro_e_lite.scenes.captions import caption_stream, describe, is_reserved
 from nitro_e_lite.scenes.grammar import (
     COLORS,
     EXTENT,
@@ -25,10 +26,7 @@ from nitro_e_lite.scenes.grammar import (
     Scene,
     SceneObject,
     Stream,
-    caption_stream,
-    describe,
     is_held_out,
-    is_reserved,
     relation_between,
     sample_scene,
 )

@@ -19,7 +19,8 @@ from functools import cache
 
 import numpy as np
 
-from nitro_e_lite.scenes.grammar import COLORS, SHAPES, signed_distance
+from nitro_e_lite.scenes.grammar import COLORS, SHAPES
+from nitro_e_lite.scenes.render import signed_distance
 from nitro_e_lite.scenes.segments import Segment, centre_and_area, find_segments, outline
 
 UNKNOWN = "unknown"

@@ -24,7 +24,8 @@ from diffusers import AutoencoderDC
 from torch import Tensor
 
 from nitro_e_lite.inference.encoders import LatentStats, images_to_tensor
-from nitro_e_lite.scenes.grammar import render, sample_scene
+from nitro_e_lite.scenes.grammar import sample_scene
+from nitro_e_lite.scenes.render import render
 from nitro_e_lite.training.fitting import FitConfig, fit, step_generator
 
 

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nitro_e_lite.scenes.grammar import COLORS, RELATIONS, SHAPES, Scene, plural
+from nitro_e_lite.scenes.captions import plural
+from nitro_e_lite.scenes.grammar import COLORS, RELATIONS, SHAPES, Scene
 
 PLACE_WORDS = frozenset("left right above over higher below under underneath lower top bottom".split())
 _NOUNS = {name: shape for shape in SHAPES for name in (shape, plural(shape))}

@@ -31,9 +31,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
-from nitro_e_lite.inference.encoders import clean_caption, load_text_encoder
-from nitro_e_lite.runtime import weights_dir
-from nitro_e_lite.scenes.grammar import COLORS, SIZES, Scene, caption, sample_scene, words
+from nitro_e_lite.files import weights_dir
+from nitro_e_lite.inference.encoders import clean_caption
+from nitro_e_lite.inference.hub import load_text_encoder
+from nitro_e_lite.scenes.captions import caption, words
+from nitro_e_lite.scenes.grammar import COLORS, SIZES, Scene, sample_scene
 from nitro_e_lite.scenes.minimal_pairs import REDRAW
 from nitro_e_lite.stages.grounding import PLACE_WORDS, PlaceReader, Said, said_places
 from nitro_e_lite.training.fitting import FitConfig, fit, step_generator

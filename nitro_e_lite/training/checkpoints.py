@@ -12,37 +12,19 @@ A run that is *asked* to stop, by SIGTERM or SIGINT, ends the step in progress a
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nitro_e_lite.runtime import sha256_file
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from nitro_e_lite.files import _fsync, sha256_file, whole_folder
 
 STATE = "state.json"
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save_checkpoint(
@@ -75,34 +57,8 @@ def save_checkpoint(
     return final
 
 
-@contextmanager
-def whole_folder(final: Path, otherwise: str) -> Iterator[Path]:
-    """A folder to write that becomes ``final`` at the end, in place of one that is there, or is gone.
-
-    Args:
-        final: the folder.
-        otherwise: for the message, what is left when it cannot be written.
-
-    Raises:
-        OSError: it could not be written, for example because the disk is full.
-    """
-    partial = final.with_name(f".partial-{final.name}")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        yield partial
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(final.parent).free / 1e9
-        raise OSError(
-            f"{final}: could not be written ({error}); {otherwise}; make room ({free:.1f} GB are free) and resume"
-        ) from error
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
-
-
 FIXED = ("stage", "model", "seed", "batch_size")  # of a run: other values are another run
+
 NOT_LEARNED = (  # what is changed freely, because the model learns the same
     "start_from steps accumulate log_every validate_every sample_every checkpoint_every keep_checkpoints max_skipped "
     "guidance shift gradient_checkpointing compile tracker peak_tflops"
@@ -208,65 +164,3 @@ def restore_optimizer(
         if parameters[name] in number:
             state.setdefault(number[parameters[name]], {})[entry] = value.clone()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-@contextmanager
-def sole_writer(run_dir: Path, writes: bool = True) -> Iterator[None]:
-    """Holds the folder of a run, which two trainings at once would spoil; a kill frees it too.
-
-    Args:
-        run_dir: made when missing.
-        writes: whether this process is the one that writes; the others of the run hold nothing.
-
-    Raises:
-        RuntimeError: another run holds it.
-    """
-    if not writes:
-        yield
-        return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".lock", "w") as file:
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"run_dir={run_dir}: another process is training there; stop it or let it end") from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-
-
-class RunStopped(Exception):
-    """A run was asked to stop and has written its checkpoint; the message says how to continue."""
-
-
-class StopRequest:
-    """Listens for SIGTERM and SIGINT while a run lasts; ``name`` is the signal's name once one came.
-
-    The signal only leaves a note: the step in progress is finished, then the loop sees the note and saves. Signals that
-    follow are ignored, because a launcher and a terminal may both send one. Outside of the main thread, where Python
-    delivers no signals, nothing is listened for.
-
-    Args:
-        action: also called when the first signal comes.
-    """
-
-    def __init__(self, action: Callable[[], None] = lambda: None):
-        self.name: str | None = None
-        self._action = action
-
-    def __enter__(self) -> StopRequest:
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.name is None:
-            self.name = signal.Signals(number).name
-            self._action()
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

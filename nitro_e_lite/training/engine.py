@@ -30,17 +30,20 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
+from nitro_e_lite import files, runtime
 from nitro_e_lite.config import TrainConfig, to_dict
 from nitro_e_lite.data.batches import Batches, Share, check_folders, first_captions
-from nitro_e_lite.inference.encoder_set import load_encoders
+from nitro_e_lite.inference.encoders import load_encoders
 from nitro_e_lite.inference.loading import load_transformer
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.inference.vision import load_vision, repa_loss
 from nitro_e_lite.model import flow
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.model.flops import model_flops
 from nitro_e_lite.runtime import environment_report, tune_cpu
-from nitro_e_lite.training import checkpoints, optimizers
-from nitro_e_lite.training.metrics import Progress, check_together, model_flops, start_accelerator
+from nitro_e_lite.training import checkpoints, optimizers, weights
+from nitro_e_lite.training.distributed import check_together, start_accelerator
+from nitro_e_lite.training.metrics import Progress
 from nitro_e_lite.viz import image_grid
 
 LOSS_BINS = 5  # validation loss is reported in this many equal ranges of t
@@ -134,10 +137,10 @@ class Trainer:
         if config.gradient_checkpointing:
             self.raw_model.enable_gradient_checkpointing()
         if config.optimizer.white_text:
-            optimizers.whiten_input(self.raw_model.text_embed, self._text_examples())
+            weights.whiten_input(self.raw_model.text_embed, self._text_examples())
         matrices = optimizers.hidden_matrices(self.raw_model)
         self.raw_model.to(self.device)
-        self.weights = optimizers.MasterWeights(self.raw_model, self._dtype())
+        self.weights = weights.MasterWeights(self.raw_model, self._dtype())
         self.masters = self.weights.masters
         self.ema = {name: p.detach().clone() for name, p in self.masters.items()}
         self.optimizers = optimizers.build_optimizers(self.masters, matrices, config.optimizer)
@@ -276,7 +279,7 @@ class Trainer:
             "weights": self.masters,
             "ema": self.ema,
             "optimizer": optimizer,
-            "white": optimizers.white_roots(self.raw_model),
+            "white": weights.white_roots(self.raw_model),
         }
         return checkpoints.save_checkpoint(self.checkpoints, self.step, tensors, state, self.config.keep_checkpoints)
 
@@ -294,7 +297,7 @@ class Trainer:
             raise ValueError(
                 f"model: the run in {self.run_dir} has other weights; keep repa.weight and optimizer.white_text"
             )
-        optimizers.set_white_roots(self.raw_model, tensors["white"])
+        weights.set_white_roots(self.raw_model, tensors["white"])
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(tensors["weights"][name])
@@ -308,10 +311,10 @@ class Trainer:
         """Writes the EMA weights to ``run_dir/final`` in ``save_pretrained`` layout, without a REPA projector."""
         final = self.run_dir / "final"
         model = EMMDiTTransformer2DModel(**to_dict(self.config.model))
-        plain = optimizers.plain_weights(self.raw_model, self.ema)
+        plain = weights.plain_weights(self.raw_model, self.ema)
         ema = {name: value for name, value in plain.items() if not name.startswith(PROJECTOR)}
         model.load_state_dict({**model.state_dict(), **ema})
-        with checkpoints.whole_folder(final, "the checkpoints are intact") as partial:
+        with files.whole_folder(final, "the checkpoints are intact") as partial:
             model.save_pretrained(partial)
         return final
 
@@ -326,7 +329,7 @@ class Trainer:
         """
         main = self.accelerator.is_main_process
         try:
-            with checkpoints.sole_writer(self.run_dir, main), checkpoints.StopRequest() as request:
+            with files.sole_writer(self.run_dir, main), runtime.StopRequest() as request:
                 if main:
                     self._describe()
                 self.progress.start(self.step)
@@ -341,7 +344,7 @@ class Trainer:
                             self.save()
                         self.accelerator.wait_for_everyone()
                     if stop and self.step < self.config.steps:
-                        raise checkpoints.RunStopped(self._farewell(request.name))
+                        raise runtime.RunStopped(self._farewell(request.name))
         finally:
             self.progress.close()
         if main:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from nitro_e_lite.model.products import speed_up
-from nitro_e_lite.runtime import MetricsWriter, tune_cpu
+from nitro_e_lite.model.cpu_kernels import speed_up
+from nitro_e_lite.runtime import tune_cpu
 from nitro_e_lite.training.checkpoints import load_latest, optimizer_tensors, restore_optimizer, save_checkpoint
+from nitro_e_lite.training.metrics import MetricsWriter
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,24 +10,24 @@ sample (one forward, two for the gradients) over what the devices could do at be
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import importlib.util
+import json
 import math
 import os
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from nitro_e_lite.config import TrainConfig
-from nitro_e_lite.evaluation.benchmark import count_flops
-from nitro_e_lite.model.hardware import find_peak
-from nitro_e_lite.runtime import MetricsWriter, device_name, pick_device
-
-PATIENCE = timedelta(hours=6)  # the first run of several processes encodes all scenes in one: an hour on two cores
+from nitro_e_lite.files import read_jsonl
+from nitro_e_lite.model.flops import find_peak
+from nitro_e_lite.runtime import device_name
 
 
 def tracker_name(asked: str) -> str | None:
@@ -44,53 +44,6 @@ def tracker_name(asked: str) -> str | None:
             return None
         raise ValueError(f"tracker={asked!r}: not installed here; pip install {asked}, or choose tracker=none")
     return package
-
-
-def start_accelerator(config: TrainConfig, run_dir: Path, device: str | None) -> Accelerator:
-    """The processes of the run, joined. They wait for each other up to ``PATIENCE``: one encodes scenes for all.
-
-    Raises:
-        RuntimeError: the launcher (torchrun) was asked for another number of processes than found each other, or an
-            earlier run of this process was on the CPU and this one should not be.
-        ValueError: a tracker that is not installed or unknown, a device that is not there, or one with a number for
-            several processes.
-    """
-    chosen, asked = pick_device(device), int(os.environ.get("WORLD_SIZE", 1))
-    cpu = chosen.type == "cpu"
-    if chosen.index is not None and not cpu:
-        if asked > 1:
-            raise ValueError(f"device={device}: each of the {asked} processes takes one of its own; name no number")
-        torch.accelerator.set_device_index(chosen.index)
-    accelerator = Accelerator(
-        cpu=cpu,
-        log_with=tracker_name(config.tracker),
-        project_dir=run_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )
-    if accelerator.num_processes != asked:
-        raise RuntimeError(
-            f"WORLD_SIZE={asked}, but accelerate sees {accelerator.num_processes}: the processes would train "
-            f"separate models; start them with torchrun, on a machine without accelerator with ACCELERATE_USE_CPU=true"
-        )
-    if not cpu and accelerator.device.type == "cpu":
-        raise RuntimeError(
-            f"device={device}: an earlier run of this process chose the CPU, and accelerate keeps it; restart"
-        )
-    return accelerator
-
-
-def check_together(accelerator: Accelerator, step: int, run_dir: Path) -> None:
-    """All processes must have found the same checkpoint.
-
-    Raises:
-        RuntimeError: they stand at different steps: the machines do not see the same folder.
-    """
-    steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
-    if len(set(steps)) > 1:
-        raise RuntimeError(
-            f"run_dir={run_dir}: the processes found checkpoints of steps {steps}; "
-            "all machines must see the same folder"
-        )
 
 
 class Progress:
@@ -169,7 +122,52 @@ def finite(row: dict[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in row.items()}
 
 
-def model_flops(config: dict, text_tokens: int) -> float:
-    """FLOPs of one forward pass of one sample, attention included."""
-    flops = count_flops(config, 1, text_tokens)
-    return flops.weights + flops.attention
+class MetricsWriter:
+    """Appends one JSON object a line to `path`, flushed at once; safe to reopen after a kill.
+
+    Args:
+        path: the JSONL file; its folder is made when missing.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._rewrite(list(read_jsonl(self.path)) if self.path.is_file() else [])
+
+    def write(self, **row: Any) -> None:
+        """Writes one row; values must be JSON types, numbers finite.
+
+        Raises:
+            ValueError: for a value that is NaN or infinite.
+            TypeError: for a value JSON has no form for.
+            OSError: it could not be written, for example because the disk is full.
+        """
+        text = json.dumps(row, allow_nan=False) + "\n"
+        try:
+            self._file.write(text)
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"{self.path}: could not be written ({error}); what was written before is intact") from error
+
+    def truncate_after(self, step: int) -> None:
+        """Drops the rows whose `step` lies after `step`: call it when a run resumes from that step."""
+        self._file.close()
+        self._rewrite([row for row in read_jsonl(self.path) if row.get("step", 0) <= step])
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        """Replaces the file's contents in one atomic move, then reopens it for appending."""
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8", newline="\n")
+        os.replace(temporary, self.path)
+        self._file = open(self.path, "a", encoding="utf-8", newline="\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        with contextlib.suppress(OSError):  # every row was flushed; one that could not be was reported
+            self._file.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,171 @@
+"""Where things live on disk, and how files are read and written so that a kill leaves them whole.
+
+The rule for anything that matters: written aside, flushed to the disk, renamed into place. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all, also when the machine goes down."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+PACKAGE_DIR = Path(__file__).resolve().parent
+MANIFEST = "SHA256SUMS"
+
+
+def weights_dir() -> Path:
+    """Folder of the weights shipped inside the package."""
+    return PACKAGE_DIR / "weights"
+
+
+def cache_dir() -> Path:
+    """Folder for what can be made again (latent caches); `NITRO_E_CACHE` moves it. Not created here."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("NITRO_E_CACHE") or Path(base) / "nitro-e-lite")
+
+
+def repo_root() -> Path | None:
+    """The checkout this package runs from, or None when it is installed elsewhere."""
+    root = PACKAGE_DIR.parent
+    return root if (root / "pyproject.toml").is_file() and (root / "tests").is_dir() else None
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: str | Path) -> Path:
+    """Writes `SHA256SUMS` (the format of `sha256sum`) for every file below `folder` and returns its path."""
+    folder = Path(folder)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    lines = [f"{sha256_file(p)}  {p.relative_to(folder).as_posix()}\n" for p in files]
+    path = folder / MANIFEST
+    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+    return path
+
+
+def check_manifest(folder: str | Path, *parts: str) -> dict[str, str]:
+    """Compares the files named in `folder/SHA256SUMS` with their checksums.
+
+    Args:
+        folder: holds the manifest.
+        *parts: names of files and folders in it; only they are compared. All when none is given.
+
+    Returns:
+        Relative path -> sha256.
+
+    Raises:
+        FileNotFoundError: the manifest, or a file it names, is missing.
+        ValueError: a file's contents differ, or a line cannot be read.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: checksum file is missing")
+    sums = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        digest, separator, name = line.partition("  ")
+        if not separator or len(digest) != 64:
+            raise ValueError(f"{path}: cannot read the line {line!r}; expected '<sha256>  <file>'")
+        if parts and name.split("/")[0] not in parts:
+            continue
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: listed in {MANIFEST} but missing; get the folder again")
+        if sha256_file(folder / name) != digest:
+            raise ValueError(f"{folder / name}: contents differ from {MANIFEST}; get the file again")
+        sums[name] = digest
+    return sums
+
+
+def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a JSONL file; a last line that was cut off by a kill is left out."""
+    for line in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def whole_folder(final: Path, otherwise: str) -> Iterator[Path]:
+    """A folder to write that becomes ``final`` at the end, in place of one that is there, or is gone.
+
+    Args:
+        final: the folder.
+        otherwise: for the message, what is left when it cannot be written.
+
+    Raises:
+        OSError: it could not be written, for example because the disk is full.
+    """
+    partial = final.with_name(f".partial-{final.name}")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(final.parent).free / 1e9
+        raise OSError(
+            f"{final}: could not be written ({error}); {otherwise}; make room ({free:.1f} GB are free) and resume"
+        ) from error
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+
+
+@contextmanager
+def sole_writer(run_dir: Path, writes: bool = True) -> Iterator[None]:
+    """Holds the folder of a run, which two trainings at once would spoil; a kill frees it too.
+
+    Args:
+        run_dir: made when missing.
+        writes: whether this process is the one that writes; the others of the run hold nothing.
+
+    Raises:
+        RuntimeError: another run holds it.
+    """
+    if not writes:
+        yield
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "w") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"run_dir={run_dir}: another process is training there; stop it or let it end") from None
+        except OSError:  # a file system without locks
+            pass
+        yield

@@ -1,0 +1,194 @@
+"""Loading models that stay frozen, from a folder or the hub, and the one hash of what they hold.
+
+Every hub id has a pinned commit, every folder that lies beside a list of checksums must agree with it, and whatever
+goes wrong (no network, a licence not accepted, a damaged file) is one readable error that says what to do.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderDC
+from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from nitro_e_lite.files import MANIFEST, check_manifest
+from nitro_e_lite.model.cpu_kernels import speed_up
+
+FULL_AUTOENCODER = "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers"
+FULL_TEXT_ENCODER = "meta-llama/Llama-3.2-1B"
+
+HUB_REVISIONS = {
+    FULL_AUTOENCODER: "ca69e17e97609e64ce055115a6515215109b1f50",
+    FULL_TEXT_ENCODER: "4e20de362430cd3b72f300e6b0f18e50e7166e08",
+}
+
+"""Hub id -> commit that is loaded when none is asked for. Other ids need a revision."""
+
+
+class EncoderUnavailable(RuntimeError):
+    """An encoder cannot be loaded: no such folder, no network, or a licence not accepted."""
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Loading
+# -----------------------------------------------------------------------------------------------------------
+
+
+def load_autoencoder(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> AutoencoderDC:
+    """Loads an autoencoder, frozen and in evaluation mode.
+
+    Args:
+        source: local folder, or hub id such as ``FULL_AUTOENCODER``.
+        revision: commit of a hub id; the pinned one of ``HUB_REVISIONS`` when None.
+        device: where to put it.
+        dtype: number type of the weights.
+
+    Raises:
+        EncoderUnavailable: when nothing can be loaded from ``source``.
+        ValueError: for a hub id without a revision, or a file that differs from its checksum.
+    """
+    place = _resolve(source, revision, "--vae PATH")
+    load = AutoencoderDC.from_pretrained
+    vae = attempt(source, "--vae PATH", load, torch_dtype=dtype, use_safetensors=True, **place)
+    return vae.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def load_text_encoder(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    token: str | None = None,
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Loads a tokenizer and its language model, frozen and in evaluation mode.
+
+    Args:
+        source: hub id, a folder that holds both, or a folder with ``tokenizer`` and ``text_encoder`` inside.
+        revision: commit of a hub id; the pinned one of ``HUB_REVISIONS`` when None.
+        device: where to put the model.
+        dtype: number type of the weights.
+        token: access token for a gated hub id; the one of ``hf auth login`` when None.
+
+    Returns:
+        Tokenizer (pads on the right with the end token) and model (no language-model head).
+
+    Raises:
+        EncoderUnavailable: when nothing can be loaded from ``source``; names the licence page.
+        ValueError: for a hub id without a revision, or a file that differs from its checksum.
+    """
+    option = "--text-encoder PATH"
+    place = _resolve(source, revision, option)
+    if (Path(source) / "text_encoder").is_dir():
+        parts = (Path(source) / "tokenizer", Path(source) / "text_encoder")
+        folders = [{"pretrained_model_name_or_path": str(part)} for part in parts]
+    else:
+        folders = [place, place]
+    if not Path(source).is_dir():
+        folders = [{**f, "token": token} for f in folders]
+    tokenizer = attempt(source, option, AutoTokenizer.from_pretrained, **folders[0])
+    load = AutoModel.from_pretrained
+    model = attempt(source, option, load, dtype=dtype, use_safetensors=True, **folders[1])
+    if tokenizer.eos_token is None:
+        raise EncoderUnavailable(f"{source}: the tokenizer has no end token, which captions are padded with")
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
+    speed_up(model)
+    return tokenizer, model.to(device).eval().requires_grad_(False)
+
+
+def _resolve(source: str | Path, revision: str | None, option: str) -> dict[str, str]:
+    """Folder or (hub id, commit) as arguments of ``from_pretrained``."""
+    if Path(source).is_dir():
+        return {"pretrained_model_name_or_path": str(source)}
+    if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise EncoderUnavailable(f"{source}: no such folder, and not a hub id like owner/name ({option})")
+    revision = revision or HUB_REVISIONS.get(source)
+    if revision is None:
+        raise ValueError(
+            f"revision=None: {source} has no pinned commit; pass revision='<40-digit commit>' so that the "
+            f"run can be repeated, or download it once and pass its folder ({option})"
+        )
+    return {"pretrained_model_name_or_path": source, "revision": revision}
+
+
+@contextmanager
+def quiet_loading(source: str | Path) -> Iterator[None]:
+    """Without the hub's warnings, and without progress bars when ``source`` is a folder; a download shows its own."""
+    hub = logging.getLogger("huggingface_hub")  # warns of every request that failed, before it tries again
+    level = hub.level
+    hub.setLevel(logging.ERROR)
+    logs = [diffusers.utils.logging, transformers.utils.logging] if Path(source).is_dir() else []
+    shown = [log for log in logs if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hub.setLevel(level)
+        for log in shown:
+            log.enable_progress_bar()
+
+
+def attempt(source: str | Path, option: str, load, **arguments):
+    """Calls a ``from_pretrained``; whatever the hub answers, or a damaged file, ends in one readable error.
+
+    A folder that lies beside a list of checksums, as shipped weights do, must agree with it.
+    """
+    folder = Path(arguments["pretrained_model_name_or_path"])
+    if (folder.parent / MANIFEST).is_file():
+        check_manifest(folder.parent, folder.name)
+    try:
+        with quiet_loading(source):
+            return load(**arguments)
+    except (OSError, ValueError, HTTPError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(source).is_dir():
+        message = f"{source}: cannot be loaded ({reason})"
+    else:
+        message = (
+            f"{source}: cannot be downloaded ({reason}). If it asks for a licence, accept it at "
+            f"https://huggingface.co/{source} and run `hf auth login`; without network, download it "
+            f"elsewhere and name its folder: {option}"
+        )
+    raise EncoderUnavailable(message)  # outside the except block: no chain of causes to dig through
+
+
+def weights_hash(
+    modules: Mapping[str, nn.Module | None], *, rounded_to: torch.dtype | None = None, **facts: Any
+) -> str:
+    """SHA-256 over the names, types and values of all weights, whatever file they came from.
+
+    Args:
+        modules: part -> module; parts that are None count as absent.
+        rounded_to: number type that floating-point weights are rounded to before they count, so that a model loaded in
+            float32 and in bfloat16 is the same; None: as they are.
+        **facts: anything else that the name should depend on (JSON types).
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for part, module in modules.items():
+        for name, value in sorted(module.state_dict().items()) if module is not None else ():
+            value = value.detach().cpu()
+            value = value.to(rounded_to) if rounded_to is not None and value.is_floating_point() else value
+            digest.update(f"{part}.{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
