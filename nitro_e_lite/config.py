@@ -88,6 +88,31 @@ class RepaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every training run has, whatever it trains."""
+
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 16
+    accumulate: int = 1
+    precision: str = "fp32"
+    log_every: int = 20
+    validate_every: int = 1000
+    sample_every: int = 1000
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 1
+    max_skipped: int = 0
+    ema_decay: float = 0.0
+    compile: str = ""
+    tracker: str = "none"
+    peak_tflops: float = 0.0
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run of the transformer."""
 

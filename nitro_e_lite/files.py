@@ -119,8 +119,8 @@ def _fsync(path: Path) -> None:
 
 
 @contextmanager
-def whole_folder(final: Path, otherwise: str) -> Iterator[Path]:
-    """A folder to write that becomes ``final`` at the end, in place of one that is there, or is gone.
+def atomic_folder(final: Path, otherwise: str) -> Iterator[Path]:
+    """An empty folder to write that becomes ``final`` at the end, in place of one that is there, or is gone.
 
     Args:
         final: the folder.
@@ -133,6 +133,7 @@ def whole_folder(final: Path, otherwise: str) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     try:
+        partial.mkdir()
         yield partial
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -146,7 +147,7 @@ def whole_folder(final: Path, otherwise: str) -> Iterator[Path]:
 
 
 @contextmanager
-def sole_writer(run_dir: Path, writes: bool = True) -> Iterator[None]:
+def run_lock(run_dir: Path, writes: bool = True) -> Iterator[None]:
     """Holds the folder of a run, which two trainings at once would spoil; a kill frees it too.
 
     Args:

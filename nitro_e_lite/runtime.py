@@ -6,6 +6,7 @@ What every other module needs and none should decide for itself.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.metadata
 import platform
 import random
@@ -46,6 +47,26 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def generator(seed: int, step: int, purpose: str, row: int = 0) -> torch.Generator:
+    """The random stream for one purpose of one training step: a function of its arguments alone.
+
+    Streams of other seeds, steps, purposes or rows have nothing to do with each other. Noise is drawn row by row of the
+    global batch, so that a process draws its own rows only and any number of processes sees the same numbers. (A CPU
+    generator of torch keeps the lower 32 bits of its seed, so the four numbers are hashed and not added up.)
+
+    Args:
+        seed: of the run.
+        step: from 0; for the order of an epoch the number of the epoch.
+        purpose: what is drawn, such as "noise".
+        row: of the global batch.
+
+    Returns:
+        A generator on the CPU.
+    """
+    name = f"{seed} {step} {purpose} {row}".encode()
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "big"))
 
 
 def tune_cpu() -> None:

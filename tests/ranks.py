@@ -48,7 +48,7 @@ class Ranks:
         """Runs to the end, which must be a good one; returns the output."""
         self.start(world, *words)
         codes = self.wait()
-        assert codes == [0] * world, self.log.read_text()
+        assert codes == [0] * world, f"exit codes {codes}\n{self.log.read_text()}"
         return self.log.read_text()
 
     def kill(self) -> None:
@@ -129,8 +129,8 @@ def wait(pids: list[int], seconds: float = 120) -> list[int]:
 
 
 def serve() -> None:
-    import nitro_e_lite.cli_train  # noqa: F401
-    import nitro_e_lite.launch  # noqa: F401
+    import nitro_e_lite.cli.train  # noqa: F401
+    import nitro_e_lite.experiments.launch  # noqa: F401
 
     print("ready", flush=True)
     for line in sys.stdin:

@@ -153,7 +153,7 @@ def test_metrics_on_a_full_disk_name_their_file(tmp_path):
 def test_tune_cpu_flushes_denormals():
     """Products below 1e-38 become zero, in the calling thread and in those that torch starts later."""
     code = (
-        "import torch; from nitro_e_lite.common import tune_cpu; torch.set_num_threads(2); tune_cpu(); "
+        "import torch; from nitro_e_lite.runtime import tune_cpu; torch.set_num_threads(2); tune_cpu(); "
         "small = torch.full((200_000,), 2e-38); print((small * 0.1).count_nonzero().item())"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "0\n"

@@ -115,7 +115,7 @@ def own_cache(monkeypatch, tmp_path_factory):
 
 
 def test_neighbours_are_a_pair_and_get_the_same_draws(config, encoders):
-    share = Batches(config, encoders).share(0)
+    share = Batches(config, encoders).local(0)
     assert torch.equal(share.noise[::2], share.noise[1::2]) and torch.equal(share.t[::2], share.t[1::2])
     assert len(set(share.t.tolist())) == config.batch_size // 2
     captions = {
@@ -132,9 +132,9 @@ def test_runs_on_other_scenes_validate_on_the_same_ones(config, encoders):
     plain = override(config, ["data.pairs=[]"])
     one, other = (Batches(override(plain, [f"data.seed={n}", f"seed={n}"]), encoders) for n in (0, 5))
     assert one.validation_captions(8) == other.validation_captions(8)
-    for a, b in zip(one.validation_shares(), other.validation_shares(), strict=True):
+    for a, b in zip(one.validation_batches(), other.validation_batches(), strict=True):
         assert torch.equal(a.latents, b.latents) and torch.equal(a.noise, b.noise) and torch.equal(a.t, b.t)
-    assert one.share(0).captions != other.share(0).captions
+    assert one.local(0).captions != other.local(0).captions
 
 
 def test_only_the_facts_asked_for(config, encoders):
@@ -151,8 +151,8 @@ def test_an_unknown_fact_is_refused_before_anything_is_encoded(config, encoders,
 
 
 def test_two_processes_see_what_one_sees(config, encoders):
-    whole = Batches(config, encoders).share(3)
-    halves = [Batches(config, encoders, rank, 2).share(3) for rank in range(2)]
+    whole = Batches(config, encoders).local(3)
+    halves = [Batches(config, encoders, half).local(3) for half in (range(4), range(4, 8))]
     assert sum((h.captions for h in halves), []) == whole.captions
     for name in ("latents", "t", "noise"):
         assert torch.equal(torch.cat([getattr(h, name) for h in halves]), getattr(whole, name))
@@ -171,17 +171,17 @@ def test_pairs_and_plain_scenes_alternate_and_each_goes_on_where_it_was(config, 
     mixed = dataclasses.replace(config, **steps, data=dataclasses.replace(config.data, pairs_every=3))
     plain, paired, mixed = (Batches(one, encoders) for one in (plain, paired, mixed))
     for step, (source, before) in enumerate([(plain, 0), (plain, 1), (paired, 0), (plain, 2), (plain, 3), (paired, 1)]):
-        assert torch.equal(mixed.share(step).latents, source.share(before).latents), step
+        assert torch.equal(mixed.local(step).latents, source.local(before).latents), step
 
 
 def test_captions_without_colours_can_be_preferred(encoders):
     config = override(preset("base", "smoke"), ["caption_dropout=0", "data.captions=8", "data.scenes=128"])
     config = dataclasses.replace(config, batch_size=128)
     colors = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-    share, before = {}, Batches(config, encoders).share(0)
+    share, before = {}, Batches(config, encoders).local(0)
     for wish in (0.0, 0.5, 1.0):
         data = dataclasses.replace(config.data, colorless=wish)
-        captions = Batches(dataclasses.replace(config, data=data), encoders).share(0).captions
+        captions = Batches(dataclasses.replace(config, data=data), encoders).local(0).captions
         share[wish] = sum(not set(colors) & set(words(text)) for text in captions) / 128
         assert wish or captions == before.captions
     assert share[0.0] < 0.3 < 0.35 < share[0.5] < 0.6 < 0.65 < share[1.0] < 0.9  # in some scenes all name colours

@@ -20,8 +20,10 @@ from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.scenes.grammar import SHAPES, sample_scene
 from nitro_e_lite.scenes.render import render
 from nitro_e_lite.stages.autoencoder import scene_images
+from nitro_e_lite.stages.pretrain import Pretrain, pretrain
 from nitro_e_lite.stages.vision import (
     HELD_OUT_SEED,
+    Vision,
     VisionConfig,
     baselines,
     cut_patches,
@@ -30,7 +32,7 @@ from nitro_e_lite.stages.vision import (
     patches_of_objects,
     train_vision,
 )
-from nitro_e_lite.training.engine import Trainer, train
+from nitro_e_lite.training.engine import Engine
 
 REPA = ["repa.weight=0.5", "repa.hidden=32", "steps=4", "sample_every=9", "validate_every=9", "checkpoint_every=2"]
 
@@ -158,32 +160,32 @@ def test_training_aligns_and_the_final_weights_have_no_projector(vision, tmp_pat
     config = override(
         preset("base", "smoke"), [*REPA, f"repa.vision={vision}", "steps=1000", "optimizer.decay_steps=0"]
     )
-    trainer = Trainer(config, tmp_path / "long", device="cpu")
-    share = trainer.batches.share(0)
+    trainer = Engine(config, Pretrain, tmp_path / "long", device="cpu")
+    share = trainer.stage.batches.local(0)
     assert share.images.shape == (8, 128, 128, 3)
-    trainer.batches.share = lambda step: share
-    rows = [trainer.train_step() for _ in range(40)]
+    trainer.stage.batches.local = lambda step: share
+    rows = [trainer.step() for _ in range(40)]
     assert rows[-1]["repa_loss"] < rows[0]["repa_loss"] - 0.2 and rows[-1]["loss"] < rows[0]["loss"]
-    assert "projector.0.weight" in trainer.masters
-    final = EMMDiTTransformer2DModel.from_pretrained(trainer.finish())
+    assert "projector.0.weight" in trainer.learners["transformer"].masters
+    final = EMMDiTTransformer2DModel.from_pretrained(trainer.export())
     assert final.projector is None
 
 
 def test_a_run_with_repa_resumes_and_fine_tuning_leaves_the_projector(vision, tmp_path):
     config = override(preset("base", "smoke"), [*REPA, f"repa.vision={vision}"])
-    whole = train(config, tmp_path / "whole", device="cpu")
-    trainer = Trainer(config, tmp_path / "resumed", device="cpu")
+    whole = pretrain(config, tmp_path / "whole", device="cpu")
+    trainer = Engine(config, Pretrain, tmp_path / "resumed", device="cpu")
     for _ in range(2):
-        trainer.train_step()
+        trainer.step()
     trainer.save()
-    resumed = train(config, tmp_path / "resumed", resume=True, device="cpu")
+    resumed = pretrain(config, tmp_path / "resumed", resume=True, device="cpu")
     one, other = (EMMDiTTransformer2DModel.from_pretrained(path).state_dict() for path in (whole, resumed))
     assert all(torch.equal(one[name], other[name]) for name in one)
     with pytest.raises(ValueError, match="keep repa.weight"):
-        Trainer(override(config, ["repa.weight=0"]), tmp_path / "whole", resume=True, device="cpu")
+        Engine(override(config, ["repa.weight=0"]), Pretrain, tmp_path / "whole", resume=True, device="cpu")
     stage = override(preset("finetune", "smoke"), [f"start_from={whole}", "data.quality=all"])
-    assert Trainer(stage, tmp_path / "finetune", device="cpu").raw_model.projector is None
-    again = Trainer(override(config, [f"start_from={whole}"]), tmp_path / "again", device="cpu")
+    assert Engine(stage, Pretrain, tmp_path / "finetune", device="cpu").raw_model.projector is None
+    again = Engine(override(config, [f"start_from={whole}"]), Pretrain, tmp_path / "again", device="cpu")
     assert torch.equal(again.masters["proj_out.weight"], one["proj_out.weight"])
 
 
@@ -208,24 +210,24 @@ def shards(vision, tmp_path_factory):
 def test_stored_features_train_as_on_line_ones_do(shards, vision, tmp_path):
     """The same pictures and captions once with features from shards (float16), once with text computed on the way."""
     where = [f"data.folders=[{shards / 'with'}]", f"data.validation_folders=[{shards / 'with'}]"]
-    stored = Trainer(override(preset("base", "smoke"), [*REPA, *where]), tmp_path / "stored", device="cpu")
+    stored = Engine(override(preset("base", "smoke"), [*REPA, *where]), Pretrain, tmp_path / "stored", device="cpu")
     assert stored.vision is None
-    row = stored.train_step()
+    row = stored.step()
     assert -1 <= row["repa_loss"] <= 1
-    share = stored.batches.share(0)
+    share = stored.stage.batches.local(0)
     assert share.text is not None and share.vision is not None and share.images is None
     dropped = [k for k, caption in enumerate(share.captions) if caption == ""]
     text = stored._text(share)
     for k, caption in enumerate(share.captions):
-        assert torch.allclose(text[k], stored.encoders.encode_text([caption])[0], atol=2e-2), caption
+        assert torch.allclose(text[k], stored.stage.encoders.encode_text([caption])[0], atol=2e-2), caption
     where = [line.replace("with", "without") for line in where]
     with pytest.raises(ValueError, match="holds no vision features"):
-        Trainer(override(preset("base", "smoke"), [*REPA, *where]), tmp_path / "none", device="cpu")
+        Engine(override(preset("base", "smoke"), [*REPA, *where]), Pretrain, tmp_path / "none", device="cpu")
     with pytest.raises(ValueError, match="data.validation_folders"):
-        Trainer(override(preset("base", "smoke"), where[:1]), tmp_path / "none", device="cpu")
-    plain = Trainer(override(preset("base", "smoke"), [*where, "steps=4"]), tmp_path / "plain", device="cpu")
-    assert plain.batches.share(0).text is None and len(dropped) < 8
-    assert plain.train_step()["loss"] == pytest.approx(row["loss"], rel=0.5)
+        Engine(override(preset("base", "smoke"), where[:1]), Pretrain, tmp_path / "none", device="cpu")
+    plain = Engine(override(preset("base", "smoke"), [*where, "steps=4"]), Pretrain, tmp_path / "plain", device="cpu")
+    assert plain.stage.batches.local(0).text is None and len(dropped) < 8
+    assert plain.step()["loss"] == pytest.approx(row["loss"], rel=0.5)
 
 
 # -- the lite vision model
@@ -241,7 +243,10 @@ def test_vision_training_learns_and_repeats_after_a_stop(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["pixel_loss"] < 0.8 * rows[0]["pixel_loss"]
     assert rows[0]["kind_loss"] == pytest.approx(np.log(TINY.kinds), rel=0.2)  # knows nothing yet
-    assert train_vision(TINY, tmp_path / "stopped", stop_at=10) is None
+    stopped = Engine(TINY, Vision, tmp_path / "stopped", device="cpu")
+    for _ in range(10):
+        stopped.step()
+    stopped.save()
     again = train_vision(TINY, tmp_path / "stopped", resume=True)
     one, other = (load_vision(path).model.state_dict() for path in (whole, again))
     assert all(torch.equal(one[name], other[name]) for name in one)

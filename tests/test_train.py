@@ -21,14 +21,15 @@ from nitro_e_lite.data import scene_latents
 from nitro_e_lite.data.batches import Batches
 from nitro_e_lite.data.scene_latents import encode_scenes
 from nitro_e_lite.experiments.ship import ship
-from nitro_e_lite.files import check_manifest, read_jsonl, sha256_file, sole_writer, weights_dir
+from nitro_e_lite.files import check_manifest, read_jsonl, run_lock, sha256_file, weights_dir
 from nitro_e_lite.inference.encoders import LatentStats, load_encoders
 from nitro_e_lite.inference.loading import load_pipeline
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.flops import count_flops
 from nitro_e_lite.runtime import RunStopped
+from nitro_e_lite.stages.pretrain import Pretrain, pretrain
 from nitro_e_lite.training.checkpoints import list_checkpoints
-from nitro_e_lite.training.engine import Trainer, train
+from nitro_e_lite.training.engine import Engine
 from nitro_e_lite.training.metrics import tracker_name
 from nitro_e_lite.training.optimizers import build_optimizers, hidden_matrices, learning_rate_scale
 from nitro_e_lite.training.weights import MasterWeights, plain_weights, white_roots
@@ -45,6 +46,16 @@ def cache(tmp_path_factory):
         yield
 
 
+def engine(config, run_dir, resume=False):
+    """A run of the transformer's stages on the CPU."""
+    return Engine(config, Pretrain, run_dir, resume, "cpu")
+
+
+def masters(run):
+    """The float32 weights of a run by name."""
+    return run.learners["transformer"].masters
+
+
 def final_weights(run_dir):
     return load_file(run_dir / "final" / "diffusion_pytorch_model.safetensors")
 
@@ -59,7 +70,7 @@ def assert_same(one, other):
 def uninterrupted(tmp_path_factory, cache):
     """The smoke run in one go."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    train(SMOKE, run_dir, device="cpu")
+    pretrain(SMOKE, run_dir, device="cpu")
     return run_dir
 
 
@@ -98,7 +109,7 @@ def test_a_run_can_be_shipped(uninterrupted, tmp_path):
 
 
 def test_the_same_run_twice_is_the_same(uninterrupted, tmp_path):
-    train(SMOKE, tmp_path / "again", device="cpu")
+    pretrain(SMOKE, tmp_path / "again", device="cpu")
     assert_same(final_weights(tmp_path / "again"), final_weights(uninterrupted))
 
 
@@ -117,7 +128,7 @@ def test_every_field_of_a_recipe_is_read_while_it_trains(uninterrupted, tmp_path
     for cls in (config.TrainConfig, config.DataConfig, config.OptimizerConfig, config.RepaConfig):
         monkeypatch.setattr(cls, "__getattribute__", spy(cls))
     changes = [f"start_from={uninterrupted}", "steps=2", "sample_every=2", "repa.weight=0.5"]
-    train(override(preset("finetune", "smoke"), changes), tmp_path / "run", device="cpu")
+    pretrain(override(preset("finetune", "smoke"), changes), tmp_path / "run", device="cpu")
     described = {"TrainConfig": {"preset", "max_skipped"}}  # where the recipe began; read when a step is skipped
     for cls in (config.TrainConfig, config.DataConfig, config.OptimizerConfig, config.RepaConfig):
         fields = {field.name for field in dataclasses.fields(cls)} - described.get(cls.__name__, set())
@@ -125,13 +136,13 @@ def test_every_field_of_a_recipe_is_read_while_it_trains(uninterrupted, tmp_path
 
 
 def test_a_run_stopped_and_resumed_equals_one_in_one_go(uninterrupted, tmp_path):
-    trainer = Trainer(SMOKE, tmp_path, device="cpu")
+    run = engine(SMOKE, tmp_path)
     for _ in range(5):
-        trainer.train_step()
-    trainer.save()
+        run.step()
+    run.save()
     for _ in range(2):
-        trainer.train_step()  # lost by the stop
-    train(SMOKE, tmp_path, resume=True, device="cpu")
+        run.step()  # lost by the stop
+    pretrain(SMOKE, tmp_path, resume=True, device="cpu")
     assert_same(final_weights(tmp_path), final_weights(uninterrupted))
 
 
@@ -239,7 +250,7 @@ MUON = """
 import os, sys, torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from nitro_e_lite.optimizers import Muon
+from nitro_e_lite.training.optimizers import Muon
 
 if "WORLD_SIZE" in os.environ:
     dist.init_process_group("gloo")
@@ -273,7 +284,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from nitro_e_lite.config import preset
-from nitro_e_lite.progress import PATIENCE, check_together, start_accelerator
+from nitro_e_lite.training.distributed import PATIENCE, check_together, start_accelerator
 
 folder = Path(sys.argv[1])
 accelerator = start_accelerator(preset("base", "smoke"), folder, "cpu")
@@ -311,102 +322,102 @@ def test_sigterm_to_one_of_two_saves_and_ends_well(ranks, two, tmp_path):  # noq
 
 
 def test_sigint_in_place_saves_and_says_so(uninterrupted, tmp_path):
-    trainer = Trainer(SMOKE, tmp_path, device="cpu")
-    step = trainer.train_step
-    trainer.train_step = lambda: (os.kill(os.getpid(), signal.SIGINT), step())[1]
+    run = engine(SMOKE, tmp_path)
+    step = run.step
+    run.step = lambda: (os.kill(os.getpid(), signal.SIGINT), step())[1]
     with pytest.raises(RunStopped, match="Stopped by SIGINT after step 1 of 10"):
-        trainer.fit()
-    train(SMOKE, tmp_path, resume=True, device="cpu")
+        run.fit()
+    pretrain(SMOKE, tmp_path, resume=True, device="cpu")
     assert_same(final_weights(tmp_path), final_weights(uninterrupted))
 
 
 def test_two_trainings_in_one_folder_are_refused(tmp_path):
-    with sole_writer(tmp_path), pytest.raises(RuntimeError, match="another process is training there"):
-        train(SMOKE, tmp_path, device="cpu")
+    with run_lock(tmp_path), pytest.raises(RuntimeError, match="another process is training there"):
+        pretrain(SMOKE, tmp_path, device="cpu")
     assert not (tmp_path / "metrics.jsonl").exists()
-    with sole_writer(tmp_path), sole_writer(tmp_path, writes=False):  # the other processes of a run
+    with run_lock(tmp_path), run_lock(tmp_path, writes=False):  # the other processes of a run
         pass
 
 
 def test_a_device_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match="device: 'cuda:7' is not usable on this machine"):
-        Trainer(SMOKE, tmp_path, device="cuda:7")
+        Engine(SMOKE, Pretrain, tmp_path, device="cuda:7")
 
 
 def test_resuming_on_other_data_is_said(uninterrupted, tmp_path):
-    trainer = Trainer(SMOKE, tmp_path, device="cpu")
-    trainer.train_step()
-    trainer.save()
+    run = engine(SMOKE, tmp_path)
+    run.step()
+    run.save()
     fewer = override(SMOKE, [f"data.scenes={SMOKE.data.scenes - 8}"])
     with pytest.warns(UserWarning, match=r"data: \[32\] rows when the checkpoint was written, \[24\] now"):
-        Trainer(fewer, tmp_path, resume=True, device="cpu")
+        engine(fewer, tmp_path, resume=True)
 
 
 def test_resuming_with_other_settings_or_encoders_is_said_or_refused(tmp_path, monkeypatch):
-    trainer = Trainer(SMOKE, tmp_path, device="cpu")
-    trainer.train_step()
-    trainer.save()
+    run = engine(SMOKE, tmp_path)
+    run.step()
+    run.save()
     other = override(SMOKE, ["optimizer.lr=1e-5", "data.seed=4", "log_every=7"])
     said = r"from step 1 on other settings hold: data.seed 0 -> 4, optimizer.lr 0.002 -> 1e-05$"
     with pytest.warns(UserWarning, match=said):
-        Trainer(other, tmp_path, resume=True, device="cpu")
+        engine(other, tmp_path, resume=True)
     state = tmp_path / "checkpoints" / "step-00000001" / "state.json"
     text = state.read_text(encoding="utf-8")
-    state.write_text(text.replace(trainer.encoders.fingerprint, "0" * 64), encoding="utf-8")
+    state.write_text(text.replace(run.stage.encoders.fingerprint, "0" * 64), encoding="utf-8")
     with pytest.raises(ValueError, match="data.encoders=.*: the run was started with other encoders"):
-        Trainer(SMOKE, tmp_path, resume=True, device="cpu")
+        engine(SMOKE, tmp_path, resume=True)
 
 
 def test_processes_that_did_not_find_each_other_are_refused(uninterrupted, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="WORLD_SIZE=2, but accelerate sees 1"):
-        Trainer(SMOKE, tmp_path, device="cpu")
+        engine(SMOKE, tmp_path)
 
 
 # -- one step
 
 
 def test_a_run_that_would_silently_stay_on_the_cpu_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("nitro_e_lite.training.metrics.pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("nitro_e_lite.training.distributed.pick_device", lambda name: torch.device("cuda"))
     with pytest.raises(RuntimeError, match="chose the CPU"):
-        Trainer(SMOKE, tmp_path)
+        Engine(SMOKE, Pretrain, tmp_path)
 
 
 def test_one_batch_is_learned_by_heart(tmp_path):
     config = override(SMOKE, ["data.scenes=8", "caption_dropout=0", "optimizer.decay_steps=0", "steps=1000"])
-    trainer = Trainer(config, tmp_path, device="cpu")
-    share = trainer.batches.share(0)
-    trainer.batches.share = lambda step: share
-    losses = [trainer.train_step()["loss"] for _ in range(120)]
+    run = engine(config, tmp_path)
+    share = run.stage.batches.local(0)
+    run.stage.batches.local = lambda step: share
+    losses = [run.step()["loss"] for _ in range(120)]
     assert losses[-1] < 0.25 * losses[0]
 
 
 def test_bf16_computes_on_float32_masters(tmp_path):
-    trainer = Trainer(override(SMOKE, ["precision=bf16"]), tmp_path, device="cpu")
-    assert {p.dtype for p in trainer.raw_model.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in trainer.masters.values()} == {torch.float32}
-    before = {name: p.detach().clone() for name, p in trainer.masters.items()}
-    row = trainer.train_step()
-    assert row["loss"] > 0 and any(not torch.equal(before[n], p) for n, p in trainer.masters.items())
-    for name, parameter in trainer.raw_model.named_parameters():
-        assert torch.equal(parameter, trainer.masters[name].bfloat16()), name
+    run = engine(override(SMOKE, ["precision=bf16"]), tmp_path)
+    assert {p.dtype for p in run.stage.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in masters(run).values()} == {torch.float32}
+    before = {name: p.detach().clone() for name, p in masters(run).items()}
+    row = run.step()
+    assert row["loss"] > 0 and any(not torch.equal(before[n], p) for n, p in masters(run).items())
+    for name, parameter in run.stage.model.named_parameters():
+        assert torch.equal(parameter, masters(run)[name].bfloat16()), name
 
 
 def test_a_non_finite_gradient_changes_nothing_and_many_end_the_run(tmp_path):
-    trainer = Trainer(override(SMOKE, ["max_skipped=1"]), tmp_path, device="cpu")
-    before = {name: p.detach().clone() for name, p in trainer.masters.items()}
-    trainer.raw_model.proj_out.weight.register_hook(lambda gradient: gradient * float("nan"))
-    trainer.train_step()
-    assert trainer.skipped == 1 and trainer.step == 1
-    assert_same(before, {name: p.detach() for name, p in trainer.masters.items()})
+    run = engine(override(SMOKE, ["max_skipped=1"]), tmp_path)
+    before = {name: p.detach().clone() for name, p in masters(run).items()}
+    run.stage.model.proj_out.weight.register_hook(lambda gradient: gradient * float("nan"))
+    run.step()
+    assert run.skipped == 1 and run.global_step == 1
+    assert_same(before, {name: p.detach() for name, p in masters(run).items()})
     with pytest.raises(FloatingPointError, match="2 steps had non-finite gradients"):
-        trainer.train_step()
+        run.step()
 
 
 def after_three_steps(run_dir, *assignments):
-    trainer = Trainer(override(SMOKE, list(assignments)), run_dir, device="cpu")
-    rows = [trainer.train_step() for _ in range(3)]
-    return rows, {name: p.detach() for name, p in trainer.masters.items()}
+    run = engine(override(SMOKE, list(assignments)), run_dir)
+    rows = [run.step() for _ in range(3)]
+    return rows, {name: p.detach() for name, p in masters(run).items()}
 
 
 @pytest.fixture(scope="module")
@@ -427,56 +438,60 @@ def test_the_same_step_in_another_way(how, plain, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_white_text_resumes_and_leaves_plain_weights(precision, tmp_path):
     config = override(SMOKE, ["optimizer.white_text=true", f"precision={precision}"])
-    whole = train(config, tmp_path / "whole", device="cpu")
-    trainer = Trainer(config, tmp_path / "resumed", device="cpu")
+    whole = pretrain(config, tmp_path / "whole", device="cpu")
+    run = engine(config, tmp_path / "resumed")
     learned = "text_embed.parametrizations.weight.original"
-    assert learned in trainer.masters and "text_embed.weight" not in trainer.masters
+    assert learned in masters(run) and "text_embed.weight" not in masters(run)
     for _ in range(3):
-        trainer.train_step()
-    trainer.save()
+        run.step()
+    run.save()
     assert_same(
-        final_weights(train(config, tmp_path / "resumed", resume=True, device="cpu").parent),
+        final_weights(pretrain(config, tmp_path / "resumed", resume=True, device="cpu").parent),
         final_weights(whole.parent),
     )
     with pytest.raises(ValueError, match="optimizer.white_text"):
-        Trainer(override(config, ["optimizer.white_text=false"]), tmp_path / "resumed", resume=True, device="cpu")
-    again = Trainer(override(config, [f"start_from={whole}", "precision=fp32"]), tmp_path / "again", device="cpu")
+        Engine(
+            override(config, ["optimizer.white_text=false"]), Pretrain, tmp_path / "resumed", resume=True, device="cpu"
+        )
+    again = Engine(
+        override(config, [f"start_from={whole}", "precision=fp32"]), Pretrain, tmp_path / "again", device="cpu"
+    )
     assert torch.allclose(
-        again.raw_model.text_embed.weight, final_weights(whole.parent)["text_embed.weight"], atol=1e-4
+        again.stage.model.text_embed.weight, final_weights(whole.parent)["text_embed.weight"], atol=1e-4
     )
 
 
 def test_white_text_resumes_in_its_own_coordinates_on_other_data(tmp_path):
     config = override(SMOKE, ["optimizer.white_text=true"])
-    trainer = Trainer(config, tmp_path, device="cpu")
-    before = plain_weights(trainer.raw_model, trainer.masters)
-    trainer.save()
-    other = Trainer(override(config, ["data.seed=5"]), tmp_path / "other", device="cpu")
-    root, changed = white_roots(trainer.raw_model)["text_embed"], white_roots(other.raw_model)["text_embed"]
+    run = engine(config, tmp_path)
+    before = plain_weights(run.stage.model, masters(run))
+    run.save()
+    other = engine(override(config, ["data.seed=5"]), tmp_path / "other")
+    root, changed = white_roots(run.stage.model)["text_embed"], white_roots(other.stage.model)["text_embed"]
     assert (root - changed).abs().max() > 0.1
-    resumed = Trainer(override(config, ["data.seed=5"]), tmp_path, resume=True, device="cpu")
-    assert torch.equal(white_roots(resumed.raw_model)["text_embed"], root)
-    assert_same(plain_weights(resumed.raw_model, resumed.masters), before)
-    torch.testing.assert_close(resumed.raw_model.text_embed.weight, before["text_embed.weight"], atol=1e-5, rtol=1e-4)
+    resumed = engine(override(config, ["data.seed=5"]), tmp_path, resume=True)
+    assert torch.equal(white_roots(resumed.stage.model)["text_embed"], root)
+    assert_same(plain_weights(resumed.stage.model, masters(resumed)), before)
+    torch.testing.assert_close(resumed.stage.model.text_embed.weight, before["text_embed.weight"], atol=1e-5, rtol=1e-4)
 
 
 def test_bf16_parts_are_summed_in_float32(tmp_path):
-    trainer = Trainer(override(SMOKE, ["precision=bf16", "accumulate=2"]), tmp_path, device="cpu")
-    sums, collect = [], trainer.weights.collect_gradients
+    run = engine(override(SMOKE, ["precision=bf16", "accumulate=2"]), tmp_path)
+    sums, collect = [], run.learners["transformer"].weights.collect_gradients
 
     def watch():
         collect()
-        sums.append({name: p.grad.clone() for name, p in trainer.masters.items() if p.grad is not None})
+        sums.append({name: p.grad.clone() for name, p in masters(run).items() if p.grad is not None})
 
-    trainer.weights.collect_gradients = watch
-    trainer.train_step()
+    run.learners["transformer"].weights.collect_gradients = watch
+    run.step()
     assert len(sums) == 2 and all(g.dtype == torch.float32 for g in sums[1].values())
     assert any((g.bfloat16().float() != g).any() for g in sums[1].values())  # more digits than bfloat16 holds
 
 
 def test_speed_and_utilisation(tmp_path):
     config = override(SMOKE, ["steps=4", "log_every=2", "validate_every=4", "sample_every=9", "peak_tflops=0.001"])
-    train(config, tmp_path, device="cpu")
+    pretrain(config, tmp_path, device="cpu")
     first, second = [row for row in read_jsonl(tmp_path / "metrics.jsonl") if "mfu" in row]
     seconds = second["seconds"] - first["seconds"]  # both rows are over two steps
     assert second["samples_per_second"] == pytest.approx(2 * config.batch_size / seconds, rel=0.02)
@@ -489,21 +504,21 @@ def test_trackers(tmp_path):
     assert tracker_name("none") is None and tracker_name("auto") == "tensorboard"
     with pytest.raises(ValueError, match="tracker='swanlab': not installed"):
         tracker_name("swanlab")
-    train(override(SMOKE, ["steps=1", "tracker=auto", "sample_every=9"]), tmp_path, device="cpu")
+    pretrain(override(SMOKE, ["steps=1", "tracker=auto", "sample_every=9"]), tmp_path, device="cpu")
     assert [*tmp_path.rglob("events.out.tfevents*")]
 
 
 def test_fine_tuning_goes_on_from_the_base(uninterrupted, tmp_path):
     stage = override(preset("finetune", "smoke"), ["steps=2"])
     with pytest.raises(ValueError, match="start_from=''"):
-        Trainer(stage, tmp_path, device="cpu")
-    trainer = Trainer(override(stage, [f"start_from={uninterrupted}"]), tmp_path, device="cpu")
+        engine(stage, tmp_path)
+    run = engine(override(stage, [f"start_from={uninterrupted}"]), tmp_path)
     assert_same(
-        {n: p.detach() for n, p in trainer.masters.items()},
-        {n: v for n, v in final_weights(uninterrupted).items() if n in trainer.masters},
+        {n: p.detach() for n, p in masters(run).items()},
+        {n: v for n, v in final_weights(uninterrupted).items() if n in masters(run)},
     )
-    assert 8 <= len(trainer.batches.sources[0].rows) <= 32
-    trainer.fit()
+    assert 8 <= len(run.stage.batches.sources[0].rows) <= 32
+    run.fit()
     assert (tmp_path / "final" / "config.json").is_file()
 
 
@@ -518,33 +533,33 @@ def test_pictures_of_scenes_whose_latents_were_replaced_are_refused(tmp_path, mo
     config = override(SMOKE, ["data.scenes=8"])
     batches = Batches(config, load_encoders("lite"))
     with pytest.warns(UserWarning, match="bad rows found"):
-        assert batches.share(0).latents.isfinite().all()
+        assert batches.local(0).latents.isfinite().all()
     batches.needs_images = True
     with pytest.raises(ValueError, match="holds bad rows"):
-        batches.share(5)
+        batches.local(5)
 
 
 def test_wrong_starts_are_refused(uninterrupted, tmp_path):
     with pytest.raises(FileExistsError, match="holds a run already"):
-        Trainer(SMOKE, uninterrupted, device="cpu")
+        engine(SMOKE, uninterrupted)
     with pytest.raises(FileNotFoundError, match="data/sa1b: holds no shards"):
-        Trainer(preset("base", "full"), tmp_path, device="cpu")
+        engine(preset("base", "full"), tmp_path)
     with pytest.raises(ValueError, match="batch_size=4"):
-        Trainer(override(SMOKE, ["batch_size=4"]), uninterrupted, resume=True, device="cpu")
+        engine(override(SMOKE, ["batch_size=4"]), uninterrupted, resume=True)
     with pytest.raises(ValueError, match="steps=3: the run has been trained to step 10"):
-        Trainer(override(SMOKE, ["steps=3"]), uninterrupted, resume=True, device="cpu")
+        engine(override(SMOKE, ["steps=3"]), uninterrupted, resume=True)
     tuned = override(preset("finetune", "smoke"), [f"start_from={uninterrupted}"])
     with pytest.raises(ValueError, match="stage=finetune: the run was started with base"):
-        Trainer(tuned, uninterrupted, resume=True, device="cpu")
+        engine(tuned, uninterrupted, resume=True)
     with pytest.raises(ValueError, match="model.in_channels=3"):
-        Trainer(override(SMOKE, ["model.in_channels=3"]), tmp_path, device="cpu")
+        engine(override(SMOKE, ["model.in_channels=3"]), tmp_path)
 
 
 def test_showing_other_weights_is_undone(tmp_path):
     model = torch.nn.Linear(3, 3)
     weights = MasterWeights(model, torch.bfloat16)
     before = model.weight.detach().clone()
-    with weights.showing({name: torch.zeros_like(p) for name, p in weights.masters.items()}):
+    with weights.swapped_in({name: torch.zeros_like(p) for name, p in weights.masters.items()}):
         assert not model.weight.any()
     assert torch.equal(model.weight, before)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nitro_e_lite.files import whole_folder
+from nitro_e_lite.files import atomic_folder
 from nitro_e_lite.training.checkpoints import (
     list_checkpoints,
     load_checkpoint,
@@ -43,12 +43,10 @@ def test_damage_is_found_and_the_previous_one_used(tmp_path, file):
 
 def test_a_folder_is_whole_or_as_it_was(tmp_path):
     final = tmp_path / "run" / "final"
-    with whole_folder(final, "nothing") as partial:
-        partial.mkdir()
+    with atomic_folder(final, "nothing") as partial:
         (partial / "a").write_text("one")
     said = "final: could not be written .*No space left.*; the checkpoints are intact; make room"
-    with pytest.raises(OSError, match=said), whole_folder(final, "the checkpoints are intact") as partial:
-        partial.mkdir()
+    with pytest.raises(OSError, match=said), atomic_folder(final, "the checkpoints are intact") as partial:
         (partial / "a").write_text("two")
         raise OSError(28, "No space left on device")
     assert (final / "a").read_text() == "one" and [path.name for path in final.parent.iterdir()] == ["final"]

@@ -1,6 +1,8 @@
 """The commands that train and plan: `nitro-e train ...` and `nitro-e plan`."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +32,6 @@ def run_stage(stage, preset, overrides, run_dir, resume, device, processes, node
     """Trains one stage, or prints how to start it on several machines."""
     from nitro_e_lite import config
     from nitro_e_lite.experiments import launch
-    from nitro_e_lite.runtime import RunStopped
 
     chosen = config.override(config.preset(stage, preset), overrides or [])
     run_dir = run_dir or Path("runs") / f"{stage}-{preset}"
@@ -40,10 +41,19 @@ def run_stage(stage, preset, overrides, run_dir, resume, device, processes, node
         lines += ["", "# Or as a Slurm job:", launch.slurm_script(words, nodes, processes)]
         typer.echo("\n".join(lines))
         return
-    try:
+    with stoppable():
         finish(launch.launch(chosen, run_dir, processes=processes, resume=resume, device=device, on_line=typer.echo))
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """A run that was asked to stop ends with one line that says how to continue, whatever the number of processes."""
+    from nitro_e_lite.runtime import RunStopped
+
+    try:
+        yield
     except RunStopped as stopped:
-        if os.environ.get("RANK", "0") == "0":  # one line, whatever the number of processes
+        if os.environ.get("RANK", "0") == "0":
             typer.echo(str(stopped))
 
 
@@ -76,27 +86,36 @@ def train_finetune(
 
 
 @command(train_app, "autoencoder")
-def train_autoencoder(overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = False) -> None:
+def train_autoencoder(
+    overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = False, device: Device = None
+) -> None:
     """Train the lite autoencoder."""
     from nitro_e_lite import config
     from nitro_e_lite.stages import autoencoder
 
     chosen = config.override(autoencoder.AutoencoderConfig(), overrides or [])
-    finish(autoencoder.train_autoencoder(chosen, run_dir or Path("runs/autoencoder"), resume))
+    with stoppable():
+        finish(autoencoder.train_autoencoder(chosen, run_dir or Path("runs/autoencoder"), resume, device))
 
 
 @command(train_app, "language-model")
-def train_language_model(overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = False) -> None:
+def train_language_model(
+    overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = False, device: Device = None
+) -> None:
     """Train the lite tokenizer and language model."""
     from nitro_e_lite import config
     from nitro_e_lite.stages import language_model
 
     chosen = config.override(language_model.LanguageModelConfig(), overrides or [])
-    finish(language_model.train_language_model(chosen, run_dir or Path("runs/language-model"), resume))
+    with stoppable():
+        folder = run_dir or Path("runs/language-model")
+        finish(language_model.train_language_model(chosen, folder, resume, device))
 
 
 @command(train_app, "vision")
-def train_vision(overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = False) -> None:
+def train_vision(
+    overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = False, device: Device = None
+) -> None:
     """Train the lite vision model for REPA, and probe its features for shape and colour."""
     import json
 
@@ -104,11 +123,12 @@ def train_vision(overrides: Overrides = None, run_dir: RunDir = None, resume: Re
     from nitro_e_lite.stages import vision
 
     chosen = config.override(vision.VisionConfig(), overrides or [])
-    final = vision.train_vision(chosen, run_dir or Path("runs/vision"), resume)
-    found = json.loads((final / "probe.json").read_text(encoding="utf-8"))
-    rows = [[name, f"{row['shape']:.3f}", f"{row['color']:.3f}"] for name, row in found.items()]
-    show_table("linear probe of single patches, held-out scenes", ["features", "shape", "color"], rows)
-    finish(final)
+    with stoppable():
+        final = vision.train_vision(chosen, run_dir or Path("runs/vision"), resume, device)
+        found = json.loads((final / "probe.json").read_text(encoding="utf-8"))
+        rows = [[name, f"{row['shape']:.3f}", f"{row['color']:.3f}"] for name, row in found.items()]
+        show_table("linear probe of single patches, held-out scenes", ["features", "shape", "color"], rows)
+        finish(final)
 
 
 def whole_numbers(name: str, text: str) -> list[int]:
@@ -150,8 +170,8 @@ def compare_command(
         show_table("mean over seeds, 95 % interval", ["", "step", "seeds", "validation loss", "GenEval-lite"], rows)
 
 
-@command(app, "rehearse")
-def rehearse_command(
+@command(app, "overfit")
+def overfit_command(
     stage: Annotated[str, typer.Option(help="base or finetune.")] = "base",
     preset: Preset = "lite",
     overrides: Overrides = None,
@@ -163,10 +183,10 @@ def rehearse_command(
     """Learn one small batch by heart with the settings of a run, before it may take days. Fails when that fails."""
     with output(json) as result:
         from nitro_e_lite import config
-        from nitro_e_lite.experiments import overfit
+        from nitro_e_lite.experiments.overfit import overfit
 
         chosen = config.override(config.preset(stage, preset), overrides or [])
-        result |= overfit.rehearse(chosen, samples, steps, device)
+        result |= overfit(chosen, samples, steps, device)
         if not json:
             marks = sorted({round(k * steps / 6) for k in range(7)})
             left = ["not finite" if x is None else f"{x:.1%}" for x in (result["left"][k] for k in marks)]

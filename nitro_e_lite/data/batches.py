@@ -1,8 +1,9 @@
-"""What one process reads in one step: its share of the batch and all that is drawn at random for it.
+"""What one process reads in one step: its rows of the batch and all that is drawn at random for them.
 
 Everything of step k is a function of (seed, k): the rows, the caption among a picture's paraphrases, the captions that
-are dropped, the timesteps, the noise. It is drawn for the whole batch and then cut, so that two processes see together
-exactly what one process would see. Both scenes of a minimal pair (``minimal_pairs.py``) get the same draws; a run can
+are dropped, the timesteps, the noise. Each purpose has a stream of its own (``runtime.generator``), numbers that are
+cheap are drawn for the whole batch and then cut, noise is drawn row by row: two processes see together exactly what one
+process would see. Both scenes of a minimal pair (``minimal_pairs.py``) get the same draws; a run can
 alternate between steps on pairs and steps on plain scenes. The next batch is prepared in a thread while the current one
 is computed.
 """
@@ -25,6 +26,7 @@ from nitro_e_lite.data.scene_latents import cached_scenes, readable_rows, scene_
 from nitro_e_lite.data.shards import CARD, LatentBatch, LatentDataset
 from nitro_e_lite.inference.encoders import Encoders
 from nitro_e_lite.model import flow
+from nitro_e_lite.runtime import generator
 from nitro_e_lite.scenes.captions import words
 from nitro_e_lite.scenes.grammar import COLORS
 from nitro_e_lite.scenes.minimal_pairs import FACTS, minimal_pair
@@ -32,7 +34,7 @@ from nitro_e_lite.scenes.render import render
 
 
 @dataclass(frozen=True)
-class Share:
+class LocalBatch:
     """What one process works on.
 
     Attributes:
@@ -53,11 +55,11 @@ class Share:
     vision: Tensor | None = None
     images: Tensor | None = None
 
-    def parts(self, count: int) -> list[Share]:
-        """The share in ``count`` equal parts."""
+    def microbatches(self, count: int) -> list[LocalBatch]:
+        """The same in ``count`` equal parts."""
         size = len(self.captions) // count
         cuts = [slice(k * size, (k + 1) * size) for k in range(count)]
-        return [Share(**{name: v if v is None else v[cut] for name, v in vars(self).items()}) for cut in cuts]
+        return [LocalBatch(**{name: v if v is None else v[cut] for name, v in vars(self).items()}) for cut in cuts]
 
 
 @dataclass(frozen=True)
@@ -90,17 +92,15 @@ class Batches:
     Args:
         config: of the run.
         encoders: make the latents, or must match those that are stored.
-        rank: of this process.
-        world: number of processes.
+        rows: of the global batch, those that this process works on; None: all.
 
     Raises:
         FileNotFoundError: a folder holds no data.
         ValueError: fewer rows than one batch are left, or stored latents are of another encoder.
     """
 
-    def __init__(self, config: TrainConfig, encoders: Encoders, rank: int = 0, world: int = 1):
-        self.config = config
-        self.mine = slice(rank * config.batch_size // world, (rank + 1) * config.batch_size // world)
+    def __init__(self, config: TrainConfig, encoders: Encoders, rows: range | None = None):
+        self.config, self.rows = config, range(config.batch_size) if rows is None else rows
         self.sources = [_Source.open(config.data, encoders)]
         if config.data.pairs and config.data.pairs_every > 1:
             self.sources.append(_Source.open(replace(config.data, pairs=()), encoders))
@@ -114,7 +114,7 @@ class Batches:
                 )
         self.needs_images = False
         self._thread = ThreadPoolExecutor(1, "next batch")
-        self._ahead: tuple[int, Future[Share]] | None = None
+        self._ahead: dict[int, Future[LocalBatch]] = {}  # by step: the current one and the next
 
     @property
     def counts(self) -> list[int]:
@@ -130,14 +130,15 @@ class Batches:
                 stacklevel=2,
             )
 
-    def share(self, step: int) -> Share:
-        """This process's share of step ``step``."""
-        if self._ahead is None or self._ahead[0] != step:
-            self._ahead = (step, self._thread.submit(self._draw, step))
-        share = self._ahead[1].result()
-        if step + 1 < self.config.steps:
-            self._ahead = (step + 1, self._thread.submit(self._draw, step + 1))
-        return share
+    def local(self, step: int) -> LocalBatch:
+        """What this process reads in step ``step``; the next step is then prepared."""
+        wanted = [step] if step + 1 >= self.config.steps else [step, step + 1]
+        self._ahead = {one: self._ahead.get(one) or self._thread.submit(self._draw, one) for one in wanted}
+        return self._ahead[step].result()
+
+    def microbatch(self, step: int, part: int, count: int) -> LocalBatch:
+        """Part ``part`` of ``count`` equal ones of ``local(step)``."""
+        return self.local(step).microbatches(count)[part]
 
     def _source(self, step: int) -> tuple[_Source, int]:
         """What step ``step`` reads, and how many steps have read of it before."""
@@ -146,29 +147,36 @@ class Batches:
             return self.sources[0], step
         return (self.sources[0], pairs - 1) if (step + 1) % every == 0 else (self.sources[1], step - pairs)
 
-    def _draw(self, step: int) -> Share:
-        config, mine = self.config, self.mine
+    def _draw(self, step: int) -> LocalBatch:
+        config, mine = self.config, slice(self.rows.start, self.rows.stop)
         source, before = self._source(step)
         alike = source.rows.shape[1]
         count = config.batch_size // alike
         rows = source.rows[batch_indices(config.seed, len(source.rows), count, before)].flatten()[mine]
         batch = source.data.batch(rows)
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        which = torch.rand(count, generator=generator).repeat_interleave(alike)[mine].tolist()
-        dropped = torch.rand(count, generator=generator).repeat_interleave(alike)[mine] < config.caption_dropout
-        t = flow.sample_timesteps(count, generator, config.timestep_mean, config.timestep_std)
+        stream = partial(generator, config.seed, step)
+
+        def uniform(purpose: str) -> Tensor:
+            return torch.rand(count, generator=stream(purpose)).repeat_interleave(alike)[mine]  # (B,)
+
+        which, dropped = uniform("caption").tolist(), uniform("dropout") < config.caption_dropout
+        t = flow.sample_timesteps(count, stream("timestep"), config.timestep_mean, config.timestep_std)
         t = t.repeat_interleave(alike)[mine]
-        noise = torch.randn(count, *batch.latents.shape[1:], generator=generator).repeat_interleave(alike, 0)[mine]
+        drawn = {
+            n: torch.randn(batch.latents.shape[1:], generator=stream("noise", n))
+            for n in dict.fromkeys(row // alike for row in self.rows)
+        }
+        noise = torch.stack([drawn[row // alike] for row in self.rows])  # (B, C, H, W)
         ways = batch.captions
         if config.data.colorless:
-            plain = torch.rand(count, generator=generator).repeat_interleave(alike)[mine] < config.data.colorless
+            plain = uniform("colorless") < config.data.colorless
             ways = [_colorless(w) or w if only else w for w, only in zip(ways, plain.tolist(), strict=True)]
         captions = [
             "" if drop else some[int(u * len(some))]
             for some, u, drop in zip(ways, which, dropped.tolist(), strict=True)
         ]
         images = self._pictures(source, rows) if self.needs_images else None
-        return Share(batch.latents, captions, t, noise, batch.text, batch.vision, images)
+        return LocalBatch(batch.latents, captions, t, noise, batch.text, batch.vision, images)
 
     def _pictures(self, source: _Source, rows: np.ndarray) -> Tensor:
         """The scenes of ``rows``, drawn again; only right while each row's latents are its own."""
@@ -178,15 +186,15 @@ class Batches:
         scenes = [scene_row(source.config, int(row)) for row in rows]
         return torch.stack([torch.from_numpy(render(scene)) for scene in scenes])  # (B, H, W, 3)
 
-    def validation_shares(self, size: int = 64) -> Iterator[Share]:
-        """Yields the validation set in shares of ``size``: first captions, t over [0, 1]; the same in all runs."""
+    def validation_batches(self, size: int = 64) -> Iterator[LocalBatch]:
+        """Yields the validation set in batches of ``size``: first captions, t over [0, 1]; the same in all runs."""
         count = len(self.validation)
-        generator = torch.Generator().manual_seed(2**31)
-        t = (torch.randperm(count, generator=generator) + 0.5) / count
+        fixed = torch.Generator().manual_seed(2**31)
+        t = (torch.randperm(count, generator=fixed) + 0.5) / count
         for first in range(0, count, size):
             batch = self.validation.batch(range(first, min(first + size, count)))
-            noise = torch.randn(batch.latents.shape, generator=generator)
-            yield Share(batch.latents, first_captions(batch), t[first : first + size], noise, batch.text)
+            noise = torch.randn(batch.latents.shape, generator=fixed)
+            yield LocalBatch(batch.latents, first_captions(batch), t[first : first + size], noise, batch.text)
 
     def validation_captions(self, count: int) -> list[str]:
         """The first captions of the first ``count`` validation pictures."""
@@ -248,5 +256,4 @@ def batch_indices(seed: int, length: int, batch_size: int, step: int) -> np.ndar
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     """The order of one epoch; remembered, because every step of the epoch asks for it."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(length, generator=generator).numpy()
+    return torch.randperm(length, generator=generator(seed, epoch, "order")).numpy()

@@ -24,8 +24,9 @@ from nitro_e_lite.config import TrainConfig, override, to_dict
 from nitro_e_lite.evaluation.geneval_lite import evaluate
 from nitro_e_lite.files import read_jsonl
 from nitro_e_lite.scenes.geneval import CATEGORIES, Prompt
+from nitro_e_lite.stages.pretrain import Pretrain
 from nitro_e_lite.stats import interval
-from nitro_e_lite.training.engine import Trainer
+from nitro_e_lite.training.engine import Engine
 from nitro_e_lite.training.metrics import MetricsWriter
 
 RESULT = "comparison.json"
@@ -67,7 +68,7 @@ def compare(
         What ``comparison.json`` holds: ``points``, ``batch_size``, ``variants``, ``prompts``, ``config`` and ``runs``.
         These are a list with a row for each variant, seed and point: ``step``, ``samples``, ``trained_steps`` since the
         point before or, if it was stopped on the way, since it went on, and their ``seconds``, the fields of
-        ``Trainer.validate``, and with prompts ``geneval`` and ``categories``.
+        ``Pretrain.validate``, and with prompts ``geneval`` and ``categories``.
 
     Raises:
         ValueError: no variants, seeds or points, points out of order, an unknown field, or a folder that holds another
@@ -100,24 +101,26 @@ def _run(config: TrainConfig, points, folder: Path, prompts, device: str | None,
     missing = [point for point in points if point not in {row["step"] for row in rows}]
     if not missing:
         return
-    trainer = Trainer(config, folder, resume=True, device=device)
-    if trainer.step > missing[0]:
-        raise ValueError(f"points: {folder} has been trained to step {trainer.step}; only later points can be added")
+    engine = Engine(config, Pretrain, folder, resume=True, device=device)
+    if engine.global_step > missing[0]:
+        raise ValueError(
+            f"points: {folder} has been trained to step {engine.global_step}; only later points can be added"
+        )
     for point in missing:
-        begin, before = time.perf_counter(), trainer.step
-        while trainer.step < point:
-            trainer.train_step()
-            if trainer.step % config.checkpoint_every == 0 and trainer.step < point:
-                trainer.save()
-        trained = {"trained_steps": trainer.step - before, "seconds": round(time.perf_counter() - begin, 2)}
+        begin, before = time.perf_counter(), engine.global_step
+        while engine.global_step < point:
+            engine.step()
+            if engine.global_step % config.checkpoint_every == 0 and engine.global_step < point:
+                engine.save()
+        trained = {"trained_steps": engine.global_step - before, "seconds": round(time.perf_counter() - begin, 2)}
         row = {"variant": variant, "seed": config.seed, "step": point, "samples": point * config.batch_size}
-        row |= trained | trainer.validate()
+        row |= trained | engine.validate()
         if prompts:
-            with trainer.drawing() as pipeline:
+            with engine.averaged():
                 options = {"seeds": [config.seed], "steps": 20, "guidance": config.guidance, "progress": False}
-                found = evaluate(pipeline, prompts, **options).score
+                found = evaluate(engine.stage.pipeline(), prompts, **options).score
             row |= {"geneval": found.overall, "categories": found.categories}
-        trainer.save()
+        engine.save()
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}  # a run blew up
         with MetricsWriter(file) as kept:
             kept.write(**row)

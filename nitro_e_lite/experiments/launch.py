@@ -4,7 +4,7 @@ One process trains in place. For more, torchrun is started as a child: it starts
 and ends all when one fails. Its output is passed on line by line, into the terminal or the notebook cell that asked,
 and its failure is raised here with its last lines. A child of a notebook would inherit settings that are meant for the
 kernel (``MPLBACKEND`` above all); they are taken away. On a machine without accelerator ``ACCELERATE_USE_CPU`` is set,
-because accelerate would otherwise make one lonely run of every process; ``train.py`` checks that all found each other.
+because accelerate would otherwise make a separate run of every process; the engine checks that all found each other.
 
 SIGTERM or Ctrl-C is passed on to the training processes themselves, not to torchrun, which would kill them after half a
 minute. They save and end well, and so does torchrun.
@@ -14,10 +14,12 @@ Several machines need a scheduler or a person on each: ``torchrun_commands`` and
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,9 +27,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from nitro_e_lite.config import TrainConfig, assignments
+from nitro_e_lite.config import TrainConfig, assignments, to_dict
+from nitro_e_lite.experiments import worker
 from nitro_e_lite.runtime import RunStopped, StopRequest
-from nitro_e_lite.training.engine import train
+from nitro_e_lite.stages.pretrain import pretrain
 
 NOTEBOOK_SETTINGS = ("MPLBACKEND", "JPY_PARENT_PID", "FORCE_COLOR", "CLICOLOR_FORCE")
 TORCHRUN_SAYS = "failed (exitcode"  # where torchrun's own report of a failure begins; what counts stands before it
@@ -40,7 +43,7 @@ class LaunchError(RuntimeError):
 
 
 def train_arguments(config: TrainConfig, run_dir: str | Path, resume: bool, device: str | None) -> list[str]:
-    """The command line, without the program's name, that trains ``config``."""
+    """The words after `nitro-e` that train ``config``, for a person to type or a scheduler to run."""
     arguments = ["train", config.stage, "--preset", config.preset, "--run-dir", str(run_dir)]
     arguments += [word for assignment in assignments(config) for word in ("--set", assignment)]
     return arguments + ["--resume"] * resume + ([] if device is None else ["--device", device])
@@ -72,13 +75,17 @@ def launch(
     """
     check_processes(processes, device)
     if processes == 1:
-        return train(config, run_dir, resume, device)
-    words = ["-m", "nitro_e_lite.cli", *train_arguments(config, run_dir, resume, device)]
-    lines = run_processes(words, processes, child_environment(processes, device), on_line)
-    stopped = next((line for line in reversed(lines) if line.startswith("Stopped by ")), None)
-    if stopped:
-        raise RunStopped(stopped)
-    return Path(run_dir) / "final"
+        return pretrain(config, run_dir, resume, device)
+    with tempfile.TemporaryDirectory() as folder:
+        request, outcome = Path(folder) / "request.json", Path(folder) / "outcome.json"
+        asked = {"config": to_dict(config), "run_dir": str(run_dir), "resume": resume, "device": device}
+        request.write_text(json.dumps(asked | {"outcome": str(outcome)}), encoding="utf-8")
+        words = ["-m", worker.__name__, str(request)]
+        run_processes(words, processes, child_environment(processes, device), on_line)
+        ended = json.loads(outcome.read_text(encoding="utf-8"))
+    if "stopped" in ended:
+        raise RunStopped(ended["stopped"])
+    return Path(ended["final"])
 
 
 def check_processes(processes: int, device: str | None) -> None:
@@ -116,7 +123,7 @@ def torchrun_words(words: Sequence[str], processes: int, nodes: int = 1, rank: i
     """Arguments of Python that start ``words`` through torchrun on one machine.
 
     Args:
-        words: what each process runs: a script, or ``-m module``, and its arguments.
+        words: what each process runs: a script, ``-m module`` or ``--no-python program``, and its arguments.
         processes: on each machine.
         nodes: number of machines.
         rank: of this machine, from 0.
@@ -136,7 +143,7 @@ def run_processes(
     environment: Mapping[str, str],
     on_line: Callable[[str], None] = print,
     **machines,
-) -> list[str]:
+) -> None:
     """Runs ``words`` in several processes and passes their output on.
 
     Args:
@@ -145,9 +152,6 @@ def run_processes(
         environment: of the processes.
         on_line: gets each line of output.
         **machines: ``nodes``, ``rank`` and ``address`` for ``torchrun_words``.
-
-    Returns:
-        The last lines of what the processes printed.
 
     Raises:
         LaunchError: torchrun ended with an error.
@@ -180,7 +184,6 @@ def run_processes(
                 process.wait()
     if code:
         raise LaunchError(f"{processes} processes: torchrun ended with code {code}. Last lines:\n" + "\n".join(last))
-    return list(last)
 
 
 def _terminate_children(pid: int) -> None:
@@ -204,8 +207,8 @@ def torchrun_commands(words: Sequence[str], nodes: int, processes: int, address:
         processes: on each, one for every accelerator.
         address: ``host:port`` of the first machine.
     """
-    program = ["-m", "nitro_e_lite.cli", *words]
-    return [shlex.join(["python", *torchrun_words(program, processes, nodes, rank, address)]) for rank in range(nodes)]
+    options = [torchrun_words(["nitro-e", *words], processes, nodes, rank, address) for rank in range(nodes)]
+    return [shlex.join(["torchrun", "--no-python", *one[2:]]) for one in options]
 
 
 def slurm_script(words: Sequence[str], nodes: int, processes: int, hours: int = 48, port: int = PORT) -> str:

@@ -1,9 +1,10 @@
 """A few samples by heart: what a run must be able to do before it may take days.
 
-The engine of the run trains on the samples of its first step alone, always with the same captions, noise levels and
-noise. Nothing is new from step to step, so a model that learns at all learns these by heart and its loss goes towards
-zero. Where it does not, the learning rate, the number type, the kernels or the data are wrong, and a million samples
-will not mend that. What cannot be seen this way is what generalising takes, like captions that do not fit.
+The engine of the run trains the stage on the samples of its first step alone, always with the same captions, noise
+levels and noise. Nothing is new from step to step, so a model that learns at all learns these by heart and its loss
+goes towards zero. Where it does not, the learning rate, the number type, the kernels or the data are wrong, and a
+million samples will not mend that. What cannot be seen this way is what generalising takes, like captions that do not
+fit.
 
 Source: the practice of overfitting one batch first; Karpathy, "A Recipe for Training Neural Networks", 2019.
 """
@@ -15,16 +16,25 @@ import math
 import tempfile
 from typing import Any
 
+from torch import Tensor
 from tqdm.auto import trange
 
 from nitro_e_lite.config import TrainConfig
 from nitro_e_lite.model import flow
-from nitro_e_lite.training.engine import Trainer
+from nitro_e_lite.stages.pretrain import Pretrain
+from nitro_e_lite.training.engine import Engine
 
 LIMIT = 0.5  # of what the model begins with, or of what no model at all leaves
 
 
-def rehearse(
+class _FirstBatch(Pretrain):
+    """The stage with the samples of its first step, again and again."""
+
+    def losses(self, step: int, part: int) -> dict[str, dict[str, Tensor]]:
+        return super().losses(0, part)
+
+
+def overfit(
     config: TrainConfig,
     samples: int = 8,
     steps: int = 60,
@@ -58,15 +68,15 @@ def rehearse(
     changes = {"batch_size": samples, "accumulate": 1, "steps": steps + 1, "max_skipped": steps + 1, "tracker": "none"}
     config = dataclasses.replace(config, **changes, data=data, optimizer=optimizer)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, folder, device=device)
-        share = trainer.batches.share(0)
-        trainer.batches.share = lambda step: share  # the first step's samples, again and again
-        variance = flow.velocity_target(share.latents, share.noise).square().mean().item()
+        engine = Engine(config, _FirstBatch, folder, device=device)
+        batch = engine.stage.batches.local(0)
+        variance = flow.velocity_target(batch.latents, batch.noise).square().mean().item()
         left = []
-        for _ in trange(steps + 1, desc="rehearsal", disable=None):
-            loss = trainer.train_step()["loss"]
+        for _ in trange(steps + 1, desc="overfit", disable=None):
+            row = engine.step()
+            loss = row.get("flow_loss", row["loss"])
             left.append(loss / variance if math.isfinite(loss) else None)
         goal = LIMIT * min(1.0, left[0] or 1.0)
-        ok = left[-1] is not None and left[-1] < goal and not trainer.skipped
-        spread = share.latents.std().item()
-        return {"left": left, "goal": goal, "spread": spread, "skipped": trainer.skipped, "ok": ok}
+        ok = left[-1] is not None and left[-1] < goal and not engine.skipped
+        spread = batch.latents.std().item()
+        return {"left": left, "goal": goal, "spread": spread, "skipped": engine.skipped, "ok": ok}

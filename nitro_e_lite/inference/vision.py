@@ -1,16 +1,11 @@
-"""REPA: align the transformer's early tokens with what a vision model sees in the clean picture.
+"""The vision model of REPA: what is in a picture, patch by patch.
 
-A diffusion transformer has to find out what is in a picture before it can predict a velocity, and learns that slowly
-from the velocity alone. A vision model that was trained without labels knows it already. So the tokens after the first
-group of blocks are sent through a small MLP and compared with the vision model's patch features of the *clean* picture:
+At full scale it is DINOv2 ViT-B/14 at 224 px; at lite scale a small model of the same class trained on scenes
+(``stages/vision.py``), with patches of 8 at 128 px. Both give 256 features on the same 16x16 grid as the latents, so
+that feature n belongs to token n. It is frozen; the loss that turns the transformer's tokens towards its features is
+in ``stages/pretrain.py``.
 
-    loss = flow loss - weight * mean over tokens of cos(projector(tokens), features)
-
-Only directions count, and the vision model is frozen. Both have 256 tokens on the same 16x16 grid, so that token n of
-one is compared with token n of the other. At full scale the vision model is DINOv2 ViT-B/14 at 224 px; at lite scale a
-small model of the same class trained on scenes (``vision_training.py``), with patches of 8 at 128 px.
-
-Source: REPA arXiv 2410.06940; Nitro-E stage 1 (weight 0.5, tap after group 1).
+Source: REPA arXiv 2410.06940; DINOv2 arXiv 2304.07193.
 """
 
 from __future__ import annotations
@@ -77,7 +72,7 @@ def prepare_pixels(pixels: Tensor, size: int) -> Tensor:
 
 def patch_features(model: Dinov2Model, pixels: Tensor) -> Tensor:
     """Features of the patches after the last norm (B, N, C), without the class token."""
-    return model(pixels.to(model.dtype)).last_hidden_state[:, 1:]
+    return model(pixels.to(model.device, model.dtype)).last_hidden_state[:, 1:]
 
 
 def load_vision(
@@ -108,24 +103,3 @@ def load_vision(
     model = attempt(folder or source, option, load, dtype=dtype, use_safetensors=True, **place)
     speed_up(model)
     return VisionEncoder(model.to(device).eval().requires_grad_(False))
-
-
-def repa_loss(projected: Tensor, features: Tensor) -> Tensor:
-    """Negative cosine similarity, averaged over tokens.
-
-    Args:
-        projected: the transformer's tap (B, N, C).
-        features: of the vision model, (B, N, C).
-
-    Returns:
-        (B,), float32, in [-1, 1].
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    if projected.shape != features.shape:
-        raise ValueError(
-            f"features={tuple(features.shape)}: must be shaped like the transformer's tap {tuple(projected.shape)}; "
-            "the vision model must see as many patches as there are tokens"
-        )
-    return -F.cosine_similarity(projected.float(), features.float(), dim=-1).mean(1)

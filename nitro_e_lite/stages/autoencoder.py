@@ -9,10 +9,9 @@ standard deviations on the latents, so that the decoder forgives small errors of
 ``half_resolution_every``-th step *scale equivariance*: latents averaged 2x2 must decode to the picture averaged 2x2,
 which removes high frequencies from the latents. Source: arXiv 2502.14831 (diffusability), 2502.09509.
 
-A run is a pure function of its config: step k draws its scenes, windows and noise from (seed, k) alone, so a killed run
-continues bit for bit from its last checkpoint.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,18 +22,24 @@ import torch.nn.functional as F
 from diffusers import AutoencoderDC
 from torch import Tensor
 
+from nitro_e_lite.config import RunConfig
 from nitro_e_lite.inference.encoders import LatentStats, images_to_tensor
+from nitro_e_lite.runtime import generator
 from nitro_e_lite.scenes.grammar import sample_scene
 from nitro_e_lite.scenes.render import render
-from nitro_e_lite.training.fitting import FitConfig, fit, step_generator
+from nitro_e_lite.training.engine import Engine, Placement, Stage, Trained
+from nitro_e_lite.training.optimizers import cosine_scale
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderConfig(FitConfig):
+class AutoencoderConfig(RunConfig):
     """The lite autoencoder: f8, so that a 128 px picture becomes a 16x16 grid of latents."""
 
     steps: int = 3600
     batch_size: int = 16
+    learning_rate: float = 2e-3
+    warmup_steps: int = 100
+    max_grad_norm: float = 1.0
     image_size: int = 128
     window: int = 64  # pixels a side of the part of a picture that a step looks at
     latent_channels: int = 8
@@ -70,17 +75,21 @@ def scene_images(seed: int, indices: range, size: int, split: str = "train") -> 
     return images_to_tensor(np.stack([render(sample_scene(seed, i, split), size) for i in indices]))
 
 
-def scene_windows(config: AutoencoderConfig, indices: range, generator: torch.Generator) -> Tensor:
+def scene_windows(config: AutoencoderConfig, indices: Sequence[int], draws: Tensor) -> Tensor:
     """One square window (B, 3, window, window) of each scene, around one of its objects.
 
     Most of a scene is soft background, which is learned at once; windows around objects are a quarter of the work and
     hold most of the edges. The network is convolutional: what it learns in windows holds for whole pictures.
+
+    Args:
+        config: sizes and the data set's seed.
+        indices: numbers of the scenes.
+        draws: (B, 3) in [0, 1): which object, and how far the window is off its centre.
     """
     size, window = config.image_size, config.window
     windows = []
-    for index in indices:
+    for index, (which, *jitter) in zip(indices, draws.tolist(), strict=True):
         scene = sample_scene(config.seed, index)
-        which, *jitter = torch.rand(3, generator=generator).tolist()
         centre = scene.objects[int(which * len(scene.objects))]
         corner = (centre.y * size - window * jitter[0], centre.x * size - window * jitter[1])
         top, left = (min(max(round(c), 0), size - window) for c in corner)
@@ -96,49 +105,49 @@ def picture_error(decoded: Tensor, target: Tensor, config: AutoencoderConfig) ->
     return plain + config.gradient_weight * slopes
 
 
-def autoencoder_losses(vae: AutoencoderDC, config: AutoencoderConfig, step: int) -> dict[str, Tensor]:
-    """Loss of one step and the PSNR of its (noisy, possibly half-size) reconstruction in dB."""
-    generator = step_generator(config.seed, step)
-    first = step * config.batch_size
-    images = scene_windows(config, range(first, first + config.batch_size), generator)
-    latents = vae.encode(images.contiguous(memory_format=torch.channels_last)).latent  # (B, C, H/8, W/8)
-    spread = latents.std(dim=(0, 2, 3), keepdim=True)  # with gradient: growing latents gain nothing
-    every = config.half_resolution_every
-    if every and step % every == every - 1:
-        latents, images = F.avg_pool2d(latents, 2), F.avg_pool2d(images, 2)
-    level = config.latent_noise * torch.rand(len(latents), 1, 1, 1, generator=generator)
-    noise = torch.randn(latents.shape, generator=generator)
-    decoded = vae.decode(latents + level * spread * noise).sample
-    psnr = -10 * torch.log10((decoded.detach() - images).square().mean() / 4)
-    return {"loss": picture_error(decoded, images, config), "psnr": psnr}
+class Autoencoder(Stage):
+    """The lite autoencoder in training; `export` leaves `vae` with its `latent_stats.json`."""
+
+    def __init__(self, config: AutoencoderConfig, placement: Placement):
+        self.config, self.placement = config, placement
+        self.vae = build_autoencoder(config)
+        schedule = partial(cosine_scale, steps=config.steps, warmup_steps=config.warmup_steps)
+        self.modules = {"vae": Trained(self.vae, self._optimizers, schedule, config.max_grad_norm)}
+
+    def _optimizers(self, masters: dict[str, Tensor]) -> dict[str, torch.optim.Optimizer]:
+        rate = self.config.learning_rate
+        return {"adamw": torch.optim.AdamW(masters.values(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)}
+
+    def losses(self, step: int, part: int) -> dict[str, dict[str, Tensor]]:
+        """Loss of one step and the PSNR of its (noisy, possibly half-size) reconstruction in dB."""
+        config, rows = self.config, self.placement.microbatches[part]
+        stream = partial(generator, config.seed, step)
+        draws = torch.rand(config.batch_size, 4, generator=stream("window"))[rows.start : rows.stop]  # (B, 4)
+        images = scene_windows(config, [step * config.batch_size + row for row in rows], draws[:, :3])
+        images = images.to(self.placement.device, memory_format=torch.channels_last)
+        latents = self.vae.encode(images.to(self.placement.dtype)).latent  # (B, C, H/8, W/8)
+        spread = latents.std(dim=(0, 2, 3), keepdim=True)  # with gradient: growing latents gain nothing
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=stream("noise", row)) for row in rows])
+        every = config.half_resolution_every
+        if every and step % every == every - 1:
+            latents, images, noise = (F.avg_pool2d(x, 2) for x in (latents, images, 2 * noise))  # variance stays 1
+        level = config.latent_noise * draws[:, 3].view(-1, 1, 1, 1)
+        decoded = self.vae.decode(latents + (level * noise).to(latents) * spread).sample.float()
+        psnr = -10 * torch.log10((decoded.detach() - images).square().mean() / 4)
+        return {"vae": {"loss": picture_error(decoded, images, config), "psnr": psnr}}
+
+    def export(self, weights: dict[str, dict[str, Tensor]], folder: Path) -> None:
+        """`vae`: an `AutoencoderDC` folder with the statistics of its latents."""
+        self.vae.save_pretrained(folder / "vae")
+        stats = measure_latents(self.vae, self.config.statistics_scenes, self.config.image_size, self.config.seed)
+        (folder / "vae" / "latent_stats.json").write_text(stats.to_json(), encoding="utf-8")
 
 
 def train_autoencoder(
-    config: AutoencoderConfig, run_dir: str | Path, resume: bool = False, stop_at: int | None = None
-) -> Path | None:
-    """Trains the lite autoencoder and measures its latents.
-
-    Args:
-        config: everything the result depends on.
-        run_dir: gets ``metrics.jsonl``, ``checkpoints/`` and, at the end, ``final/vae``.
-        resume: continue a run that is already there.
-        stop_at: ends early after this step, without a result.
-
-    Returns:
-        ``run_dir/final/vae``: an `AutoencoderDC` folder with ``latent_stats.json``; None when stopped early.
-    """
-    run_dir = Path(run_dir)
-    vae = build_autoencoder(config)
-    adam = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    losses = partial(autoencoder_losses, vae, config)
-    fit(config, vae, [adam], losses, run_dir, resume, "autoencoder", stop_at)
-    if stop_at is not None and stop_at < config.steps:
-        return None
-    folder = run_dir / "final" / "vae"
-    vae.eval().save_pretrained(folder)
-    stats = measure_latents(vae, config.statistics_scenes, config.image_size, config.seed)
-    (folder / "latent_stats.json").write_text(stats.to_json(), encoding="utf-8")
-    return folder
+    config: AutoencoderConfig, run_dir: str | Path, resume: bool = False, device: str | None = None
+) -> Path:
+    """Trains the lite autoencoder and measures its latents; see `Engine`. Returns the folder `run_dir/final/vae`."""
+    return Engine(config, Autoencoder, run_dir, resume, device).fit() / "vae"
 
 
 @torch.no_grad()
@@ -147,7 +156,8 @@ def measure_latents(vae: AutoencoderDC, scenes: int, size: int, seed: int, batch
     count, total, squares = 0, 0.0, 0.0
     for first in range(0, scenes, batch):
         images = scene_images(seed, range(first, min(first + batch, scenes)), size)
-        latents = vae.encode(images.contiguous(memory_format=torch.channels_last)).latent.double()
+        images = images.to(vae.device, vae.dtype, memory_format=torch.channels_last)
+        latents = vae.encode(images).latent.double()
         count += latents.numel() // latents.shape[1]
         total = total + latents.sum(dim=(0, 2, 3))
         squares = squares + latents.square().sum(dim=(0, 2, 3))

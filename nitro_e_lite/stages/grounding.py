@@ -47,6 +47,10 @@ class Said:
     shapes: Tensor
     colors: Tensor
 
+    def to(self, device: torch.device) -> Said:
+        """The same on another device."""
+        return Said(self.own.to(device), self.shapes.to(device), self.colors.to(device))
+
 
 def said_places(captions: list[str], scenes: list[Scene], ends: Tensor) -> Said:
     """What each caption of a scene has said of places up to each of its tokens.

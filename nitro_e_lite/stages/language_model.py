@@ -16,9 +16,6 @@ Differs: Llama-3.2 is a plain causal language model; three million parameters ne
 
 A language model that a transformer has learned to read can be taught more without spoiling that: ``start_from`` goes on
 from its weights and ``keep`` holds the features near what they were.
-
-A run is a pure function of its config: step k draws its scenes and positions from (seed, k) alone, so a killed run
-continues bit for bit from its last checkpoint.
 """
 
 from dataclasses import dataclass
@@ -29,23 +26,26 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from nitro_e_lite.config import RunConfig
 from nitro_e_lite.files import weights_dir
 from nitro_e_lite.inference.encoders import clean_caption
 from nitro_e_lite.inference.hub import load_text_encoder
+from nitro_e_lite.runtime import generator
 from nitro_e_lite.scenes.captions import caption, words
 from nitro_e_lite.scenes.grammar import COLORS, SIZES, Scene, sample_scene
 from nitro_e_lite.scenes.minimal_pairs import REDRAW
 from nitro_e_lite.stages.grounding import PLACE_WORDS, PlaceReader, Said, said_places
-from nitro_e_lite.training.fitting import FitConfig, fit, step_generator
+from nitro_e_lite.training.engine import Engine, Placement, Stage, Trained
+from nitro_e_lite.training.optimizers import cosine_scale
 
 END = "</s>"
 Tokens = dict[str, Tensor]  # input_ids and attention_mask, (B, L)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageModelConfig(FitConfig):
+class LanguageModelConfig(RunConfig):
     """The lite text encoder: a byte-pair tokenizer and a small Llama with grouped-query attention."""
 
     steps: int = 1150
@@ -53,6 +53,7 @@ class LanguageModelConfig(FitConfig):
     warmup_steps: int = 50
     learning_rate: float = 0.02  # of Muon, on the hidden matrices
     adam_learning_rate: float = 3e-3  # of AdamW, on embeddings and norms
+    max_grad_norm: float = 1.0
     max_length: int = 32
     vocabulary_size: int = 512
     tokenizer_scenes: int = 4000
@@ -184,83 +185,82 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, captions: list[str], length: in
     return {name: batch[name] for name in ("input_ids", "attention_mask")}, batch["offset_mapping"][..., 1]
 
 
-def draw_scenes(config: LanguageModelConfig, step: int, generator: torch.Generator) -> list[Scene]:
-    """The scenes of one step; a share of them, ``config.related``, has a clear relation."""
-    related = torch.rand(config.batch_size, generator=generator) < config.related
-    scenes = []
-    for index, wanted in enumerate(related.tolist(), start=step * config.batch_size):
+def draw_scene(config: LanguageModelConfig, index: int, related: bool) -> Scene:
+    """Scene `index` of the data set, or with `related` the next draw of it that has a clear relation."""
+    scene = sample_scene(config.seed, index)
+    while related and scene.relation is None:
+        index += REDRAW
         scene = sample_scene(config.seed, index)
-        while wanted and scene.relation is None:
-            index += REDRAW
-            scene = sample_scene(config.seed, index)
-        scenes.append(scene)
-    return scenes
+    return scene
 
 
-def language_model_losses(
-    model: Student, tokenizer: PreTrainedTokenizerFast, before: LlamaModel | None, step: int
-) -> dict[str, Tensor]:
-    """Loss of one step: the weighted sum of next word, paraphrase, place and the distance from ``before``."""
-    config = model.config
-    generator = step_generator(config.seed, step)
-    scenes = draw_scenes(config, step, generator)
-    drawn = torch.randint(1 << 20, (len(scenes), 1 + config.candidates), generator=generator).tolist()
-    pairs = [caption_pair(scene, variants) for scene, variants in zip(scenes, drawn, strict=True)]
-    captions, others = (list(side) for side in zip(*pairs, strict=True))
-    first, text_ends = tokenize(tokenizer, captions, config.max_length)
-    second, _ = tokenize(tokenizer, others, config.max_length)
-    ends = first["attention_mask"].sum(dim=1) - 1  # index of the end token
-    random = torch.rand(2, len(scenes), generator=generator)
-    inside = (random[0] * ends).long()  # a word
-    after = ends + (random[0] * (config.max_length - ends)).long()  # the end token or padding
-    position = torch.where(random[1] < 0.5, inside, after)
-    states, losses = model(first, second, position, said_places(captions, scenes, text_ends))
-    if config.keep_weight:
-        with torch.no_grad():
-            old = before(**first).last_hidden_state
-        losses["keep"] = (states - old).square().mean() / (old - old.mean(dim=(0, 1))).square().mean()
-    total = sum(getattr(config, f"{name}_weight") * loss for name, loss in losses.items())
-    return {"loss": total, **losses}
+class LanguageModel(Stage):
+    """The lite tokenizer and language model in training; `export` leaves `tokenizer` and `text_encoder`.
+
+    Raises:
+        EncoderUnavailable: `config.start_from` holds no language model.
+    """
+
+    def __init__(self, config: LanguageModelConfig, placement: Placement):
+        self.config, self.placement = config, placement
+        if config.start_from:
+            shipped = weights_dir() / config.start_from
+            self.tokenizer, self.before = load_text_encoder(
+                shipped if shipped.is_dir() else config.start_from, device=placement.device
+            )
+        else:
+            self.tokenizer, self.before = train_tokenizer(config), None
+        self.student = Student(config, len(self.tokenizer), self.tokenizer.eos_token_id)
+        if self.before is not None:
+            self.student.encoder.model.load_state_dict(self.before.state_dict())
+        schedule = partial(cosine_scale, steps=config.steps, warmup_steps=config.warmup_steps)
+        self.modules = {"student": Trained(self.student, self._optimizers, schedule, config.max_grad_norm)}
+
+    def _optimizers(self, masters: dict[str, Tensor]) -> dict[str, torch.optim.Optimizer]:
+        matrices = [p for n, p in masters.items() if p.ndim == 2 and ".layers." in n]
+        others = [p for n, p in masters.items() if p.ndim != 2 or ".layers." not in n]
+        rate = self.config.adam_learning_rate
+        return {
+            "muon": torch.optim.Muon(matrices, lr=self.config.learning_rate, weight_decay=0.01),
+            "adamw": torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0),
+        }
+
+    def losses(self, step: int, part: int) -> dict[str, dict[str, Tensor]]:
+        """The weighted sum of next word, paraphrase, place and the distance from `start_from`, and each of them."""
+        config, rows = self.config, self.placement.microbatches[part]
+        count, mine = config.batch_size, slice(rows.start, rows.stop)
+        related = torch.rand(count, generator=generator(config.seed, step, "related"))[mine] < config.related
+        variants = torch.randint(
+            1 << 20, (count, 1 + config.candidates), generator=generator(config.seed, step, "caption")
+        )
+        random = torch.rand(2, count, generator=generator(config.seed, step, "position"))[:, mine]
+        scenes = [draw_scene(config, step * count + row, one) for row, one in zip(rows, related.tolist(), strict=True)]
+        pairs = [caption_pair(scene, some) for scene, some in zip(scenes, variants[mine].tolist(), strict=True)]
+        captions, others = (list(side) for side in zip(*pairs, strict=True))
+        first, text_ends = tokenize(self.tokenizer, captions, config.max_length)
+        second, _ = tokenize(self.tokenizer, others, config.max_length)
+        ends = first["attention_mask"].sum(dim=1) - 1  # index of the end token
+        inside = (random[0] * ends).long()  # a word
+        after = ends + (random[0] * (config.max_length - ends)).long()  # the end token or padding
+        position = torch.where(random[1] < 0.5, inside, after).to(self.placement.device)
+        said = said_places(captions, scenes, text_ends)
+        first, second = ({name: x.to(self.placement.device) for name, x in t.items()} for t in (first, second))
+        states, losses = self.student(first, second, position, said.to(self.placement.device))
+        if config.keep_weight:
+            with torch.no_grad():
+                old = self.before(**first).last_hidden_state
+            losses["keep"] = (states - old).square().mean() / (old - old.mean(dim=(0, 1))).square().mean()
+        total = sum(getattr(config, f"{name}_weight") * loss for name, loss in losses.items())
+        return {"student": {"loss": total, **losses}}
+
+    def export(self, weights: dict[str, dict[str, Tensor]], folder: Path) -> None:
+        """`tokenizer` and `text_encoder`, the model without its head."""
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        self.student.encoder.model.save_pretrained(folder / "text_encoder")
 
 
 def train_language_model(
-    config: LanguageModelConfig, run_dir: str | Path, resume: bool = False, stop_at: int | None = None
-) -> Path | None:
-    """Trains the lite tokenizer and language model.
-
-    Args:
-        config: everything the result depends on.
-        run_dir: gets ``metrics.jsonl``, ``checkpoints/`` and, at the end, ``final/tokenizer`` and
-            ``final/text_encoder``.
-        resume: continue a run that is already there.
-        stop_at: ends early after this step, without a result.
-
-    Returns:
-        ``run_dir/final``; None when stopped early.
-
-    Raises:
-        EncoderUnavailable: ``config.start_from`` holds no language model.
-    """
-    run_dir = Path(run_dir)
-    if config.start_from:
-        shipped = weights_dir() / config.start_from
-        tokenizer, before = load_text_encoder(shipped if shipped.is_dir() else config.start_from)
-    else:
-        tokenizer, before = train_tokenizer(config), None
-    model = Student(config, len(tokenizer), tokenizer.eos_token_id)
-    if before is not None:
-        model.encoder.model.load_state_dict(before.state_dict())
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or ".layers." not in n]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=config.learning_rate, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=config.adam_learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    losses = partial(language_model_losses, model, tokenizer, before)
-    fit(config, model, optimizers, losses, run_dir, resume, "language model", stop_at)
-    if stop_at is not None and stop_at < config.steps:
-        return None
-    final = run_dir / "final"
-    tokenizer.save_pretrained(final / "tokenizer")
-    model.encoder.model.eval().save_pretrained(final / "text_encoder")
-    return final
+    config: LanguageModelConfig, run_dir: str | Path, resume: bool = False, device: str | None = None
+) -> Path:
+    """Trains the lite tokenizer and language model; see `Engine`. Returns `run_dir/final`."""
+    return Engine(config, LanguageModel, run_dir, resume, device).fit()

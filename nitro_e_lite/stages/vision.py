@@ -25,6 +25,7 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,18 +33,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
+from nitro_e_lite.config import RunConfig
 from nitro_e_lite.inference.vision import GRID, patch_features, prepare_pixels
+from nitro_e_lite.runtime import generator
 from nitro_e_lite.scenes.grammar import COLORS, SHAPES, sample_scene
 from nitro_e_lite.scenes.segments import OUTLINE_CELLS, centre_and_area, find_segments, outline
 from nitro_e_lite.stages.autoencoder import scene_images
-from nitro_e_lite.training.fitting import FitConfig, fit, step_generator
+from nitro_e_lite.training.engine import Engine, Placement, Stage, Trained
+from nitro_e_lite.training.optimizers import cosine_scale
 
 HELD_OUT_SEED = 20_000  # scenes of this seed are for the probe
 CORE = 0.6  # a patch belongs to an object whose centre is nearer than this, in radii
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionConfig(FitConfig):
+class VisionConfig(RunConfig):
     """The lite vision model: 128 px in patches of 8, so that it has a feature for each latent."""
 
     steps: int = 1000
@@ -51,6 +55,7 @@ class VisionConfig(FitConfig):
     learning_rate: float = 0.02  # of Muon, on the hidden matrices
     adam_learning_rate: float = 1.5e-3
     warmup_steps: int = 40
+    max_grad_norm: float = 1.0
     width: int = 128
     layers: int = 4
     heads: int = 4
@@ -80,13 +85,12 @@ class OutlineLearner(nn.Module):
         self.kind = nn.Linear(config.width, config.kinds)
         self.register_buffer("kinds", find_kinds(config))  # (K, 256)
 
-    def losses(self, step: int) -> dict[str, Tensor]:
-        """The losses of step ``step``, whose pictures are a function of (seed, step) alone."""
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """The losses of pictures (B, 3, H, W) in [-1, 1]."""
         config = self.config
-        first = step * config.batch_size
-        images = scene_images(config.seed, range(first, first + config.batch_size), GRID * config.patch_size)
-        pixels = prepare_pixels(images, GRID * config.patch_size)  # (B, 3, H, W)
-        outlines, owner = patch_outlines(images, config.patch_size)  # (S, 256), (B, N)
+        device = self.kinds.device
+        pixels = prepare_pixels(images.to(device), GRID * config.patch_size)  # (B, 3, H, W)
+        outlines, owner = (x.to(device) for x in patch_outlines(images, config.patch_size))  # (S, 256), (B, N)
         features = patch_features(self.vision, pixels)  # (B, N, D)
         known = torch.cdist(outlines, self.kinds).argmin(1)[owner[owner >= 0]]  # (patches of segments,)
         guess = self.kind(features[owner >= 0])
@@ -124,9 +128,9 @@ def find_kinds(config: VisionConfig, restarts: int = 5, rounds: int = 40) -> Ten
     outlines = torch.cat([patch_outlines(image, config.patch_size)[0] for image in images])
     if len(outlines) < config.kinds:
         raise ValueError(f"kinds_scenes={config.kinds_scenes}: hold fewer outlines than kinds={config.kinds}")
-    generator, found = step_generator(config.seed, 0), []
+    stream, found = generator(config.seed, 0, "kinds"), []
     for _ in range(restarts):
-        centres = outlines[torch.randperm(len(outlines), generator=generator)[: config.kinds]]
+        centres = outlines[torch.randperm(len(outlines), generator=stream)[: config.kinds]]
         for _ in range(rounds):
             member = F.one_hot(torch.cdist(outlines, centres).argmin(1), config.kinds).float()  # (S, K)
             size = member.sum(0)[:, None]
@@ -155,36 +159,49 @@ def cut_patches(pixels: Tensor, size: int) -> Tensor:
     return F.unfold(pixels, size, stride=size).mT
 
 
-def train_vision(
-    config: VisionConfig, run_dir: str | Path, resume: bool = False, stop_at: int | None = None
-) -> Path | None:
-    """Trains the lite vision model and probes it.
+class Vision(Stage):
+    """The lite vision model in training; `export` leaves a `Dinov2Model` with its `probe.json`."""
 
-    Args:
-        config: everything the result depends on.
-        run_dir: gets ``metrics.jsonl``, ``state.pt`` and, at the end, ``final``.
-        resume: continue a run that is already there.
-        stop_at: ends early after this step, without a result.
+    def __init__(self, config: VisionConfig, placement: Placement):
+        self.config, self.placement = config, placement
+        self.learner = OutlineLearner(config)
+        schedule = partial(cosine_scale, steps=config.steps, warmup_steps=config.warmup_steps)
+        self.modules = {"learner": Trained(self.learner, self._optimizers, schedule, config.max_grad_norm)}
 
-    Returns:
-        ``run_dir/final``: a ``Dinov2Model`` folder with ``probe.json``; None when stopped early.
-    """
-    run_dir = Path(run_dir)
-    learner = OutlineLearner(config)
-    matrices = [p for name, p in learner.named_parameters() if p.ndim == 2 and ".layer." in name]
-    others = [p for name, p in learner.named_parameters() if p.ndim != 2 or ".layer." not in name]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=config.learning_rate, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=config.adam_learning_rate, betas=(0.9, 0.95), weight_decay=0.05),
-    ]
-    fit(config, learner, optimizers, learner.losses, run_dir, resume, "vision model", stop_at)
-    if stop_at is not None and stop_at < config.steps:
-        return None
-    folder = run_dir / "final"
-    learner.vision.eval().save_pretrained(folder)
-    result = {"trained": probe(learner.vision, config.probe_scenes)} | baselines(config)
-    (folder / "probe.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return folder
+    def _optimizers(self, masters: dict[str, Tensor]) -> dict[str, torch.optim.Optimizer]:
+        matrices = [p for name, p in masters.items() if p.ndim == 2 and ".layer." in name]
+        others = [p for name, p in masters.items() if p.ndim != 2 or ".layer." not in name]
+        rate = self.config.adam_learning_rate
+        return {
+            "muon": torch.optim.Muon(matrices, lr=self.config.learning_rate, weight_decay=0.0),
+            "adamw": torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.05),
+        }
+
+    def losses(self, step: int, part: int) -> dict[str, dict[str, Tensor]]:
+        """The losses of the scenes of this part, see `OutlineLearner`."""
+        rows, first = self.placement.microbatches[part], step * self.config.batch_size
+        scenes = range(first + rows.start, first + rows.stop)
+        return {"learner": self.learner(scene_images(self.config.seed, scenes, GRID * self.config.patch_size))}
+
+    def state(self) -> dict[str, Any]:
+        """The kinds of outlines, which are found once."""
+        return {"kinds": self.learner.kinds}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The kinds of the checkpoint."""
+        self.learner.kinds.copy_(state["kinds"])
+
+    def export(self, weights: dict[str, dict[str, Tensor]], folder: Path) -> None:
+        """The vision model and how well a linear probe reads it."""
+        vision = self.learner.vision
+        vision.save_pretrained(folder)
+        result = {"trained": probe(vision, self.config.probe_scenes)} | baselines(self.config)
+        (folder / "probe.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def train_vision(config: VisionConfig, run_dir: str | Path, resume: bool = False, device: str | None = None) -> Path:
+    """Trains the lite vision model and probes it; see `Engine`. Returns `run_dir/final`."""
+    return Engine(config, Vision, run_dir, resume, device).fit()
 
 
 # -- the linear probe
@@ -220,7 +237,7 @@ def probe_features(features, size: int, scenes: int = 512) -> dict[str, float]:
     rows, shapes, colors, halves = [], [], [], []
     for first in range(0, scenes, 32):
         numbers = range(first, min(first + 32, scenes))
-        found = features(prepare_pixels(scene_images(HELD_OUT_SEED, numbers, size), size))
+        found = features(prepare_pixels(scene_images(HELD_OUT_SEED, numbers, size), size)).float().cpu()
         for number, one in zip(numbers, found, strict=True):
             for patch, item in patches_of_objects(number):
                 rows.append(one[patch])

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nitro_e_lite.files import _fsync, sha256_file, whole_folder
+from nitro_e_lite.files import _fsync, atomic_folder, sha256_file
 
 STATE = "state.json"
 
@@ -47,7 +47,7 @@ def save_checkpoint(
     """
     final = folder / f"step-{step:08d}"
     before = list_checkpoints(folder)[-1:]
-    with whole_folder(final, f"{before[0].name} is intact" if before else "there is none before it") as partial:
+    with atomic_folder(final, f"{before[0].name} is intact" if before else "there is none before it") as partial:
         _write(partial, step, tensors, state)
     _fsync(folder)
     there = list_checkpoints(folder)
@@ -92,7 +92,6 @@ def _changes(name: str, before: Any, now: Any) -> Iterator[str]:
 
 def _write(partial: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
     """Writes all files of a checkpoint, ``state.json`` last."""
-    partial.mkdir(parents=True)
     sums = {}
     for stem, named in tensors.items():
         path = partial / f"{stem}.safetensors"

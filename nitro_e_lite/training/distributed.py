@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
+from torch import Tensor
 
-from nitro_e_lite.config import TrainConfig
+from nitro_e_lite.config import RunConfig
 from nitro_e_lite.runtime import pick_device
 from nitro_e_lite.training.metrics import tracker_name
 
+BUCKET = 2**25  # numbers after which a bucket of gradients is full: 128 MB
 PATIENCE = timedelta(hours=6)  # the first run of several processes encodes all scenes in one: an hour on two cores
 
 
-def start_accelerator(config: TrainConfig, run_dir: Path, device: str | None) -> Accelerator:
+def start_accelerator(config: RunConfig, run_dir: Path, device: str | None) -> Accelerator:
     """The processes of the run, joined. They wait for each other up to ``PATIENCE``: one encodes scenes for all.
 
     Raises:
@@ -47,6 +51,39 @@ def start_accelerator(config: TrainConfig, run_dir: Path, device: str | None) ->
             f"device={device}: an earlier run of this process chose the CPU, and accelerate keeps it; restart"
         )
     return accelerator
+
+
+def any_rank(wish: bool, device: torch.device) -> bool:
+    """Whether any process wishes it: the answer is the same on all of them."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return wish
+    flag = torch.tensor(float(wish), device=device)
+    dist.all_reduce(flag)
+    return flag.item() > 0
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[Tensor]) -> None:
+    """Replaces the gradients of ``parameters`` by their mean over the processes, in their own number type.
+
+    They travel in a few large buckets. A parameter without a gradient on this process counts as zero, so that all
+    processes send the same.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    buckets: list[list[Tensor]] = [[]]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if sum(map(Tensor.numel, buckets[-1])) > BUCKET:
+            buckets.append([])
+        buckets[-1].append(parameter.grad)
+    for bucket in buckets:
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        pieces = flat.split([gradient.numel() for gradient in bucket])
+        torch._foreach_copy_(bucket, [piece.view_as(one) for piece, one in zip(pieces, bucket, strict=True)])
 
 
 def check_together(accelerator: Accelerator, step: int, run_dir: Path) -> None:

@@ -1,221 +1,269 @@
-"""Training E-MMDiT: one loop for the laptop and the node.
+"""The engine of every training run: files, processes, signals, master weights, averages, checkpoints; no mathematics.
 
-Each step takes the next batch of cached latents, mixes it with noise at a random ``t``, and moves the model's velocity
-towards ``eps - x0``; with REPA it also turns the early tokens towards a vision model's features. Around these lines of
-mathematics stand the things that make a run trustworthy:
+A *stage* says what is trained and how its losses come about (one file in ``stages/``); the engine does everything that
+makes a run trustworthy, the same for all of them:
 
-* **Masters and Muon.** See ``optimizers.py``.
-* **Randomness from the step number.** Everything random of step k comes from (seed, k), see ``batches.py``. A resumed
-  run needs no generator state and repeats an uninterrupted one bit for bit.
+* **Masters.** Optimisers and averages work on float32 masters, see ``weights.py``.
+* **Randomness from the step number.** Everything random of step k comes from (seed, k), see ``runtime.generator``. A
+  resumed run needs no generator state and repeats an uninterrupted one bit for bit.
 * **Stops without loss.** SIGTERM ends the step and saves; SIGKILL costs the steps since the last checkpoint; a full
-  disk ends the run and leaves the last checkpoint whole. See ``training_state.py``.
-* **Processes.** Each works on its share of the batch; weights are the same everywhere, and the main process writes.
-  A number of processes other than the launcher was asked for is an error.
+  disk ends the run and leaves the last checkpoint whole. See ``checkpoints.py``.
+* **Processes.** Each works on its rows of the batch; gradients are averaged once a step, weights are the same
+  everywhere, and the main process writes.
 
-Stage "base" learns from everything, stage "finetune" goes on from its weights: better data, lower rate, longer average.
-
-Source: Nitro-E training recipe; the target and the timestep density are those of ``flow.py``.
+A stage may train several modules, each with its own optimisers and schedule: a loss reaches the parameters of its own
+module only, so that a generator and a discriminator can take turns in one run.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL.Image import Image
 from torch import Tensor, nn
 
-from nitro_e_lite import files, runtime
-from nitro_e_lite.config import TrainConfig, to_dict
-from nitro_e_lite.data.batches import Batches, Share, check_folders, first_captions
-from nitro_e_lite.inference.encoders import load_encoders
-from nitro_e_lite.inference.loading import load_transformer
-from nitro_e_lite.inference.pipeline import NitroEPipeline
-from nitro_e_lite.inference.vision import load_vision, repa_loss
-from nitro_e_lite.model import flow
-from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
-from nitro_e_lite.model.flops import model_flops
-from nitro_e_lite.runtime import environment_report, tune_cpu
-from nitro_e_lite.training import checkpoints, optimizers, weights
-from nitro_e_lite.training.distributed import check_together, start_accelerator
+from nitro_e_lite.config import RunConfig, to_dict
+from nitro_e_lite.files import atomic_folder, run_lock
+from nitro_e_lite.model.cpu_kernels import speed_up
+from nitro_e_lite.runtime import RunStopped, StopRequest, environment_report, tune_cpu
+from nitro_e_lite.training import checkpoints
+from nitro_e_lite.training.distributed import any_rank, average_gradients, check_together, start_accelerator
 from nitro_e_lite.training.metrics import Progress
-from nitro_e_lite.viz import image_grid
+from nitro_e_lite.training.weights import MasterWeights
 
-LOSS_BINS = 5  # validation loss is reported in this many equal ranges of t
-PROJECTOR = "projector."  # names of the REPA projector's weights: kept in checkpoints, not in the final weights
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class Trainer:
+@dataclass(frozen=True)
+class Placement:
+    """Where a stage works: all that it is told of the process it runs in.
+
+    Attributes:
+        device: of the trained modules and of the batch.
+        dtype: number type of the computation.
+        microbatches: the rows of the global batch that this process works on, one range for each part of a step.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    microbatches: tuple[range, ...]
+
+    @property
+    def rows(self) -> range:
+        """All rows of the global batch that this process works on."""
+        return range(self.microbatches[0].start, self.microbatches[-1].stop)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One module of a stage, and how it learns.
+
+    Attributes:
+        module: in float32; the engine moves it to the device and to the number type of the computation.
+        optimizers: float32 masters by name -> optimisers by name; every master in exactly one of them.
+        schedule: step, from 0 -> factor on all learning rates.
+        clip: largest norm of the module's gradient.
+    """
+
+    module: nn.Module
+    optimizers: Callable[[dict[str, Tensor]], dict[str, torch.optim.Optimizer]]
+    schedule: Callable[[int], float]
+    clip: float = 1.0
+
+
+class Stage:
+    """The mathematics of a run. Subclasses set ``modules`` and write ``losses`` and ``export``.
+
+    A stage knows nothing of files, ranks and signals. It is made from its configuration and a ``Placement``.
+
+    Attributes:
+        modules: name -> what is trained.
+        flops: of one forward pass of one sample, for the utilisation; None: unknown.
+    """
+
+    modules: dict[str, Trained]
+    flops: float | None = None
+
+    def losses(self, step: int, part: int) -> dict[str, dict[str, Tensor]]:
+        """Losses of part ``part`` of step ``step``, by module; each a scalar or one number a sample (B,).
+
+        "loss" is what is minimised, over the parameters of its own module; further entries are only reported. Modules
+        that are left out rest in this step. Everything random must be a function of (seed, step, row).
+        """
+        raise NotImplementedError
+
+    def validate(self) -> dict[str, float]:
+        """Numbers about the modules as they stand; the engine has put their averages in place."""
+        return {}
+
+    def picture(self) -> Image | None:
+        """What the modules, averaged, draw; None: nothing to look at."""
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """What a resume needs beside weights and optimisers: JSON values, and tensors at the top level."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of ``state``, before the weights are restored.
+
+        Raises:
+            ValueError: the run cannot go on like this, for example with other encoders.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able facts for the run's ``config.json``."""
+        return {}
+
+    def export(self, weights: dict[str, dict[str, Tensor]], folder: Path) -> None:
+        """Writes the results of a finished run.
+
+        Args:
+            weights: module -> its averaged float32 weights by name.
+            folder: empty; it becomes the run's ``final``.
+        """
+        raise NotImplementedError
+
+
+class _Learner:
+    """One trained module on its device: masters, average, optimisers."""
+
+    def __init__(self, trained: Trained, placement: Placement, config: RunConfig):
+        self.trained, self.module = trained, trained.module
+        speed_up(self.module)
+        self.module.to(placement.device)
+        self.weights = MasterWeights(self.module, placement.dtype)
+        self.masters = self.weights.masters
+        averaged = config.ema_decay > 0  # otherwise the average is the weights themselves
+        self.ema = {name: p.detach().clone() for name, p in self.masters.items()} if averaged else self.masters
+        self.optimizers = trained.optimizers(self.masters)
+        self.rates = {o: [group["lr"] for group in o.param_groups] for o in self.optimizers.values()}
+        if config.compile:
+            self.module.compile(backend=config.compile)
+
+    def update(self, step: int, ema_decay: float) -> None:
+        """Moves masters, network and average after the gradients of step ``step`` are there."""
+        scale = self.trained.schedule(step)
+        for optimizer, rates in self.rates.items():
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = scale * rate
+            optimizer.step()
+        self.weights.copy_to_model()
+        if self.ema is not self.masters:
+            decay = min(ema_decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.masters.values()], 1 - decay)
+
+
+class Engine:
     """One run of one stage.
 
     Args:
-        config: what to train.
+        config: of the run; the stage reads its own fields from it.
+        stage: makes the stage, from ``config`` and a ``Placement``.
         run_dir: folder of the run: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``samples/``, ``final/``.
         resume: continue from the newest checkpoint in ``run_dir``; simply starts when there is none.
         device: "cpu", "cuda", ... or None for the best there is.
 
+    Attributes:
+        stage: the stage.
+        global_step: finished optimiser steps.
+        skipped: steps left out because a gradient was not finite.
+
     Raises:
         FileExistsError: ``run_dir`` holds a run and ``resume`` is False.
-        FileNotFoundError: a folder of ``config.data`` holds no shards.
         RuntimeError: not as many processes found each other as were started, or not the same checkpoint.
-        ValueError: a checkpoint of a differently shaped model is resumed, or model and encoders do not fit.
+        ValueError: a checkpoint of a differently shaped model is resumed, or the batch cannot be divided.
     """
 
-    def __init__(self, config: TrainConfig, run_dir: str | Path, resume: bool = False, device: str | None = None):
+    def __init__(
+        self,
+        config: RunConfig,
+        stage: Callable[[Any, Placement], Stage],
+        run_dir: str | Path,
+        resume: bool = False,
+        device: str | None = None,
+    ):
         tune_cpu()  # first: threads that torch starts later inherit it
         self.config, self.run_dir = config, Path(run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
         if not resume and (self.checkpoints.exists() or (self.run_dir / "final").exists()):
             raise FileExistsError(f"run_dir={self.run_dir}: holds a run already; resume it or name another folder")
-        if config.stage == "finetune" and not config.start_from:
-            raise ValueError("start_from='': fine-tuning goes on from a base model; name its run folder")
-        check_folders(config.data)
         self.accelerator = start_accelerator(config, self.run_dir, device)
-        self.device, world = self.accelerator.device, self.accelerator.num_processes
+        self.device = self.accelerator.device
+        placement = Placement(self.device, DTYPES[config.precision], self._microbatches())
+        if torch.version.hip:
+            torch.backends.cudnn.benchmark = False  # MIOpen would search for minutes
+        with self.accelerator.main_process_first():  # it fills the caches that the others read
+            self.stage = stage(config, placement)
+        self.learners = {name: _Learner(one, placement, config) for name, one in self.stage.modules.items()}
+        self.progress = Progress(self.accelerator, config, self.run_dir, self.stage.flops)
+        self.global_step, self.skipped = 0, 0
+        if resume:
+            self._restore()
+            check_together(self.accelerator, self.global_step, self.run_dir)
+
+    def _microbatches(self) -> tuple[range, ...]:
+        config, rank, world = self.config, self.accelerator.process_index, self.accelerator.num_processes
         if config.batch_size % (world * config.accumulate):
             raise ValueError(
                 f"batch_size={config.batch_size}: must be a multiple of the {world} processes times "
                 f"accumulate={config.accumulate}"
             )
-        self.encoders = load_encoders(config.data.encoders, device=self.device, dtype=self._dtype())
-        self._check_encoders()
-        with self.accelerator.main_process_first():
-            self.batches = Batches(config, self.encoders, self.accelerator.process_index, world)
-        self.vision = None
-        self._build()
-        flops = model_flops(dict(self._model_arguments()), self.encoders.max_text_length)
-        self.progress = Progress(self.accelerator, config, self.run_dir, flops)
-        self.step, self.skipped = 0, 0
-        if resume:
-            self._restore()
-            check_together(self.accelerator, self.step, self.run_dir)
-
-    def _dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
-
-    def _check_encoders(self) -> None:
-        model = self.config.model
-        for name, there in (("in_channels", self.encoders.latent_channels), ("caption_channels", self.encoders.width)):
-            if getattr(model, name) != there:
-                raise ValueError(f"model.{name}={getattr(model, name)}: the encoders in use give {there}")
-
-    def _model_arguments(self) -> dict:
-        """Constructor arguments of the model in training; with REPA it has a projector."""
-        config, arguments = self.config, to_dict(self.config.model)
-        if config.repa.weight:
-            arguments |= {"repa_channels": self._vision_width, "repa_hidden": config.repa.hidden}
-        return arguments
-
-    def _open_vision(self) -> int:
-        """Finds the vision features: stored ones, or a vision model that looks at scenes; returns their width."""
-        stored = self.batches.training.batch([0]).vision
-        if stored is not None:
-            return stored.shape[-1]
-        if self.config.data.folders:
-            raise ValueError(
-                f"repa.weight={self.config.repa.weight}: {self.config.data.folders[0]} holds no vision features; "
-                "encode the data with them, or train with repa.weight=0"
-            )
-        self.vision = load_vision(self.config.repa.vision, self.device, self._dtype())
-        self.batches.needs_images = True
-        return self.vision.width
-
-    def _build(self) -> None:
-        config = self.config
-        torch.manual_seed(config.seed)
-        if torch.version.hip:
-            torch.backends.cudnn.benchmark = False  # MIOpen would search for minutes
-        self._vision_width = self._open_vision() if config.repa.weight else None
-        self.raw_model = EMMDiTTransformer2DModel(**self._model_arguments())
-        if config.start_from:
-            self._load_weights(load_transformer(config.start_from).state_dict())
-        if config.gradient_checkpointing:
-            self.raw_model.enable_gradient_checkpointing()
-        if config.optimizer.white_text:
-            weights.whiten_input(self.raw_model.text_embed, self._text_examples())
-        matrices = optimizers.hidden_matrices(self.raw_model)
-        self.raw_model.to(self.device)
-        self.weights = weights.MasterWeights(self.raw_model, self._dtype())
-        self.masters = self.weights.masters
-        self.ema = {name: p.detach().clone() for name, p in self.masters.items()}
-        self.optimizers = optimizers.build_optimizers(self.masters, matrices, config.optimizer)
-        if config.compile:
-            self.raw_model.compile(backend=config.compile)
-        self.model = self.accelerator.prepare(self.raw_model)
-        self._no_text = self.encoders.encode_text([""]).to(self._dtype())  # (1, L, Dc)
-
-    def _text_examples(self, count: int = 1024) -> Tensor:
-        """Text features (N, Dc) of the first training captions, and of the empty one."""
-        batch = self.batches.training.batch(range(min(count, len(self.batches.training))))
-        text = self.encoders.encode_text(first_captions(batch) + [""]) if batch.text is None else batch.text
-        return text.float().cpu().flatten(0, 1)
-
-    def _load_weights(self, state: dict[str, Tensor]) -> None:
-        """Starts from other weights; only a projector may be missing there or left over."""
-        state = {name: value for name, value in state.items() if not name.startswith(PROJECTOR)}
-        own = {n: v for n, v in self.raw_model.state_dict().items() if n.startswith(PROJECTOR)}
-        self.raw_model.load_state_dict({**own, **state})
+        size = config.batch_size // (world * config.accumulate)
+        first = rank * config.accumulate
+        return tuple(range(k * size, (k + 1) * size) for k in range(first, first + config.accumulate))
 
     # -- one step
 
-    def _text(self, share: Share) -> Tensor:
-        """Text features (B, L, Dc) in the number type of the computation."""
-        if share.text is None:
-            return self.encoders.encode_text(share.captions).to(self._dtype())
-        dropped = torch.tensor([caption == "" for caption in share.captions], device=self.device)
-        return torch.where(dropped[:, None, None], self._no_text, share.text.to(self.device, self._dtype()))
+    def step(self) -> dict[str, float]:
+        """One optimiser step; returns what this process measured. A non-finite gradient leaves all weights as they are.
 
-    def _losses(self, model: nn.Module, share: Share) -> dict[str, Tensor]:
-        """Losses of each sample, float32 (B,): the squared velocity error, and with REPA the alignment."""
-        dtype = self._dtype()
-        latents, noise, t = (x.to(self.device) for x in (share.latents, share.noise, share.t))
-        x_t = flow.interpolate(latents, noise, t)
-        output = model(x_t.to(dtype), self._text(share), flow.TIMESTEP_SCALE * t)
-        error = output.sample.float() - flow.velocity_target(latents, noise)
-        losses = {"loss": error.square().flatten(1).mean(1)}
-        if output.features is not None and model.training:
-            features = share.vision.to(self.device) if self.vision is None else self.vision.encode(share.images)
-            losses["repa_loss"] = repa_loss(output.features, features)
-        return losses
-
-    def train_step(self) -> dict[str, float]:
-        """One optimiser step; returns what this process measured. A non-finite gradient leaves the weights as they are.
-
-        The share of the process is worked off in ``accumulate`` parts. Their gradients are summed in float32.
+        The rows of the process are worked off in ``accumulate`` parts, whose gradients are summed in float32.
         """
-        config, totals = self.config, {}
-        self.model.train()
-        for part in self.batches.share(self.step).parts(config.accumulate):
-            means = {name: values.mean() / config.accumulate for name, values in self._losses(self.model, part).items()}
-            self.accelerator.backward(means["loss"] + config.repa.weight * means.get("repa_loss", 0.0))
-            self.weights.collect_gradients()
-            totals = {name: totals.get(name, 0.0) + mean.item() for name, mean in means.items()}
-        norm = nn.utils.clip_grad_norm_(self.masters.values(), config.optimizer.clip)
-        scale = optimizers.learning_rate_scale(self.step, config.steps, config.optimizer)
-        if math.isfinite(norm):
-            self._update(scale)
+        row: dict[str, float] = {}
+        for learner in self.learners.values():
+            learner.module.train()
+        for part in range(self.config.accumulate):
+            for name, losses in self.stage.losses(self.global_step, part).items():
+                means = {key: value.mean() / self.config.accumulate for key, value in losses.items()}
+                self._backward(self.learners[name], means["loss"])
+                for key, mean in means.items():
+                    key = self._named(name, key)
+                    row[key] = row.get(key, 0.0) + mean.item()
+        learning = {name: one for name, one in self.learners.items() if self._named(name, "loss") in row}
+        norms = {}
+        for name, learner in learning.items():
+            average_gradients(list(learner.masters.values()))
+            norms[name] = nn.utils.clip_grad_norm_(learner.masters.values(), learner.trained.clip).item()
+            row[self._named(name, "gradient_norm")] = norms[name]
+            row[self._named(name, "lr_scale")] = learner.trained.schedule(self.global_step)
+        if all(map(math.isfinite, norms.values())):
+            for learner in learning.values():
+                learner.update(self.global_step, self.config.ema_decay)
         else:
             self._skip()
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
-        self.step += 1
-        return {**totals, "gradient_norm": norm.item(), "lr_scale": scale}
+        for learner in learning.values():
+            for optimizer in learner.optimizers.values():
+                optimizer.zero_grad()
+        self.global_step += 1
+        return row
 
-    def _update(self, scale: float) -> None:
-        settings = self.config.optimizer
-        for name, optimizer in self.optimizers.items():
-            for group in optimizer.param_groups:
-                group["lr"] = scale * (settings.muon_lr if name == "muon" else settings.lr)
-            optimizer.step()
-        if self.config.precision != "fp32":
-            self.weights.publish()
-        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.masters.values()], 1 - decay)
+    def _named(self, module: str, key: str) -> str:
+        """The name of a number in the metrics: with the module's where there are several."""
+        return key if len(self.learners) == 1 else f"{module}_{key}"
+
+    @staticmethod
+    def _backward(learner: _Learner, loss: Tensor) -> None:
+        """Gradients of ``loss`` for the learner's own parameters, and for no others that it depends on."""
+        loss.backward(inputs=learner.weights.trained)
+        learner.weights.collect_gradients()
 
     def _skip(self) -> None:
         self.skipped += 1
@@ -227,61 +275,52 @@ class Trainer:
 
     # -- looking at the run
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The stage's modules hold their averaged weights, in evaluation mode; training goes on afterwards."""
+        with ExitStack() as stack:
+            for learner in self.learners.values():
+                learner.module.eval()
+                if learner.ema is not learner.masters:
+                    stack.enter_context(learner.weights.swapped_in(learner.ema))
+            yield
+
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Loss of the EMA weights on fixed images, captions, timesteps and noise: in all, and by range of t."""
-        self.model.eval()
-        losses, times = [], []
-        with self.weights.showing(self.ema):
-            for share in self.batches.validation_shares():
-                losses.append(self._losses(self.raw_model, share)["loss"].cpu())
-                times.append(share.t)
-        losses, times = torch.cat(losses), torch.cat(times)
-        result = {"validation_loss": losses.mean().item()}
-        for k in range(LOSS_BINS):
-            inside = (times >= k / LOSS_BINS) & (times < (k + 1) / LOSS_BINS)
-            if inside.any():
-                result[f"validation_loss_{k / LOSS_BINS:.1f}_{(k + 1) / LOSS_BINS:.1f}"] = losses[inside].mean().item()
-        return result
+        """What the stage measures with the averaged weights."""
+        with self.averaged():
+            return self.stage.validate()
 
-    @contextmanager
-    def drawing(self) -> Iterator[NitroEPipeline]:
-        """A pipeline with the EMA weights; training goes on afterwards."""
-        self.model.eval()
-        with self.weights.showing(self.ema):
-            scheduler, parts = FlowMatchEulerDiscreteScheduler(1000), self.encoders.parts()
-            pipeline = NitroEPipeline(self.raw_model, scheduler=scheduler, default_shift=self.config.shift, **parts)
-            pipeline.set_progress_bar_config(disable=True)
-            yield pipeline
-
-    def sample_grid(self) -> Path:
-        """A picture of eight fixed validation captions drawn with the EMA weights."""
-        captions, generator = self.batches.validation_captions(8), torch.Generator().manual_seed(self.config.seed)
-        guidance = self.config.guidance
-        with self.drawing() as pipeline:
-            images = pipeline(captions, num_inference_steps=20, guidance_scale=guidance, generator=generator).images
-        path = self.run_dir / "samples" / f"step-{self.step:08d}.png"
+    def save_picture(self) -> Path | None:
+        """What the averaged weights draw, in ``samples/``."""
+        with torch.no_grad(), self.averaged():
+            picture = self.stage.picture()
+        if picture is None:
+            return None
+        path = self.run_dir / "samples" / f"step-{self.global_step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        image_grid(images, columns=4, labels=captions).save(path)
+        picture.save(path)
         return path
 
     # -- keeping the run
 
     def save(self) -> Path:
         """Writes a checkpoint of the current step."""
-        names = {p: name for name, p in self.masters.items()}
-        optimizer: dict[str, Tensor] = {}
-        for one in self.optimizers.values():
-            optimizer |= checkpoints.optimizer_tensors(one, names)
+        tensors: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}}
+        for name, learner in self.learners.items():
+            tensors["weights"] |= {f"{name}.{key}": value for key, value in learner.masters.items()}
+            if learner.ema is not learner.masters:
+                averages = {f"{name}.{key}": value for key, value in learner.ema.items()}
+                tensors["ema"] = tensors.get("ema", {}) | averages
+            names = {value: f"{name}.{key}" for key, value in learner.masters.items()}
+            for optimizer in learner.optimizers.values():
+                tensors["optimizer"] |= checkpoints.optimizer_tensors(optimizer, names)
+        kept = self.stage.state()
+        tensors["stage"] = {key: value for key, value in kept.items() if isinstance(value, Tensor)}
         state = {"config": to_dict(self.config), "skipped": self.skipped, "seconds": self.progress.seconds}
-        state |= {"rows": self.batches.counts, "encoders": self.encoders.fingerprint}
-        tensors = {
-            "weights": self.masters,
-            "ema": self.ema,
-            "optimizer": optimizer,
-            "white": weights.white_roots(self.raw_model),
-        }
-        return checkpoints.save_checkpoint(self.checkpoints, self.step, tensors, state, self.config.keep_checkpoints)
+        state["stage"] = {key: value for key, value in kept.items() if not isinstance(value, Tensor)}
+        keep = self.config.keep_checkpoints
+        return checkpoints.save_checkpoint(self.checkpoints, self.global_step, tensors, state, keep)
 
     def _restore(self) -> None:
         found = checkpoints.load_latest(self.checkpoints)
@@ -290,36 +329,36 @@ class Trainer:
         tensors, state = found
         say = self.accelerator.is_main_process
         checkpoints.compare_settings(state["config"], to_dict(self.config), state["step"], say)
-        if state.get("encoders", self.encoders.fingerprint) != self.encoders.fingerprint:
-            raise ValueError(f"data.encoders={self.config.data.encoders}: the run was started with other encoders")
-        self.batches.compare(state.get("rows"))
-        if tensors["weights"].keys() != self.masters.keys():
+        self.stage.load_state(state["stage"] | tensors["stage"])
+        masters = {f"{name}.{key}": value for name, one in self.learners.items() for key, value in one.masters.items()}
+        if tensors["weights"].keys() != masters.keys():
             raise ValueError(
                 f"model: the run in {self.run_dir} has other weights; keep repa.weight and optimizer.white_text"
             )
-        weights.set_white_roots(self.raw_model, tensors["white"])
         with torch.no_grad():
-            for name, master in self.masters.items():
-                master.copy_(tensors["weights"][name])
-                self.ema[name].copy_(tensors["ema"][name])
-        self.weights.publish()
-        for optimizer in self.optimizers.values():
-            checkpoints.restore_optimizer(optimizer, tensors["optimizer"], self.masters)
-        self.step, self.skipped, self.progress.seconds = state["step"], state["skipped"], state["seconds"]
+            for name, learner in self.learners.items():
+                for key, master in learner.masters.items():
+                    master.copy_(tensors["weights"][f"{name}.{key}"])
+                    if learner.ema is not learner.masters:
+                        source = tensors["ema" if "ema" in tensors else "weights"]
+                        learner.ema[key].copy_(source[f"{name}.{key}"])
+                learner.weights.copy_to_model()
+                for optimizer in learner.optimizers.values():
+                    checkpoints.restore_optimizer(optimizer, tensors["optimizer"], masters)
+        self.global_step, self.skipped, self.progress.seconds = state["step"], state["skipped"], state["seconds"]
 
-    def finish(self) -> Path:
-        """Writes the EMA weights to ``run_dir/final`` in ``save_pretrained`` layout, without a REPA projector."""
+    def export(self) -> Path:
+        """Writes the results, from the averaged weights, to ``run_dir/final``."""
         final = self.run_dir / "final"
-        model = EMMDiTTransformer2DModel(**to_dict(self.config.model))
-        plain = weights.plain_weights(self.raw_model, self.ema)
-        ema = {name: value for name, value in plain.items() if not name.startswith(PROJECTOR)}
-        model.load_state_dict({**model.state_dict(), **ema})
-        with files.whole_folder(final, "the checkpoints are intact") as partial:
-            model.save_pretrained(partial)
+        weights = {name: learner.ema for name, learner in self.learners.items()}
+        with self.averaged(), atomic_folder(final, "the checkpoints are intact") as partial:
+            self.stage.export(weights, partial)
         return final
 
+    # -- the whole run
+
     def fit(self) -> Path:
-        """Trains to ``config.steps`` and returns the folder of the final weights.
+        """Trains to ``config.steps`` and returns the folder of the results.
 
         Raises:
             RunStopped: SIGTERM or SIGINT came; the checkpoint is written.
@@ -329,26 +368,26 @@ class Trainer:
         """
         main = self.accelerator.is_main_process
         try:
-            with files.sole_writer(self.run_dir, main), runtime.StopRequest() as request:
+            with run_lock(self.run_dir, main), StopRequest() as request:
                 if main:
                     self._describe()
-                self.progress.start(self.step)
-                while self.step < self.config.steps:
+                self.progress.start(self.global_step)
+                while self.global_step < self.config.steps:
                     self.progress.begin_step()
-                    row = self.train_step()
+                    row = self.step()
                     self.progress.end_step()
-                    stop = self._agree(request.name is not None)
+                    stop = any_rank(request.name is not None, self.device)
                     self._report(row)
                     if stop or self._due(self.config.checkpoint_every):
                         if main:
                             self.save()
                         self.accelerator.wait_for_everyone()
-                    if stop and self.step < self.config.steps:
-                        raise runtime.RunStopped(self._farewell(request.name))
+                    if stop and self.global_step < self.config.steps:
+                        raise RunStopped(self._stop_message(request.name))
         finally:
             self.progress.close()
         if main:
-            self.finish()
+            self.export()
         self.accelerator.wait_for_everyone()
         return self.run_dir / "final"
 
@@ -357,22 +396,16 @@ class Trainer:
             "config": to_dict(self.config),
             "processes": self.accelerator.num_processes,
             "environment": environment_report(),
-            "encoders": self.encoders.fingerprint,
+            **self.stage.describe(),
         }
         (self.run_dir / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
     def _due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step == self.config.steps
+        return self.global_step % every == 0 or self.global_step == self.config.steps
 
-    def _agree(self, wish: bool) -> bool:
-        """Whether any process wants to stop: the answer is the same on all of them."""
-        if self.accelerator.num_processes == 1:
-            return wish
-        return self.accelerator.reduce(torch.tensor(float(wish), device=self.device), "sum").item() > 0
-
-    def _farewell(self, name: str | None) -> str:
+    def _stop_message(self, name: str | None) -> str:
         return (
-            f"Stopped by {name or 'a signal to another process'} after step {self.step} of {self.config.steps}; "
+            f"Stopped by {name or 'a signal to another process'} after step {self.global_step} of {self.config.steps}; "
             f"the checkpoint is in {self.checkpoints}. The same command with --resume continues."
         )
 
@@ -381,13 +414,8 @@ class Trainer:
         if self._due(config.log_every):
             values = torch.tensor([row[name] for name in row], device=self.device)
             values = self.accelerator.reduce(values, "mean").tolist()  # over the processes
-            self.progress.report(self.step, self.skipped, dict(zip(row, values, strict=True)))
-        if main and self._due(config.validate_every):
-            self.progress.write(self.step, self.validate())
+            self.progress.report(self.global_step, self.skipped, dict(zip(row, values, strict=True)))
+        if main and self._due(config.validate_every) and (found := self.validate()):
+            self.progress.write(self.global_step, found)
         if main and self._due(config.sample_every):
-            self.sample_grid()
-
-
-def train(config: TrainConfig, run_dir: str | Path, resume: bool = False, device: str | None = None) -> Path:
-    """Runs one training stage; see ``Trainer``. Returns the folder with the final weights."""
-    return Trainer(dataclasses.replace(config), run_dir, resume, device).fit()
+            self.save_picture()

@@ -24,7 +24,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from nitro_e_lite.config import TrainConfig
+from nitro_e_lite.config import RunConfig
 from nitro_e_lite.files import read_jsonl
 from nitro_e_lite.model.flops import find_peak
 from nitro_e_lite.runtime import device_name
@@ -53,13 +53,13 @@ class Progress:
         accelerator: of the run.
         config: of the run.
         run_dir: folder of the run.
-        flops: of one forward pass of one sample.
+        flops: of one forward pass of one sample; None: unknown, there is no utilisation then.
     """
 
-    def __init__(self, accelerator: Accelerator, config: TrainConfig, run_dir: Path, flops: float):
+    def __init__(self, accelerator: Accelerator, config: RunConfig, run_dir: Path, flops: float | None):
         self.accelerator, self.config, self.run_dir = accelerator, config, run_dir
         peak = config.peak_tflops * 1e12 or find_peak(device_name(accelerator.device))
-        self._share_of_peak = 3 * flops / (peak * accelerator.num_processes) if peak else None
+        self._share_of_peak = 3 * flops / (peak * accelerator.num_processes) if peak and flops else None
         self.seconds = 0.0  # in steps, over the whole run
         self._interval = [0, 0.0]  # steps and seconds since the last report
         self._metrics = self._bar = None
@@ -98,7 +98,8 @@ class Progress:
         row = {"seconds": round(self.seconds, 3), "samples_per_second": round(speed, 2), "skipped": skipped, **row}
         if self._share_of_peak:
             row["mfu"] = speed * self._share_of_peak
-        self._bar.set_postfix(loss=f"{row['loss']:.3f}", speed=f"{speed:.3g}/s", refresh=False)
+        losses = {name: f"{value:.3f}" for name, value in row.items() if name.endswith("loss")}
+        self._bar.set_postfix(losses, speed=f"{speed:.3g}/s", refresh=False)
         self.write(step, row)
 
     def write(self, step: int, row: dict[str, float]) -> None:

@@ -7,6 +7,7 @@ units bf16 is the slow type, and each process would repeat the work of all. Diff
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
@@ -111,6 +112,13 @@ def hidden_matrices(model: EMMDiTTransformer2DModel) -> set[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.startswith(inner) and ".modulation" not in name
     }
+
+
+def cosine_scale(step: int, steps: int, warmup_steps: int) -> float:
+    """Factor on the learning rates at `step` (from 0): linear warm-up, then half a cosine down to zero."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
 def learning_rate_scale(step: int, steps: int, config: OptimizerConfig) -> float:

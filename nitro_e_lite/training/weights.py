@@ -37,6 +37,7 @@ class MasterWeights:
             self.masters = {name: nn.Parameter(p.detach().clone()) for name, p in trained.items()}
             nn.Module.to(model, dtype)  # diffusers' own `to` warns of layers kept in float32, where there are none too
         self._trained = trained
+        self.trained = list(trained.values())  # what gradients are computed for
 
     def collect_gradients(self) -> None:
         """Moves the gradients of the computing copy to the masters, adding to what is there, in float32."""
@@ -48,20 +49,23 @@ class MasterWeights:
                 parameter.grad = None
 
     @torch.no_grad()
-    def publish(self, values: dict[str, Tensor] | None = None) -> None:
+    def copy_to_model(self, values: dict[str, Tensor] | None = None) -> None:
         """Copies the masters, or other ``values``, into the computing copy."""
-        values = values or self.masters
+        if values is None:
+            values = self.masters
+        if values is self._trained:
+            return  # the masters are the model's own parameters
         torch._foreach_copy_([self._trained[name] for name in values], list(values.values()))
 
     @contextmanager
-    def showing(self, values: dict[str, Tensor]):
+    def swapped_in(self, values: dict[str, Tensor]):
         """Lets the model compute with ``values`` for a while."""
-        kept = {name: p.detach().clone() for name, p in self.masters.items()}
-        self.publish(values)
+        kept = {name: p.detach().clone() for name, p in self._trained.items()}
+        self.copy_to_model(values)
         try:
             yield
         finally:
-            self.publish(kept)
+            self.copy_to_model(kept)
 
 
 class _White(nn.Module):

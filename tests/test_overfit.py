@@ -7,13 +7,13 @@ from typer.testing import CliRunner
 
 from nitro_e_lite.cli.app import app
 from nitro_e_lite.config import override, preset
-from nitro_e_lite.experiments.overfit import LIMIT, rehearse
+from nitro_e_lite.experiments.overfit import LIMIT, overfit
 
 SMOKE = preset("base", "smoke")
 
 
 def test_settings_that_learn_pass_and_repeat_bit_for_bit():
-    first, second = (rehearse(override(SMOKE, ["repa.weight=0"])) for _ in range(2))
+    first, second = (overfit(override(SMOKE, ["repa.weight=0"])) for _ in range(2))
     assert first == second
     assert first["ok"] and first["left"][-1] < LIMIT < 1 < first["left"][0]
     assert len(first["left"]) == 61 and first["skipped"] == 0
@@ -22,19 +22,19 @@ def test_settings_that_learn_pass_and_repeat_bit_for_bit():
 
 def test_repa_does_not_count_as_what_is_left():
     """Before the first step both have the same weights, whatever the second loss weighs."""
-    left = [rehearse(override(SMOKE, [f"repa.weight={weight}"]), steps=10)["left"][0] for weight in (0.1, 0.5)]
+    left = [overfit(override(SMOKE, [f"repa.weight={weight}"]), steps=10)["left"][0] for weight in (0.1, 0.5)]
     assert left[0] == pytest.approx(left[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("rates", [(1e-5, 1e-6), (3.0, 1.0)], ids=["too low", "too high"])
 def test_wrong_rates_fail(rates):
     config = override(SMOKE, ["repa.weight=0", f"optimizer.muon_lr={rates[0]}", f"optimizer.lr={rates[1]}"])
-    assert not rehearse(config)["ok"]
+    assert not overfit(config)["ok"]
 
 
 def test_steps_that_were_skipped_are_counted_and_fail():
     """More of them than a run would bear: the answer is still a result, not an error."""
-    found = rehearse(override(SMOKE, ["repa.weight=0", "optimizer.muon_lr=1e30", "optimizer.lr=1e30"]))
+    found = overfit(override(SMOKE, ["repa.weight=0", "optimizer.muon_lr=1e30", "optimizer.lr=1e30"]))
     assert found["skipped"] > SMOKE.max_skipped and found["left"][-1] is None and not found["ok"]
     json.dumps(found, allow_nan=False)
 
@@ -42,18 +42,18 @@ def test_steps_that_were_skipped_are_counted_and_fail():
 def test_a_trained_model_must_get_better_than_it_begins():
     """With rates near zero the shipped weights stay at a low share; that is no learning."""
     config = override(preset("finetune", "lite"), ["start_from=lite", "optimizer.muon_lr=1e-9", "optimizer.lr=1e-12"])
-    found = rehearse(config, steps=10)
+    found = overfit(config, steps=10)
     assert found["left"][-1] < LIMIT and not found["ok"]
 
 
 def test_a_few_steps_are_no_rehearsal():
     with pytest.raises(ValueError, match="steps=9"):
-        rehearse(SMOKE, steps=9)
+        overfit(SMOKE, steps=9)
 
 
 def test_command_tells_and_fails_by_its_exit_code():
     words = [
-        "rehearse",
+        "overfit",
         "--preset",
         "smoke",
         "--set",

@@ -8,7 +8,7 @@ import pytest
 from nitro_e_lite import config, files
 from nitro_e_lite.experiments import compare
 from nitro_e_lite.scenes import geneval
-from nitro_e_lite.training.engine import Trainer
+from nitro_e_lite.training.engine import Engine
 
 SMOKE = config.override(config.preset("base", "smoke"), ["data.encoders=lite", "batch_size=4"])
 
@@ -53,16 +53,16 @@ def test_same_variants_are_equal_and_a_stopped_comparison_goes_on(tmp_path):
 def test_killed_between_points_it_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
     settings = config.override(SMOKE, ["checkpoint_every=2"])
     whole = compare.compare(settings, {"one": []}, [0], [5], tmp_path / "whole", device="cpu")
-    plain_step, taken = Trainer.train_step, []
+    plain_step, taken = Engine.step, []
 
     def step(trainer):
         if len(taken) == 3:
             raise KeyboardInterrupt
-        taken.append(trainer.step)
+        taken.append(trainer.global_step)
         return plain_step(trainer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", step)
+        patch.setattr(Engine, "step", step)
         with pytest.raises(KeyboardInterrupt):
             compare.compare(settings, {"one": []}, [0], [5], tmp_path / "part", device="cpu")
     again = compare.compare(settings, {"one": []}, [0], [5], tmp_path / "part", device="cpu")

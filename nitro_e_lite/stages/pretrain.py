@@ -1,0 +1,249 @@
+"""Stages 1 and 2: E-MMDiT learns velocities, and in stage 1 where to look.
+
+Each step takes the next batch of cached latents, mixes it with noise at a random `t`, and moves the model's velocity
+towards `eps - x0`:
+
+    loss = mean over a sample of (v(x_t, text, t) - (eps - x0))^2
+
+**REPA.** A diffusion transformer has to find out what is in a picture before it can predict a velocity, and learns that
+slowly from the velocity alone. A vision model that was trained without labels knows it already. So the tokens after the
+first group of blocks are sent through a small MLP and compared with the vision model's patch features of the *clean*
+picture:
+
+    loss = flow loss - weight * mean over tokens of cos(projector(tokens), features)
+
+Only directions count, and the vision model is frozen. Both have 256 tokens on the same 16x16 grid, so that token n of
+one is compared with token n of the other.
+
+Stage "base" learns from everything, stage "finetune" goes on from its weights: better data, lower rate, longer average.
+
+Source: Nitro-E training recipe (stage 1: REPA with weight 0.5 after group 1; stage 2: EMA); REPA arXiv 2410.06940; the
+target and the timestep density are those of `flow.py`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL.Image import Image
+from torch import Tensor
+
+from nitro_e_lite.config import TrainConfig, to_dict
+from nitro_e_lite.data.batches import Batches, LocalBatch, check_folders, first_captions
+from nitro_e_lite.inference.encoders import load_encoders
+from nitro_e_lite.inference.loading import load_transformer
+from nitro_e_lite.inference.pipeline import NitroEPipeline
+from nitro_e_lite.inference.vision import load_vision
+from nitro_e_lite.model import flow
+from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.model.flops import model_flops
+from nitro_e_lite.training import weights
+from nitro_e_lite.training.engine import Engine, Placement, Stage, Trained
+from nitro_e_lite.training.optimizers import build_optimizers, hidden_matrices, learning_rate_scale
+from nitro_e_lite.viz import image_grid
+
+LOSS_BINS = 5  # validation loss is reported in this many equal ranges of t
+PROJECTOR = "projector."  # names of the REPA projector's weights: kept in checkpoints, not in the final weights
+
+
+class Pretrain(Stage):
+    """The transformer's first two stages.
+
+    Args:
+        config: what to train.
+        placement: where.
+
+    Attributes:
+        model: the transformer.
+        encoders: the frozen encoders.
+        batches: what is read.
+
+    Raises:
+        FileNotFoundError: a folder of `config.data` holds no shards.
+        ValueError: model and encoders do not fit, or there is nothing to fine-tune.
+    """
+
+    def __init__(self, config: TrainConfig, placement: Placement):
+        self.config, self.placement = config, placement
+        if config.stage == "finetune" and not config.start_from:
+            raise ValueError("start_from='': fine-tuning goes on from a base model; name its run folder")
+        check_folders(config.data)
+        self.encoders = load_encoders(config.data.encoders, device=placement.device, dtype=placement.dtype)
+        self._check_encoders()
+        self.batches = Batches(config, self.encoders, placement.rows)
+        self.vision = None
+        self.model = self._build()
+        optimizers = partial(build_optimizers, matrices=hidden_matrices(self.model), config=config.optimizer)
+        schedule = partial(learning_rate_scale, steps=config.steps, config=config.optimizer)
+        self.modules = {"transformer": Trained(self.model, optimizers, schedule, config.optimizer.clip)}
+        self._no_text = self.encoders.encode_text([""]).to(placement.dtype)  # (1, L, Dc)
+        self.flops = model_flops(self._model_arguments(), self.encoders.max_text_length)
+
+    def _check_encoders(self) -> None:
+        model = self.config.model
+        for name, there in (("in_channels", self.encoders.latent_channels), ("caption_channels", self.encoders.width)):
+            if getattr(model, name) != there:
+                raise ValueError(f"model.{name}={getattr(model, name)}: the encoders in use give {there}")
+
+    def _model_arguments(self) -> dict:
+        """Constructor arguments of the model in training; with REPA it has a projector."""
+        config, arguments = self.config, to_dict(self.config.model)
+        if config.repa.weight:
+            arguments |= {"repa_channels": self._vision_width, "repa_hidden": config.repa.hidden}
+        return arguments
+
+    def _open_vision(self) -> int:
+        """Finds the vision features: stored ones, or a vision model that looks at scenes; returns their width."""
+        stored = self.batches.training.batch([0]).vision
+        if stored is not None:
+            return stored.shape[-1]
+        if self.config.data.folders:
+            raise ValueError(
+                f"repa.weight={self.config.repa.weight}: {self.config.data.folders[0]} holds no vision features; "
+                "encode the data with them, or train with repa.weight=0"
+            )
+        self.vision = load_vision(self.config.repa.vision, self.placement.device, self.placement.dtype)
+        self.batches.needs_images = True
+        return self.vision.width
+
+    def _build(self) -> EMMDiTTransformer2DModel:
+        config = self.config
+        torch.manual_seed(config.seed)
+        self._vision_width = self._open_vision() if config.repa.weight else None
+        model = EMMDiTTransformer2DModel(**self._model_arguments())
+        if config.start_from:
+            model.load_state_dict(_with_projector(model, load_transformer(config.start_from).state_dict()))
+        if config.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        if config.optimizer.white_text:
+            weights.whiten_input(model.text_embed, self._text_examples())
+        return model
+
+    def _text_examples(self, count: int = 1024) -> Tensor:
+        """Text features (N, Dc) of the first training captions, and of the empty one."""
+        batch = self.batches.training.batch(range(min(count, len(self.batches.training))))
+        text = self.encoders.encode_text(first_captions(batch) + [""]) if batch.text is None else batch.text
+        return text.float().cpu().flatten(0, 1)
+
+    # -- one step
+
+    def losses(self, step: int, part: int) -> dict[str, dict[str, Tensor]]:
+        """The loss of each sample (B,); with REPA also its two parts."""
+        batch = self.batches.microbatch(step, part, len(self.placement.microbatches))
+        flow_loss, features = self._flow_loss(batch)
+        if features is None:
+            return {"transformer": {"loss": flow_loss}}
+        seen = batch.vision.to(features.device) if self.vision is None else self.vision.encode(batch.images)
+        alignment = repa_loss(features, seen)
+        total = flow_loss + self.config.repa.weight * alignment
+        return {"transformer": {"loss": total, "flow_loss": flow_loss, "repa_loss": alignment}}
+
+    def _flow_loss(self, batch: LocalBatch) -> tuple[Tensor, Tensor | None]:
+        """Squared velocity error of each sample, float32 (B,), and the REPA tap."""
+        dtype, device = self.placement.dtype, self.placement.device
+        latents, noise, t = (x.to(device) for x in (batch.latents, batch.noise, batch.t))
+        x_t = flow.interpolate(latents, noise, t)
+        output = self.model(x_t.to(dtype), self._text(batch), flow.TIMESTEP_SCALE * t)
+        error = output.sample.float() - flow.velocity_target(latents, noise)
+        return error.square().flatten(1).mean(1), output.features
+
+    def _text(self, batch: LocalBatch) -> Tensor:
+        """Text features (B, L, Dc) in the number type of the computation."""
+        dtype, device = self.placement.dtype, self.placement.device
+        if batch.text is None:
+            return self.encoders.encode_text(batch.captions).to(dtype)
+        dropped = torch.tensor([caption == "" for caption in batch.captions], device=device)
+        return torch.where(dropped[:, None, None], self._no_text, batch.text.to(device, dtype))
+
+    # -- looking at the run
+
+    def validate(self) -> dict[str, float]:
+        """Flow loss on fixed pictures, captions, timesteps and noise: in all, and by range of t."""
+        found = [(self._flow_loss(batch)[0].cpu(), batch.t) for batch in self.batches.validation_batches()]
+        losses, times = (torch.cat(values) for values in zip(*found, strict=True))
+        result = {"validation_loss": losses.mean().item()}
+        for k in range(LOSS_BINS):
+            inside = (times >= k / LOSS_BINS) & (times < (k + 1) / LOSS_BINS)
+            if inside.any():
+                result[f"validation_loss_{k / LOSS_BINS:.1f}_{(k + 1) / LOSS_BINS:.1f}"] = losses[inside].mean().item()
+        return result
+
+    def pipeline(self) -> NitroEPipeline:
+        """Draws with the model as it stands; inside `Engine.averaged` with the averaged weights."""
+        scheduler, parts = FlowMatchEulerDiscreteScheduler(1000), self.encoders.parts()
+        pipeline = NitroEPipeline(self.model, scheduler=scheduler, default_shift=self.config.shift, **parts)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def picture(self) -> Image:
+        """Eight fixed validation captions."""
+        captions, generator = self.batches.validation_captions(8), torch.Generator().manual_seed(self.config.seed)
+        drawn = self.pipeline()(
+            captions, num_inference_steps=20, guidance_scale=self.config.guidance, generator=generator
+        )
+        return image_grid(drawn.images, columns=4, labels=captions)
+
+    # -- keeping the run
+
+    def state(self) -> dict[str, Any]:
+        """Which data and encoders the run reads, and the coordinates of a whitened layer."""
+        facts = {"rows": self.batches.counts, "encoders": self.encoders.fingerprint}
+        return facts | weights.white_roots(self.model)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Compares data and encoders with those of the checkpoint and goes back to its coordinates."""
+        if state["encoders"] != self.encoders.fingerprint:
+            raise ValueError(f"data.encoders={self.config.data.encoders}: the run was started with other encoders")
+        self.batches.compare(state["rows"])
+        roots = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        if roots.keys() == weights.white_roots(self.model).keys():  # else the engine finds other weights, and says so
+            weights.set_white_roots(self.model, roots)
+
+    def describe(self) -> dict[str, Any]:
+        """The encoders' fingerprint, by which a loader knows whether it has the right ones."""
+        return {"encoders": self.encoders.fingerprint}
+
+    def export(self, weights_by_module: dict[str, dict[str, Tensor]], folder: Path) -> None:
+        """The transformer in `save_pretrained` layout, without a REPA projector."""
+        model = EMMDiTTransformer2DModel(**to_dict(self.config.model))
+        plain = weights.plain_weights(self.model, weights_by_module["transformer"])
+        final = {name: value for name, value in plain.items() if not name.startswith(PROJECTOR)}
+        model.load_state_dict({**model.state_dict(), **final})
+        model.save_pretrained(folder)
+
+
+def _with_projector(model: EMMDiTTransformer2DModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Other weights to start from; only a projector may be missing there or left over."""
+    state = {name: value for name, value in state.items() if not name.startswith(PROJECTOR)}
+    return {n: v for n, v in model.state_dict().items() if n.startswith(PROJECTOR)} | state
+
+
+def repa_loss(projected: Tensor, features: Tensor) -> Tensor:
+    """Negative cosine similarity, averaged over tokens.
+
+    Args:
+        projected: the transformer's tap (B, N, C).
+        features: of the vision model, (B, N, C).
+
+    Returns:
+        (B,), float32, in [-1, 1].
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if projected.shape != features.shape:
+        raise ValueError(
+            f"features={tuple(features.shape)}: must be shaped like the transformer's tap {tuple(projected.shape)}; "
+            "the vision model must see as many patches as there are tokens"
+        )
+    return -F.cosine_similarity(projected.float(), features.float(), dim=-1).mean(1)
+
+
+def pretrain(config: TrainConfig, run_dir: str | Path, resume: bool = False, device: str | None = None) -> Path:
+    """Runs stage 1 or 2; see `Engine` and `Pretrain`. Returns the folder with the final weights."""
+    return Engine(config, Pretrain, run_dir, resume, device).fit()
