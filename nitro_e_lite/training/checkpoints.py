@@ -57,7 +57,7 @@ def save_checkpoint(
     return final
 
 
-FIXED = ("stage", "model", "seed", "batch_size")  # of a run: other values are another run
+FIXED = ("stage", "model", "seed", "batch_size")  # of a run that has them: other values are another run
 
 NOT_LEARNED = (  # what is changed freely, because the model learns the same
     "start_from steps accumulate log_every validate_every sample_every checkpoint_every keep_checkpoints max_skipped "
@@ -73,7 +73,7 @@ def compare_settings(before: dict[str, Any], now: dict[str, Any], step: int, say
     """
     now = json.loads(json.dumps(now))
     for name in FIXED:
-        if before.get(name, now[name]) != now[name]:
+        if name in now and before.get(name, now[name]) != now[name]:
             raise ValueError(f"{name}={now[name]}: the run was started with {before[name]}; name another folder")
     if now["steps"] < step:
         raise ValueError(f"steps={now['steps']}: the run has been trained to step {step}")

@@ -331,7 +331,7 @@ class Engine:
         checkpoints.compare_settings(state["config"], to_dict(self.config), state["step"], say)
         self.stage.load_state(state["stage"] | tensors["stage"])
         masters = {f"{name}.{key}": value for name, one in self.learners.items() for key, value in one.masters.items()}
-        if tensors["weights"].keys() != masters.keys():
+        if {k: v.shape for k, v in tensors["weights"].items()} != {k: v.shape for k, v in masters.items()}:
             raise ValueError(
                 f"model: the run in {self.run_dir} has other weights; keep repa.weight and optimizer.white_text"
             )

@@ -1,0 +1,180 @@
+"""The engine with stages of other kinds than the project's own: two players in turn, and data that the model makes."""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from ranks import ranks  # noqa: F401
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from nitro_e_lite.config import RunConfig
+from nitro_e_lite.files import read_jsonl
+from nitro_e_lite.runtime import generator
+from nitro_e_lite.training.engine import Engine, Stage, Trained
+
+RUN = RunConfig(steps=12, batch_size=8, log_every=1, checkpoint_every=5, ema_decay=0.9, keep_checkpoints=2)
+
+
+@pytest.fixture(scope="module")
+def cache():
+    """What `ranks` asks of a test module; these stages cache nothing."""
+
+
+def adam(rate):
+    return lambda masters: {"adamw": torch.optim.AdamW(masters.values(), lr=rate)}
+
+
+class TwoPlayers(Stage):
+    """A generator of one number and a critic, in turn: the generator learns where the data lie."""
+
+    def __init__(self, config, placement):
+        self.config, self.placement = config, placement
+        torch.manual_seed(config.seed)
+        self.player, self.critic = nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+        constant = partial(min, 1.0)  # a schedule that is 1 from step 1 on
+        self.modules = {
+            "generator": Trained(self.player, adam(1e-2), lambda step: 1.0),
+            "critic": Trained(self.critic, adam(2e-2), lambda step: constant(step + 1.0)),
+        }
+
+    def losses(self, step, part):
+        rows = self.placement.microbatches[part]
+        noise, data = (
+            torch.stack([torch.randn(1, generator=generator(0, step, what, row)) for row in rows])
+            for what in ("noise", "data")
+        )
+        drawn = self.player(noise)
+        if step % 2:
+            return {"generator": {"loss": -self.critic(drawn).flatten()}}
+        wrong = self.critic(drawn) - self.critic(data + 3)  # the graph goes through the generator, its gradient not
+        return {"critic": {"loss": wrong.flatten(), "gap": wrong.detach().mean()}}
+
+    def export(self, weights, folder):
+        save_file(
+            {f"{m}.{n}": v for m, named in weights.items() for n, v in named.items()}, folder / "both.safetensors"
+        )
+
+
+class OwnSamples(Stage):
+    """Learns from what it has drawn itself a few steps ago, kept with its reward: roll-outs are part of the state."""
+
+    def __init__(self, config, placement):
+        self.config, self.placement, self.rollouts = config, placement, torch.zeros(config.batch_size, 2)
+        torch.manual_seed(config.seed)
+        self.policy = nn.Linear(2, 2)
+        self.modules = {"policy": Trained(self.policy, adam(3e-3), lambda step: 1.0)}
+
+    def losses(self, step, part):
+        rows = self.placement.microbatches[part]
+        if step % 4 == 0:  # a roll-out of the policy as it is now, for four steps
+            draws = [torch.randn(2, generator=generator(self.config.seed, step, "rollout", row)) for row in rows]
+            with torch.no_grad():
+                self.rollouts[rows.start : rows.stop] = self.policy(torch.stack(draws))
+        mine = self.rollouts[rows.start : rows.stop]
+        return {"policy": {"loss": (self.policy(mine) - mine.sin()).square().mean(1), "reward": mine.mean()}}
+
+    def state(self):
+        return {"rollouts": self.rollouts, "kept_since": "the last multiple of four"}
+
+    def load_state(self, state):
+        self.rollouts.copy_(state["rollouts"])
+
+    def export(self, weights, folder):
+        save_file(dict(weights["policy"]), folder / "policy.safetensors")
+
+
+def weights_of(run):
+    """All tensors that a run exported."""
+    return {name: value for file in sorted(run.glob("final/*.safetensors")) for name, value in load_file(file).items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("stage", [TwoPlayers, OwnSamples])
+def test_killed_and_resumed_it_has_the_same_bits(stage, tmp_path):
+    Engine(RUN, stage, tmp_path / "whole", device="cpu").fit()
+    killed = Engine(RUN, stage, tmp_path / "parts", device="cpu")
+    for step in range(7):  # the last checkpoint is within a roll-out and within a turn; two steps are lost
+        killed.step()
+        if step == 4:
+            killed.save()
+    resumed = Engine(RUN, stage, tmp_path / "parts", resume=True, device="cpu")
+    assert resumed.global_step == 5
+    resumed.fit()
+    assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+
+
+def test_players_take_turns_and_a_loss_reaches_its_own_module_only(tmp_path):
+    engine = Engine(RUN, TwoPlayers, tmp_path, device="cpu")
+    for turn, resting in enumerate(("generator", "critic")):
+        before = {name: p.detach().clone() for name, p in engine.learners[resting].masters.items()}
+        row = engine.step()
+        assert all(torch.equal(before[name], p) for name, p in engine.learners[resting].masters.items())
+        assert all(p.grad is None for p in engine.learners[resting].masters.values())
+        learning = ("critic", "generator")[turn]
+        assert {f"{learning}_loss", f"{learning}_gradient_norm", f"{learning}_lr_scale"} <= row.keys()
+        assert not any(name.startswith(resting) for name in row)
+
+
+def test_two_players_learn(tmp_path):
+    engine = Engine(replace(RUN, steps=600, batch_size=32), TwoPlayers, tmp_path, device="cpu")
+    distances = []
+    for _ in range(600):
+        engine.step()
+        distances.append(abs(engine.stage.player.bias.item() - 3))
+    assert min(distances) < 0.5 < distances[0]
+
+
+def test_every_module_is_in_the_metrics(tmp_path):
+    Engine(RUN, TwoPlayers, tmp_path, device="cpu").fit()
+    rows = list(read_jsonl(tmp_path / "metrics.jsonl"))
+    assert [("critic_loss" in row, "generator_loss" in row) for row in rows] == [(True, False), (False, True)] * 6
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+def test_a_non_finite_gradient_of_one_player_stops_nobody_for_good(tmp_path):
+    engine = Engine(replace(RUN, max_skipped=1), TwoPlayers, tmp_path, device="cpu")
+    before = {name: p.detach().clone() for name, p in engine.learners["critic"].masters.items()}
+    handle = engine.stage.critic[0].weight.register_hook(lambda gradient: gradient * float("nan"))
+    engine.step()
+    handle.remove()
+    assert engine.skipped == 1
+    assert all(torch.equal(before[name], p) for name, p in engine.learners["critic"].masters.items())
+    engine.step()
+    engine.step()
+    assert engine.skipped == 1 and engine.global_step == 3
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from test_engine import RUN, OwnSamples, TwoPlayers
+from nitro_e_lite.training.engine import Engine
+
+for stage in (TwoPlayers, OwnSamples):
+    Engine(RUN, stage, Path(sys.argv[1]) / stage.__name__, device="cpu").fit()
+"""
+
+
+def test_two_processes_are_one(ranks, tmp_path):  # noqa: F811
+    """Gradients are averaged, noise is drawn by row: only the order of summation differs."""
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    ranks.run(2, script, tmp_path / "two")
+    for stage in (TwoPlayers,):  # the other keeps the roll-outs of its own rows only
+        Engine(RUN, stage, tmp_path / "one" / stage.__name__, device="cpu").fit()
+        one, two = (weights_of(tmp_path / which / stage.__name__) for which in ("one", "two"))
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
+
+
+def test_streams_differ_in_everything_that_names_them():
+    names = [(0, 0, "noise", 0), (1, 0, "noise", 0), (0, 1, "noise", 0), (0, 0, "order", 0), (0, 0, "noise", 1)]
+    drawn = {tuple(torch.rand(3, generator=generator(*name)).tolist()) for name in names}
+    assert len(drawn) == len(names)
+    assert torch.equal(torch.rand(3, generator=generator(*names[0])), torch.rand(3, generator=generator(0, 0, "noise")))
