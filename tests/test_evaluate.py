@@ -129,12 +129,25 @@ def test_pictures_for_the_official_scorer_and_how_they_continue(tiny_pipeline, t
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "no prompts"), ("{", "line 1: no JSON"), ('{"prompt": "a cat"}', "line 1: must be an")]
+    ("text", "message"),
+    [
+        ("", "no prompts"),
+        ("{", "line 1: no JSON"),
+        ('{"prompt": "a cat"}', "line 1: must be an"),
+        ('\n{"tag": "colors", "include": [], "prompt": null}', "line 2: must be an object with .*prompt .a string"),
+        ('{"tag": "colors", "include": {}, "prompt": "a cat"}', "line 1: must be an object with .*include .a list"),
+    ],
 )
 def test_a_bad_prompt_file_is_named(text, message, tmp_path):
     (tmp_path / "prompts.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_metadata(tmp_path / "prompts.jsonl")
+
+
+def test_a_prompt_file_may_have_a_byte_order_mark_and_blank_lines(tmp_path):
+    entry = {"tag": "single_object", "include": [], "prompt": "a cat\u2028on a mat"}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(entry, ensure_ascii=False) + "\n\n", encoding="utf-8-sig")
+    assert read_metadata(tmp_path / "prompts.jsonl") == [entry]
 
 
 def test_the_ledger_says_how_the_uncurated_grid_was_drawn():
