@@ -37,6 +37,43 @@ def weights_dir() -> Path:
     return PACKAGE_DIR / "weights"
 
 
+def find_weights(source: str | Path, *parts: str) -> Path:
+    """The folder that holds weights: the one answer to where they are. What lies there agrees with its checksums.
+
+    Args:
+        source: a name of weights shipped in the package, a folder, or the folder of a training run, of which `final/`
+            counts as well.
+        *parts: files by which the right folder is known, patterns of `glob` such as "vision/model*.safetensors". The
+            first that is found in `source` counts, and the folder in which it lies is returned, its checksums compared
+            when `SHA256SUMS` lies in it or beside it. None: the folder of `source` as it is.
+
+    Raises:
+        FileNotFoundError: there is no such folder or none of the files in it; the message says what was looked for.
+        ValueError: a file differs from its checksum.
+    """
+    shipped = sorted(path.name for path in weights_dir().glob("*") if path.is_dir())
+    name = str(source)
+    roots = [weights_dir() / name] if name in shipped else [Path(source), Path(source) / "final"]
+    if not parts and roots[0].is_dir():
+        return roots[0]
+    for file in (file for root in roots if root.is_dir() for part in parts for file in sorted(root.glob(part))):
+        check_weights(file.parent)
+        return file.parent
+    looked_for = f" that holds {' or '.join(parts)}" if parts else ""
+    if name in shipped:
+        raise FileNotFoundError(f"{name!r} is no name of shipped weights{looked_for}")
+    known = ", ".join(shipped) or "none here"
+    raise FileNotFoundError(f"{name!r} is no folder or training run{looked_for}, and no shipped weights ({known})")
+
+
+def check_weights(folder: Path) -> None:
+    """Compares a folder with the `SHA256SUMS` in it and beside it, where there are any; see `check_manifest`."""
+    if (folder / MANIFEST).is_file():
+        check_manifest(folder)
+    if (folder.parent / MANIFEST).is_file():
+        check_manifest(folder.parent, folder.name)
+
+
 def cache_dir() -> Path:
     """Folder for what can be made again (latent caches); `NITRO_E_CACHE` moves it. Not created here."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

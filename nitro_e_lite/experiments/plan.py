@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoModel, Dinov2Config, Dinov2Model, Llama
 from nitro_e_lite.config import DataConfig, TrainConfig, preset, to_dict
 from nitro_e_lite.data.shards import sidecars
 from nitro_e_lite.evaluation.benchmark import median_seconds
-from nitro_e_lite.files import weights_dir
+from nitro_e_lite.files import find_weights
 from nitro_e_lite.inference.encoders import FULL_TEXT_LENGTH, LITE_TEXT_LENGTH
 from nitro_e_lite.inference.vision import GRID
 from nitro_e_lite.model.cpu_kernels import plain_operations
@@ -250,7 +250,7 @@ def forward_flops(config: TrainConfig) -> float:
 def frozen_encoders(config: TrainConfig) -> dict[str, Encoder]:
     """The frozen encoders of a run: of pictures, of text, and with REPA the vision model."""
     model, length = config.model, _text_length(config)
-    folder = weights_dir() / ("lite" if config.data.encoders == "full" else config.data.encoders)
+    folder = None if _is_full(config) else find_weights(config.data.encoders, "vae/config.json").parent
     with torch.device("meta"):
         if _is_full(config):
             vae, text = AutoencoderDC(**DC_AE_F32), AutoModel.from_config(LlamaConfig(**LLAMA_1B))

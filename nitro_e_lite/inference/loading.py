@@ -13,7 +13,8 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError
 
-from nitro_e_lite import files, runtime
+from nitro_e_lite import runtime
+from nitro_e_lite.files import find_weights
 from nitro_e_lite.inference.encoders import FULL_TEXT_LENGTH, LITE_TEXT_LENGTH, Encoders, LatentStats, load_encoders
 from nitro_e_lite.inference.hub import (
     FULL_AUTOENCODER,
@@ -102,21 +103,14 @@ def load_transformer(source: str | Path) -> EMMDiTTransformer2DModel:
 
 
 def _find(source: str | Path) -> Path:
-    """The folder or file that `source` names, its checksums compared when it has any."""
-    shipped = files.weights_dir() / source
-    path = shipped if (shipped / files.MANIFEST).is_file() else Path(source)
-    for folder in (path, path / "transformer", path / "final"):
-        if (folder / DiffusionPipeline.config_name).is_file() or [*folder.glob("diffusion_pytorch_model*.safetensors")]:
-            if (folder / files.MANIFEST).is_file():
-                files.check_manifest(folder)
-            return folder
-    if path.is_file() and path.suffix == ".safetensors":
-        return path
-    names = sorted(p.parent.name for p in files.weights_dir().glob(f"*/{files.MANIFEST}"))
-    raise ValueError(
-        f"model: {str(source)!r} is no pipeline folder, transformer folder or official .safetensors file, "
-        f"and no name of shipped weights ({', '.join(names) or 'none here'})"
-    )
+    """The folder of a pipeline or of a transformer, or the official file, that `source` names."""
+    if Path(source).is_file() and Path(source).suffix == ".safetensors":
+        return Path(source)
+    weights = "diffusion_pytorch_model*.safetensors"
+    try:
+        return find_weights(source, DiffusionPipeline.config_name, weights, f"transformer/{weights}")
+    except FileNotFoundError as error:
+        raise ValueError(f"model: {error}, and no official .safetensors file") from None
 
 
 def _trained_pipeline(path: Path, parts: dict, dtype: torch.dtype) -> NitroEPipeline:

@@ -31,7 +31,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
-from nitro_e_lite.files import weights_dir
+from nitro_e_lite.files import find_weights
 from nitro_e_lite.inference.encoders import clean_caption
 from nitro_e_lite.inference.hub import load_text_encoder
 from nitro_e_lite.scenes.captions import caption, words
@@ -243,8 +243,11 @@ def train_language_model(
     """
     run_dir = Path(run_dir)
     if config.start_from:
-        shipped = weights_dir() / config.start_from
-        tokenizer, before = load_text_encoder(shipped if shipped.is_dir() else config.start_from)
+        try:
+            source = find_weights(config.start_from, "text_encoder/model*.safetensors").parent
+        except FileNotFoundError:
+            source = config.start_from  # a hub id, or a folder that holds tokenizer and model side by side
+        tokenizer, before = load_text_encoder(source)
     else:
         tokenizer, before = train_tokenizer(config), None
     model = Student(config, len(tokenizer), tokenizer.eos_token_id)
