@@ -67,6 +67,7 @@ def benchmark_command(
     model: Model = "lite",
     steps: Steps = None,
     guidance: Guidance = None,
+    shift: Shift = None,
     batch: Annotated[list[int] | None, typer.Option(help="Pictures at once; may be given several times.")] = None,
     repeats: int = 3,
     transformer: Annotated[
@@ -92,8 +93,9 @@ def benchmark_command(
         else:
             pipeline = load_pipeline(model, device, dtype)
             pipeline.set_progress_bar_config(disable=True)
-            result |= settings(pipeline, model, steps, guidance)
-            rows = benchmark.time_pipeline(pipeline, batches, steps, guidance, repeats)
+            sampler = pipeline.sampler(steps, guidance, shift)
+            result |= settings(pipeline, model, sampler)
+            rows = benchmark.time_pipeline(pipeline, sampler, batches, repeats)
         result |= {"rows": rows, "repeats": repeats, "environment": runtime.environment_report()}
         if not json:
             names = [name.replace("_", " ") for name in rows[0]]
@@ -135,6 +137,7 @@ def geneval(
     each: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 4,
     steps: Steps = None,
     guidance: Guidance = None,
+    shift: Shift = None,
     text_encoder: TextEncoder = None,
     vae: Vae = None,
     lora: Lora = None,
@@ -150,8 +153,9 @@ def geneval(
 
         metadata = read_metadata(prompts)
         pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora)
-        pictures = draw_for_geneval(pipeline, metadata, folder, each=each, steps=steps, guidance=guidance)
-        result |= settings(pipeline, model, steps, guidance) | {"pictures": pictures, "prompts": len(metadata)}
+        sampler = pipeline.sampler(steps, guidance, shift)
+        pictures = draw_for_geneval(pipeline, metadata, folder, sampler, each=each)
+        result |= settings(pipeline, model, sampler) | {"pictures": pictures, "prompts": len(metadata)}
         if not json:
             console.print(f"{pictures} pictures of {len(metadata)} prompts in {folder}", soft_wrap=True)
             console.print(f"Score them in GenEval's own environment: evaluation/evaluate_images.py {folder}")
