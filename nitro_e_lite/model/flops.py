@@ -19,6 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -97,9 +98,11 @@ def count_flops(config: Mapping[str, Any], batch: int = 1, text_tokens: int = 12
         text_tokens: length of the text.
 
     Raises:
-        ValueError: for a batch or number of text tokens below 1.
+        TypeError, ValueError: for a batch or number of text tokens that is no integer or below 1.
     """
     for name, value in (("batch", batch), ("text_tokens", text_tokens)):
+        if not isinstance(value, Integral):
+            raise TypeError(f"{name}: expected an integer, got {value!r}")
         if value < 1:
             raise ValueError(f"{name}: {value} is below 1")
     model = build_on_meta(config)
