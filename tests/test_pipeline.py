@@ -10,7 +10,7 @@ from PIL import Image
 from tiny import build_tiny_pipeline
 
 import nitro_e_lite
-from nitro_e_lite.inference.arguments import seeded_generators
+from nitro_e_lite.inference.arguments import as_grid, seeded_generators
 from nitro_e_lite.inference.encoders import LatentStats, decode_latents
 from nitro_e_lite.inference.hub import EncoderUnavailable
 from nitro_e_lite.inference.loading import load_pipeline
@@ -350,6 +350,25 @@ def test_official_file_with_encoders_from_folders(tiny_pipeline, tiny_folder, tm
 def test_unknown_model_names_what_there_is(shipped):
     with pytest.raises(ValueError, match=r"model: 'heavy' .*\(lite\)"):
         load_pipeline("heavy")
+
+
+@pytest.mark.parametrize("compression", [False, True])
+@pytest.mark.parametrize("pattern", [[(1, 1)], [(4, 1), (4, 4)], [(3, 1), (4, 1)], [(2, 3), (5, 1)]])
+def test_sizes_that_are_taken_are_those_that_attention_can_split(compression, pattern):
+    """Only the largest number of groups was once looked at, which another need not divide."""
+    config = {"patch_size": 1, "compression": compression, "pos_embed_max_size": 96, "sample_size": 16}
+    config["attention_pattern"] = pattern
+    for rows, columns in ((4, 4), (8, 8), (8, 12), (12, 12), (16, 16), (20, 12), (60, 60)):
+        counts = [rows * columns, *([rows * columns // 4 + rows * columns // 16] if compression else [])]
+        fits = not any(count % (ratio * chunk) for count in counts for ratio, chunk in pattern)
+        if fits:
+            assert as_grid(8 * rows, 8 * columns, config, 8) == (rows, columns)
+            continue
+        with pytest.raises(ValueError, match="which attention cannot split in .* try multiples of") as caught:
+            as_grid(8 * rows, 8 * columns, config, 8)
+        side = int(re.search(r"multiples of (\d+) px", str(caught.value))[1])
+        if side <= 8 * 96:
+            assert as_grid(side, side, config, 8) == (side // 8, side // 8)
 
 
 # Parts that do not fit together

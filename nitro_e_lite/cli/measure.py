@@ -36,9 +36,10 @@ def count(
     """Count the transformer's parameters and the FLOPs of one forward pass, without running it."""
     with output(json) as result:
         from nitro_e_lite.model.flops import build_on_meta, count_flops, count_parameters, model_config
+        from nitro_e_lite.model.tokens import text_length
 
         config = model_config(size)
-        tokens = text_tokens if text_tokens is not None else (128 if size == "full" else 32)
+        tokens = text_length(size) if text_tokens is None else text_tokens
         flops = count_flops(config, batch, tokens)
         parameters = count_parameters(build_on_meta(config))
         result |= {

@@ -19,6 +19,7 @@ from nitro_e_lite.inference.arguments import as_integer
 from nitro_e_lite.inference.pipeline import NitroEPipeline, Sampler
 from nitro_e_lite.model import cpu_kernels
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH
 
 CAPTION = "a red circle to the left of a blue square"
 
@@ -77,7 +78,7 @@ def time_pipeline(
 def time_transformer(
     config: Mapping[str, Any],
     batch: int = 4,
-    text_tokens: int = 128,
+    text_tokens: int = FULL_TEXT_LENGTH,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     repeats: int = 3,

@@ -37,6 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nitro_e_lite.files import find_weights
 from nitro_e_lite.inference import hub
+from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH, LITE_TEXT_LENGTH
 
 
 @dataclass(frozen=True)
@@ -173,9 +174,6 @@ def encode_text(
     batch = tokenizer(texts, return_tensors="pt", **padding)
     tokens, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)  # (B, L)
     return model(input_ids=tokens, attention_mask=mask).last_hidden_state  # (B, L, D)
-
-
-LITE_TEXT_LENGTH, FULL_TEXT_LENGTH = 32, 128  # tokens a caption is padded to
 
 
 def fingerprint(

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from nitro_e_lite import runtime
 from nitro_e_lite.files import find_weights
-from nitro_e_lite.inference.encoders import FULL_TEXT_LENGTH, LITE_TEXT_LENGTH, Encoders, LatentStats, load_encoders
+from nitro_e_lite.inference.encoders import Encoders, LatentStats, load_encoders
 from nitro_e_lite.inference.hub import (
     FULL_AUTOENCODER,
     FULL_TEXT_ENCODER,
@@ -27,6 +27,7 @@ from nitro_e_lite.inference.hub import (
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.official_weights import load_official, merge_lora
+from nitro_e_lite.model.tokens import text_length
 
 
 def load_pipeline(
@@ -126,7 +127,7 @@ def _trained_pipeline(path: Path, parts: dict, dtype: torch.dtype) -> NitroEPipe
     if source == "lite":
         pipeline = NitroEPipeline.from_pretrained(_find("lite"), dtype=dtype, **parts)
     else:
-        parts = {"max_text_length": FULL_TEXT_LENGTH if source == "full" else LITE_TEXT_LENGTH, **parts}
+        parts = {"max_text_length": text_length(source), **parts}
         if "vae" not in parts or "text_encoder" not in parts:
             parts = {**_encoders_of(path, source, dtype), **parts}
         pipeline = NitroEPipeline(scheduler=FlowMatchEulerDiscreteScheduler(1000, shift=1.0), **parts)

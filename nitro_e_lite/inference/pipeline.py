@@ -37,6 +37,7 @@ from nitro_e_lite.inference.arguments import (
 from nitro_e_lite.inference.encoders import LatentStats, decode_latents, encode_text
 from nitro_e_lite.model import flow
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH
 
 SIGMA_GRIDS = ("linear", "scheduler")
 
@@ -92,7 +93,7 @@ class NitroEPipeline(DiffusionPipeline):
         scheduler: FlowMatchEulerDiscreteScheduler,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
-        max_text_length: int = 128,
+        max_text_length: int = FULL_TEXT_LENGTH,
         sigma_grid: str = "linear",
         default_steps: int = 20,
         default_guidance: float = 4.5,

@@ -25,14 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Dinov2Model
 
+from nitro_e_lite.config import ModelConfig
 from nitro_e_lite.files import find_weights
 from nitro_e_lite.inference.encoders import images_to_tensor
 from nitro_e_lite.inference.hub import EncoderUnavailable, attempt, weights_hash
 from nitro_e_lite.model.cpu_kernels import speed_up
 
 FULL_VISION = "facebook/dinov2-base"
+FULL_VISION_SIZES = {"patch_size": 14, "image_size": 518}  # of it; the rest are the defaults of the class
 VISION_REVISIONS = {FULL_VISION: "f9e44c814b77203eaa57a6bdbbd535f21ede1415"}
-GRID = 16  # tokens a side, as many as the latents have
+GRID = ModelConfig().sample_size  # tokens a side, as many as the latents have
 VISION_FILES = ("vision/model*.safetensors", "model*.safetensors")  # of a pipeline folder, of the model's own
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, what DINOv2 expects
 

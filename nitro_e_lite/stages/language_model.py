@@ -34,6 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTo
 from nitro_e_lite.files import find_weights
 from nitro_e_lite.inference.encoders import clean_caption
 from nitro_e_lite.inference.hub import load_text_encoder
+from nitro_e_lite.model.tokens import LITE_TEXT_LENGTH
 from nitro_e_lite.scenes.captions import caption, words
 from nitro_e_lite.scenes.grammar import COLORS, SIZES, Scene, sample_scene
 from nitro_e_lite.scenes.minimal_pairs import REDRAW
@@ -53,7 +54,7 @@ class LanguageModelConfig(FitConfig):
     warmup_steps: int = 50
     learning_rate: float = 0.02  # of Muon, on the hidden matrices
     adam_learning_rate: float = 3e-3  # of AdamW, on embeddings and norms
-    max_length: int = 32
+    max_length: int = LITE_TEXT_LENGTH
     vocabulary_size: int = 512
     tokenizer_scenes: int = 4000
     width: int = 256
