@@ -49,7 +49,7 @@ def find_weights(source: str | Path, *parts: str) -> Path:
 
     Raises:
         FileNotFoundError: there is no such folder or none of the files in it; the message says what was looked for.
-        ValueError: a file differs from its checksum.
+        ValueError: a file differs from its checksum, or one with a checksum is missing.
     """
     shipped = sorted(path.name for path in weights_dir().glob("*") if path.is_dir())
     name = str(source)
@@ -67,11 +67,18 @@ def find_weights(source: str | Path, *parts: str) -> Path:
 
 
 def check_weights(folder: Path) -> None:
-    """Compares a folder with the `SHA256SUMS` in it and beside it, where there are any; see `check_manifest`."""
-    if (folder / MANIFEST).is_file():
-        check_manifest(folder)
-    if (folder.parent / MANIFEST).is_file():
-        check_manifest(folder.parent, folder.name)
+    """Compares a folder with the `SHA256SUMS` in it and beside it, where there are any.
+
+    Raises:
+        ValueError: a file is missing or differs; not `FileNotFoundError`, which says that there are no weights at all.
+    """
+    try:
+        if (folder / MANIFEST).is_file():
+            check_manifest(folder)
+        if (folder.parent / MANIFEST).is_file():
+            check_manifest(folder.parent, folder.name)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
 
 
 def cache_dir() -> Path:
@@ -161,9 +168,8 @@ def read_jsonl(
         for number, line in enumerate(file, start=1):
             torn = not line.endswith(b"\n") and torn_last_line == "dropped"
             try:
-                row = read_json_line(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
-                if row is not None:
-                    row = parse(row)
+                found = read_json_line(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+                row = None if found is None else parse(found)
             except ValueError as error:
                 if torn and isinstance(error, (UnicodeDecodeError, json.JSONDecodeError)):
                     return
@@ -172,7 +178,7 @@ def read_jsonl(
                     raise problem from None
                 damaged(problem)
                 continue
-            if row is not None:
+            if found is not None:
                 yield row
 
 

@@ -121,6 +121,17 @@ def test_weights_in_a_part_are_compared_with_their_checksums(shipped):
             files.find_weights(source, part)
 
 
+def test_a_missing_file_of_weights_is_not_taken_for_weights_that_are_not_there(shipped):
+    """Not for a hub id, then: the folder is there and not whole."""
+    (shipped / "text_encoder" / "config.json").unlink()
+    with pytest.raises(ValueError, match="text_encoder/config.json: listed in SHA256SUMS but missing"):
+        files.find_weights("lite", "text_encoder/model*.safetensors")
+    with pytest.raises(
+        ValueError, match="text_encoder/config.json: listed in SHA256SUMS but missing; get the folder again$"
+    ):
+        load_pipeline("lite", "cpu")
+
+
 def test_encoders_are_found_in_the_folder_one_stands_in_and_in_a_run(encoders, tmp_path, monkeypatch):
     """ "." was once the folder of all shipped weights."""
     shutil.copytree(encoders, tmp_path / "finished" / "final")
