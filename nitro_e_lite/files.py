@@ -5,14 +5,15 @@ The rule for anything that matters: written aside, flushed to the disk, renamed 
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 
@@ -34,6 +35,50 @@ MANIFEST = "SHA256SUMS"
 def weights_dir() -> Path:
     """Folder of the weights shipped inside the package."""
     return PACKAGE_DIR / "weights"
+
+
+def find_weights(source: str | Path, *parts: str) -> Path:
+    """The folder that holds weights: the one answer to where they are. What lies there agrees with its checksums.
+
+    Args:
+        source: a name of weights shipped in the package, a folder, or the folder of a training run, of which `final/`
+            counts as well.
+        *parts: files by which the right folder is known, patterns of `glob` such as "vision/model*.safetensors". The
+            first that is found in `source` counts, and the folder in which it lies is returned, its checksums compared
+            when `SHA256SUMS` lies in it or beside it. None: the folder of `source` as it is.
+
+    Raises:
+        FileNotFoundError: there is no such folder or none of the files in it; the message says what was looked for.
+        ValueError: a file differs from its checksum, or one with a checksum is missing.
+    """
+    shipped = sorted(path.name for path in weights_dir().glob("*") if path.is_dir())
+    name = str(source)
+    roots = [weights_dir() / name] if name in shipped else [Path(source), Path(source) / "final"]
+    if not parts and roots[0].is_dir():
+        return roots[0]
+    for file in (file for root in roots if root.is_dir() for part in parts for file in sorted(root.glob(part))):
+        check_weights(file.parent)
+        return file.parent
+    looked_for = f" that holds {' or '.join(parts)}" if parts else ""
+    if name in shipped:
+        raise FileNotFoundError(f"{name!r} is no name of shipped weights{looked_for}")
+    known = ", ".join(shipped) or "none here"
+    raise FileNotFoundError(f"{name!r} is no folder or training run{looked_for}, and no shipped weights ({known})")
+
+
+def check_weights(folder: Path) -> None:
+    """Compares a folder with the `SHA256SUMS` in it and beside it, where there are any.
+
+    Raises:
+        ValueError: a file is missing or differs; not `FileNotFoundError`, which says that there are no weights at all.
+    """
+    try:
+        if (folder / MANIFEST).is_file():
+            check_manifest(folder)
+        if (folder.parent / MANIFEST).is_file():
+            check_manifest(folder.parent, folder.name)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
 
 
 def cache_dir() -> Path:
@@ -97,11 +142,72 @@ def check_manifest(folder: str | Path, *parts: str) -> dict[str, str]:
     return sums
 
 
-def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a JSONL file; a last line that was cut off by a kill is left out."""
-    for line in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line)
+def read_jsonl(
+    path: str | Path,
+    *,
+    torn_last_line: Literal["dropped", "counts"] = "dropped",
+    parse: Callable[[dict[str, Any]], Any] = lambda row: row,
+    damaged: Callable[[ValueError], None] | None = None,
+) -> Iterator[Any]:
+    r"""Yields the rows of a file with one JSON object a line, one after the other.
+
+    Lines end at `"\n"` alone, not at the other line ends of Unicode, which may stand in a text. Blank lines are passed
+    over, and so is a byte-order mark at the start.
+
+    Args:
+        path: the file, UTF-8.
+        torn_last_line: what becomes of a last line that ends neither in `"\n"` nor as JSON: "dropped" in a log, where a
+            kill leaves one; in a file that a person hands in it "counts", as an error.
+        parse: makes of a row what is yielded; raises `ValueError` when the row will not do.
+        damaged: is told of each line that cannot be read, which is then left out; None: it is an error.
+
+    Raises:
+        ValueError: a line is no JSON object, or not what `parse` takes; the message names file and line.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            torn = not line.endswith(b"\n") and torn_last_line == "dropped"
+            try:
+                found = read_json_line(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+                row = None if found is None else parse(found)
+            except ValueError as error:
+                if torn and isinstance(error, (UnicodeDecodeError, json.JSONDecodeError)):
+                    return
+                problem = ValueError(f"{path}, line {number}: {explain_json(error)}")
+                if damaged is None:
+                    raise problem from None
+                damaged(problem)
+                continue
+            if found is not None:
+                yield row
+
+
+def read_json_line(line: bytes) -> dict[str, Any] | None:
+    """One line of a file of JSON lines; None for a blank one.
+
+    Raises:
+        ValueError: it is not UTF-8, no JSON or no object; see `explain_json` for words.
+    """
+    if not line.strip():
+        return None
+    row = json.loads(line.decode("utf-8"))
+    if not isinstance(row, dict):
+        raise ValueError(f"must be a JSON object, is of type {type(row).__name__}")
+    return row
+
+
+def explain_json(error: ValueError) -> str:
+    """In words what is wrong with a line of JSON."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 (byte {error.object[error.start]:#04x} at {error.start + 1})"
+    return f"no JSON ({error})" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:
+    """Adds one row to a file of JSON lines, in one write; a line that a kill has torn is closed first."""
+    with open(path, "ab+") as file:
+        torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+        file.write(b"\n" * bool(torn) + json.dumps(row).encode() + b"\n")
 
 
 try:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from nitro_e_lite import load_pipeline
 from nitro_e_lite.cli.app import app
 from nitro_e_lite.cli.draw import DEMO_CAPTIONS, picture_paths
+from nitro_e_lite.model import flow
 from nitro_e_lite.scenes.captions import unknown_words
 from nitro_e_lite.scenes.geneval import load_prompts
 
@@ -193,6 +194,16 @@ def test_debug_variable_shows_the_traceback(run, monkeypatch):
     monkeypatch.setenv("NITRO_E_DEBUG", "1")
     result = CliRunner().invoke(app, ["sample", "a star", "--steps", "0"])
     assert isinstance(result.exception, ValueError)
+
+
+@pytest.mark.parametrize("arguments", [["demo"], ["benchmark", "--batch", "1", "--repeats", "1"], ["geneval"]])
+def test_every_command_that_draws_takes_a_shift(run, prompt_file, arguments, monkeypatch):
+    """`demo`, `benchmark` and `geneval` could not be told one, so they drew other pictures than `sample --shift`."""
+    drawn = []
+    monkeypatch.setattr(flow, "shift_sigmas", lambda sigmas, shift: drawn.append(shift) or sigmas)
+    more = [prompt_file, "pictures", "--each", "1"] if arguments == ["geneval"] else []
+    found = only_json(run(*arguments, *more, "--shift", "2.5", "--json", *FAST))
+    assert found["shift"] == 2.5 and drawn and set(drawn) == {2.5}
 
 
 # evaluate

@@ -133,6 +133,53 @@ def test_metrics_survive_a_kill_and_a_resume(tmp_path):
     assert [row["step"] for row in files.read_jsonl(path)] == [0, 1, 2, 3]
 
 
+ROWS = [{"a": "one\u2028two\x85three"}, {"b": None}]
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"\n", b"\xef\xbb\xbf\r\n"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n \n\n"])
+def test_json_lines_end_at_line_feeds_alone_and_may_be_blank(tmp_path, start, end):
+    text = end.join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+    for last in ("", end):  # with and without a final line end
+        (tmp_path / "rows.jsonl").write_bytes(start + (text + last).encode())
+        for rule in ("dropped", "counts"):
+            assert list(files.read_jsonl(tmp_path / "rows.jsonl", torn_last_line=rule)) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"a": ', "rows.jsonl, line 3: no JSON"),
+        (b'[{"a": 1}]', "rows.jsonl, line 3: must be a JSON object, is of type list"),
+        (b"null", "rows.jsonl, line 3: must be a JSON object, is of type NoneType"),
+        (b'{"a": "caf\xe9"}', "rows.jsonl, line 3: not UTF-8 .byte 0xe9 at 11"),
+    ],
+)
+def test_json_lines_name_the_line_that_is_wrong(tmp_path, line, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n\n' + line + b'\n{"a": 2}\n')
+    for rule in ("dropped", "counts"):
+        with pytest.raises(ValueError, match=message):
+            list(files.read_jsonl(path, torn_last_line=rule))
+    told = []
+    assert list(files.read_jsonl(path, damaged=told.append)) == [{"a": 1}, {"a": 2}]
+    assert len(told) == 1 and "line 3" in str(told[0])
+
+
+@pytest.mark.parametrize("torn", ['{"a": 2, "b', '{"a": "caf\xc3'])
+def test_a_torn_last_line_is_dropped_in_logs_and_counts_in_input_files(tmp_path, torn):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + torn.encode("latin-1"))
+    assert list(files.read_jsonl(path)) == [{"a": 1}]
+    with pytest.raises(ValueError, match="line 2: n"):
+        list(files.read_jsonl(path, torn_last_line="counts"))
+    files.append_jsonl(path, {"a": 3})
+    assert list(files.read_jsonl(path, damaged=lambda problem: None)) == [{"a": 1}, {"a": 3}]
+    files.append_jsonl(tmp_path / "new.jsonl", {"a": 1})
+    files.append_jsonl(tmp_path / "new.jsonl", {"a": 2})
+    assert (tmp_path / "new.jsonl").read_text() == '{"a": 1}\n{"a": 2}\n'
+
+
 def test_metrics_refuse_nan(tmp_path):
     with MetricsWriter(tmp_path / "m.jsonl") as metrics, pytest.raises(ValueError):
         metrics.write(step=0, loss=float("nan"))

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from nitro_e_lite.cli.app import app
-from nitro_e_lite.data.check import NEEDED_SAMPLES_PER_SECOND, check, measure_reading
+from nitro_e_lite.data.check import FULL_SHAPES, NEEDED_SAMPLES_PER_SECOND, check, measure_reading
 from nitro_e_lite.data.shard_writer import ShardWriter, write_latents
 from nitro_e_lite.data.shards import CARD, LatentBatch, LatentDataset, read_quarantine
 
@@ -141,7 +141,8 @@ def test_command(folder, monkeypatch):
 
 def test_reader_reads_faster_than_the_full_run_needs():
     found = measure_reading(rows=1024, batch=128, seconds=0.3)
-    assert found["needed_samples_per_second"] == NEEDED_SAMPLES_PER_SECOND == round(150_000 * 2048 / 1.5 / 86_400, -1)
+    assert found["needed_samples_per_second"] == NEEDED_SAMPLES_PER_SECOND == round(150_000 * 2048 / 1.5 / 86_400)
+    assert FULL_SHAPES == {"latents": (32, 16, 16), "text": (128, 2048), "vision": (256, 768)}
     assert found["bytes_per_sample"] == 16_384
     assert found["margin"] > 1 and found["margin"] == round(found["samples_per_second_per_core"] / 2370, 2)
 

@@ -14,6 +14,7 @@ from diffusers import AutoencoderDC
 from huggingface_hub.errors import HTTPError
 from transformers import AutoModel, AutoTokenizer, LlamaModel
 
+from nitro_e_lite import files
 from nitro_e_lite.files import weights_dir, write_manifest
 from nitro_e_lite.inference import encoders, hub
 from nitro_e_lite.inference.encoders import LatentStats, load_encoders
@@ -154,7 +155,7 @@ def test_encoders_must_be_as_their_checksums_say(file, tiny, tmp_path, monkeypat
     (folder / "transformer" / "config.json").write_text("not read, not checked")
     load_encoders(folder)
     (folder / file).write_bytes((folder / file).read_bytes() + b" ")
-    monkeypatch.setattr(encoders, "weights_dir", lambda: tmp_path)
+    monkeypatch.setattr(files, "weights_dir", lambda: tmp_path)
     for source in ("lite", folder):
         with pytest.raises(ValueError, match=f"{file}: contents differ from SHA256SUMS"):
             load_encoders(source)

@@ -112,29 +112,42 @@ def test_pictures_for_the_official_scorer_and_how_they_continue(tiny_pipeline, t
     metadata = [prompt.metadata() for prompt in PROMPTS[:3]]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in metadata))
     assert read_metadata(tmp_path / "prompts.jsonl") == metadata
-    root = tmp_path / "pictures"
-    assert geneval_lite.draw_for_geneval(tiny_pipeline, metadata, root, each=2, steps=1, guidance=1) == 6
+    root, sampler = tmp_path / "pictures", tiny_pipeline.sampler(steps=1, guidance=1)
+    assert geneval_lite.draw_for_geneval(tiny_pipeline, metadata, root, sampler, each=2) == 6
     kept, gone = root / "00000" / "samples" / "0001.png", root / "00001" / "samples" / "0001.png"
     before, drawn_at = gone.read_bytes(), kept.stat().st_mtime_ns
     shutil.rmtree(root / "00001")
     (root / "00001.unfinished").mkdir()  # a kill left this
-    assert geneval_lite.draw_for_geneval(tiny_pipeline, metadata, root, each=2, steps=1, guidance=1) == 6
+    assert geneval_lite.draw_for_geneval(tiny_pipeline, metadata, root, sampler, each=2) == 6
     assert gone.read_bytes() == before and kept.stat().st_mtime_ns == drawn_at
-    (one,) = geneval_lite.draw(tiny_pipeline, [(metadata[0]["prompt"], geneval_lite.picture_seed(1, 0))], 1, 1)
+    (one,) = geneval_lite.draw(tiny_pipeline, [(metadata[0]["prompt"], geneval_lite.picture_seed(1, 0))], sampler)
     assert np.array_equal(np.asarray(Image.open(kept)), one)
     with pytest.raises(ValueError, match="must hold"):
-        geneval_lite.draw_for_geneval(tiny_pipeline, metadata, root, each=3, steps=1, guidance=1)
+        geneval_lite.draw_for_geneval(tiny_pipeline, metadata, root, sampler, each=3)
     with pytest.raises(ValueError, match="another prompt"):
-        geneval_lite.draw_for_geneval(tiny_pipeline, metadata[::-1], root, each=2, steps=1, guidance=1)
+        geneval_lite.draw_for_geneval(tiny_pipeline, metadata[::-1], root, sampler, each=2)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "no prompts"), ("{", "line 1: no JSON"), ('{"prompt": "a cat"}', "line 1: must be an")]
+    ("text", "message"),
+    [
+        ("", "no prompts"),
+        ("{", "line 1: no JSON"),
+        ('{"prompt": "a cat"}', "line 1: must be an"),
+        ('\n{"tag": "colors", "include": [], "prompt": null}', "line 2: must be an object with .*prompt .a string"),
+        ('{"tag": "colors", "include": {}, "prompt": "a cat"}', "line 1: must be an object with .*include .a list"),
+    ],
 )
 def test_a_bad_prompt_file_is_named(text, message, tmp_path):
     (tmp_path / "prompts.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_metadata(tmp_path / "prompts.jsonl")
+
+
+def test_a_prompt_file_may_have_a_byte_order_mark_and_blank_lines(tmp_path):
+    entry = {"tag": "single_object", "include": [], "prompt": "a cat\u2028on a mat"}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(entry, ensure_ascii=False) + "\n\n", encoding="utf-8-sig")
+    assert read_metadata(tmp_path / "prompts.jsonl") == [entry]
 
 
 def test_the_ledger_says_how_the_uncurated_grid_was_drawn():

@@ -117,6 +117,28 @@ def test_metadata_round_trip(tmp_path):
         geneval.read_prompts(path)
 
 
+def test_prompt_files_are_read_as_people_save_them(tmp_path):
+    """With a byte-order mark, blank lines, and line ends of Unicode within a prompt; but every prompt is a string."""
+    path, good = tmp_path / "prompts.jsonl", {"tag": "single_object", "include": [{"class": "circle", "count": 1}]}
+    lines = [
+        json.dumps(good | {"prompt": text}, ensure_ascii=False) for text in ("a circle", "a circle\u2028soft light")
+    ]
+    path.write_text("\n\n".join(lines) + "\n\n", encoding="utf-8-sig")
+    assert [prompt.text for prompt in geneval.read_prompts(path)] == ["a circle", "a circle\u2028soft light"]
+    bad = [good | {"prompt": None}, good | {"prompt": "x", "include": [{"class": ["circle"], "count": 1}]}]
+    bad += [
+        good | {"prompt": "x", "include": [{"class": "circle", "count": 1.5}]},
+        good | {"prompt": "x", "include": 3},
+    ]
+    for entry in bad:
+        path.write_text(lines[0] + "\n" + json.dumps(entry))
+        with pytest.raises(ValueError, match="prompts.jsonl, line 2: .*(must be strings|needs prompt, tag)"):
+            geneval.read_prompts(path)
+    path.write_text(lines[0] + "\n" + lines[1][:-20])
+    with pytest.raises(ValueError, match="line 2: no JSON"):
+        geneval.read_prompts(path)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import build_tiny_pipeline
 
+from nitro_e_lite import files
 from nitro_e_lite.inference.encoders import LatentStats, load_encoders
 from nitro_e_lite.inference.hub import EncoderUnavailable
 from nitro_e_lite.inference.loading import load_pipeline
@@ -86,6 +87,57 @@ def test_a_lite_run_is_drawn_like_the_shipped_model(tmp_path):
         for p in (pipeline, shipped)
     ]
     assert (draw[0] == draw[1]).all()
+
+
+# Where the weights are: one answer
+
+
+def test_weights_are_found_by_name_in_folders_and_in_the_final_folder_of_a_run(shipped, run, encoders):
+    weights = "diffusion_pytorch_model*.safetensors"
+    assert files.find_weights("lite") == files.find_weights(shipped) == shipped
+    assert files.find_weights("lite", "model_index.json", f"transformer/{weights}") == shipped
+    assert files.find_weights("lite", weights, f"transformer/{weights}") == shipped / "transformer"
+    assert files.find_weights(run, weights) == files.find_weights(run / "final", weights) == run / "final"
+    assert files.find_weights(str(encoders), "vae/latent_stats.json") == encoders / "vae"
+
+
+def test_what_was_looked_for_is_named(shipped, tmp_path):
+    wanted = r"'{}' is no folder or training run that holds vision/x\* or x\*, and no shipped weights \(lite\)"
+    for source in ("heavy", tmp_path):
+        with pytest.raises(FileNotFoundError, match=wanted.format(source)):
+            files.find_weights(source, "vision/x*", "x*")
+    with pytest.raises(FileNotFoundError, match="'lite' is no name of shipped weights that holds vision/x"):
+        files.find_weights("lite", "vision/x*")
+    with pytest.raises(FileNotFoundError, match="'heavy' is no folder or training run, and no"):
+        files.find_weights("heavy")
+
+
+def test_weights_in_a_part_are_compared_with_their_checksums(shipped):
+    (shipped / "vae" / "config.json").write_text("{}")
+    assert files.find_weights("lite") == shipped, "nothing is asked of the folder alone: shipping writes into it"
+    assert files.find_weights("lite", "text_encoder/config.json") == shipped / "text_encoder"
+    for source, part in (("lite", "model_index.json"), ("lite", "vae/config.json"), (shipped / "vae", "config.json")):
+        with pytest.raises(ValueError, match="vae/config.json: contents differ"):
+            files.find_weights(source, part)
+
+
+def test_a_missing_file_of_weights_is_not_taken_for_weights_that_are_not_there(shipped):
+    """Not for a hub id, then: the folder is there and not whole."""
+    (shipped / "text_encoder" / "config.json").unlink()
+    with pytest.raises(ValueError, match="text_encoder/config.json: listed in SHA256SUMS but missing"):
+        files.find_weights("lite", "text_encoder/model*.safetensors")
+    with pytest.raises(
+        ValueError, match="text_encoder/config.json: listed in SHA256SUMS but missing; get the folder again$"
+    ):
+        load_pipeline("lite", "cpu")
+
+
+def test_encoders_are_found_in_the_folder_one_stands_in_and_in_a_run(encoders, tmp_path, monkeypatch):
+    """ "." was once the folder of all shipped weights."""
+    shutil.copytree(encoders, tmp_path / "finished" / "final")
+    monkeypatch.chdir(encoders)
+    found = [load_encoders(source).fingerprint for source in (encoders, ".", "../finished", tmp_path / "finished")]
+    assert len(set(found)) == 1
 
 
 @pytest.mark.parametrize("part", ["text_encoder/model", "transformer/diffusion_pytorch_model"])

@@ -10,10 +10,11 @@ from PIL import Image
 from tiny import build_tiny_pipeline
 
 import nitro_e_lite
-from nitro_e_lite.inference.arguments import seeded_generators
+from nitro_e_lite.inference.arguments import as_grid, seeded_generators
 from nitro_e_lite.inference.encoders import LatentStats, decode_latents
 from nitro_e_lite.inference.hub import EncoderUnavailable
 from nitro_e_lite.inference.loading import load_pipeline
+from nitro_e_lite.inference.pipeline import Sampler
 from nitro_e_lite.model.official_weights import save_official
 
 PROMPTS = ["a red star", "two blue squares", "a green cross above a white heart"]
@@ -75,6 +76,21 @@ def test_defaults_come_from_the_configuration(tiny_pipeline, calls):
     assert [batch for batch, _ in calls] == [2] * 3
 
 
+def test_the_sampler_is_resolved_in_one_place(tiny_pipeline, calls):
+    assert tiny_pipeline.sampler() == Sampler(3, 3.0, 1.0)
+    asked = tiny_pipeline.sampler(2, 0, 3)
+    assert asked == Sampler(2, 0.0, 3.0)
+    tiny_pipeline(PROMPTS[0], **asked.arguments())
+    assert [t for _, t in calls] == pytest.approx([1000, 750])
+    for settings, message in (
+        ((0,), "num_inference_steps: 0"),
+        ((1, -1), "guidance_scale: -1"),
+        ((1, 1, 0.5), "shift: 0.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny_pipeline.sampler(*settings)
+
+
 def test_sigmas_replace_the_grid(tiny_pipeline, calls):
     tiny_pipeline(PROMPTS[0], sigmas=[1.0, 0.8, 0.1])
     assert [t for _, t in calls] == pytest.approx([1000, 800, 100])
@@ -104,6 +120,7 @@ def test_official_grid_is_the_schedulers_own(tiny_pipeline, calls):
     assert [t for _, t in calls] == pytest.approx([1000, 667, 334, 1], abs=0.5)
     with pytest.raises(ValueError, match="shift: 3 differs from the 1 of the scheduler"):
         official(PROMPTS[0], shift=3)
+    assert official.sampler().shift == official.sampler(shift=1).shift == 1
 
 
 # Batches and seeds
@@ -333,6 +350,25 @@ def test_official_file_with_encoders_from_folders(tiny_pipeline, tiny_folder, tm
 def test_unknown_model_names_what_there_is(shipped):
     with pytest.raises(ValueError, match=r"model: 'heavy' .*\(lite\)"):
         load_pipeline("heavy")
+
+
+@pytest.mark.parametrize("compression", [False, True])
+@pytest.mark.parametrize("pattern", [[(1, 1)], [(4, 1), (4, 4)], [(3, 1), (4, 1)], [(2, 3), (5, 1)]])
+def test_sizes_that_are_taken_are_those_that_attention_can_split(compression, pattern):
+    """Only the largest number of groups was once looked at, which another need not divide."""
+    config = {"patch_size": 1, "compression": compression, "pos_embed_max_size": 96, "sample_size": 16}
+    config["attention_pattern"] = pattern
+    for rows, columns in ((4, 4), (8, 8), (8, 12), (12, 12), (16, 16), (20, 12), (60, 60)):
+        counts = [rows * columns, *([rows * columns // 4 + rows * columns // 16] if compression else [])]
+        fits = not any(count % (ratio * chunk) for count in counts for ratio, chunk in pattern)
+        if fits:
+            assert as_grid(8 * rows, 8 * columns, config, 8) == (rows, columns)
+            continue
+        with pytest.raises(ValueError, match="which attention cannot split in .* try multiples of") as caught:
+            as_grid(8 * rows, 8 * columns, config, 8)
+        side = int(re.search(r"multiples of (\d+) px", str(caught.value))[1])
+        if side <= 8 * 96:
+            assert as_grid(side, side, config, 8) == (side // 8, side // 8)
 
 
 # Parts that do not fit together

@@ -12,6 +12,9 @@ from nitro_e_lite.config import override, preset, to_dict
 from nitro_e_lite.data.shard_writer import write_latents
 from nitro_e_lite.data.shards import LatentBatch
 from nitro_e_lite.experiments.plan import STORED, activation_bytes, count_pictures, frozen_encoders, plan, published_mfu
+from nitro_e_lite.files import weights_dir
+from nitro_e_lite.inference.encoders import load_encoders
+from nitro_e_lite.inference.vision import load_vision
 from nitro_e_lite.model.cpu_kernels import plain_operations
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 
@@ -106,6 +109,27 @@ def test_command():
     assert found["mfu"] == 0.3 and found["peak"] == 989.4e12 and found["hours"]["all stored"] > 0
     shown = CliRunner().invoke(app, arguments).stdout
     assert "samples/s" in shown and "NVIDIA H100 data sheet" in shown
+
+
+def test_lite_encoders_are_those_that_a_run_loads():
+    """The planner had sizes of its own for the vision model, and counted a mask token that it does not have."""
+    planned = frozen_encoders(override(preset("base", "lite"), ["repa.weight=0.5"]))
+    encoders, vision = load_encoders("lite"), load_vision("lite")
+    loaded = {"latents": encoders.vae, "text": encoders.text_encoder, "vision": vision.model}
+    assert {name: one.parameters for name, one in planned.items()} == {
+        name: sum(p.numel() for p in model.parameters()) for name, model in loaded.items()
+    }
+    features = encoders.encode_text([""]), vision.encode(torch.zeros(1, 3, 128, 128))
+    assert [planned[name].stored for name in ("text", "vision")] == [2 * one.numel() for one in features]
+
+
+def test_encoders_may_lie_in_any_folder(tmp_path, monkeypatch):
+    """A folder named as seen from here was once looked for among the shipped weights."""
+    lite = preset("base", "lite")
+    monkeypatch.chdir(weights_dir())
+    assert frozen_encoders(override(lite, ["data.encoders=./lite"])) == frozen_encoders(lite)
+    with pytest.raises(FileNotFoundError, match="'nowhere' is no folder.*vae/config.json"):
+        frozen_encoders(override(lite, ["data.encoders=nowhere"]))
 
 
 def test_pictures_are_those_of_the_folders(tmp_path):

@@ -32,7 +32,7 @@ def test_it_is_the_loss_with_one_caption_minus_that_with_the_other():
     (reading,) = caption_sensitivity(tiny_pipeline, 2, times=(0.7,), facts=("colors",), batch_size=3)
     generator, rises = torch.Generator().manual_seed(0), []
     pairs = pairs_of("colors", 2)
-    size = tiny_pipeline.transformer.config.sample_size * tiny_pipeline.scale
+    size = tiny_pipeline.transformer.config.sample_size * tiny_pipeline.vae_scale_factor
     shape = (tiny_pipeline.transformer.config.in_channels, *[tiny_pipeline.transformer.config.sample_size] * 2)
     noise = torch.randn(2, *shape, generator=generator)
     for pair, eps in zip(pairs, noise, strict=True):

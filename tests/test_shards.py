@@ -12,7 +12,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from nitro_e_lite.data.batches import batch_indices
 from nitro_e_lite.data.shard_writer import ShardWriter, write_latents
-from nitro_e_lite.data.shards import QUARANTINE, LatentBatch, LatentDataset, read_quarantine
+from nitro_e_lite.data.shards import QUARANTINE, LatentBatch, LatentDataset, quarantine, read_quarantine
 
 
 def batches(count=10, size=4, features=False):
@@ -207,6 +207,24 @@ def test_bad_rows_are_replaced_and_reported_once(tmp_path, value):
     lines = {(line["shard"], line["row"], line["reason"]) for line in read_quarantine(tmp_path / "data")}
     assert lines == {("000000", 6, "latents not finite"), ("000001", 1, "no caption")}
     assert len((tmp_path / "data" / QUARANTINE).read_text().splitlines()) == 2
+
+
+def test_a_torn_line_in_quarantine_stops_nothing(many):
+    """A kill left half a line, the next line was glued to it, and no folder with such a list could be opened again."""
+    (many / QUARANTINE).write_text(
+        '{"shard": "000004", "row": null, "reason": "x"}\n{"shard": "000001", "row": 2, "rea'
+    )
+    quarantine(many, "000002", None, "contents differ")
+    with pytest.warns(UserWarning, match="quarantine.jsonl, line 2: no JSON.*nitro-e data check"):
+        lines = read_quarantine(many)
+    assert [(line["shard"], line["reason"]) for line in lines] == [("000004", "x"), ("000002", "contents differ")]
+    with pytest.warns(UserWarning, match="2 of 10 shards"):
+        assert len(LatentDataset(many, "abc")) == 40
+    (many / QUARANTINE).write_text(
+        '{"shard": "000001", "row": 2, "rea{"shard": "000002", "row": null, "reason": "x"}\n{}\n'
+    )
+    with pytest.warns(UserWarning, match="line 2: needs shard"):
+        assert len(LatentDataset(many, "abc")) == 40
 
 
 def test_bad_features_are_found_too(tmp_path):

@@ -334,6 +334,50 @@ def test_own_folder(folder):
     check_positions(source)
 
 
+@pytest.mark.parametrize("blank", [b"", b"\n \r\n"])
+def test_own_folder_with_byte_order_mark_blank_lines_and_another_encoding(tmp_path, blank, monkeypatch):
+    """The mark once cost the first picture, and each blank line counted as a broken one."""
+    monkeypatch.setattr("nitro_e_lite.data.sources.LINES", 3)
+    names = [f"{k}.jpg" for k in range(4)]
+    for name in names:
+        photo().save(tmp_path / name)
+    lines = [json.dumps({"file_name": name, "text": f"a\u2028{name}"}, ensure_ascii=False).encode() for name in names]
+    lines[2] = b'{"file_name": "2.jpg", "text": "caf\xe9"}'
+    (tmp_path / "captions.jsonl").write_bytes(b"\xef\xbb\xbf" + blank + (b"\r\n" + blank).join(lines))
+    source = Folder(tmp_path)
+    items = everything(source)
+    wrong = f"captions.jsonl, line {9 if blank else 3}"
+    assert [item.key for item in items] == ["0.jpg", "1.jpg", wrong, "3.jpg", "2.jpg"]
+    assert problems(items)[wrong] == "line is not UTF-8"
+    assert items[0].captions == ["a\u20280.jpg"]
+    check_positions(source)
+
+
+def test_own_folder_passes_over_fields_that_are_null(tmp_path):
+    lines = [
+        {"file_name": "a.jpg", "text": None, "caption": "a red star"},
+        {"file_name": None, "image": "b.jpg", "text": "a blue star"},
+    ]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = [(item.key, item.captions) for item in everything(Folder(tmp_path))]
+    assert found == [("a.jpg", ["a red star"]), ("b.jpg", ["a blue star"])]
+
+
+def test_one_json_list_in_place_of_lines_is_refused(tmp_path):
+    (tmp_path / "captions.jsonl").write_bytes(b'\xef\xbb\xbf[{"file_name": "a.jpg", "text": "a red star"}]\n')
+    with pytest.raises(ValueError, match="captions.jsonl: is one JSON list; must hold one JSON object a line"):
+        Folder(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption_or_prompt(sa1b, pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (sa1b / "captions" / "sa_1.txt").write_bytes(b"\xef\xbb\xbfa red star\r\n")
+    assert next(SA1B(sa1b).items("sa_000000")).captions == ["a red star"]
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red star\r\na blue\xe2\x80\xa8star\r\n")
+    items = everything(Prompts(tmp_path / "prompts.txt", pipeline, SETTINGS))
+    assert [item.captions for item in items] == [["a red star"], ["a blue\u2028star"]]
+
+
 def test_lists_longer_than_a_part(folder, monkeypatch):
     monkeypatch.setattr("nitro_e_lite.data.sources.LINES", 3)
     source = Folder(folder)

@@ -48,6 +48,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("outputs/demo.png"),
     steps: Steps = None,
     guidance: Guidance = None,
+    shift: Shift = None,
     seed: int = 0,
     json: Json = False,
 ) -> None:
@@ -60,13 +61,13 @@ def demo(
         captions, count = list(DEMO_CAPTIONS), len(DEMO_CAPTIONS)
         [out] = picture_paths(out, ["demo"], [seed])
         pipeline = load_pipeline("lite")
+        sampler = pipeline.sampler(steps, guidance, shift)
         pipeline.set_progress_bar_config(disable=None)  # None: shown on a terminal only
         clock.append(time.perf_counter())
         features = pipeline.encode_prompt([""] * count + captions)
         clock.append(time.perf_counter())
         latents = pipeline(
-            num_inference_steps=steps,
-            guidance_scale=guidance,
+            **sampler.arguments(),
             generator=seeded_generators(range(seed, seed + count)),
             negative_prompt_embeds=features[:count],
             prompt_embeds=features[count:],
@@ -75,7 +76,7 @@ def demo(
         clock.append(time.perf_counter())
         images = pipeline.decode(latents)
         clock.append(time.perf_counter())
-        facts = settings(pipeline, "lite", steps, guidance)
+        facts = settings(pipeline, "lite", sampler)
         picture = viz.image_grid(images, 4, captions, f"Nitro-E Lite, {facts['steps']} steps, seeds {seed} and up")
         viz.save_image(picture, out, {"captions": " | ".join(captions), "first seed": seed} | facts)
         clock.append(time.perf_counter())
@@ -163,20 +164,19 @@ def sample(
         paths, generators = picture_paths(out, prompts, seeds), seeded_generators(seeds)
         pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora)
         pipeline.set_progress_bar_config(disable=None)
+        sampler = pipeline.sampler(steps, guidance, shift)
         if len(pipeline.tokenizer) < LITE_VOCABULARY:
             warn_unknown_words([*captions, negative or ""])
         start = time.perf_counter()
         images = pipeline(
             prompts,
-            steps,
-            guidance,
-            shift=shift,
+            **sampler.arguments(),
             negative_prompt=negative,
             height=height,
             width=width,
             generator=generators,
         ).images
-        seconds, facts = time.perf_counter() - start, settings(pipeline, model, steps, guidance, shift)
+        seconds, facts = time.perf_counter() - start, settings(pipeline, model, sampler)
         for image, path, prompt, own_seed in zip(images, paths, prompts, seeds, strict=True):
             viz.save_image(image, path, {"prompt": prompt, "negative prompt": negative or "", "seed": own_seed} | facts)
             if not json:

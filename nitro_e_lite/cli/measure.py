@@ -36,9 +36,10 @@ def count(
     """Count the transformer's parameters and the FLOPs of one forward pass, without running it."""
     with output(json) as result:
         from nitro_e_lite.model.flops import build_on_meta, count_flops, count_parameters, model_config
+        from nitro_e_lite.model.tokens import text_length
 
         config = model_config(size)
-        tokens = text_tokens if text_tokens is not None else (128 if size == "full" else 32)
+        tokens = text_length(size) if text_tokens is None else text_tokens
         flops = count_flops(config, batch, tokens)
         parameters = count_parameters(build_on_meta(config))
         result |= {
@@ -67,6 +68,7 @@ def benchmark_command(
     model: Model = "lite",
     steps: Steps = None,
     guidance: Guidance = None,
+    shift: Shift = None,
     batch: Annotated[list[int] | None, typer.Option(help="Pictures at once; may be given several times.")] = None,
     repeats: int = 3,
     transformer: Annotated[
@@ -92,8 +94,9 @@ def benchmark_command(
         else:
             pipeline = load_pipeline(model, device, dtype)
             pipeline.set_progress_bar_config(disable=True)
-            result |= settings(pipeline, model, steps, guidance)
-            rows = benchmark.time_pipeline(pipeline, batches, steps, guidance, repeats)
+            sampler = pipeline.sampler(steps, guidance, shift)
+            result |= settings(pipeline, model, sampler)
+            rows = benchmark.time_pipeline(pipeline, sampler, batches, repeats)
         result |= {"rows": rows, "repeats": repeats, "environment": runtime.environment_report()}
         if not json:
             names = [name.replace("_", " ") for name in rows[0]]
@@ -135,6 +138,7 @@ def geneval(
     each: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 4,
     steps: Steps = None,
     guidance: Guidance = None,
+    shift: Shift = None,
     text_encoder: TextEncoder = None,
     vae: Vae = None,
     lora: Lora = None,
@@ -150,8 +154,9 @@ def geneval(
 
         metadata = read_metadata(prompts)
         pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora)
-        pictures = draw_for_geneval(pipeline, metadata, folder, each=each, steps=steps, guidance=guidance)
-        result |= settings(pipeline, model, steps, guidance) | {"pictures": pictures, "prompts": len(metadata)}
+        sampler = pipeline.sampler(steps, guidance, shift)
+        pictures = draw_for_geneval(pipeline, metadata, folder, sampler, each=each)
+        result |= settings(pipeline, model, sampler) | {"pictures": pictures, "prompts": len(metadata)}
         if not json:
             console.print(f"{pictures} pictures of {len(metadata)} prompts in {folder}", soft_wrap=True)
             console.print(f"Score them in GenEval's own environment: evaluation/evaluate_images.py {folder}")

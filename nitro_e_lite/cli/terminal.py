@@ -4,6 +4,7 @@ Results go to standard output, everything else to standard error; a foreseeable 
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -87,15 +88,11 @@ def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     console.print(table)
 
 
-def settings(
-    pipeline: Any, model: str, steps: int | None, guidance: float | None, shift: float | None = None
-) -> dict[str, Any]:
-    """The sampler settings in force, for a file's text chunks and for `--json`."""
+def settings(pipeline: Any, model: str, sampler: Any) -> dict[str, Any]:
+    """The settings in force, for a file's text chunks and for `--json`; `sampler` is one of the pipeline's."""
     return {
         "model": str(model),
-        "steps": pipeline.config.default_steps if steps is None else steps,
-        "guidance": pipeline.config.default_guidance if guidance is None else guidance,
-        "shift": pipeline.shift if shift is None else shift,
+        **dataclasses.asdict(sampler),
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
         "device": str(pipeline.device),
     }

@@ -23,7 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers import Dinov2Config
 
+from nitro_e_lite.config import preset
 from nitro_e_lite.data.batches import batch_indices
 from nitro_e_lite.data.shard_writer import write_latents
 from nitro_e_lite.data.shards import (
@@ -40,12 +42,20 @@ from nitro_e_lite.data.shards import (
     sidecars,
 )
 from nitro_e_lite.files import sha256_file, write_atomically
+from nitro_e_lite.inference.vision import FULL_VISION_SIZES, GRID
+from nitro_e_lite.model.flops import published_samples_per_second
+from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH
 
 MEAN_LIMIT, SPREAD_LIMITS = 0.5, (0.7, 1.4)  # of the mean over channels, in absolute value
 CHANNEL_MEAN_LIMIT, CHANNEL_SPREAD_LIMITS = 1.5, (0.2, 5.0)
 SKIPPED = "skipped.jsonl"
-NEEDED_SAMPLES_PER_SECOND = 2_370  # 150,000 steps of 2,048 samples in 1.5 days
-FULL_SHAPES = {"latents": (32, 16, 16), "text": (128, 2048), "vision": (256, 768)}
+NEEDED_SAMPLES_PER_SECOND = round(published_samples_per_second())
+_FULL = preset("base", "full").model
+FULL_SHAPES = {
+    "latents": (_FULL.in_channels, _FULL.sample_size, _FULL.sample_size),
+    "text": (FULL_TEXT_LENGTH, _FULL.caption_channels),
+    "vision": (GRID**2, Dinov2Config(**FULL_VISION_SIZES).hidden_size),
+}
 
 
 def check(folder: str | Path, max_repeated: float = 0.01) -> dict[str, Any]:

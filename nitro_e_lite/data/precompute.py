@@ -38,8 +38,8 @@ from nitro_e_lite.data.sources import FLUX, SA1B, Folder, JourneyDB, Problem, Pr
 from nitro_e_lite.files import write_atomically
 from nitro_e_lite.inference.encoders import Encoders
 from nitro_e_lite.inference.hub import EncoderUnavailable
+from nitro_e_lite.inference.vision import GRID
 
-GRID = 16  # latents a side
 GENERATOR = "black-forest-labs/FLUX.1-dev"
 GENERATOR_REVISIONS = {GENERATOR: "3de623fc3c33e44ffbe2bad470d0f45bccf2eb21"}
 SOURCES = {source.kind: source for source in (SA1B, JourneyDB, Folder)}

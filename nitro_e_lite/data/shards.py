@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nitro_e_lite.files import read_jsonl
+from nitro_e_lite.files import append_jsonl, read_jsonl
 
 CARD, SHARDS, QUARANTINE = "card.json", "shards", "quarantine.jsonl"
 ARRAYS = ("latents", "text", "vision")  # columns of float16 numbers
@@ -309,9 +309,23 @@ def _chunks(table: Any, shard: Shard, shapes: dict[str, tuple[int, ...]]) -> lis
 
 
 def read_quarantine(folder: Path) -> list[dict[str, Any]]:
-    """What is in quarantine: ``{"shard", "row", "reason"}``, with row None for a whole shard."""
+    """What is in quarantine: ``{"shard", "row", "reason"}``, with row None for a whole shard.
+
+    Several processes write there and each may be killed, so a line that cannot be read stops nothing; it is said.
+    """
     path = folder / QUARANTINE
-    return list(read_jsonl(path)) if path.is_file() else []
+    return list(read_jsonl(path, parse=_check_line, damaged=_warn_of_line)) if path.is_file() else []
+
+
+def _check_line(line: dict[str, Any]) -> dict[str, Any]:
+    fields = (line.get("shard"), line.get("row", ""), line.get("reason"))
+    if not all(isinstance(value, kind) for value, kind in zip(fields, (str, int | None, str), strict=True)):
+        raise ValueError("needs shard and reason (strings) and row (a number or null)")
+    return line
+
+
+def _warn_of_line(problem: ValueError) -> None:
+    warnings.warn(f"{problem}; this line is left out. `nitro-e data check` writes the list again", stacklevel=4)
 
 
 def quarantine(folder: Path, shard: str, row: int | None, reason: str) -> None:
@@ -319,5 +333,4 @@ def quarantine(folder: Path, shard: str, row: int | None, reason: str) -> None:
     line = {"shard": shard, "row": row, "reason": reason}
     with contextlib.suppress(OSError):
         if line not in read_quarantine(folder):
-            with open(folder / QUARANTINE, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_jsonl(folder / QUARANTINE, line)

@@ -20,11 +20,11 @@ one. Source: the layouts are those that the published preparation code of Nitro-
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import io
 import itertools
-import json
 import tarfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +36,8 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+
+from nitro_e_lite.files import read_json_line
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow warns of odd files that it can read
 
@@ -199,7 +201,7 @@ class SA1B(Source):
 
     def _with_caption(self, key: str, image: bytes | Path) -> Record | Problem:
         try:
-            return record(key, image, (self.captions / f"{key}.txt").read_text(encoding="utf-8"))
+            return record(key, image, (self.captions / f"{key}.txt").read_text(encoding="utf-8-sig"))
         except (FileNotFoundError, IsADirectoryError):
             return Problem(key, "caption is missing or empty")
         except ValueError:
@@ -226,7 +228,14 @@ def _pictures(path: Path, start: int, size: int) -> Iterator[tuple[str, bytes | 
 
 
 class JsonLines(Source):
-    """A file with one JSON object a line. A part is ``LINES`` of them, found by its place in the file."""
+    """A file with one JSON object a line, by the rules of ``files.read_jsonl``.
+
+    A part is ``LINES`` lines, found by its place in the file. Here a line that cannot be read costs one item.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds one JSON list instead of lines.
+    """
 
     names: tuple[str, ...]
 
@@ -236,6 +245,8 @@ class JsonLines(Source):
         digest = hashlib.blake2b(digest_size=8)
         with open(self.file, "rb") as file:
             for line in file:
+                if not self._lines and line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+                    raise ValueError(f"{self.file}: is one JSON list; must hold one JSON object a line")
                 if self._lines % LINES == 0:
                     self._offsets.append(offset)
                 digest.update(line)
@@ -259,16 +270,19 @@ class JsonLines(Source):
         first = int(part.removeprefix("lines-"))
         with open(self.file, "rb") as file:
             file.seek(self._offsets[first // LINES])
-            for number, line in enumerate(itertools.islice(file, LINES)):
-                if number >= start:
-                    yield self._item(f"{self.file.name}, line {first + number + 1}", line)
+            lines = enumerate(itertools.islice(file, LINES), start=first + 1)
+            told = ((number, line) for number, line in lines if line.strip() not in (b"", codecs.BOM_UTF8))
+            for number, line in itertools.islice(told, start, None):
+                yield self._item(number, line)
 
-    def _item(self, place: str, line: bytes) -> Record | Problem:
+    def _item(self, number: int, line: bytes) -> Record | Problem:
         try:
-            entry = json.loads(line)
+            return self.read(read_json_line(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line) or {})
+        except UnicodeDecodeError:
+            reason = "line is not UTF-8"
         except ValueError:
-            entry = None
-        return self.read(entry) if isinstance(entry, dict) else Problem(place, "line is no JSON object")
+            reason = "line is no JSON object"
+        return Problem(f"{self.file.name}, line {number}", reason)
 
     def read(self, entry: dict[str, Any]) -> Record | Problem:
         """One line to an item."""
@@ -334,11 +348,12 @@ class Folder(JsonLines):
             yield Problem(name, f"no line in {self.file.name} names this picture")
 
     def read(self, entry: dict[str, Any]) -> Record | Problem:
-        name = entry.get("file_name", entry.get("image"))
+        name = next((entry[field] for field in ("file_name", "image") if entry.get(field) is not None), None)
         path = self.inside(name)
         if path is None:
             return Problem(_printable(str(name)), "file_name is missing or leads out of the folder")
-        texts = next((entry[field] for field in ("text", "caption", "captions") if field in entry), None)
+        fields = ("text", "caption", "captions")
+        texts = next((entry[field] for field in fields if entry.get(field) is not None), None)
         return record(str(path), self.file.parent / path, texts)
 
 
@@ -380,7 +395,9 @@ class Prompts(Source):
             raise ValueError(
                 f"path={str(path)!r}: must be a file that ends in {', '.join(kinds)}, or a folder of one kind"
             )
-        rows = datasets.load_dataset(kinds[found.pop()], data_files=[str(file) for file in files], split="train")
+        kind = kinds[found.pop()]
+        options = {"encoding": "utf-8-sig"} if kind == "text" else {}
+        rows = datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
         known = [column] if column else ["prompt", "re_caption", "caption", "text"]
         column = next((name for name in known if name in rows.column_names), None)
         if column is None:

@@ -16,9 +16,10 @@ from torch import nn
 
 from nitro_e_lite import runtime
 from nitro_e_lite.inference.arguments import as_integer
-from nitro_e_lite.inference.pipeline import NitroEPipeline
+from nitro_e_lite.inference.pipeline import NitroEPipeline, Sampler
 from nitro_e_lite.model import cpu_kernels
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH
 
 CAPTION = "a red circle to the left of a blue square"
 
@@ -38,24 +39,26 @@ def median_seconds(function: Callable[[], Any], repeats: int = 5, warmup: int = 
 
 
 def time_pipeline(
-    pipeline: NitroEPipeline,
-    batch_sizes: Sequence[int] = (1, 8),
-    steps: int | None = None,
-    guidance: float | None = None,
-    repeats: int = 3,
+    pipeline: NitroEPipeline, sampler: Sampler | None = None, batch_sizes: Sequence[int] = (1, 8), repeats: int = 3
 ) -> list[dict[str, float]]:
     """Times whole pictures, caption to pixels, and the three parts of the work.
+
+    Args:
+        pipeline: what draws.
+        sampler: to draw with; the pipeline's own when not given.
+        batch_sizes: pictures at once, each timed by itself.
+        repeats: runs of which the median counts.
 
     Returns:
         One row a batch size: `batch`, `seconds` (the batch), `images_per_second`, and the medians
         `text_seconds`, `sampling_seconds`, `decoding_seconds`.
     """
-    rows = []
+    rows, sampler = [], sampler or pipeline.sampler()
     for batch in batch_sizes:
         prompts = [CAPTION] * as_integer("batch_sizes", batch, 1)
         features = pipeline.encode_prompt(prompts)
         negative = pipeline.encode_prompt([""] * batch)
-        draw = partial(pipeline, num_inference_steps=steps, guidance_scale=guidance)
+        draw = partial(pipeline, **sampler.arguments())
         sample = partial(draw, prompt_embeds=features, negative_prompt_embeds=negative, output_type="latent")
         latents = sample().images
         seconds = median_seconds(partial(draw, prompts), repeats)
@@ -75,7 +78,7 @@ def time_pipeline(
 def time_transformer(
     config: Mapping[str, Any],
     batch: int = 4,
-    text_tokens: int = 128,
+    text_tokens: int = FULL_TEXT_LENGTH,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     repeats: int = 3,

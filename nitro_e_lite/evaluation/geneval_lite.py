@@ -24,7 +24,7 @@ from nitro_e_lite import runtime
 from nitro_e_lite.evaluation.official_geneval import check_folder, write_sample
 from nitro_e_lite.inference.arguments import as_integer, seeded_generators
 from nitro_e_lite.inference.hub import weights_hash
-from nitro_e_lite.inference.pipeline import NitroEPipeline
+from nitro_e_lite.inference.pipeline import NitroEPipeline, Sampler
 from nitro_e_lite.scenes.geneval import Prompt, Score, Verdict, score, verify
 from nitro_e_lite.viz import image_grid
 
@@ -109,22 +109,20 @@ def evaluate(
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds: {seeds} must be at least one number, each once")
     batch_size = as_integer("batch_size", batch_size, 1)
-    steps = pipeline.config.default_steps if steps is None else steps
-    guidance = pipeline.config.default_guidance if guidance is None else guidance
-    shift = pipeline.shift if shift is None else shift
+    sampler = pipeline.sampler(steps, guidance, shift)
     jobs = [(prompt, picture_seed(seed, place)) for seed in seeds for place, prompt in enumerate(prompts)]
     verdicts, images, start = [], [], time.perf_counter()
     with tqdm(total=len(jobs), desc="evaluating", unit="image", disable=None if progress else True) as bar:
         for first in range(0, len(jobs), batch_size):
             batch = jobs[first : first + batch_size]
-            pictures = draw(pipeline, [(prompt.text, seed) for prompt, seed in batch], steps, guidance, shift)
+            pictures = draw(pipeline, [(prompt.text, seed) for prompt, seed in batch], sampler)
             verdicts += [verify(picture, prompt) for picture, (prompt, _) in zip(pictures, batch, strict=True)]
             images += pictures if keep_images else []
             bar.update(len(batch))
     seconds = time.perf_counter() - start
     asked = [prompt for prompt, _ in jobs]
     result = score(asked, verdicts)
-    recipe = {"seconds": round(seconds, 2), "seeds": seeds, "steps": steps, "guidance": guidance, "shift": shift}
+    recipe = {"seconds": round(seconds, 2), "seeds": seeds, **dataclasses.asdict(sampler)}
     recipe |= {"prompts": len(prompts), "images_expected": len(prompts) * len(seeds)}
     card = dataclasses.asdict(result) | recipe | describe(pipeline)
     return Evaluation(result, card, asked, verdicts, images)
@@ -134,10 +132,9 @@ def draw_for_geneval(
     pipeline: NitroEPipeline,
     metadata: Sequence[dict],
     root: str | Path,
+    sampler: Sampler | None = None,
     *,
     each: int = 4,
-    steps: int | None = None,
-    guidance: float | None = None,
 ) -> int:
     """Draws a benchmark for the official scorer, prompt by prompt; prompts that are there already are left alone.
 
@@ -145,8 +142,8 @@ def draw_for_geneval(
         pipeline: what to draw with.
         metadata: see ``geneval_files.read_metadata``.
         root: the folder, see ``geneval_files``.
+        sampler: to draw with; the pipeline's own when not given.
         each: pictures a prompt (GenEval: 4); picture k of prompt p has ``picture_seed(k, p)``.
-        steps, guidance: of the sampler; the pipeline's own when not given.
 
     Returns:
         The number of pictures in the folder.
@@ -154,32 +151,22 @@ def draw_for_geneval(
     Raises:
         ValueError: the folder holds something else, or pictures of other prompts.
     """
-    each, root = as_integer("each", each, 1), Path(root)
-    steps = pipeline.config.default_steps if steps is None else steps
-    guidance = pipeline.config.default_guidance if guidance is None else guidance
+    each, root, sampler = as_integer("each", each, 1), Path(root), sampler or pipeline.sampler()
     for place, entry in enumerate(tqdm(metadata, desc="drawing", unit="prompt", disable=None)):
         if not (root / f"{place:05d}").exists():
             jobs = [(entry["prompt"], picture_seed(number, place)) for number in range(each)]
-            write_sample(root, place, entry, draw(pipeline, jobs, steps, guidance))
+            write_sample(root, place, entry, draw(pipeline, jobs, sampler))
     return check_folder(root, metadata, each)
 
 
-def draw(
-    pipeline: NitroEPipeline,
-    jobs: Sequence[tuple[str, int]],
-    steps: int,
-    guidance: float,
-    shift: float | None = None,
-) -> list[np.ndarray]:
+def draw(pipeline: NitroEPipeline, jobs: Sequence[tuple[str, int]], sampler: Sampler) -> list[np.ndarray]:
     """Pictures of (caption, seed) pairs, uint8 `(H, W, 3)` each, without a progress bar of their own."""
     bar = getattr(pipeline, "_progress_bar_config", {})
     pipeline.set_progress_bar_config(disable=True)
     try:
         output = pipeline(
             [caption for caption, _ in jobs],
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            shift=shift,
+            **sampler.arguments(),
             generator=seeded_generators(seed for _, seed in jobs),
             output_type="np",
         )

@@ -23,7 +23,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-KEYS = ("tag", "include", "prompt")
+from nitro_e_lite.files import read_jsonl
+
+KEYS = {"tag": str, "include": list, "prompt": str}
 
 
 def write_sample(root: str | Path, index: int, metadata: dict, images: Sequence[np.ndarray]) -> Path:
@@ -67,18 +69,17 @@ def read_metadata(path: str | Path) -> list[dict]:
     Raises:
         ValueError: naming the line that is not one or lacks one of ``KEYS``; or no lines.
     """
-    found = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: no JSON ({error})") from None
-        if not isinstance(entry, dict) or any(key not in entry for key in KEYS):
-            raise ValueError(f"{path}, line {number}: must be an object with {', '.join(KEYS)}")
-        found.append(entry)
+    found = list(read_jsonl(path, torn_last_line="counts", parse=_check_entry))
     if not found:
         raise ValueError(f"{path}: holds no prompts")
     return found
+
+
+def _check_entry(entry: dict) -> dict:
+    if any(not isinstance(entry.get(key), kind) for key, kind in KEYS.items()):
+        kinds = ", ".join(f"{key} (a {'list' if kind is list else 'string'})" for key, kind in KEYS.items())
+        raise ValueError(f"must be an object with {kinds}")
+    return entry
 
 
 def check_folder(root: str | Path, metadata: Sequence[dict], images_per_prompt: int = 4) -> int:

@@ -99,7 +99,7 @@ def _losses(
     pipeline: NitroEPipeline, pairs: list[MinimalPair], times: Sequence[float], batch_size: int
 ) -> tuple[Tensor, Tensor]:
     """Losses (T, 2 * pairs) with the right captions and with those of the other scene of the pair."""
-    size = pipeline.transformer.config.sample_size * pipeline.scale
+    size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
     images = torch.stack([torch.from_numpy(render(scene, size)) for pair in pairs for scene in pair.scenes])
     x0 = torch.cat([encode_images(pipeline.vae, some, pipeline.stats) for some in images.split(batch_size)]).cpu()
     noise = torch.randn(len(pairs), *x0.shape[1:], generator=torch.Generator().manual_seed(0)).repeat_interleave(2, 0)

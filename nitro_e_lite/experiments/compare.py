@@ -127,9 +127,7 @@ def _run(config: TrainConfig, points, folder: Path, prompts, device: str | None,
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
-    return list(read_jsonl(file))
+    return list(read_jsonl(file)) if file.is_file() else []
 
 
 def _collect(run_dir: Path, about: dict[str, Any]) -> dict[str, Any]:

@@ -34,15 +34,23 @@ from transformers import AutoConfig, AutoModel, Dinov2Config, Dinov2Model, Llama
 from nitro_e_lite.config import DataConfig, TrainConfig, preset, to_dict
 from nitro_e_lite.data.shards import sidecars
 from nitro_e_lite.evaluation.benchmark import median_seconds
-from nitro_e_lite.files import weights_dir
-from nitro_e_lite.inference.encoders import FULL_TEXT_LENGTH, LITE_TEXT_LENGTH
-from nitro_e_lite.inference.vision import GRID
+from nitro_e_lite.files import find_weights
+from nitro_e_lite.inference.vision import FULL_VISION_SIZES, GRID
 from nitro_e_lite.model.cpu_kernels import plain_operations
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
-from nitro_e_lite.model.flops import HARDWARE, build_on_meta, model_flops
+from nitro_e_lite.model.flops import (
+    HARDWARE,
+    PUBLISHED_DAYS,
+    PUBLISHED_DEVICES,
+    PUBLISHED_HARDWARE,
+    TRAINING_PASSES,
+    build_on_meta,
+    model_flops,
+)
+from nitro_e_lite.model.tokens import text_length
+from nitro_e_lite.stages.vision import VisionConfig, build_vision
 from nitro_e_lite.training.optimizers import hidden_matrices
 
-PUBLISHED_DAYS, PUBLISHED_DEVICES, PUBLISHED_HARDWARE = 1.5, 8, "mi300x"
 STORED = {"all stored": ("latents", "text", "vision"), "latents stored": ("latents",), "nothing stored": ()}
 PICTURES = {"sa1b": 11_100_000, "journeydb": 4_400_000, "fluxdb": 9_500_000}  # in the paper's folders
 LLAMA_1B = dict(
@@ -61,8 +69,6 @@ DC_AE_F32 = dict(
     downsample_block_type="conv",
     upsample_block_type="interpolate",
 )  # mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers; the rest are the defaults of the class
-DINO_B = dict(patch_size=14, image_size=518)  # facebook/dinov2-base; the rest are the defaults of the class
-LITE_VISION = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, patch_size=8, image_size=128)
 
 
 @dataclass(frozen=True)
@@ -194,7 +200,7 @@ def _check(config: TrainConfig, hardware: str, devices: int, mfu: float | None) 
 def sample_flops(forward: float, encoders: dict[str, Encoder]) -> dict[str, float]:
     """FLOPs of one training sample, by what is stored."""
     return {
-        way: 3 * forward + sum(encoder.flops for name, encoder in encoders.items() if name not in stored)
+        way: TRAINING_PASSES * forward + sum(encoder.flops for name, encoder in encoders.items() if name not in stored)
         for way, stored in STORED.items()
     }
 
@@ -226,17 +232,20 @@ def _is_full(config: TrainConfig) -> bool:
 
 
 def _text_length(config: TrainConfig) -> int:
-    return FULL_TEXT_LENGTH if _is_full(config) else LITE_TEXT_LENGTH
+    return text_length(config.data.encoders)
 
 
-def _vision_config(config: TrainConfig) -> Dinov2Config:
-    return Dinov2Config(**(DINO_B if _is_full(config) else LITE_VISION))
+@lru_cache
+def _vision(full: bool) -> Dinov2Model:
+    """DINOv2 ViT-B, or the model that `nitro-e train vision` makes."""
+    with torch.device("meta"):
+        return Dinov2Model(Dinov2Config(**FULL_VISION_SIZES)) if full else build_vision(VisionConfig())
 
 
 def _model_arguments(config: TrainConfig) -> dict[str, Any]:
     arguments = to_dict(config.model)
     if config.repa.weight:
-        arguments |= {"repa_channels": _vision_config(config).hidden_size, "repa_hidden": config.repa.hidden}
+        arguments |= {"repa_channels": _vision(_is_full(config)).config.hidden_size, "repa_hidden": config.repa.hidden}
     return arguments
 
 
@@ -250,7 +259,7 @@ def forward_flops(config: TrainConfig) -> float:
 def frozen_encoders(config: TrainConfig) -> dict[str, Encoder]:
     """The frozen encoders of a run: of pictures, of text, and with REPA the vision model."""
     model, length = config.model, _text_length(config)
-    folder = weights_dir() / ("lite" if config.data.encoders == "full" else config.data.encoders)
+    folder = None if _is_full(config) else find_weights(config.data.encoders, "vae/config.json").parent
     with torch.device("meta"):
         if _is_full(config):
             vae, text = AutoencoderDC(**DC_AE_F32), AutoModel.from_config(LlamaConfig(**LLAMA_1B))
@@ -265,7 +274,7 @@ def frozen_encoders(config: TrainConfig) -> dict[str, Encoder]:
             "text": Encoder(_parameters(text), _flops(text, tokens), 2 * length * model.caption_channels),
         }
         if config.repa.weight:
-            vision = Dinov2Model(_vision_config(config))
+            vision = _vision(_is_full(config))
             side = GRID * vision.config.patch_size
             flops = _flops(vision, torch.empty(1, 3, side, side))
             found["vision"] = Encoder(_parameters(vision), flops, 2 * GRID**2 * vision.config.hidden_size)

@@ -13,7 +13,7 @@ from pathlib import Path
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from nitro_e_lite.config import TrainConfig, to_dict
-from nitro_e_lite.files import MANIFEST, check_manifest, weights_dir, write_manifest
+from nitro_e_lite.files import MANIFEST, check_manifest, find_weights, write_manifest
 from nitro_e_lite.inference.encoders import load_encoders
 from nitro_e_lite.inference.loading import load_transformer
 from nitro_e_lite.inference.pipeline import NitroEPipeline
@@ -40,11 +40,11 @@ def ship(
         The folder.
 
     Raises:
+        FileNotFoundError: there is no such folder.
         EncoderUnavailable: the folder holds no encoders.
         ValueError: transformer and encoders do not fit, or what stays in the folder differs from its checksums.
     """
-    shipped = weights_dir() / name
-    folder = shipped if shipped.is_dir() else Path(name)
+    folder = find_weights(name)
     vision = _is_vision(Path(source))
     if (folder / MANIFEST).is_file():  # no fresh checksums for damaged files
         replaced = {"vision"} if vision else {"transformer", "scheduler", "model_index.json"}

@@ -8,12 +8,16 @@ picture i is the same in a batch of one and in a batch of eight, and the same wh
 on.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+
+from nitro_e_lite.model.attention import group_multiple
+from nitro_e_lite.model.tokens import RATIOS, compressed_sizes
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -104,36 +108,41 @@ def as_sigmas(sigmas: object, steps: int | None) -> list[float]:
     return values
 
 
-def as_grid(height: object, width: object, transformer_config: dict, scale: int) -> tuple[int, int]:
+def as_grid(height: object, width: object, transformer_config: dict, vae_scale_factor: int) -> tuple[int, int]:
     """Picture size in pixels to latent size; None is the size the model was trained at.
 
     Args:
         height, width: pixels, or None.
         transformer_config: the transformer's configuration.
-        scale: pixels a side of one latent.
+        vae_scale_factor: pixels a side of one latent.
 
     Raises:
         TypeError, ValueError: no integer, not a multiple of the patch, larger than the position table, or a
             number of tokens that compression or subregion attention cannot divide.
     """
     config, sides = transformer_config, []
-    patch = config["patch_size"]
-    unit = scale * patch * (4 if config["compression"] else 1)
-    limit = scale * patch * config["pos_embed_max_size"]
+    token = vae_scale_factor * config["patch_size"]  # pixels a side
+    step = max(RATIOS) if config["compression"] else 1  # tokens; so that the grid can be compressed
+    unit, limit = token * step, token * config["pos_embed_max_size"]
     for name, value in (("height", height), ("width", width)):
-        value = config["sample_size"] * scale if value is None else as_integer(name, value, unit)
+        value = config["sample_size"] * vae_scale_factor if value is None else as_integer(name, value, unit)
         if value % unit or value > limit:
             raise ValueError(f"{name}: {value} px does not fit; expected a multiple of {unit} up to {limit}")
-        sides.append(value // scale)
-    tokens = sides[0] * sides[1] // patch**2
-    groups = max(math.prod(pair) for pair in config["attention_pattern"])
-    inner = tokens * 5 // 16 if config["compression"] else tokens  # N/4 + N/16 tokens in the middle
+        sides.append(value)
+    groups = group_multiple(config["attention_pattern"])
+
+    def counts(rows: int, columns: int) -> list[int]:
+        tokens = rows * columns
+        return [tokens, sum(compressed_sizes(rows, columns)) if config["compression"] else tokens]
+
+    tokens, inner = counts(*(side // token for side in sides))
     if tokens % groups or inner % groups:
+        fits = next(side for side in itertools.count(step, step) if not any(n % groups for n in counts(side, side)))
         raise ValueError(
-            f"height, width: {sides[0] * scale} x {sides[1] * scale} px gives {tokens} tokens ({inner} in "
-            f"the middle), which attention cannot split in {groups}; try multiples of {16 * scale * patch} px"
+            f"height, width: {sides[0]} x {sides[1]} px gives {tokens} tokens ({inner} in the middle), which attention "
+            f"cannot split in {groups}; try multiples of {fits * token} px"
         )
-    return sides[0], sides[1]
+    return sides[0] // vae_scale_factor, sides[1] // vae_scale_factor
 
 
 def as_generators(generator: object, count: int) -> list[torch.Generator]:

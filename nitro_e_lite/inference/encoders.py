@@ -35,8 +35,9 @@ from diffusers import AutoencoderDC
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nitro_e_lite.files import weights_dir
+from nitro_e_lite.files import find_weights
 from nitro_e_lite.inference import hub
+from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH, LITE_TEXT_LENGTH
 
 
 @dataclass(frozen=True)
@@ -175,9 +176,6 @@ def encode_text(
     return model(input_ids=tokens, attention_mask=mask).last_hidden_state  # (B, L, D)
 
 
-LITE_TEXT_LENGTH, FULL_TEXT_LENGTH = 32, 128  # tokens a caption is padded to
-
-
 def fingerprint(
     vae: AutoencoderDC | None,
     text_encoder: PreTrainedModel | None,
@@ -256,7 +254,7 @@ def load_encoders(
     """Loads ``vae`` (with ``latent_stats.json``), ``text_encoder`` and ``tokenizer`` of one folder.
 
     Args:
-        source: a name of shipped weights, a folder, or "full": DC-AE f32c32 and Llama-3.2-1B from the hub.
+        source: what `find_weights` finds, or "full": DC-AE f32c32 and Llama-3.2-1B from the hub.
         device: where to put the models.
         dtype: of the language model and the autoencoder.
 
@@ -269,10 +267,10 @@ def load_encoders(
         vae = hub.load_autoencoder(hub.FULL_AUTOENCODER, device=device, dtype=dtype)
         stats = LatentStats.from_scaling_factor(vae.config.scaling_factor, vae.config.latent_channels)
         return Encoders(vae, tokenizer, text_encoder, stats, FULL_TEXT_LENGTH)
-    shipped = weights_dir() / source
-    folder = shipped if shipped.is_dir() else Path(source)
-    if not (folder / "vae" / "latent_stats.json").is_file():
-        raise hub.EncoderUnavailable(f"{source}: no vae/latent_stats.json below this folder")
+    try:
+        folder = find_weights(source, "vae/latent_stats.json").parent
+    except FileNotFoundError as error:
+        raise hub.EncoderUnavailable(f"encoders: {error}") from None
     tokenizer, text_encoder = hub.load_text_encoder(folder, device=device, dtype=dtype)
     vae = hub.load_autoencoder(folder / "vae", device=device, dtype=dtype)
     return Encoders(vae, tokenizer, text_encoder, LatentStats.load(folder / "vae"))

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from nitro_e_lite.files import MANIFEST, check_manifest
+from nitro_e_lite.files import check_weights
 from nitro_e_lite.model.cpu_kernels import speed_up
 
 FULL_AUTOENCODER = "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers"
@@ -151,9 +151,7 @@ def attempt(source: str | Path, option: str, load, **arguments):
 
     A folder that lies beside a list of checksums, as shipped weights do, must agree with it.
     """
-    folder = Path(arguments["pretrained_model_name_or_path"])
-    if (folder.parent / MANIFEST).is_file():
-        check_manifest(folder.parent, folder.name)
+    check_weights(Path(arguments["pretrained_model_name_or_path"]))
     try:
         with quiet_loading(source):
             return load(**arguments)

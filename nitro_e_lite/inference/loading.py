@@ -13,8 +13,9 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError
 
-from nitro_e_lite import files, runtime
-from nitro_e_lite.inference.encoders import FULL_TEXT_LENGTH, LITE_TEXT_LENGTH, Encoders, LatentStats, load_encoders
+from nitro_e_lite import runtime
+from nitro_e_lite.files import find_weights
+from nitro_e_lite.inference.encoders import Encoders, LatentStats, load_encoders
 from nitro_e_lite.inference.hub import (
     FULL_AUTOENCODER,
     FULL_TEXT_ENCODER,
@@ -26,6 +27,7 @@ from nitro_e_lite.inference.hub import (
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.official_weights import load_official, merge_lora
+from nitro_e_lite.model.tokens import text_length
 
 
 def load_pipeline(
@@ -102,21 +104,14 @@ def load_transformer(source: str | Path) -> EMMDiTTransformer2DModel:
 
 
 def _find(source: str | Path) -> Path:
-    """The folder or file that `source` names, its checksums compared when it has any."""
-    shipped = files.weights_dir() / source
-    path = shipped if (shipped / files.MANIFEST).is_file() else Path(source)
-    for folder in (path, path / "transformer", path / "final"):
-        if (folder / DiffusionPipeline.config_name).is_file() or [*folder.glob("diffusion_pytorch_model*.safetensors")]:
-            if (folder / files.MANIFEST).is_file():
-                files.check_manifest(folder)
-            return folder
-    if path.is_file() and path.suffix == ".safetensors":
-        return path
-    names = sorted(p.parent.name for p in files.weights_dir().glob(f"*/{files.MANIFEST}"))
-    raise ValueError(
-        f"model: {str(source)!r} is no pipeline folder, transformer folder or official .safetensors file, "
-        f"and no name of shipped weights ({', '.join(names) or 'none here'})"
-    )
+    """The folder of a pipeline or of a transformer, or the official file, that `source` names."""
+    if Path(source).is_file() and Path(source).suffix == ".safetensors":
+        return Path(source)
+    weights = "diffusion_pytorch_model*.safetensors"
+    try:
+        return find_weights(source, DiffusionPipeline.config_name, weights, f"transformer/{weights}")
+    except FileNotFoundError as error:
+        raise ValueError(f"model: {error}, and no official .safetensors file") from None
 
 
 def _trained_pipeline(path: Path, parts: dict, dtype: torch.dtype) -> NitroEPipeline:
@@ -132,7 +127,7 @@ def _trained_pipeline(path: Path, parts: dict, dtype: torch.dtype) -> NitroEPipe
     if source == "lite":
         pipeline = NitroEPipeline.from_pretrained(_find("lite"), dtype=dtype, **parts)
     else:
-        parts = {"max_text_length": FULL_TEXT_LENGTH if source == "full" else LITE_TEXT_LENGTH, **parts}
+        parts = {"max_text_length": text_length(source), **parts}
         if "vae" not in parts or "text_encoder" not in parts:
             parts = {**_encoders_of(path, source, dtype), **parts}
         pipeline = NitroEPipeline(scheduler=FlowMatchEulerDiscreteScheduler(1000, shift=1.0), **parts)

@@ -12,6 +12,7 @@ step goes from 0.001 to 0 and does nothing; `sigma_grid="scheduler"` keeps it.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,28 @@ from nitro_e_lite.inference.arguments import (
 from nitro_e_lite.inference.encoders import LatentStats, decode_latents, encode_text
 from nitro_e_lite.model import flow
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH
 
 SIGMA_GRIDS = ("linear", "scheduler")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The settings of a sampler, all of them known; `NitroEPipeline.sampler` fills in and checks.
+
+    Attributes:
+        steps: number of steps `K`.
+        guidance: strength of classifier-free guidance; up to 1 it is off.
+        shift: how far the noise levels lean towards noise; 1: even steps.
+    """
+
+    steps: int
+    guidance: float
+    shift: float
+
+    def arguments(self) -> dict[str, Any]:
+        """The same as arguments of a call of the pipeline."""
+        return {"num_inference_steps": self.steps, "guidance_scale": self.guidance, "shift": self.shift}
 
 
 class NitroEPipeline(DiffusionPipeline):
@@ -72,7 +93,7 @@ class NitroEPipeline(DiffusionPipeline):
         scheduler: FlowMatchEulerDiscreteScheduler,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
-        max_text_length: int = 128,
+        max_text_length: int = FULL_TEXT_LENGTH,
         sigma_grid: str = "linear",
         default_steps: int = 20,
         default_guidance: float = 4.5,
@@ -114,8 +135,8 @@ class NitroEPipeline(DiffusionPipeline):
             self.stats = LatentStats.from_scaling_factor(vae.config.scaling_factor, channels)
         else:
             self.stats = LatentStats(tuple(latents_mean), tuple(latents_std))
-        self.scale = vae.spatial_compression_ratio
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.scale)
+        self.vae_scale_factor = vae.spatial_compression_ratio
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """As in diffusers, without the path this pipeline was loaded from, which belongs to one machine."""
@@ -128,6 +149,22 @@ class NitroEPipeline(DiffusionPipeline):
         """How far the noise levels of a call that names no shift lean towards noise."""
         own = self.config.sigma_grid == "scheduler"
         return self.scheduler.config.shift if own else self.config.default_shift
+
+    def sampler(self, steps: int | None = None, guidance: float | None = None, shift: float | None = None) -> Sampler:
+        """The sampler of a call with these settings; what is not given is the pipeline's own.
+
+        Raises:
+            TypeError, ValueError: a setting of the wrong type or value, named as the argument of a call.
+        """
+        settings = Sampler(
+            as_integer("num_inference_steps", self.config.default_steps if steps is None else steps, 1),
+            as_number("guidance_scale", self.config.default_guidance if guidance is None else guidance, 0.0),
+            as_number("shift", self.shift if shift is None else shift, 1.0),
+        )
+        if self.config.sigma_grid == "scheduler" and settings.shift != self.shift:
+            own = f"the {self.shift:g} of the scheduler, whose grid is used"
+            raise ValueError(f"shift: {settings.shift:g} differs from {own}")
+        return settings
 
     def encode_prompt(self, prompts: list[str]) -> Tensor:
         """Text features `(B, L, D)` of captions; equal captions are encoded once.
@@ -204,15 +241,16 @@ class NitroEPipeline(DiffusionPipeline):
                 and rule.
             FloatingPointError: a part of the model gave NaN or infinity; the message names the part.
         """
-        steps, guidance = num_inference_steps, guidance_scale
-        steps = as_integer("num_inference_steps", steps, 1) if steps is not None else None
-        levels = self._check_levels(sigmas, steps, shift)
-        guidance = as_number("guidance_scale", self.config.default_guidance if guidance is None else guidance, 0.0)
+        sampler = self.sampler(num_inference_steps, guidance_scale, shift)
+        guidance = sampler.guidance
+        if sigmas is not None and shift is not None:
+            raise ValueError("shift, sigmas: give one of the two")
+        levels = self._levels(sampler) if sigmas is None else {"sigmas": as_sigmas(sigmas, num_inference_steps)}
         repeats = as_integer("num_images_per_prompt", num_images_per_prompt, 1)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type: {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        grid = as_grid(height, width, self.transformer.config, self.scale)
+        grid = as_grid(height, width, self.transformer.config, self.vae_scale_factor)
         texts = self._check_texts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, guided=guidance > 1)
         count = len(texts[0]) * repeats
         shape = (self.transformer.config.in_channels, *grid)
@@ -258,19 +296,11 @@ class NitroEPipeline(DiffusionPipeline):
         features = text if isinstance(text, Tensor) else self.encode_prompt(text)
         return features.to(self._execution_device, self.transformer.dtype).repeat_interleave(repeats, dim=0)
 
-    def _check_levels(self, sigmas: list[float] | None, steps: int | None, shift: float | None) -> dict[str, Any]:
+    def _levels(self, sampler: Sampler) -> dict[str, Any]:
         """What the scheduler is told: the noise levels, or for its own grid how many."""
-        if sigmas is not None:
-            if shift is not None:
-                raise ValueError("shift, sigmas: give one of the two")
-            return {"sigmas": as_sigmas(sigmas, steps)}
-        steps = steps or self.config.default_steps
-        shift = as_number("shift", self.shift if shift is None else shift, 1.0)
         if self.config.sigma_grid == "linear":
-            return {"sigmas": flow.shift_sigmas(flow.linear_sigmas(steps), shift)}
-        if shift != self.shift:
-            raise ValueError(f"shift: {shift:g} differs from the {self.shift:g} of the scheduler, whose grid is used")
-        return {"num_inference_steps": steps}
+            return {"sigmas": flow.shift_sigmas(flow.linear_sigmas(sampler.steps), sampler.shift)}
+        return {"num_inference_steps": sampler.steps}
 
     def _denoise(self, latents: Tensor, features: Tensor, guidance: float, callback: Callable | None) -> Tensor:
         """Walks `latents` `(B, C, h, w)`, float32, down the scheduler's grid."""

@@ -20,14 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Dinov2Model
 
-from nitro_e_lite.files import weights_dir
+from nitro_e_lite.config import ModelConfig
+from nitro_e_lite.files import find_weights
 from nitro_e_lite.inference.encoders import images_to_tensor
 from nitro_e_lite.inference.hub import EncoderUnavailable, attempt, weights_hash
 from nitro_e_lite.model.cpu_kernels import speed_up
 
 FULL_VISION = "facebook/dinov2-base"
+FULL_VISION_SIZES = {"patch_size": 14, "image_size": 518}  # of it; the rest are the defaults of the class
 VISION_REVISIONS = {FULL_VISION: "f9e44c814b77203eaa57a6bdbbd535f21ede1415"}
-GRID = 16  # tokens a side, as many as the latents have
+GRID = ModelConfig().sample_size  # tokens a side, as many as the latents have
+VISION_FILES = ("vision/model*.safetensors", "model*.safetensors")  # of a pipeline folder, of the model's own
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, what DINOv2 expects
 
 
@@ -81,7 +84,7 @@ def load_vision(
     """Loads the vision model, frozen.
 
     Args:
-        source: a name of shipped weights, a folder that ``nitro-e train vision`` wrote, or ``FULL_VISION``.
+        source: what `find_weights` finds: shipped weights, a run of ``nitro-e train vision``; or ``FULL_VISION``.
         device: where to put it.
         dtype: number type of its weights.
 
@@ -89,17 +92,17 @@ def load_vision(
         EncoderUnavailable: nothing can be loaded from there.
         ValueError: a file differs from its checksum.
     """
-    places = [weights_dir() / source / "vision", Path(source) / "final", Path(source)]
-    folder = next((p for p in places if (p / "config.json").is_file()), None)
-    if folder is None and str(source) not in VISION_REVISIONS:
-        known = ", ".join(VISION_REVISIONS)
-        raise EncoderUnavailable(
-            f"vision model {str(source)!r}: no such folder and no known hub id ({known}); train the small one with "
-            "nitro-e train vision and name its folder"
-        )
-    place = {} if folder else {"revision": VISION_REVISIONS[str(source)]}
-    place["pretrained_model_name_or_path"] = folder or source
+    try:
+        folder, place = find_weights(source, *VISION_FILES), {}
+    except FileNotFoundError as error:
+        if str(source) not in VISION_REVISIONS:
+            raise EncoderUnavailable(
+                f"vision model: {error}, and no known hub id ({', '.join(VISION_REVISIONS)}); train the small one with "
+                "nitro-e train vision and name its folder"
+            ) from None
+        folder, place = source, {"revision": VISION_REVISIONS[str(source)]}
+    place["pretrained_model_name_or_path"] = folder
     option, load = "--vision PATH (repa.vision=PATH in training)", Dinov2Model.from_pretrained
-    model = attempt(folder or source, option, load, dtype=dtype, use_safetensors=True, **place)
+    model = attempt(folder, option, load, dtype=dtype, use_safetensors=True, **place)
     speed_up(model)
     return VisionEncoder(model.to(device).eval().requires_grad_(False))

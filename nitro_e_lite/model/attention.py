@@ -14,6 +14,9 @@ on a CPU passes over memory, not matrix products, are what attention can save.
 Source: Stable Diffusion 3 (MM-DiT); Nitro-E (E-MMDiT), alternating subregion attention.
 """
 
+import math
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -93,6 +96,11 @@ def _math_is_better(query: Tensor) -> bool:
     half_precision = query.dtype in (torch.float16, torch.bfloat16)
     trains = torch.is_grad_enabled() and query.requires_grad
     return query.device.type == "cpu" and half_precision and trains
+
+
+def group_multiple(pattern: Iterable[tuple[int, int]]) -> int:
+    """What the number of tokens must be a multiple of for every `(ratio, chunk)` of an attention pattern."""
+    return math.lcm(*(ratio * chunk for ratio, chunk in pattern))
 
 
 def _check_divisible(tokens: int, ratio: int, chunk: int) -> None:

@@ -19,6 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -27,8 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nitro_e_lite.config import preset, to_dict
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH
 
 SIZES = ("full", "lite", "smoke")
+TRAINING_PASSES = 3  # what a training sample costs, in forward passes: one, and two for the gradients
+PUBLISHED_DAYS, PUBLISHED_DEVICES, PUBLISHED_HARDWARE = 1.5, 8, "mi300x"  # both stages together
 
 PARTS = {
     "patch_embed": "embeddings",
@@ -88,7 +92,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     return dict(counts)
 
 
-def count_flops(config: Mapping[str, Any], batch: int = 1, text_tokens: int = 128) -> FlopCount:
+def count_flops(config: Mapping[str, Any], batch: int = 1, text_tokens: int = FULL_TEXT_LENGTH) -> FlopCount:
     """Counts one forward pass; the module's essay says what is counted.
 
     Args:
@@ -97,9 +101,11 @@ def count_flops(config: Mapping[str, Any], batch: int = 1, text_tokens: int = 12
         text_tokens: length of the text.
 
     Raises:
-        ValueError: for a batch or number of text tokens below 1.
+        TypeError, ValueError: for a batch or number of text tokens that is no integer or below 1.
     """
     for name, value in (("batch", batch), ("text_tokens", text_tokens)):
+        if not isinstance(value, Integral):
+            raise TypeError(f"{name}: expected an integer, got {value!r}")
         if value < 1:
             raise ValueError(f"{name}: {value} is below 1")
     model = build_on_meta(config)
@@ -156,6 +162,12 @@ def find_peak(device_name: str) -> float | None:
         if device.label and device.label in device_name:
             return device.peak
     return None
+
+
+def published_samples_per_second() -> float:
+    """Training samples a second of the published run, all devices together: steps and batches of the full presets."""
+    stages = [preset(name, "full") for name in ("base", "finetune")]
+    return sum(stage.steps * stage.batch_size for stage in stages) / (PUBLISHED_DAYS * 86_400)
 
 
 def model_flops(config: dict, text_tokens: int) -> float:

@@ -22,6 +22,17 @@ from torch import Tensor, nn
 from nitro_e_lite.model.cpu_kernels import Linear
 
 RATIOS = (2, 4)  # the two paths of the compressor: half and quarter resolution
+LITE_TEXT_LENGTH, FULL_TEXT_LENGTH = 32, 128  # tokens a caption is padded to
+
+
+def text_length(encoders: str) -> int:
+    """Tokens a caption is padded to: those of the full model for "full", of the lite one for any other encoders."""
+    return FULL_TEXT_LENGTH if encoders == "full" else LITE_TEXT_LENGTH
+
+
+def compressed_sizes(height: int, width: int) -> list[int]:
+    """Tokens that each path of the compressor makes of a grid: `[N/4, N/16]`."""
+    return [height * width // (ratio * ratio) for ratio in RATIOS]
 
 
 def position_table(dim: int, max_size: int, base_size: int, interpolation_scale: float = 1.0) -> Tensor:
@@ -164,7 +175,7 @@ class TokenReconstructor(nn.Module):
 
     def forward(self, tokens: Tensor, saved: Tensor, height: int, width: int) -> Tensor:
         """Compressed tokens `(B, N/4 + N/16, D)` and saved tokens `(B, N, D)` to `(B, N, D)`."""
-        sizes = [height * width // (ratio * ratio) for ratio in RATIOS]
+        sizes = compressed_sizes(height, width)
         fine = [
             path(scatter_squares(part, height, width, ratio))
             for path, part, ratio in zip(self.paths, tokens.split(sizes, dim=1), RATIOS, strict=True)

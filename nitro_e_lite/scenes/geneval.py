@@ -24,7 +24,7 @@ Source: Ghosh et al., GenEval, 2023: categories, metadata schema, mean of catego
 from __future__ import annotations
 
 import hashlib
-import json
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nitro_e_lite.files import read_jsonl
 from nitro_e_lite.scenes import captions, grammar
 from nitro_e_lite.scenes.grammar import COLORS, COUNT_WORDS, RELATIONS, SHAPES, SIZES, Scene, SceneObject, Stream
 from nitro_e_lite.scenes.verifier import UNKNOWN, Detection, detect
@@ -97,11 +98,14 @@ class Prompt:
             ValueError: when a key is missing, or a shape, colour, tag or relation is unknown.
         """
         try:
-            items = [((i["class"], i.get("color")), int(i["count"])) for i in entry["include"]]
+            items = [((i["class"], i.get("color")), operator.index(i["count"])) for i in entry["include"]]
             relation = next((i["position"][0] for i in entry["include"] if i.get("position")), None)
-            text, tag = str(entry["prompt"]), entry["tag"]
+            text, tag = entry["prompt"], entry["tag"]
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ValueError(f"{entry!r}: needs prompt, tag, include with class and count") from error
+        said = [text, tag, *(word for (shape, color), _ in items for word in (shape, color or ""))]
+        if not all(isinstance(word, str) for word in [*said, relation or ""]):
+            raise ValueError(f"{entry!r}: prompt, tag, class, color and relation must be strings")
         objects = [spec for spec, count in items for _ in range(count)]
         return cls(text, tag, tuple(reversed(objects) if relation else objects), relation)
 
@@ -151,13 +155,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     Raises:
         ValueError: for an empty file, or naming the line that is not such a prompt.
     """
-    prompts = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            if line.strip():
-                prompts.append(Prompt.from_metadata(json.loads(line)))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+    prompts = list(read_jsonl(path, torn_last_line="counts", parse=Prompt.from_metadata))
     if not prompts:
         raise ValueError(f"{path}: no prompts, must hold one JSON object a line")
     return prompts

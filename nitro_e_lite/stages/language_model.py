@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nitro_e_lite.config import RunConfig
-from nitro_e_lite.files import weights_dir
+from nitro_e_lite.files import find_weights
 from nitro_e_lite.inference.encoders import clean_caption
 from nitro_e_lite.inference.hub import load_text_encoder
+from nitro_e_lite.model.tokens import LITE_TEXT_LENGTH
 from nitro_e_lite.runtime import generator
 from nitro_e_lite.scenes.captions import caption, words
 from nitro_e_lite.scenes.grammar import COLORS, SIZES, Scene, sample_scene
@@ -54,7 +55,7 @@ class LanguageModelConfig(RunConfig):
     learning_rate: float = 0.02  # of Muon, on the hidden matrices
     adam_learning_rate: float = 3e-3  # of AdamW, on embeddings and norms
     max_grad_norm: float = 1.0
-    max_length: int = 32
+    max_length: int = LITE_TEXT_LENGTH
     vocabulary_size: int = 512
     tokenizer_scenes: int = 4000
     width: int = 256
@@ -204,10 +205,11 @@ class LanguageModel(Stage):
     def __init__(self, config: LanguageModelConfig, placement: Placement):
         self.config, self.placement = config, placement
         if config.start_from:
-            shipped = weights_dir() / config.start_from
-            self.tokenizer, self.before = load_text_encoder(
-                shipped if shipped.is_dir() else config.start_from, device=placement.device
-            )
+            try:
+                source = find_weights(config.start_from, "text_encoder/model*.safetensors").parent
+            except FileNotFoundError:
+                source = config.start_from  # a hub id, or a folder that holds tokenizer and model side by side
+            self.tokenizer, self.before = load_text_encoder(source, device=placement.device)
         else:
             self.tokenizer, self.before = train_tokenizer(config), None
         self.student = Student(config, len(self.tokenizer), self.tokenizer.eos_token_id)

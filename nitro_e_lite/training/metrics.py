@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from nitro_e_lite.config import RunConfig
 from nitro_e_lite.files import read_jsonl
-from nitro_e_lite.model.flops import find_peak
+from nitro_e_lite.model.flops import TRAINING_PASSES, find_peak
 from nitro_e_lite.runtime import device_name
 
 
@@ -59,7 +59,8 @@ class Progress:
     def __init__(self, accelerator: Accelerator, config: RunConfig, run_dir: Path, flops: float | None):
         self.accelerator, self.config, self.run_dir = accelerator, config, run_dir
         peak = config.peak_tflops * 1e12 or find_peak(device_name(accelerator.device))
-        self._share_of_peak = 3 * flops / (peak * accelerator.num_processes) if peak and flops else None
+        work = TRAINING_PASSES * flops if flops else None
+        self._share_of_peak = work / (peak * accelerator.num_processes) if peak and work else None
         self.seconds = 0.0  # in steps, over the whole run
         self._interval = [0, 0.0]  # steps and seconds since the last report
         self._metrics = self._bar = None
