@@ -15,9 +15,10 @@ background, so the detector can be arithmetic: no network, no randomness, the sa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
+from scipy.ndimage import gaussian_filter
 
 from nitro_e_lite.scenes.grammar import COLORS, SHAPES
 from nitro_e_lite.scenes.render import signed_distance
@@ -115,14 +116,6 @@ def name_color(rgb: np.ndarray) -> str:
     return list(COLORS)[nearest] if distance[nearest] <= MAX_COLOR_DISTANCE else UNKNOWN
 
 
-def _blur(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian blur of an image (n, n) with an empty border."""
-    place = np.arange(len(image))
-    kernel = np.exp(-((place[:, None] - place) ** 2) / (2 * max(sigma, 1e-3) ** 2))  # (n, n)
-    kernel /= kernel.sum(1, keepdims=True)
-    return kernel @ image @ kernel.T
-
-
 @cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
     """Normalised masks (shapes, poses, cells * cells) and nominal minus mass centre (shapes, poses, 2).
@@ -138,7 +131,9 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
             coverage = np.clip(0.5 - radius * signed_distance(shape, c * x + s * y, c * y - s * x), 0, 1)
             centre, area = centre_and_area(coverage)
             for softness in SOFTNESS:
-                masks.append(outline(_blur(coverage, softness * radius), centre, area))
+                blur = partial(gaussian_filter, sigma=softness * radius, output=np.float64, mode="constant", truncate=8)
+                soft = blur(coverage) / blur(np.ones_like(coverage))  # the mean of the pixels that are there
+                masks.append(outline(soft, centre, area))
                 offsets.append(((size - 1) / 2 - centre) / np.sqrt(area))
     grid = (len(SHAPES), len(ANGLES) * len(SOFTNESS), -1)
     return np.array(masks).reshape(grid), np.array(offsets).reshape(grid)
