@@ -342,11 +342,11 @@ def test_bootstrap_interval_covers_and_ignores_repeated_images():
     inside = 0
     for _ in range(60):
         verdicts = [Verdict(bool(generator.random() < 0.7)) for _ in PROMPTS]
-        once = score(PROMPTS, verdicts, resamples=400)
+        once = score(PROMPTS, verdicts)
         inside += once.low <= 0.7 <= once.high
     assert 52 <= inside <= 60
     assert 0.07 < once.high - once.low < 0.13
-    again = score(PROMPTS * 2, verdicts * 2, resamples=400)  # a copy of every image is no new evidence
+    again = score(PROMPTS * 2, verdicts * 2)  # a copy of every image is no new evidence
     assert (again.low, again.high, again.images) == (once.low, once.high, 600)
 
 

@@ -1,15 +1,15 @@
 """Finding the things in a picture: what stands out of a smooth background and hangs together.
 
 1. **Background.** Scenes have smooth backgrounds, so a cubic polynomial in x and y is fitted to a coarse grid of
-   pixels. Objects are outliers: the fit is repeated with Geman-McClure weights ``1 / (1 + (r/s)^2)^2``, which silence
-   pixels with a large residual ``r``, while the scale ``s`` shrinks with the median residual.
+   pixels. Objects are outliers: the fit is repeated with Geman-McClure weights `1 / (1 + (r/s)^2)^2`, which silence
+   pixels with a large residual `r`, while the scale `s` shrinks with the median residual.
 2. **Foreground.** A pixel belongs to an object when its residual exceeds a floor and 40 % of the largest residual
    nearby. The second rule puts the outline near half coverage for pale and strong objects alike.
 3. **Components.** Connected pixels are one segment, so objects that touch are one; specks are dropped.
-4. **Outline.** With background ``b`` and the segment's colour ``c``, coverage is ``a = (p - b).(c - b) / |c - b|^2``.
+4. **Outline.** With background `b` and the segment's colour `c`, coverage is `a = (p - b).(c - b) / |c - b|^2`.
    Moved to its centre of mass and scaled to unit area, it no longer depends on place, size and colour.
 
-No names of shapes or colours are known here. ``verifier.py`` gives them; ``vision_training.py`` learns without them.
+No names of shapes or colours are known here. `verifier.py` gives them; `stages/vision.py` learns without them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ NEARBY = 0.4  # fraction of the largest residual nearby
 MIN_AREA = 0.003  # fraction of the image; the smallest object in the scenes, a small star, covers 0.014
 OUTLINE_CELLS = 48  # side of an outline
 _SHARPEN = 4.0  # contrast around half coverage: outlines stay comparable at every resolution
-_NEIGHBOURS = np.ones((3, 3), bool)
+_NEIGHBOURS = np.ones((3, 3), bool)  # a pixel and the eight around it
 _HALF_WIDTH = 1.1  # half the width of an outline, in units of the square root of the segment's area
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A connected part of the foreground, with a little of what is around it.
+    """A connected part of the foreground, cut out with a few pixels of what is around it.
 
     Attributes:
         pixels: float32 (h, w, 3) in 0..255.
@@ -47,7 +47,7 @@ class Segment:
 
     @cached_property
     def core(self) -> np.ndarray:
-        """The mask without its rim, bool (h, w)."""
+        """The mask without its rim (the picture's border is no rim), bool (h, w); a small mask is all core."""
         core = ndimage.binary_erosion(self.mask, _NEIGHBOURS, border_value=1)
         return core if core.sum() >= 8 else self.mask
 
@@ -90,7 +90,7 @@ def find_segments(image: np.ndarray) -> tuple[list[Segment], np.ndarray]:
 
 @cache
 def _monomials(height: int, width: int, degree: int) -> np.ndarray:
-    """The monomials of x and y up to ``degree`` at each pixel, x and y in [-1, 1]: (height, width, terms)."""
+    """The monomials of x and y up to `degree` at each pixel, x and y in [-1, 1]: (height, width, terms)."""
     y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
     terms = [x**i * y**j for i in range(degree + 1) for j in range(degree + 1 - i)]
     return np.stack(terms, -1).astype(np.float32)
@@ -161,7 +161,7 @@ def centre_and_area(coverage: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def outline(coverage: np.ndarray, centre: np.ndarray, area: float) -> np.ndarray:
-    """The mask sampled bilinearly on a ``OUTLINE_CELLS`` grid around its centre, at unit area: (cells * cells,)."""
+    """The mask sampled bilinearly on a `OUTLINE_CELLS` grid around its centre, at unit area: (cells * cells,)."""
     steps = ((np.arange(OUTLINE_CELLS) + 0.5) / OUTLINE_CELLS * 2 - 1) * _HALF_WIDTH * np.sqrt(area)
     places = np.meshgrid(centre[1] + steps, centre[0] + steps, indexing="ij")  # y and x, (cells, cells) each
     sampled = ndimage.map_coordinates(coverage, places, np.float64, order=1, mode="grid-constant")  # empty outside

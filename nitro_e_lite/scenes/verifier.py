@@ -3,12 +3,12 @@
 GenEval judges text-to-image models with an object detector. Our pictures hold a few flat shapes on a soft
 background, so the detector can be arithmetic: no network, no randomness, the same answer on every machine.
 
-1. **Segments.** Background, foreground and connected components, see ``segments.py``. Objects that touch are read
+1. **Segments.** Background, foreground and connected components, see `segments.py`. Objects that touch are read
    as one, of unknown shape.
 2. **Colour.** The median of the component's core, named by the nearest palette colour in CIE Lab. A core that
    is not of one colour has none.
 3. **Shape.** The outline is compared with templates of every shape at small angles, sharp and softened (autoencoders
-   round the tips of small stars), by ``IoU = sum min(a, t) / sum max(a, t)``. The best must be good and clearly better
+   round the tips of small stars), by `IoU = sum min(a, t) / sum max(a, t)`. The best must be good and clearly better
    than the second best, otherwise the shape is "unknown": a blob between circle and square is neither.
 """
 
@@ -38,8 +38,8 @@ class Detection:
     """One object found.
 
     Attributes:
-        shape: a name from ``scenes.SHAPES`` or ``"unknown"``.
-        color: a name from ``scenes.COLORS`` or ``"unknown"``.
+        shape: a name from `grammar.SHAPES` or `"unknown"`.
+        color: a name from `grammar.COLORS` or `"unknown"`.
         x: centre, as a fraction of the width.
         y: centre, as a fraction of the height, downwards.
         area: fraction of the image.
@@ -80,7 +80,7 @@ def detect(image: np.ndarray) -> list[Detection]:
 
 
 def _describe(segment: Segment, size: tuple[int, int]) -> Detection:
-    """Colour, shape and place of a segment of a picture with ``size`` (H, W)."""
+    """Colour, shape and place of a segment of a picture with `size` (H, W)."""
     core, contrast = segment.core, segment.contrast
     limit = max(40.0, 0.4 * float(np.linalg.norm(contrast)))
     other = np.linalg.norm(segment.difference[core] - contrast, axis=1) > limit
