@@ -4,7 +4,7 @@ One process trains in place. For more, torchrun is started as a child: it starts
 and ends all when one fails. Its output is passed on line by line, into the terminal or the notebook cell that asked,
 and its failure is raised here with its last lines. A child of a notebook would inherit settings that are meant for the
 kernel (``MPLBACKEND`` above all); they are taken away. On a machine without accelerator ``ACCELERATE_USE_CPU`` is set,
-because accelerate would otherwise make one lonely run of every process; ``train.py`` checks that all found each other.
+or accelerate would have every process train by itself; ``training/distributed.py`` checks that they found each other.
 
 SIGTERM or Ctrl-C is passed on to the training processes themselves, not to torchrun, which would kill them after half a
 minute. They save and end well, and so does torchrun.

@@ -8,7 +8,7 @@ group of blocks are sent through a small MLP and compared with the vision model'
 
 Only directions count, and the vision model is frozen. Both have 256 tokens on the same 16x16 grid, so that token n of
 one is compared with token n of the other. At full scale the vision model is DINOv2 ViT-B/14 at 224 px; at lite scale a
-small model of the same class trained on scenes (``vision_training.py``), with patches of 8 at 128 px.
+small model of the same class trained on scenes (``stages/vision.py``), with patches of 8 at 128 px.
 
 Source: REPA arXiv 2410.06940; Nitro-E stage 1 (weight 0.5, tap after group 1).
 """
