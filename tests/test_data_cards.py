@@ -134,7 +134,7 @@ def test_card_of_the_scenes_agrees_with_the_code():
     for pair in grammar.HELD_OUT_SHAPE_PAIRS:
         first, second = pair
         assert f"{first} with {second}" in flat or f"{second} with {first}" in flat
-    assert captions.RESERVED_FRACTION == 4 and "one caption string in four" in flat
+    assert captions.RESERVED_ONE_IN == 4 and "one caption string in four" in flat
     assert len(captions.vocabulary()) < 100
     data = preset("base", "lite").data
     assert f"{data.scenes:,} scenes of seed {data.seed}" in flat and f"{data.captions} captions each" in flat

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import statistics
 
 import matplotlib.pyplot as plt
 import pytest
@@ -164,11 +165,10 @@ def test_interval_of_three_values_against_the_textbook():
     assert half == pytest.approx(4.303 / math.sqrt(3), rel=1e-4)  # t(0.975, 2) = 4.303, s = 1
 
 
-@pytest.mark.parametrize(
-    ("freedom", "truth"), [(10, 2.2281), (11, 2.2010), (20, 2.0860), (60, 2.0003), (10**6, 1.9600)]
-)
-def test_students_t(freedom, truth):
-    assert stats._t_95(freedom) == pytest.approx(truth, rel=1.5e-3)
+@pytest.mark.parametrize(("count", "t"), [(11, 2.2281), (12, 2.2010), (21, 2.0860), (61, 2.0003)])
+def test_interval_against_a_table_of_students_t(count, t):
+    values = list(range(count))
+    assert stats.interval(values)[1] == pytest.approx(t * statistics.stdev(values) / math.sqrt(count), rel=1e-4)
 
 
 def test_interval_of_a_share_against_known_values():

@@ -93,7 +93,7 @@ def test_captions_are_never_reserved_and_stay_in_the_vocabulary():
     assert not {w for t in texts for w in captions.unknown_words(t)}
     assert len(set(texts)) > 2000
     reserved = np.mean([is_reserved(f"a string number {i}") for i in range(4000)])
-    assert reserved == pytest.approx(1 / captions.RESERVED_FRACTION, abs=0.03)
+    assert reserved == pytest.approx(1 / captions.RESERVED_ONE_IN, abs=0.03)
 
 
 def test_captions_say_what_is_there():

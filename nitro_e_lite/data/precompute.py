@@ -54,8 +54,8 @@ class Encoding:
         out: folder of the data set; an unfinished one is continued.
         size: side in pixels to which pictures are cut; by default what gives 16x16 latents.
         text: store text features too: those of the first caption, the only one that is then kept.
-        vision: stores vision features too: ``repa.VisionEncoder`` or anything with its ``encode``, ``width``,
-            ``fingerprint``.
+        vision: stores vision features too: a ``VisionEncoder`` of ``inference/vision.py`` or anything with its
+            ``encode``, ``width``, ``fingerprint``.
         batch: pictures encoded at once.
         shard_rows: rows after which the next shard begins.
         threads: for reading and decoding pictures.

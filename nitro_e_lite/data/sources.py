@@ -3,7 +3,7 @@
 Every data set comes in its own shape: a thousand tar files and ten million text files, one long list of JSON lines
 beside two hundred folders, a list of prompts with no pictures at all. A *source* hides that. It names its **parts**,
 independent pieces of work in a fixed order, and gives the **items** of a part from any position on. That is all that
-``encode_data.py`` needs to share the work among processes and to carry on after a kill.
+``precompute.py`` needs to share the work among processes and to carry on after a kill.
 
 ============  ==========================================================================================
 kind          layout

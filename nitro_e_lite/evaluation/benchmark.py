@@ -89,7 +89,7 @@ def time_transformer(
         Medians `forward_seconds` and `forward_backward_seconds`, and `products_seconds`: the matrix products
         of the forward pass's Linear layers alone, with weights that lie in the cache. The forward cannot be faster than
         that, nor forward and backward faster than three times that. `torch_products_seconds` are the same products by
-        `torch.nn.functional.linear`, see `products.py`.
+        `torch.nn.functional.linear`, see `model/cpu_kernels.py`.
     """
     device = runtime.pick_device(device)
     dtype = runtime.pick_dtype(dtype, device)

@@ -6,8 +6,8 @@ model does not read the fact; by how much it rises says how much it does, and at
 forward passes, needs no sampler and no judge, and it moves long before GenEval-lite does: a model that scores zero on
 "a red circle and a blue square" may already have begun to tell which is red.
 
-Beside it stands how loudly the text encoder says the fact: by what share of their length its features move from one
-caption to the other. What it whispers is hard to learn.
+Beside it stands how much the text encoder's features depend on the fact: by what share of their length they move from
+one caption to the other. A fact that hardly moves them is hard to learn.
 """
 
 from __future__ import annotations

@@ -295,8 +295,8 @@ def activation_bytes(arguments: dict[str, Any], text_tokens: int, precision: str
     """Bytes that autograd keeps for the backward pass of one sample, weights left out.
 
     Counted on fake tensors, which say that they are on a CPU: there attention is fused, as it is on a GPU, and keeps no
-    table of probabilities. The passes of ``fused.py`` run on a CPU alone; a GPU keeps what ordinary operations keep. In
-    bf16 it is half of what it is in float32.
+    table of probabilities. The passes of ``model/cpu_kernels.py`` run on a CPU alone; a GPU keeps what ordinary
+    operations keep. In bf16 it is half of what it is in float32.
     """
     with FakeTensorMode(), nullcontext() if on_cpu else plain_operations():
         model = EMMDiTTransformer2DModel(**arguments).train()

@@ -53,7 +53,7 @@ def load_pipeline(
         vae: folder or hub id of another autoencoder; official weights use DC-AE f32c32. Its `latent_stats.json`, if
             it has one, comes with it.
         lora: a PEFT LoRA folder in the official naming, merged into the transformer.
-        **official_config: arguments for `checkpoint.load_official`, when the name of an official file does
+        **official_config: arguments for `official_weights.load_official`, when the name of an official file does
             not say which variant it is.
 
     Raises:

@@ -276,7 +276,7 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def multiply(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right` of two stacks of matrices `(K, N, I)` and `(K, I, O)`, by the faster library."""
-    if ONEDNN and left.device.type == "cpu" and left.dtype == torch.float32:
+    if ONEDNN and left.dtype == torch.float32 and usable(left):
         return torch.stack([product(a, b.t()) for a, b in zip(left, right, strict=True)])
     return left @ right
 

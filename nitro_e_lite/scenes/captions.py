@@ -1,7 +1,7 @@
-"""Captions of scenes: many English ways to say the same thing.
+"""Captions of scenes: many English sentences for the same picture.
 
-``caption(scene, variant)`` is one of them. Some strings are *reserved*: they are never training captions, so that the
-evaluation prompts of ``geneval.py`` are new to the model.
+`caption(scene, variant)` is one of them. Some strings are *reserved*: they are never training captions, so that the
+evaluation prompts of `geneval.py` are new to the model.
 """
 
 from __future__ import annotations
@@ -12,12 +12,7 @@ from functools import cache
 
 from nitro_e_lite.scenes.grammar import COLORS, COUNT_WORDS, SHAPES, SIZES, Scene, Stream
 
-RESERVED_FRACTION = 4  # one caption string in four is kept for evaluation
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Captions
-# ---------------------------------------------------------------------------------------------------------------------
+RESERVED_ONE_IN = 4  # one caption string in four is kept for evaluation
 
 LEADS = (
     "", "", "", "a photo of ", "a picture of ", "an image of ", "a drawing of ", "there is ", "this is ",
@@ -26,7 +21,7 @@ LEADS = (
 
 TAILS = ("", "", "", "", " on a soft background", " on a plain background", " in the picture")
 
-_TOWARDS = {
+_RELATION_PHRASES = {
     "left of": ("to the left of", "left of", "on the left of", "on the left side of"),
     "right of": ("to the right of", "right of", "on the right of", "on the right side of"),
     "above": ("above", "over", "placed above", "higher than"),
@@ -40,11 +35,11 @@ _SIDE = {"left of": "on the left", "right of": "on the right", "above": "at the 
 def is_reserved(text: str) -> bool:
     """Whether a caption string is kept for evaluation and never used in training."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % RESERVED_FRACTION == 0
+    return int.from_bytes(digest, "big") % RESERVED_ONE_IN == 0
 
 
 def noun_phrase(shape: str, color: str | None = None, size: str | None = None) -> str:
-    """``"an orange star"``: article, optional size and colour, shape."""
+    """Article, optional size and colour, shape: `"an orange star"`."""
     words = " ".join(w for w in (size, color, shape) if w)
     return ("an " if words[0] in "aeiou" else "a ") + words
 
@@ -55,17 +50,17 @@ def plural(shape: str) -> str:
 
 
 def phrase_count(count: int, shape: str, color: str | None, size: str | None, stream: Stream) -> str:
-    """A way to say ``count`` equal objects."""
+    """A way to say `count` equal objects."""
     words = " ".join(w for w in (size, color, plural(shape)) if w)
     ways = ("{number}", "{number}", "exactly {number}", "a group of {number}", "{count}", "a set of {number}")
     return f"{stream.choice(ways).format(number=COUNT_WORDS[count], count=count)} {words}"
 
 
 def phrase_relation(first: str, relation: str, second: str, stream: Stream) -> str:
-    """A way to say that ``first`` stands in ``relation`` to ``second``."""
+    """A way to say that `first` stands in `relation` to `second`."""
     if stream.random() < 0.5:
         first, relation, second = second, _OPPOSITE[relation], first
-    towards = stream.choice(_TOWARDS[relation])
+    towards = stream.choice(_RELATION_PHRASES[relation])
     form = stream.choice(("plain", "plain", "verb", "sides", "comma"))
     if form == "verb":
         return f"{first} that is {towards} {second}"
@@ -77,7 +72,7 @@ def phrase_relation(first: str, relation: str, second: str, stream: Stream) -> s
 
 
 def phrase_list(phrases: list[str], stream: Stream) -> str:
-    """A way to say several things in one breath; the order is drawn anew."""
+    """A way to list several things, in random order."""
     order = sorted(phrases, key=lambda _: stream.random())
     if len(order) == 1:
         return order[0]
@@ -133,11 +128,11 @@ def words(text: str) -> list[str]:
 def vocabulary() -> frozenset[str]:
     """Every word the captions can contain."""
     text = [*SHAPES, *map(plural, SHAPES), *COLORS, *SIZES, *COUNT_WORDS.values(), *map(str, COUNT_WORDS)]
-    text += [*LEADS, *TAILS, *_SIDE.values(), *(t for ways in _TOWARDS.values() for t in ways)]
+    text += [*LEADS, *TAILS, *_SIDE.values(), *(t for ways in _RELATION_PHRASES.values() for t in ways)]
     text += ["a an and exactly group set of there here these are that is with the first second next to together"]
     return frozenset(words(" ".join(text)))
 
 
 def unknown_words(text: str) -> list[str]:
-    """The words of ``text``, in any script, that no caption contains, in order of appearance."""
+    """The words of `text`, in any script, that no caption contains, in order of appearance."""
     return [w for w in dict.fromkeys(re.findall(r"[^\W\d_]+|\d+", text.lower())) if w not in vocabulary()]

@@ -9,13 +9,13 @@ prompts, with a bootstrap interval over prompts.
 
 Two prompt lists, both drawn from the caption grammar, the same on every machine:
 
-* ``held_out_prompts``: compositions the training data contains, in sentences it never contains.
-* ``held_out_compositions``: shape-colour pairs and shape pairs that were never drawn in training.
+* `held_out_prompts`: compositions the training data contains, in sentences it never contains.
+* `held_out_compositions`: shape-colour pairs and shape pairs that were never drawn in training.
 
 Sizes are never asked for, because the verifier does not judge them.
 
 Differs: GenEval lets several relations hold at once and wants distances relative to box sizes; here "left of"
-means: the centre is at least ``POSITION_MARGIN`` of the image further left, and further left than it is up or
+means: the centre is at least `POSITION_MARGIN` of the image further left, and further left than it is up or
 down.
 
 Source: Ghosh et al., GenEval, 2023: categories, metadata schema, mean of category means.
@@ -42,7 +42,8 @@ from nitro_e_lite.scenes.verifier import UNKNOWN, Detection, detect
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SPLITS = ("held_out_prompts", "held_out_compositions")
 PROMPTS_PER_CATEGORY = {"held_out_prompts": 50, "held_out_compositions": 24}
-POSITION_MARGIN = 0.1  # fraction of the image; scenes that state a relation keep 0.12
+POSITION_MARGIN = 0.1  # fraction of the image; scenes that state a relation keep more, `grammar.RELATION_MARGIN`
+RESAMPLES = 2000  # of the bootstrap interval
 _SPATIAL = frozenset("left right above over below under underneath higher lower top bottom".split())
 _SEED = 20
 
@@ -53,9 +54,9 @@ class Prompt:
 
     Attributes:
         text: the caption.
-        tag: one of ``CATEGORIES``.
+        tag: one of `CATEGORIES`.
         objects: (shape, colour) of every object; colour None means any.
-        relation: when given, ``objects[0]`` stands in this relation to ``objects[1]``.
+        relation: when given, `objects[0]` stands in this relation to `objects[1]`.
     """
 
     text: str
@@ -78,7 +79,7 @@ class Prompt:
             raise ValueError(f"relation={self.relation!r} of {self.objects}: {rule}")
 
     def metadata(self) -> dict:
-        """The prompt in GenEval's own schema: ``tag``, ``include``, ``exclude`` and ``prompt``."""
+        """The prompt in GenEval's own schema: `tag`, `include`, `exclude` and `prompt`."""
         counts = Counter(reversed(self.objects) if self.relation else self.objects)
         include = [
             {"class": shape, "count": count} | ({"color": color} if color else {})
@@ -92,7 +93,7 @@ class Prompt:
 
     @classmethod
     def from_metadata(cls, entry: dict) -> Prompt:
-        """The inverse of ``metadata``, for prompts about the course's shapes and colours.
+        """The inverse of `metadata`, for prompts about the course's shapes and colours.
 
         Raises:
             ValueError: when a key is missing, or a shape, colour, tag or relation is unknown.
@@ -120,7 +121,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Score:
-    """GenEval-lite result, plain JSON by ``dataclasses.asdict``; ``low`` to ``high`` is the 95 % interval."""
+    """GenEval-lite result, plain JSON by `dataclasses.asdict`; `low` to `high` is the 95 % interval."""
 
     overall: float
     low: float
@@ -138,7 +139,7 @@ def load_prompts(split: str = "held_out_prompts") -> list[Prompt]:
     """The fixed prompt list of a split, category by category.
 
     Args:
-        split: ``"held_out_prompts"`` (50 for each of six categories) or ``"held_out_compositions"`` (24 for
+        split: `"held_out_prompts"` (50 for each of six categories) or `"held_out_compositions"` (24 for
             each of the four categories that name two shapes or a colour).
 
     Raises:
@@ -150,7 +151,7 @@ def load_prompts(split: str = "held_out_prompts") -> list[Prompt]:
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Prompts from a JSON-lines file in GenEval's metadata schema, one ``Prompt.metadata()`` a line.
+    """Prompts from a JSON-lines file in GenEval's metadata schema, one `Prompt.metadata()` a line.
 
     Raises:
         ValueError: for an empty file, or naming the line that is not such a prompt.
@@ -179,7 +180,7 @@ def _new_prompt(tag: str, slot: int, held_out: bool, taken: dict[str, Prompt]) -
     category = CATEGORIES.index(tag)
     for turn in range(1000):  # a turn fails when every sentence about its objects is taken
         objects, relation = _compose(tag, slot + turn, held_out, Stream(_SEED, category, slot, turn))
-        scene = Scene(_kind(tag), _stand_ins(objects), None, relation)
+        scene = Scene(_kind(tag), _placeholders(objects), None, relation)
         for attempt in range(400):
             text = captions.describe(scene, Stream(_SEED, category, slot, turn, attempt, held_out))
             said = set(captions.words(text))
@@ -215,11 +216,12 @@ def _compose(tag: str, slot: int, held_out: bool, stream: Stream):
     while True:
         colors = [stream.choice(tuple(COLORS)) if colored else None for _ in names]
         objects = tuple(zip(names, colors, strict=True))
-        if grammar.is_held_out(_stand_ins(objects)) == held_out and (not colored or colors[0] != colors[1]):
+        if grammar.is_held_out(_placeholders(objects)) == held_out and (not colored or colors[0] != colors[1]):
             return objects, relation
 
 
-def _stand_ins(objects) -> tuple[SceneObject, ...]:
+def _placeholders(objects) -> tuple[SceneObject, ...]:
+    """Scene objects of these shapes and colours, to be described; size and place mean nothing."""
     return tuple(SceneObject(s, c, "medium", 0.5, 0.5, 0.1, 0.0, (0, 0, 0)) for s, c in objects)
 
 
@@ -228,7 +230,7 @@ def _kind(tag: str) -> str:
 
 
 def true_scene(prompt: Prompt, seed: int = 0) -> Scene:
-    """A scene that shows the prompt; what it leaves open (places, sizes, colours) is drawn from ``seed``."""
+    """A scene that shows the prompt; what it leaves open (places, sizes, colours) is drawn from `seed`."""
     name = int.from_bytes(hashlib.blake2b(prompt.text.encode(), digest_size=8).digest(), "big")
     sizes = ("small", "medium", "large") if len(prompt.objects) < 3 else ("small", "medium")
     for attempt in range(1000):
@@ -262,7 +264,7 @@ def verify(image: np.ndarray, prompt: Prompt) -> Verdict:
 
 
 def judge(found: Sequence[Detection], prompt: Prompt) -> Verdict:
-    """Like ``verify``, for objects already detected."""
+    """Like `verify`, for objects already detected."""
     seen = ", ".join(map(str, found)) or "nothing"
     if len(found) != len(prompt.objects):
         return Verdict(False, f"count: expected {len(prompt.objects)}, found {len(found)} ({seen})")
@@ -283,15 +285,15 @@ def judge(found: Sequence[Detection], prompt: Prompt) -> Verdict:
     return Verdict(True)
 
 
-def stands(first, relation: str, second, margin: float = POSITION_MARGIN) -> bool:
-    """Whether ``first`` is ``relation`` of ``second``: anything with ``.x``, ``.y`` as fractions, y down."""
+def stands(first, relation: str, second) -> bool:
+    """Whether `first` is `relation` of `second`: anything with `.x`, `.y` as fractions, y down."""
     dx, dy = second.x - first.x, second.y - first.y
     axes = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}
     along, across = axes[relation]
-    return along >= margin and along > abs(across)
+    return along >= POSITION_MARGIN and along > abs(across)
 
 
-def score(prompts: Sequence[Prompt], verdicts: Sequence[Verdict], resamples: int = 2000, seed: int = 0) -> Score:
+def score(prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> Score:
     """The mean of the category means and its 95 % bootstrap interval.
 
     Prompts are resampled within their category, with all their images: images of one prompt are alike.
@@ -299,8 +301,6 @@ def score(prompts: Sequence[Prompt], verdicts: Sequence[Verdict], resamples: int
     Args:
         prompts: the prompt of each image; a prompt with several images is listed several times.
         verdicts: the verdict of each image.
-        resamples: bootstrap samples.
-        seed: seed of the bootstrap.
 
     Raises:
         ValueError: when the lists are empty or of different lengths.
@@ -310,11 +310,11 @@ def score(prompts: Sequence[Prompt], verdicts: Sequence[Verdict], resamples: int
     results: dict[str, dict[Prompt, list[bool]]] = {}
     for prompt, verdict in zip(prompts, verdicts, strict=True):
         results.setdefault(prompt.tag, {}).setdefault(prompt, []).append(bool(verdict.correct))
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     means, samples = {}, []
     for tag in sorted(results, key=CATEGORIES.index):
         rate = np.array([np.mean(r) for r in results[tag].values()])  # (prompts,)
         means[tag] = float(rate.mean())
-        samples.append(rate[generator.integers(len(rate), size=(resamples, len(rate)))].mean(1))
+        samples.append(rate[generator.integers(len(rate), size=(RESAMPLES, len(rate)))].mean(1))
     low, high = np.quantile(np.mean(samples, 0), (0.025, 0.975))
     return Score(float(np.mean(list(means.values()))), float(low), float(high), means, len(prompts))

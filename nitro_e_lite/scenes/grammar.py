@@ -3,15 +3,9 @@
 A scene is one to four coloured shapes on a soft background. It is small enough to be learned on a laptop and rich
 enough to ask what a text-to-image model is asked: which object, which colour, how many, where.
 
-Three things make a scene useful as data:
-
-* **A grammar.** ``sample_scene(seed, index)`` draws shapes, colours, sizes, places and a relation from a counter-based
-  integer stream, so scene (seed, index) is the same on every machine and needs no file.
-* **A renderer.** Every shape is a signed distance ``d(p)`` in pixels; its coverage of a pixel is
-  ``clip(1/2 - d, 0, 1)``, which is anti-aliasing by geometry. Coordinates are fractions of the image: any size works.
-* **Captions.** ``caption(scene, variant)`` says the same scene in many English ways. Some strings are *reserved*: they
-  are never training captions, so that the evaluation prompts of ``geneval.py`` are new to the model. Some compositions
-  (shape-colour pairs and shape pairs) are *held out*: they are never drawn in training.
+`sample_scene(seed, index)` draws shapes, colours, sizes, places and a relation from a counter-based integer stream, so
+scene (seed, index) is the same on every machine and needs no file. Some compositions (shape-colour pairs and shape
+pairs) are *held out*: they are never drawn in training. `render.py` draws a scene, `captions.py` describes it.
 """
 
 from __future__ import annotations
@@ -53,6 +47,7 @@ HELD_OUT_OBJECTS = frozenset(
 HELD_OUT_SHAPE_PAIRS = frozenset({frozenset({"triangle", "heart"}), frozenset({"star", "cross"})})
 MARGIN = 0.04  # free border, fraction of the image
 GAP = 0.05  # free space between objects
+RELATION_MARGIN = 0.12  # distance between the centres of two objects whose relation is stated, fraction of the image
 EXTENT = 1.16  # bounding radius of the widest shape over the nominal radius
 _MASK = (1 << 64) - 1
 
@@ -63,7 +58,7 @@ class Stream:
     NumPy promises no fixed sequence for its distributions across versions; sixty-four bit integer arithmetic does.
 
     Args:
-        *keys: integers that name the stream, e.g. ``(seed, index)``.
+        *keys: integers that name the stream, e.g. `(seed, index)`.
     """
 
     def __init__(self, *keys: int):
@@ -103,7 +98,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape. ``x``, ``y`` and ``radius`` are fractions of the image, ``angle`` is in radians, y points down."""
+    """One shape. `x`, `y` and `radius` are fractions of the image, `angle` is in radians, y points down."""
 
     shape: str
     color: str
@@ -117,7 +112,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Background:
-    """A soft two-colour gradient along ``angle`` with one faint glow."""
+    """A soft two-colour gradient along `angle` with one faint glow."""
 
     start: tuple[float, float, float]
     end: tuple[float, float, float]
@@ -127,7 +122,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects on a background. ``relation`` reads "objects[0] is RELATION objects[1]"; None when it is unclear."""
+    """Objects on a background. `relation` reads "objects[0] is RELATION objects[1]"; None when it is unclear."""
 
     kind: str
     objects: tuple[SceneObject, ...]
@@ -135,13 +130,8 @@ class Scene:
     relation: str | None = None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The grammar
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def is_held_out(objects) -> bool:
-    """Whether a list of objects (anything with ``.shape`` and ``.color``) is a composition kept out of training."""
+    """Whether a list of objects (anything with `.shape` and `.color`) is a composition kept out of training."""
     shapes = {o.shape for o in objects}
     return any((o.shape, o.color) in HELD_OUT_OBJECTS for o in objects) or any(
         pair <= shapes for pair in HELD_OUT_SHAPE_PAIRS
@@ -149,12 +139,12 @@ def is_held_out(objects) -> bool:
 
 
 def sample_scene(seed: int, index: int, split: str = "train") -> Scene:
-    """Draws scene ``index`` of the endless data set ``seed``.
+    """Draws scene `index` of the endless data set `seed`.
 
     Args:
         seed: names the data set.
         index: position in it, >= 0.
-        split: ``"train"`` (no held-out composition), ``"held_out"`` (only held-out compositions) or ``"all"``.
+        split: `"train"` (no held-out composition), `"held_out"` (only held-out compositions) or `"all"`.
 
     Returns:
         The scene; the same for the same arguments on every machine.
@@ -201,7 +191,7 @@ def _draw_sizes(kind: str, total: int, stream: Stream) -> list[str]:
 
 
 def place(specs, stream: Stream, relation: str | None = None) -> tuple[SceneObject, ...] | None:
-    """Gives each ``(shape, color, size)`` a place so that no two objects touch.
+    """Gives each `(shape, color, size)` a place so that no two objects touch.
 
     Args:
         specs: list of (shape, color, size) names.
@@ -231,16 +221,16 @@ def place(specs, stream: Stream, relation: str | None = None) -> tuple[SceneObje
     return tuple(placed)
 
 
-def relation_between(first, second, margin: float = 0.12) -> str | None:
-    """The one relation that clearly holds between two objects with ``.x`` and ``.y``, or None.
+def relation_between(first, second) -> str | None:
+    """The one relation that clearly holds between two objects with `.x` and `.y`, or None.
 
-    Clear means: the distance along the axis is at least ``margin`` of the image and exceeds that along the other axis
-    by a third, so that "left of" never reads as "above".
+    Clear means: the distance along the axis is over `RELATION_MARGIN` and exceeds that along the other axis by a third,
+    so that "left of" never reads as "above".
     """
     dx, dy = second.x - first.x, second.y - first.y
-    if abs(dx) > margin and abs(dx) > 4 / 3 * abs(dy):
+    if abs(dx) > RELATION_MARGIN and abs(dx) > 4 / 3 * abs(dy):
         return "left of" if dx > 0 else "right of"
-    if abs(dy) > margin and abs(dy) > 4 / 3 * abs(dx):
+    if abs(dy) > RELATION_MARGIN and abs(dy) > 4 / 3 * abs(dx):
         return "above" if dy > 0 else "below"
     return None
 

@@ -2,8 +2,8 @@
 
 "A red circle to the left of a blue square" and "a red circle to the right of a blue square" are nearly the same text,
 and their pictures are nearly the same pixels. What a model gains from reading such a caption rightly is a small part of
-its loss, lost among everything else that noise hides from it. ``minimal_pair(seed, index)`` puts both scenes into one
-training batch, where they get the same noise and the same ``t`` (see ``batches.py``). Whatever the two pictures share
+its loss, lost among everything else that noise hides from it. `minimal_pair(seed, index)` puts both scenes into one
+training batch, where they get the same noise and the same `t` (see `data/batches.py`). Whatever the two pictures share
 then pulls equally on both captions, and in what tells the captions apart it cancels; what is left is the one fact. The
 expected gradient is that of the same scenes drawn apart. Captions that leave the fact unsaid ("a circle and a star",
 where colours differ) never occur here, so a run alternates them with plain scenes, or ends on those.
@@ -38,7 +38,7 @@ _CHANGES = 2**33  # names the streams that choose a change
 
 @dataclass(frozen=True)
 class MinimalPair:
-    """Two scenes that differ in one of ``FACTS``.
+    """Two scenes that differ in one of `FACTS`.
 
     They are: exchanged places or colours of two objects, the shape of one of them ("partner"), the number of equal
     objects, and shape or colour of one or of all equal objects.
@@ -61,7 +61,7 @@ class MinimalPair:
 
 
 def minimal_pair(seed: int, index: int) -> MinimalPair:
-    """Draws pair ``index`` of the endless data set ``seed``: a training scene and the same with one fact changed.
+    """Draws pair `index` of the endless data set `seed`: a training scene and the same with one fact changed.
 
     Of two or more different objects the first two exchange their places, or the second gets another shape, or they
     exchange their colours. Of three or four equal objects the last is taken away. Else shape or colour is another.
@@ -99,7 +99,7 @@ def _changes(scene: Scene, stream: Stream) -> Iterator[tuple[str, Scene]]:
 
 
 def _exchange(first: SceneObject, second: SceneObject, *fields: str) -> tuple[SceneObject, SceneObject]:
-    """The two objects with ``fields`` exchanged."""
+    """The two objects with `fields` exchanged."""
     return (
         replace(first, **{name: getattr(second, name) for name in fields}),
         replace(second, **{name: getattr(first, name) for name in fields}),

@@ -1,6 +1,6 @@
 """The renderer of scenes: anti-aliasing by geometry.
 
-Every shape is a signed distance ``d(p)`` in pixels; its coverage of a pixel is ``clip(1/2 - d, 0, 1)``. Coordinates are
+Every shape is a signed distance `d(p)` in pixels; its coverage of a pixel is `clip(1/2 - d, 0, 1)`. Coordinates are
 fractions of the image, so any size works.
 """
 
@@ -13,13 +13,9 @@ import numpy as np
 
 from nitro_e_lite.scenes.grammar import Background, Scene
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The renderer
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 def _polygon(points: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Signed distance to a closed polygon, negative inside. ``points`` (P, 2); ``x``, ``y`` (H, W)."""
+    """Signed distance to a closed polygon, negative inside. `points` (P, 2); `x`, `y` (H, W)."""
     nearest = np.full(x.shape, np.inf, np.float32)
     inside = np.zeros(x.shape, bool)
     for (ax, ay), (bx, by) in zip(points, np.roll(points, -1, 0), strict=True):
@@ -34,7 +30,7 @@ def _polygon(points: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 @cache
-def _outline(shape: str) -> np.ndarray:
+def _corners(shape: str) -> np.ndarray:
     """Corner points (P, 2) of a polygonal shape of nominal radius one, y down."""
     if shape == "square":
         corners = [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)]
@@ -61,12 +57,12 @@ def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Signed distance to ``shape`` of nominal radius one, negative inside; ``x``, ``y`` (H, W) with y down."""
+    """Signed distance to `shape` of nominal radius one, negative inside; `x`, `y` (H, W) with y down."""
     if shape == "circle":
         return np.hypot(x, y) - 0.98
     if shape == "heart":
         return _heart(x, y)
-    return _polygon(_outline(shape), x, y)
+    return _polygon(_corners(shape), x, y)
 
 
 @cache

@@ -1,15 +1,15 @@
 """Finding the things in a picture: what stands out of a smooth background and hangs together.
 
 1. **Background.** Scenes have smooth backgrounds, so a cubic polynomial in x and y is fitted to a coarse grid of
-   pixels. Objects are outliers: the fit is repeated with Geman-McClure weights ``1 / (1 + (r/s)^2)^2``, which silence
-   pixels with a large residual ``r``, while the scale ``s`` shrinks with the median residual.
+   pixels. Objects are outliers: the fit is repeated with Geman-McClure weights `1 / (1 + (r/s)^2)^2`, which silence
+   pixels with a large residual `r`, while the scale `s` shrinks with the median residual.
 2. **Foreground.** A pixel belongs to an object when its residual exceeds a floor and 40 % of the largest residual
    nearby. The second rule puts the outline near half coverage for pale and strong objects alike.
 3. **Components.** Connected pixels are one segment, so objects that touch are one; specks are dropped.
-4. **Outline.** With background ``b`` and the segment's colour ``c``, coverage is ``a = (p - b).(c - b) / |c - b|^2``.
+4. **Outline.** With background `b` and the segment's colour `c`, coverage is `a = (p - b).(c - b) / |c - b|^2`.
    Moved to its centre of mass and scaled to unit area, it no longer depends on place, size and colour.
 
-No names of shapes or colours are known here. ``verifier.py`` gives them; ``vision_training.py`` learns without them.
+No names of shapes or colours are known here. `verifier.py` gives them; `stages/vision.py` learns without them.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 import numpy as np
+from scipy import ndimage
 
 RESIDUAL_FLOOR = 20.0  # RGB distance from the background; in the scenes the palest object is over 45 away
 NEARBY = 0.4  # fraction of the largest residual nearby
 MIN_AREA = 0.003  # fraction of the image; the smallest object in the scenes, a small star, covers 0.014
 OUTLINE_CELLS = 48  # side of an outline
 _SHARPEN = 4.0  # contrast around half coverage: outlines stay comparable at every resolution
+_NEIGHBOURS = np.ones((3, 3), bool)  # a pixel and the eight around it
 _HALF_WIDTH = 1.1  # half the width of an outline, in units of the square root of the segment's area
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A connected part of the foreground, with a little of what is around it.
+    """A connected part of the foreground, cut out with a few pixels of what is around it.
 
     Attributes:
         pixels: float32 (h, w, 3) in 0..255.
@@ -45,8 +47,8 @@ class Segment:
 
     @cached_property
     def core(self) -> np.ndarray:
-        """The mask without its rim, bool (h, w)."""
-        core = erode(self.mask)
+        """The mask without its rim (the picture's border is no rim), bool (h, w); a small mask is all core."""
+        core = ndimage.binary_erosion(self.mask, _NEIGHBOURS, border_value=1)
         return core if core.sum() >= 8 else self.mask
 
     @cached_property
@@ -58,7 +60,8 @@ class Segment:
     def coverage(self) -> np.ndarray:
         """How much of each pixel it covers, float32 (h, w) in 0..1."""
         contrast = self.contrast
-        return np.clip(self.difference @ contrast / (contrast @ contrast), 0, 1) * grow(self.mask)
+        grown = ndimage.binary_dilation(self.mask, _NEIGHBOURS)
+        return np.clip(self.difference @ contrast / (contrast @ contrast), 0, 1) * grown
 
 
 def find_segments(image: np.ndarray) -> tuple[list[Segment], np.ndarray]:
@@ -87,7 +90,7 @@ def find_segments(image: np.ndarray) -> tuple[list[Segment], np.ndarray]:
 
 @cache
 def _monomials(height: int, width: int, degree: int) -> np.ndarray:
-    """The monomials of x and y up to ``degree`` at each pixel, x and y in [-1, 1]: (height, width, terms)."""
+    """The monomials of x and y up to `degree` at each pixel, x and y in [-1, 1]: (height, width, terms)."""
     y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
     terms = [x**i * y**j for i in range(degree + 1) for j in range(degree + 1 - i)]
     return np.stack(terms, -1).astype(np.float32)
@@ -130,32 +133,12 @@ def foreground(difference: np.ndarray) -> np.ndarray:
     """
     residual = np.sqrt((difference**2).sum(-1))
     reach = max(1, round(min(residual.shape) / 48))
-    nearby = _slide(np.maximum, _slide(np.maximum, residual, reach, 0), reach, 1)
+    nearby = ndimage.maximum_filter(residual, 2 * reach + 1, mode="nearest")
     return residual > np.maximum(RESIDUAL_FLOOR, NEARBY * nearby)
 
 
-def _slide(function, values: np.ndarray, reach: int, axis: int) -> np.ndarray:
-    """A sliding maximum or minimum over ``2 reach + 1`` places along an axis; the border repeats."""
-    padded = np.pad(values, [(reach, reach) if a == axis else (0, 0) for a in range(2)], mode="edge")
-    length = values.shape[axis]
-    result = values
-    for shift in range(2 * reach + 1):
-        result = function(result, padded.take(range(shift, shift + length), axis))
-    return result
-
-
-def erode(mask: np.ndarray) -> np.ndarray:
-    """The mask without its outermost pixels."""
-    return _slide(np.minimum, _slide(np.minimum, mask, 1, 0), 1, 1)
-
-
-def grow(mask: np.ndarray) -> np.ndarray:
-    """The mask and the pixels next to it."""
-    return _slide(np.maximum, _slide(np.maximum, mask, 1, 0), 1, 1)
-
-
 def components(mask: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, int, int]]]:
-    """Labels the 4-connected components of a mask by joining the horizontal runs of neighbouring rows.
+    """Labels the 4-connected components of a mask, in the order of their first pixels, row by row.
 
     Args:
         mask: bool (H, W).
@@ -164,38 +147,9 @@ def components(mask: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, int, 
         labels int32 (H, W), 0 outside and 1.. inside, and for each label its box (top, bottom, left, right)
         with exclusive ends.
     """
-    height, width = mask.shape
-    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    run_rows, starts = np.nonzero(edges == 1)
-    ends = np.nonzero(edges == -1)[1]
-    runs = list(zip(run_rows.tolist(), starts.tolist(), ends.tolist(), strict=True))
-    parent = list(range(len(runs)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    above = 0
-    for i, (row, start, end) in enumerate(runs):
-        while runs[above][0] < row - 1 or (runs[above][0] == row - 1 and runs[above][2] <= start):
-            above += 1
-        j = above
-        while runs[j][0] == row - 1 and runs[j][1] < end:
-            parent[root(j)] = root(i)
-            j += 1
-    names: dict[int, int] = {}
-    labels = np.zeros((height, width), np.int32)
-    boxes: list[list[int]] = []
-    for i, (row, start, end) in enumerate(runs):
-        label = names.setdefault(root(i), len(names) + 1)
-        labels[row, start:end] = label
-        if label > len(boxes):
-            boxes.append([row, row + 1, start, end])
-        box = boxes[label - 1]
-        box[1:] = row + 1, min(box[2], start), max(box[3], end)
-    return labels, [tuple(b) for b in boxes]
+    labels, _ = ndimage.label(mask)
+    boxes = ndimage.find_objects(labels)
+    return labels, [(rows.start, rows.stop, columns.start, columns.stop) for rows, columns in boxes]
 
 
 def centre_and_area(coverage: np.ndarray) -> tuple[np.ndarray, float]:
@@ -207,13 +161,8 @@ def centre_and_area(coverage: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def outline(coverage: np.ndarray, centre: np.ndarray, area: float) -> np.ndarray:
-    """The mask sampled bilinearly on a ``OUTLINE_CELLS`` grid around its centre, at unit area: (cells * cells,)."""
+    """The mask sampled bilinearly on a `OUTLINE_CELLS` grid around its centre, at unit area: (cells * cells,)."""
     steps = ((np.arange(OUTLINE_CELLS) + 0.5) / OUTLINE_CELLS * 2 - 1) * _HALF_WIDTH * np.sqrt(area)
-    padded = np.pad(coverage, 1)
-    x = np.clip(centre[0] + steps + 1, 0, padded.shape[1] - 1.001)
-    y = np.clip(centre[1] + steps + 1, 0, padded.shape[0] - 1.001)
-    i, j = y.astype(int), x.astype(int)
-    v, u = (y - i)[:, None], (x - j)[None, :]
-    top = padded[np.ix_(i, j)] * (1 - u) + padded[np.ix_(i, j + 1)] * u
-    bottom = padded[np.ix_(i + 1, j)] * (1 - u) + padded[np.ix_(i + 1, j + 1)] * u
-    return np.clip((top * (1 - v) + bottom * v - 0.5) * _SHARPEN + 0.5, 0, 1).ravel().astype(np.float32)
+    places = np.meshgrid(centre[1] + steps, centre[0] + steps, indexing="ij")  # y and x, (cells, cells) each
+    sampled = ndimage.map_coordinates(coverage, places, np.float64, order=1, mode="grid-constant")  # empty outside
+    return np.clip((sampled - 0.5) * _SHARPEN + 0.5, 0, 1).ravel().astype(np.float32)

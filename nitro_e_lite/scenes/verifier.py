@@ -3,21 +3,22 @@
 GenEval judges text-to-image models with an object detector. Our pictures hold a few flat shapes on a soft
 background, so the detector can be arithmetic: no network, no randomness, the same answer on every machine.
 
-1. **Segments.** Background, foreground and connected components, see ``segments.py``. Objects that touch are read
+1. **Segments.** Background, foreground and connected components, see `segments.py`. Objects that touch are read
    as one, of unknown shape.
 2. **Colour.** The median of the component's core, named by the nearest palette colour in CIE Lab. A core that
    is not of one colour has none.
 3. **Shape.** The outline is compared with templates of every shape at small angles, sharp and softened (autoencoders
-   round the tips of small stars), by ``IoU = sum min(a, t) / sum max(a, t)``. The best must be good and clearly better
+   round the tips of small stars), by `IoU = sum min(a, t) / sum max(a, t)`. The best must be good and clearly better
    than the second best, otherwise the shape is "unknown": a blob between circle and square is neither.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
+from scipy.ndimage import gaussian_filter
 
 from nitro_e_lite.scenes.grammar import COLORS, SHAPES
 from nitro_e_lite.scenes.render import signed_distance
@@ -37,8 +38,8 @@ class Detection:
     """One object found.
 
     Attributes:
-        shape: a name from ``scenes.SHAPES`` or ``"unknown"``.
-        color: a name from ``scenes.COLORS`` or ``"unknown"``.
+        shape: a name from `grammar.SHAPES` or `"unknown"`.
+        color: a name from `grammar.COLORS` or `"unknown"`.
         x: centre, as a fraction of the width.
         y: centre, as a fraction of the height, downwards.
         area: fraction of the image.
@@ -79,7 +80,7 @@ def detect(image: np.ndarray) -> list[Detection]:
 
 
 def _describe(segment: Segment, size: tuple[int, int]) -> Detection:
-    """Colour, shape and place of a segment of a picture with ``size`` (H, W)."""
+    """Colour, shape and place of a segment of a picture with `size` (H, W)."""
     core, contrast = segment.core, segment.contrast
     limit = max(40.0, 0.4 * float(np.linalg.norm(contrast)))
     other = np.linalg.norm(segment.difference[core] - contrast, axis=1) > limit
@@ -115,14 +116,6 @@ def name_color(rgb: np.ndarray) -> str:
     return list(COLORS)[nearest] if distance[nearest] <= MAX_COLOR_DISTANCE else UNKNOWN
 
 
-def _blur(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian blur of an image (n, n) with an empty border."""
-    place = np.arange(len(image))
-    kernel = np.exp(-((place[:, None] - place) ** 2) / (2 * max(sigma, 1e-3) ** 2))  # (n, n)
-    kernel /= kernel.sum(1, keepdims=True)
-    return kernel @ image @ kernel.T
-
-
 @cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
     """Normalised masks (shapes, poses, cells * cells) and nominal minus mass centre (shapes, poses, 2).
@@ -138,7 +131,9 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
             coverage = np.clip(0.5 - radius * signed_distance(shape, c * x + s * y, c * y - s * x), 0, 1)
             centre, area = centre_and_area(coverage)
             for softness in SOFTNESS:
-                masks.append(outline(_blur(coverage, softness * radius), centre, area))
+                blur = partial(gaussian_filter, sigma=softness * radius, output=np.float64, mode="constant", truncate=8)
+                soft = blur(coverage) / blur(np.ones_like(coverage))  # the mean of the pixels that are there
+                masks.append(outline(soft, centre, area))
                 offsets.append(((size - 1) / 2 - centre) / np.sqrt(area))
     grid = (len(SHAPES), len(ANGLES) * len(SOFTNESS), -1)
     return np.array(masks).reshape(grid), np.array(offsets).reshape(grid)
