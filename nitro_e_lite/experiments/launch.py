@@ -25,7 +25,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from nitro_e_lite.config import TrainConfig, assignments
+from nitro_e_lite.config import TrainConfig
+from nitro_e_lite.presets import assignments
 from nitro_e_lite.runtime import RunStopped, StopRequest
 from nitro_e_lite.training.engine import train
 

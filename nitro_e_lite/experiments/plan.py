@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, Dinov2Config, Dinov2Model, LlamaConfig
 
-from nitro_e_lite.config import DataConfig, TrainConfig, preset, to_dict
+from nitro_e_lite.config import DataConfig, TrainConfig, to_dict
 from nitro_e_lite.data.shards import sidecars
 from nitro_e_lite.evaluation.benchmark import median_seconds
 from nitro_e_lite.files import weights_dir
@@ -40,6 +40,7 @@ from nitro_e_lite.inference.vision import GRID
 from nitro_e_lite.model.cpu_kernels import plain_operations
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.flops import HARDWARE, build_on_meta, model_flops
+from nitro_e_lite.presets import preset
 from nitro_e_lite.training.optimizers import hidden_matrices
 
 PUBLISHED_DAYS, PUBLISHED_DEVICES, PUBLISHED_HARDWARE = 1.5, 8, "mi300x"

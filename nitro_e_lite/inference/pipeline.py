@@ -22,6 +22,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nitro_e_lite.config import SIGMA_GRIDS
 from nitro_e_lite.inference.arguments import (
     OUTPUT_TYPES,
     as_generators,
@@ -36,8 +37,6 @@ from nitro_e_lite.inference.arguments import (
 from nitro_e_lite.inference.encoders import LatentStats, decode_latents, encode_text
 from nitro_e_lite.model import flow
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
-
-SIGMA_GRIDS = ("linear", "scheduler")
 
 
 class NitroEPipeline(DiffusionPipeline):

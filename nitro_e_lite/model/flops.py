@@ -25,10 +25,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nitro_e_lite.config import preset, to_dict
+from nitro_e_lite.config import SCALES, to_dict
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
-
-SIZES = ("full", "lite", "smoke")
+from nitro_e_lite.presets import preset
 
 PARTS = {
     "patch_embed": "embeddings",
@@ -63,8 +62,8 @@ def model_config(size: str) -> dict[str, Any]:
     Raises:
         ValueError: for another size.
     """
-    if size not in SIZES:
-        raise ValueError(f"size: {size!r} is not one of {', '.join(SIZES)}")
+    if size not in SCALES:
+        raise ValueError(f"size: {size!r} is not one of {', '.join(SCALES)}")
     return {} if size == "full" else to_dict(preset("base", size).model)
 
 

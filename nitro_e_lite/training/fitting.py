@@ -7,36 +7,20 @@ generator state.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nitro_e_lite.config import RunConfig
 from nitro_e_lite.model.cpu_kernels import speed_up
 from nitro_e_lite.runtime import tune_cpu
 from nitro_e_lite.training.checkpoints import load_latest, optimizer_tensors, restore_optimizer, save_checkpoint
 from nitro_e_lite.training.metrics import MetricsWriter
 
-
-@dataclass(frozen=True, kw_only=True)
-class FitConfig:
-    """What both runs share. ``learning_rate`` warms up linearly and falls to zero along a cosine."""
-
-    seed: int = 0
-    steps: int = 1000
-    batch_size: int = 16
-    learning_rate: float = 2e-3
-    warmup_steps: int = 100
-    max_grad_norm: float = 1.0
-    log_every: int = 20
-    checkpoint_every: int = 200
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be >= 1")
+# What this loop does not do: with another value the run would not be the one that its settings describe.
+NOT_DONE = ("accumulate", "precision", "ema_decay", "max_skipped", "compile", "tracker", "peak_tflops")
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -52,7 +36,7 @@ def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
 
 
 def fit(
-    config: FitConfig,
+    config: RunConfig,
     module: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     losses: Callable[[int], dict[str, Tensor]],
@@ -64,7 +48,7 @@ def fit(
     """Minimises ``losses(step)["loss"]``, with a progress bar, ``metrics.jsonl`` and ``checkpoints/``.
 
     Args:
-        config: steps, rates, intervals.
+        config: steps, intervals, ``warmup_steps`` and ``max_grad_norm`` of an encoder.
         module: every parameter to train.
         optimizers: optimisers over those parameters.
         losses: step -> scalar tensors by name, of which ``loss`` is minimised.
@@ -74,9 +58,12 @@ def fit(
         stop_at: ends early after this step (the tests' kill).
 
     Raises:
-        ValueError: when ``run_dir`` holds a run and ``resume`` is false.
+        ValueError: when ``run_dir`` holds a run and ``resume`` is false, or a setting that this loop does not follow.
         FloatingPointError: when the loss is not finite.
     """
+    for name in NOT_DONE:
+        if getattr(config, name) != getattr(RunConfig(), name):
+            raise ValueError(f"{name}={getattr(config, name)!r}: the encoders are trained without; leave it as it is")
     tune_cpu()
     speed_up(module)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -106,19 +93,19 @@ def fit(
             metrics.write(step=done, **row, grad_norm=round(norm.item(), 5), lr_factor=round(factor, 6))
             bar.set_postfix({name: f"{value:.4f}" for name, value in row.items()})
         if done % config.checkpoint_every == 0 or done == end:
-            _save(checkpoints, done, module, optimizers)
+            _save(checkpoints, done, module, optimizers, config.keep_checkpoints)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
-def _save(checkpoints: Path, step: int, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+def _save(checkpoints: Path, step: int, module: nn.Module, optimizers: list[torch.optim.Optimizer], keep: int) -> None:
     names = {p: name for name, p in module.named_parameters()}
     entries: dict[str, Tensor] = {}
     for optimizer in optimizers:
         entries |= optimizer_tensors(optimizer, names)
-    save_checkpoint(checkpoints, step, {"module": _tensors(module), "optimizer": entries}, {}, keep=1)
+    save_checkpoint(checkpoints, step, {"module": _tensors(module), "optimizer": entries}, {}, keep)
 
 
 def _restore(checkpoints: Path, module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
