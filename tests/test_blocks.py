@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from diffusers.models.normalization import AdaLayerNormSingle
 
+from nitro_e_lite.config import MODULATIONS
 from nitro_e_lite.model import cpu_kernels
-from nitro_e_lite.model.blocks import MODULATIONS, FeedForward, JointBlock, Modulation, TimeEmbedding
+from nitro_e_lite.model.blocks import FeedForward, JointBlock, Modulation, TimeEmbedding
 
 
 def streams(image=32, text=16, dim=16, seed=1):

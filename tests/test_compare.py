@@ -5,12 +5,12 @@ from collections import Counter
 
 import pytest
 
-from nitro_e_lite import config, files
+from nitro_e_lite import config, files, presets
 from nitro_e_lite.experiments import compare
 from nitro_e_lite.scenes import geneval
 from nitro_e_lite.training.engine import Engine
 
-SMOKE = config.override(config.preset("base", "smoke"), ["data.encoders=lite", "batch_size=4"])
+SMOKE = config.override(presets.preset("base", "smoke"), ["data.encoders=lite", "batch_size=4"])
 
 
 def measured(result):
@@ -95,7 +95,7 @@ def test_lite_trains_with_the_optimizer_that_learned_most():
     losses = {}
     for run in found["runs"]:
         if run["step"] == found["points"][-1]:
-            optimizer = config.override(config.preset("base", "lite"), found["variants"][run["variant"]]).optimizer
+            optimizer = config.override(presets.preset("base", "lite"), found["variants"][run["variant"]]).optimizer
             losses.setdefault(optimizer.name, []).append(run["validation_loss"])
-    chosen = losses.pop(config.preset("base", "lite").optimizer.name)
+    chosen = losses.pop(presets.preset("base", "lite").optimizer.name)
     assert len(chosen) >= 3 and losses and max(chosen) < min(min(others) for others in losses.values())

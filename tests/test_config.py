@@ -1,13 +1,42 @@
-"""Presets, overrides and the round trip to plain data."""
+"""Presets, overrides, the round trip to plain data, and bounds that no value gets past."""
 
+import dataclasses
 import inspect
+import math
+import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+import yaml
+from pydantic import Field
+from pydantic.fields import FieldInfo
 
 from nitro_e_lite import config as module
-from nitro_e_lite.config import PRESETS, TrainConfig, assignments, from_dict, override, preset, to_dict
+from nitro_e_lite.config import (
+    FACTS,
+    FREE,
+    MODULATIONS,
+    OPTIMIZERS,
+    PRECISIONS,
+    QUALITIES,
+    SCALES,
+    STAGES,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+    from_dict,
+    override,
+    to_dict,
+)
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.presets import PRESETS, assignments, preset
+from nitro_e_lite.stages.autoencoder import AutoencoderConfig
+from nitro_e_lite.stages.language_model import LanguageModelConfig
+from nitro_e_lite.stages.vision import VisionConfig
 
 PACKAGE = Path(module.__file__).parent
 
@@ -105,3 +134,176 @@ def test_a_run_that_began_before_a_field_existed_keeps_its_recipe():
 def test_round_trip_refuses_unknown_fields():
     with pytest.raises(ValueError, match="colour"):
         from_dict(TrainConfig, {"colour": 1})
+
+
+# -- what every field may hold
+
+CONFIGS = {"-".join(key): config for key, config in PRESETS.items()}
+CONFIGS |= {cls.__name__: cls() for cls in (AutoencoderConfig, LanguageModelConfig, VisionConfig)}
+
+
+def bad_values(kind, allowed=()):
+    """Values that a declared type must not let in: below its bounds, above them, and of another type.
+
+    Raises:
+        TypeError: for a type that says neither what its bounds are nor that it has none.
+    """
+    if get_origin(kind) is Annotated:
+        kind, *allowed = get_args(kind)
+    rules = [rule for one in allowed if isinstance(one, FieldInfo) for rule in one.metadata]
+    bounds = {name: value for rule in rules for name, value in dataclasses.asdict(rule).items()}
+    if get_origin(kind) is Literal:
+        return ["no such word", 1.5, None]
+    if kind is bool:
+        return [1, "yes", None]
+    if get_origin(kind) is tuple:
+        one, *more = get_args(kind)
+        others = [(bad,) * (len(more) + 1 if more != [...] else 1) for bad in bad_values(one)]
+        sizes = [()] * ("min_length" in bounds or more != [...]) + [(0.5,) * 9] * (more != [...])
+        return [*others, *sizes, 7, "text", None]
+    if FREE not in allowed and not {"ge", "gt", "min_length"} & set(bounds):
+        raise TypeError(f"{kind}: declares no bounds and does not say FREE")
+    if kind is str:
+        return [7, None, True, *([""] if bounds else [])]
+    below = [bounds["ge"] - 1, *([bounds["ge"] - 1e-6] if kind is float else [])] if "ge" in bounds else []
+    below += [bounds["gt"], bounds["gt"] - 1] if "gt" in bounds else []
+    above = [bounds["le"] + 1e-6, bounds["le"] + 1] if "le" in bounds else []
+    above += [bounds["lt"], bounds["lt"] + 1] if "lt" in bounds else []
+    numbers = [math.nan, math.inf, -math.inf] if kind is float else [1.5]
+    return [*below, *above, *numbers, "text", "1", True, None, (1,)]
+
+
+def sections(config, path=""):
+    """A configuration and those within it, with the path to each."""
+    yield path, config
+    for field in dataclasses.fields(config):
+        if dataclasses.is_dataclass(value := getattr(config, field.name)):
+            yield from sections(value, f"{path}{field.name}.")
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_no_field_takes_what_it_does_not_declare(config):
+    """Every field, refused when an object is made and, with the path to it, by override and from_dict."""
+    tried = 0
+    for path, section in sections(config):
+        declared = get_type_hints(type(section), include_extras=True)
+        for field in dataclasses.fields(section):
+            kind, name = declared[field.name], f"{path}{field.name}"
+            for value in [{}, 3, "text"] if dataclasses.is_dataclass(kind) else bad_values(kind):
+                tried += 1
+                with pytest.raises(ValueError, match=rf"^{field.name}[=\[]"):
+                    dataclasses.replace(section, **{field.name: value})
+                if value is None and isinstance(getattr(section, field.name), str) and FREE in get_args(kind):
+                    continue  # override reads nothing as the empty text
+                if value == "1" and isinstance(getattr(section, field.name), float):
+                    continue  # and "1e-3" as a number
+                with pytest.raises(ValueError, match=rf"^{re.escape(name)}[=\[]") as caught:
+                    override(config, [f"{name}={yaml.safe_dump(value, default_flow_style=True)}"])
+                assert "\n" not in str(caught.value)
+    assert tried > 100
+
+
+@pytest.mark.parametrize(
+    "kind", [int, float, str, tuple[int, ...], Annotated[int, Field(le=3)], Annotated[str, "text"]]
+)
+def test_a_field_that_declares_nothing_is_found(kind):
+    with pytest.raises(TypeError, match="declares no bounds"):
+        bad_values(kind)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_the_words_of_the_declarations_are_the_vocabularies(config):
+    words = {STAGES, SCALES, PRECISIONS, QUALITIES, OPTIMIZERS, FACTS, MODULATIONS}
+    for _, section in sections(config):
+        for kind in get_type_hints(type(section), include_extras=True).values():
+            for one in (kind, *get_args(kind)):
+                assert get_origin(one) is not Literal or get_args(one) in words
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("guidance=-3", "guidance=-3.0: must be >= 0"),
+        ("shift=0.9", "shift=0.9: must be >= 1"),
+        ("data.captions=0", "data.captions=0: must be >= 1"),
+        ("data.scenes=0", "data.scenes=0: must be >= 1"),
+        ("data.validation_scenes=0", "data.validation_scenes=0: must be >= 1"),
+        ("data.pairs=[places, size]", "data.pairs[1]='size': must be one of places, colors, partner, number"),
+        ("stage=foo", "stage='foo': must be one of base, finetune"),
+        ("preset=huge", "preset='huge': must be one of smoke, lite, full"),
+        ("optimizer.betas=[a, b]", "optimizer.betas[0]='a': must be of type float"),
+        ("optimizer.betas=[1.2, 0.9]", "optimizer.betas[0]=1.2: must be < 1"),
+        ("optimizer.betas=[0.9]", "optimizer.betas[1]: is missing"),
+        ("optimizer.betas=[0.9, 0.9, 0.9]", "optimizer.betas=(0.9, 0.9, 0.9): must be at most 2 long"),
+        ("optimizer.eps=-1e-8", "optimizer.eps=-1e-08: must be >= 0"),
+        ("optimizer.momentum=1", "optimizer.momentum=1.0: must be < 1"),
+        ("optimizer.momentum=-0.1", "optimizer.momentum=-0.1: must be >= 0"),
+        ("optimizer.lr=-1", "optimizer.lr=-1.0: must be >= 0"),
+        ("optimizer.lr=.nan", "optimizer.lr=nan: must be a finite number"),
+        ("optimizer.lr=.inf", "optimizer.lr=inf: must be a finite number"),
+        ("optimizer=muon", "optimizer='muon': must be of type OptimizerConfig"),
+        ("timestep_std=0", "timestep_std=0.0: must be > 0"),
+        ("timestep_std=-1", "timestep_std=-1.0: must be > 0"),
+        ("model.num_attention_heads=0", "model.num_attention_heads=0: must be >= 1"),
+        ("model.attention_head_dim=-32", "model.attention_head_dim=-32: must be >= 1"),
+        ("model.mlp_ratio=0", "model.mlp_ratio=0.0: must be > 0"),
+        ("model.block_groups=[1, 0, 1]", "model.block_groups[1]=0: must be >= 1"),
+        ("model.block_groups=[]", "model.block_groups=(): must be at least 1 long"),
+        ("model.attention_pattern=[[4, 0]]", "model.attention_pattern[0][1]=0: must be >= 1"),
+        ("model.attention_pattern=[[4]]", "model.attention_pattern[0][1]: is missing"),
+        ("model.modulation=film", "model.modulation='film': must be one of adaln_affine, adaln_single, adaln"),
+        ("repa.hidden=0", "repa.hidden=0: must be >= 1"),
+        ("keep_checkpoints=0", "keep_checkpoints=0: must be >= 1"),
+        ("accumulate=0", "accumulate=0: must be >= 1"),
+        ("seed=-1", "seed=-1: must be >= 0"),
+        ("seed=4294967296", "seed=4294967296: must be < 4294967296"),
+        ("data.seed=-1", "data.seed=-1: must be >= 0"),
+    ],
+)
+def test_values_that_once_passed_are_refused_in_one_line(assignment, said):
+    with pytest.raises(ValueError) as caught:
+        override(preset("base", "smoke"), [assignment])
+    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+
+
+def test_a_bad_value_is_refused_wherever_it_comes_from():
+    with pytest.raises(ValueError, match=r"^lr=-1\.0: must be >= 0$"):
+        OptimizerConfig(lr=-1.0)
+    with pytest.raises(ValueError, match="^lrr: unknown field; there are name, lr, "):
+        OptimizerConfig(lrr=1.0)
+    with pytest.raises(ValueError, match="^stage='foo': must be one of base, finetune$"):
+        TrainConfig(stage="foo")
+    with pytest.raises(ValueError, match=r"^optimizer\.lr=-1\.0: must be >= 0$"):
+        from_dict(TrainConfig, {"optimizer": {"lr": -1}})
+    with pytest.raises(ValueError, match="^data.scenes=4: must be at least one batch$"):  # over several fields
+        from_dict(TrainConfig, {"data": {"scenes": 4}})
+
+
+def test_numbers_are_read_as_yaml_writes_them():
+    config = override(preset("base", "lite"), ["optimizer.betas=[9e-1, 98e-2]", "optimizer.lr=1", "guidance='2'"])
+    assert config.optimizer.betas == (0.9, 0.98) and config.guidance == 2.0
+    assert type(config.optimizer.lr) is float and type(OptimizerConfig(lr=1).lr) is float
+
+
+def test_settings_are_dataclasses_that_can_be_keys():
+    config = preset("base", "lite")
+    again = dataclasses.replace(config)
+    assert again == config and again is not config and len({config, again}) == 1
+    assert pickle.loads(pickle.dumps(config)) == config and dataclasses.asdict(config) == to_dict(config)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.steps = 3
+
+
+def test_every_run_has_the_common_fields_and_encoders_train_as_they_did():
+    common = {field.name for field in dataclasses.fields(RunConfig)}
+    for config in CONFIGS.values():
+        assert isinstance(config, RunConfig) and common <= {field.name for field in dataclasses.fields(config)}
+    fits = [AutoencoderConfig(), LanguageModelConfig(), VisionConfig()]
+    assert [(c.steps, c.batch_size, c.warmup_steps) for c in fits] == [(3600, 16, 100), (1150, 64, 50), (1000, 32, 40)]
+    assert {(c.log_every, c.checkpoint_every, c.keep_checkpoints, c.max_grad_norm) for c in fits} == {(20, 200, 1, 1.0)}
+    assert {(c.precision, c.ema_decay, c.max_skipped, c.accumulate) for c in fits} == {("fp32", 0.0, 0, 1)}
+
+
+def test_settings_need_no_torch():
+    code = "import sys, nitro_e_lite.presets; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0

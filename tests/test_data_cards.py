@@ -9,9 +9,9 @@ import typer
 from huggingface_hub import DatasetCard
 
 from nitro_e_lite.cli.app import app
-from nitro_e_lite.config import preset
 from nitro_e_lite.data.precompute import SOURCES
 from nitro_e_lite.data.sources import Prompts
+from nitro_e_lite.presets import preset
 from nitro_e_lite.scenes import captions, grammar
 
 FOLDER = Path(__file__).resolve().parents[1] / "data_cards"

@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 
-from nitro_e_lite.config import assignments, override, preset
+from nitro_e_lite.config import override
 from nitro_e_lite.experiments.launch import (
     LaunchError,
     child_environment,
@@ -22,6 +22,7 @@ from nitro_e_lite.experiments.launch import (
     torchrun_words,
     train_arguments,
 )
+from nitro_e_lite.presets import assignments, preset
 from nitro_e_lite.runtime import RunStopped
 from nitro_e_lite.training.checkpoints import list_checkpoints
 

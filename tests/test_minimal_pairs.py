@@ -6,13 +6,14 @@ from collections import Counter
 import pytest
 import torch
 
-from nitro_e_lite.config import override, preset
+from nitro_e_lite.config import FACTS, override
 from nitro_e_lite.data.batches import Batches
 from nitro_e_lite.data.scene_latents import VALIDATION_START
 from nitro_e_lite.inference.encoders import load_encoders
+from nitro_e_lite.presets import preset
 from nitro_e_lite.scenes.captions import is_reserved, words
 from nitro_e_lite.scenes.grammar import MARGIN, is_held_out, relation_between, sample_scene
-from nitro_e_lite.scenes.minimal_pairs import FACTS, minimal_pair
+from nitro_e_lite.scenes.minimal_pairs import minimal_pair
 from nitro_e_lite.scenes.render import render
 from nitro_e_lite.scenes.verifier import detect
 
@@ -146,8 +147,8 @@ def test_only_the_facts_asked_for(config, encoders):
 
 def test_an_unknown_fact_is_refused_before_anything_is_encoded(config, encoders, monkeypatch):
     monkeypatch.setattr("nitro_e_lite.data.batches.cached_scenes", None)
-    with pytest.raises(ValueError, match="data.pairs=size: must be of places, colors"):
-        Batches(override(config, ["data.pairs=[size]"]), encoders)
+    with pytest.raises(ValueError, match=r"data.pairs\[0\]='size': must be one of places, colors"):
+        override(config, ["data.pairs=[size]"])
 
 
 def test_two_processes_see_what_one_sees(config, encoders):

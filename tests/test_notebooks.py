@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nitro_e_lite import config
-from nitro_e_lite.course import lessons, notebooks
+from nitro_e_lite import presets
+from nitro_e_lite.course import notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks"
@@ -278,8 +278,8 @@ def test_stage_2_goes_on_from_stage_1(scale):
         yaml.safe_load((FOLDER / "params" / f"{name}.{scale}.yaml").read_text(encoding="utf-8")) for name in STAGES[:2]
     )
     assert stage_2["base"] == f"{stage_1['run_dir']}/training"
-    assert stage_1["vision"] == config.preset("base", scale).repa.vision
-    assert stage_1["encoders"] == stage_2["encoders"] == config.preset("finetune", scale).data.encoders
+    assert stage_1["vision"] == presets.preset("base", scale).repa.vision
+    assert stage_1["encoders"] == stage_2["encoders"] == presets.preset("finetune", scale).data.encoders
 
 
 @pytest.mark.slow
@@ -298,7 +298,7 @@ def test_parameter_files_of_the_full_run_train_two_steps_and_change_nothing(tmp_
 @pytest.mark.slow
 def test_stage_2_does_at_smoke_size_all_that_it_does_at_lite_scale(tmp_path):
     """White text and minimal pairs, which the smoke preset leaves out, once failed here after hours of training."""
-    lite = config.preset("finetune", "lite")
+    lite = presets.preset("finetune", "lite")
     flags = {f"data.{name}": getattr(lite.data, name) for name in ("pairs", "pairs_every", "colorless", "quality")}
     flags["optimizer.white_text"] = lite.optimizer.white_text
     overrides = ["steps=2", *(f"{name}={json.dumps(value)}" for name, value in flags.items())]
@@ -383,9 +383,3 @@ def test_clean_takes_out_widgets_timing_and_split_streams():
     assert book["metadata"] == notebooks.METADATA
     assert book["cells"][0]["metadata"] == {"tags": ["solution"], "jupyter": {"source_hidden": True}}
     assert book["cells"][0]["outputs"] == [{**stream, "text": ["a\n", "b\n"]}]
-
-
-def test_scales_are_those_of_the_benchmark():
-    from nitro_e_lite.model.flops import SIZES
-
-    assert set(lessons.SCALES) == set(SIZES)

@@ -6,8 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 from nitro_e_lite.cli.app import app
-from nitro_e_lite.config import override, preset
+from nitro_e_lite.config import override
 from nitro_e_lite.experiments.overfit import LIMIT, overfit
+from nitro_e_lite.presets import preset
 
 SMOKE = preset("base", "smoke")
 

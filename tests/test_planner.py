@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from nitro_e_lite.cli.app import app
-from nitro_e_lite.config import override, preset, to_dict
+from nitro_e_lite.config import override, to_dict
 from nitro_e_lite.data.shard_writer import write_latents
 from nitro_e_lite.data.shards import LatentBatch
 from nitro_e_lite.experiments.plan import STORED, activation_bytes, count_pictures, frozen_encoders, plan, published_mfu
@@ -17,6 +17,7 @@ from nitro_e_lite.inference.encoders import load_encoders
 from nitro_e_lite.inference.vision import load_vision
 from nitro_e_lite.model.cpu_kernels import plain_operations
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.presets import preset
 
 FULL = preset("base", "full")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
-from nitro_e_lite.config import override, preset
+from nitro_e_lite.config import override
 from nitro_e_lite.data.shard_writer import write_latents
 from nitro_e_lite.data.shards import LatentBatch
 from nitro_e_lite.experiments.ship import ship
@@ -17,6 +17,7 @@ from nitro_e_lite.inference.encoders import load_encoders
 from nitro_e_lite.inference.hub import EncoderUnavailable
 from nitro_e_lite.inference.vision import MEAN, STD, load_vision, prepare_pixels, repa_loss
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.presets import preset
 from nitro_e_lite.scenes.grammar import SHAPES, sample_scene
 from nitro_e_lite.scenes.render import render
 from nitro_e_lite.stages.autoencoder import scene_images
@@ -290,7 +291,7 @@ def test_kinds_of_outlines_are_shapes_that_nobody_named():
     )
     with pytest.raises(ValueError, match="hold fewer outlines"):
         find_kinds(VisionConfig(kinds_scenes=2))
-    with pytest.raises(ValueError, match="kinds=1: must be at least 2"):
+    with pytest.raises(ValueError, match="kinds=1: must be >= 2"):
         VisionConfig(kinds=1)
 
 

@@ -11,13 +11,13 @@ import psutil
 import pytest
 
 import nitro_e_lite
-from nitro_e_lite import config
+from nitro_e_lite import presets
 from nitro_e_lite.course import notebooks
 from nitro_e_lite.experiments import reproduce
 from nitro_e_lite.training.checkpoints import load_latest
 
 # Small, but with all that stage 2 does at lite scale and not at smoke scale: notebook 10 once broke on it after hours.
-LITE = config.preset("finetune", "lite")
+LITE = presets.preset("finetune", "lite")
 OVERRIDES = ["steps=2", f"optimizer.white_text={json.dumps(LITE.optimizer.white_text)}"]
 OVERRIDES += [f"data.{name}={json.dumps(getattr(LITE.data, name))}" for name in ("pairs", "pairs_every", "colorless")]
 

@@ -6,9 +6,9 @@ import torch
 from tiny import build_tiny_pipeline
 
 from nitro_e_lite import load_pipeline
+from nitro_e_lite.config import FACTS
 from nitro_e_lite.evaluation.sensitivity import caption_sensitivity, pairs_of
 from nitro_e_lite.scenes.grammar import COLORS
-from nitro_e_lite.scenes.minimal_pairs import FACTS
 from nitro_e_lite.scenes.render import render
 
 

@@ -12,11 +12,12 @@ import time
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from ranks import ranks  # noqa: F401
 from safetensors.torch import load_file
 
 from nitro_e_lite import config
-from nitro_e_lite.config import override, preset, to_dict
+from nitro_e_lite.config import override, to_dict
 from nitro_e_lite.data import scene_latents
 from nitro_e_lite.data.batches import Batches
 from nitro_e_lite.data.scene_latents import encode_scenes
@@ -26,8 +27,10 @@ from nitro_e_lite.inference.encoders import LatentStats, load_encoders
 from nitro_e_lite.inference.loading import load_pipeline
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.flops import count_flops
+from nitro_e_lite.presets import preset
 from nitro_e_lite.runtime import RunStopped
 from nitro_e_lite.stages.pretrain import Pretrain, pretrain
+from nitro_e_lite.training import distributed
 from nitro_e_lite.training.checkpoints import list_checkpoints
 from nitro_e_lite.training.engine import Engine
 from nitro_e_lite.training.metrics import tracker_name
@@ -115,11 +118,11 @@ def test_the_same_run_twice_is_the_same(uninterrupted, tmp_path):
 
 def test_every_field_of_a_recipe_is_read_while_it_trains(uninterrupted, tmp_path, monkeypatch):
     """A hyper-parameter that nothing reads is a lie. Its own class and copies of it do not count as readers."""
-    read = {}
+    read, own = {}, ("dataclasses", "nitro_e_lite.config", "pydantic._internal._dataclasses")
 
     def spy(cls):
         def get(self, name):
-            if sys._getframe(1).f_globals["__name__"] not in ("dataclasses", "nitro_e_lite.config"):
+            if sys._getframe(1).f_globals["__name__"] not in own:
                 read.setdefault(cls.__name__, set()).add(name)
             return object.__getattribute__(self, name)
 
@@ -283,7 +286,7 @@ import sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from nitro_e_lite.config import preset
+from nitro_e_lite.presets import preset
 from nitro_e_lite.training.distributed import PATIENCE, check_together, start_accelerator
 
 folder = Path(sys.argv[1])
@@ -372,6 +375,38 @@ def test_processes_that_did_not_find_each_other_are_refused(uninterrupted, tmp_p
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="WORLD_SIZE=2, but accelerate sees 1"):
         engine(SMOKE, tmp_path)
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate as in a new process: it keeps what the first run of a process chose."""
+
+    def reset():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
+    yield
+    reset()
+
+
+def test_what_accelerate_reads_from_the_environment_changes_no_bit(plain, tmp_path, fresh_accelerate, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    rows, weights = after_three_steps(tmp_path)
+    assert rows == plain[0]
+    assert_same(weights, plain[1])
+
+
+@pytest.mark.parametrize("name", distributed.FOREIGN)
+def test_other_ways_to_train_are_refused_by_name(name, tmp_path, monkeypatch):
+    monkeypatch.setenv(name, "TE" if name.endswith("BACKEND") else "true")
+    with pytest.raises(ValueError, match=f"^{name}=.*: a run is data-parallel"):
+        engine(SMOKE, tmp_path)
+    monkeypatch.setenv(name, "NO" if name.endswith("BACKEND") else "")
+    engine(SMOKE, tmp_path)
 
 
 # -- one step

@@ -30,10 +30,10 @@ Nodes = Annotated[int, typer.Option(help="Machines; for more than one the comman
 
 def run_stage(stage, preset, overrides, run_dir, resume, device, processes, nodes) -> None:
     """Trains one stage, or prints how to start it on several machines."""
-    from nitro_e_lite import config
+    from nitro_e_lite import config, presets
     from nitro_e_lite.experiments import launch
 
-    chosen = config.override(config.preset(stage, preset), overrides or [])
+    chosen = config.override(presets.preset(stage, preset), overrides or [])
     run_dir = run_dir or Path("runs") / f"{stage}-{preset}"
     if nodes > 1:
         words = launch.train_arguments(chosen, run_dir, True, device)
@@ -154,11 +154,11 @@ def compare_command(
 ) -> None:
     """Train variants of a stage on the same batches, over several seeds, and measure them along the way."""
     with output(json) as result:
-        from nitro_e_lite import config
+        from nitro_e_lite import config, presets
         from nitro_e_lite.experiments import compare
         from nitro_e_lite.scenes import geneval
 
-        chosen = config.override(config.preset(stage, preset), overrides or [])
+        chosen = config.override(presets.preset(stage, preset), overrides or [])
         variants = dict(compare.read_variant(text) for text in variant)
         steps, numbers = whole_numbers("points", points), whole_numbers("seeds", seeds)
         drawn = compare.spread_prompts(geneval.load_prompts(), prompts)
@@ -182,10 +182,10 @@ def overfit_command(
 ) -> None:
     """Learn one small batch by heart with the settings of a run, before it may take days. Fails when that fails."""
     with output(json) as result:
-        from nitro_e_lite import config
+        from nitro_e_lite import config, presets
         from nitro_e_lite.experiments.overfit import overfit
 
-        chosen = config.override(config.preset(stage, preset), overrides or [])
+        chosen = config.override(presets.preset(stage, preset), overrides or [])
         result |= overfit(chosen, samples, steps, device)
         if not json:
             marks = sorted({round(k * steps / 6) for k in range(7)})
@@ -236,11 +236,11 @@ def plan_command(
     with output(json) as result:
         import dataclasses
 
-        from nitro_e_lite import config
+        from nitro_e_lite import config, presets
         from nitro_e_lite.experiments import plan
         from nitro_e_lite.model.flops import HARDWARE
 
-        chosen = config.override(config.preset(stage, preset), overrides or [])
+        chosen = config.override(presets.preset(stage, preset), overrides or [])
         found = plan.plan(chosen, hardware, devices, mfu, peak_tflops, pictures)
         result |= {"stage": stage, "preset": preset, "hardware": hardware, "devices": devices}
         result |= dataclasses.asdict(found) | {"published_mfu": plan.published_mfu()}

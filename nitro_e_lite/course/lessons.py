@@ -32,10 +32,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from nitro_e_lite import config, files, runtime, viz
+from nitro_e_lite.config import SCALES
 from nitro_e_lite.stats import interval
 
 __all__ = ["Lesson", "check", "interval", "race", "start"]
-SCALES = ("smoke", "lite", "full")
 MAX_PNG = 90_000  # bytes of a picture in a notebook
 
 

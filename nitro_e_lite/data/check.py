@@ -25,7 +25,6 @@ import torch
 from tqdm.auto import tqdm
 from transformers import Dinov2Config
 
-from nitro_e_lite.config import preset
 from nitro_e_lite.data.batches import batch_indices
 from nitro_e_lite.data.shard_writer import write_latents
 from nitro_e_lite.data.shards import (
@@ -45,6 +44,7 @@ from nitro_e_lite.files import sha256_file, write_atomically
 from nitro_e_lite.inference.vision import FULL_VISION_SIZES, GRID
 from nitro_e_lite.model.flops import published_samples_per_second
 from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH
+from nitro_e_lite.presets import preset
 
 MEAN_LIMIT, SPREAD_LIMITS = 0.5, (0.7, 1.4)  # of the mean over channels, in absolute value
 CHANNEL_MEAN_LIMIT, CHANNEL_SPREAD_LIMITS = 1.5, (0.2, 5.0)

@@ -19,10 +19,11 @@ from itertools import count, islice
 import torch
 from torch import Tensor
 
+from nitro_e_lite.config import FACTS
 from nitro_e_lite.inference.encoders import encode_images
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.model import flow
-from nitro_e_lite.scenes.minimal_pairs import FACTS, MinimalPair, minimal_pair
+from nitro_e_lite.scenes.minimal_pairs import MinimalPair, minimal_pair
 from nitro_e_lite.scenes.render import render
 from nitro_e_lite.stats import interval
 
@@ -35,7 +36,7 @@ class Reading:
     """How much the loss at noise level ``t`` rises when one fact of the caption is wrong.
 
     Attributes:
-        fact: one of ``minimal_pairs.FACTS``.
+        fact: one of ``config.FACTS``.
         t: noise level.
         loss: mean squared velocity error with the right caption.
         rise: of the loss with the other caption, and ``margin``, half its 95 % interval over the pairs.

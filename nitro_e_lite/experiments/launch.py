@@ -27,8 +27,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from nitro_e_lite.config import TrainConfig, assignments, to_dict
+from nitro_e_lite.config import TrainConfig, to_dict
 from nitro_e_lite.experiments import worker
+from nitro_e_lite.presets import assignments
 from nitro_e_lite.runtime import RunStopped, StopRequest
 from nitro_e_lite.stages.pretrain import pretrain
 

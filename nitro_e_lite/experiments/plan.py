@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, Dinov2Config, Dinov2Model, LlamaConfig
 
-from nitro_e_lite.config import DataConfig, TrainConfig, preset, to_dict
+from nitro_e_lite.config import DataConfig, TrainConfig, to_dict
 from nitro_e_lite.data.shards import sidecars
 from nitro_e_lite.evaluation.benchmark import median_seconds
 from nitro_e_lite.files import find_weights
@@ -48,6 +48,7 @@ from nitro_e_lite.model.flops import (
     model_flops,
 )
 from nitro_e_lite.model.tokens import text_length
+from nitro_e_lite.presets import preset
 from nitro_e_lite.stages.vision import VisionConfig, build_vision
 from nitro_e_lite.training.optimizers import hidden_matrices
 

@@ -27,6 +27,7 @@ from typing import Any
 import yaml
 
 from nitro_e_lite import config as configuration
+from nitro_e_lite import presets
 from nitro_e_lite.course import notebooks
 from nitro_e_lite.evaluation.geneval_lite import evaluate
 from nitro_e_lite.experiments.compare import spread_prompts
@@ -78,7 +79,7 @@ class Chain:
         notebooks.notebooks_dir()
         check_processes(devices, None)
         for stage in ("base", "finetune"):  # now, and not after the encoders
-            configuration.override(configuration.preset(stage, preset), list(overrides))
+            configuration.override(presets.preset(stage, preset), list(overrides))
         self.preset, self.seed, self.devices = preset, seed, devices
         self.overrides, self.run_dir = list(overrides), Path(run_dir).resolve()
         self.report = {"settings": {"preset": preset, "seed": seed, "overrides": self.overrides}, "steps": {}}

@@ -23,6 +23,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nitro_e_lite.config import SIGMA_GRIDS
 from nitro_e_lite.inference.arguments import (
     OUTPUT_TYPES,
     as_generators,
@@ -38,8 +39,6 @@ from nitro_e_lite.inference.encoders import LatentStats, decode_latents, encode_
 from nitro_e_lite.model import flow
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH
-
-SIGMA_GRIDS = ("linear", "scheduler")
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,13 @@ from nitro_e_lite.model import cpu_kernels
 from nitro_e_lite.model.attention import JointAttention
 from nitro_e_lite.model.cpu_kernels import Linear
 
-MODULATIONS = ("adaln_affine", "adaln_single", "adaln")
-
 
 class TimeEmbedding(nn.Module):
     """Noise level to the global signal that steers every block.
 
     Args:
         dim: Width `D`.
-        modulation: One of `MODULATIONS`.
+        modulation: One of `config.MODULATIONS`.
     """
 
     def __init__(self, dim: int, modulation: str):
@@ -49,7 +47,7 @@ class Modulation(nn.Module):
 
     Args:
         dim: Width `D`.
-        kind: One of `MODULATIONS`.
+        kind: One of `config.MODULATIONS`.
     """
 
     def __init__(self, dim: int, kind: str):
@@ -95,7 +93,7 @@ class Stream(nn.Module):
     Args:
         dim: Width `D`.
         hidden: Inner width of the MLP.
-        modulation: One of `MODULATIONS`.
+        modulation: One of `config.MODULATIONS`.
     """
 
     def __init__(self, dim: int, hidden: int, modulation: str):
@@ -126,7 +124,7 @@ class JointBlock(nn.Module):
         head_dim: `E`; `D = M * E`.
         mlp_ratio: Inner width of the MLP over `D`.
         pattern: ASA pattern `(ratio, chunk)`.
-        modulation: One of `MODULATIONS`.
+        modulation: One of `config.MODULATIONS`.
         context_pre_only: The last block: the text stream is read (norm only, no modulation) but not continued.
     """
 

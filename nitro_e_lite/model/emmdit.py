@@ -22,8 +22,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
+from nitro_e_lite.config import MODULATIONS
 from nitro_e_lite.model.attention import BACKENDS, JointAttention
-from nitro_e_lite.model.blocks import MODULATIONS, JointBlock, TimeEmbedding
+from nitro_e_lite.model.blocks import JointBlock, TimeEmbedding
 from nitro_e_lite.model.cpu_kernels import Linear
 from nitro_e_lite.model.tokens import (
     TokenCompressor,

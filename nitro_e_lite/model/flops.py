@@ -26,11 +26,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nitro_e_lite.config import preset, to_dict
+from nitro_e_lite.config import SCALES, to_dict
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH
+from nitro_e_lite.presets import preset
 
-SIZES = ("full", "lite", "smoke")
 TRAINING_PASSES = 3  # what a training sample costs, in forward passes: one, and two for the gradients
 PUBLISHED_DAYS, PUBLISHED_DEVICES, PUBLISHED_HARDWARE = 1.5, 8, "mi300x"  # both stages together
 
@@ -67,8 +67,8 @@ def model_config(size: str) -> dict[str, Any]:
     Raises:
         ValueError: for another size.
     """
-    if size not in SIZES:
-        raise ValueError(f"size: {size!r} is not one of {', '.join(SIZES)}")
+    if size not in SCALES:
+        raise ValueError(f"size: {size!r} is not one of {', '.join(SCALES)}")
     return {} if size == "full" else to_dict(preset("base", size).model)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from nitro_e_lite.config import Fact
 from nitro_e_lite.scenes.captions import caption_stream, describe, is_reserved
 from nitro_e_lite.scenes.grammar import (
     COLORS,
@@ -31,21 +32,20 @@ from nitro_e_lite.scenes.grammar import (
     sample_scene,
 )
 
-FACTS = ("places", "colors", "partner", "number", "shape", "color")  # what a pair can differ in
 REDRAW = 2**44  # added to an index to draw another scene: beyond those of training and of validation
 _CHANGES = 2**33  # names the streams that choose a change
 
 
 @dataclass(frozen=True)
 class MinimalPair:
-    """Two scenes that differ in one of `FACTS`.
+    """Two scenes that differ in one of `config.FACTS`.
 
     They are: exchanged places or colours of two objects, the shape of one of them ("partner"), the number of equal
     objects, and shape or colour of one or of all equal objects.
     """
 
     scenes: tuple[Scene, Scene]
-    fact: str
+    fact: Fact
 
     def captions(self, variant: int) -> tuple[str, str]:
         """One caption for each scene: the same template, different words; never a reserved string.
@@ -78,7 +78,7 @@ def minimal_pair(seed: int, index: int) -> MinimalPair:
     raise RuntimeError(f"no minimal pair for seed={seed}, index={index}")  # probability below 1e-30
 
 
-def _changes(scene: Scene, stream: Stream) -> Iterator[tuple[str, Scene]]:
+def _changes(scene: Scene, stream: Stream) -> Iterator[tuple[Fact, Scene]]:
     """Facts and the scene with that one changed, the preferred one first."""
     if scene.kind in ("pair", "mixed"):
         first, second = scene.objects[:2]

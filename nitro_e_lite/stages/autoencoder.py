@@ -12,17 +12,18 @@ which removes high frequencies from the latents. Source: arXiv 2502.14831 (diffu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC
+from pydantic import Field
 from torch import Tensor
 
-from nitro_e_lite.config import RunConfig
+from nitro_e_lite.config import NonNegative, NonNegativeNumber, Positive, PositiveNumber, RunConfig, settings
 from nitro_e_lite.inference.encoders import LatentStats, images_to_tensor
 from nitro_e_lite.runtime import generator
 from nitro_e_lite.scenes.grammar import sample_scene
@@ -30,28 +31,31 @@ from nitro_e_lite.scenes.render import render
 from nitro_e_lite.training.engine import Engine, Placement, Stage, Trained
 from nitro_e_lite.training.optimizers import cosine_scale
 
+Widths = Annotated[tuple[Positive, ...], Field(min_length=1)]
+Layers = Annotated[tuple[NonNegative, ...], Field(min_length=1)]
 
-@dataclass(frozen=True, kw_only=True)
+
+@settings
 class AutoencoderConfig(RunConfig):
     """The lite autoencoder: f8, so that a 128 px picture becomes a 16x16 grid of latents."""
 
-    steps: int = 3600
-    batch_size: int = 16
-    learning_rate: float = 2e-3
-    warmup_steps: int = 100
-    max_grad_norm: float = 1.0
-    image_size: int = 128
-    window: int = 64  # pixels a side of the part of a picture that a step looks at
-    latent_channels: int = 8
-    encoder_widths: tuple[int, ...] = (16, 16, 32, 128)  # first unused: no layer at 128x128
-    encoder_layers: tuple[int, ...] = (0, 1, 1, 1)
-    decoder_widths: tuple[int, ...] = (16, 16, 64, 128)
-    decoder_layers: tuple[int, ...] = (0, 1, 1, 3)
-    latent_noise: float = 0.1  # largest noise on the latents, in standard deviations of a channel
-    half_resolution_every: int = 6  # 0 switches scale equivariance off
-    squared_weight: float = 2.0
-    gradient_weight: float = 1.0
-    statistics_scenes: int = 2048
+    steps: Positive = 3600
+    batch_size: Positive = 16
+    learning_rate: NonNegativeNumber = 2e-3
+    warmup_steps: NonNegative = 100  # linear; then the rate falls to zero along a cosine
+    max_grad_norm: PositiveNumber = 1.0  # the global gradient norm is clipped there
+    image_size: Positive = 128  # pixels a side
+    window: Positive = 64  # pixels a side of the part of a picture that a step looks at
+    latent_channels: Positive = 8
+    encoder_widths: Widths = (16, 16, 32, 128)  # first unused: no layer at 128x128
+    encoder_layers: Layers = (0, 1, 1, 1)
+    decoder_widths: Widths = (16, 16, 64, 128)
+    decoder_layers: Layers = (0, 1, 1, 3)
+    latent_noise: NonNegativeNumber = 0.1  # largest noise on the latents, in standard deviations of a channel
+    half_resolution_every: NonNegative = 6  # 0 switches scale equivariance off
+    squared_weight: NonNegativeNumber = 2.0
+    gradient_weight: NonNegativeNumber = 1.0
+    statistics_scenes: Positive = 2048  # whose latents say mean and spread of each channel
 
 
 def build_autoencoder(config: AutoencoderConfig) -> AutoencoderDC:

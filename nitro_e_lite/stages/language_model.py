@@ -18,7 +18,6 @@ A language model that a transformer has learned to read can be taught more witho
 from its weights and ``keep`` holds the features near what they were.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +27,16 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from nitro_e_lite.config import RunConfig
+from nitro_e_lite.config import (
+    AnyText,
+    NonNegative,
+    NonNegativeNumber,
+    Positive,
+    PositiveNumber,
+    RunConfig,
+    Share,
+    settings,
+)
 from nitro_e_lite.files import find_weights
 from nitro_e_lite.inference.encoders import clean_caption
 from nitro_e_lite.inference.hub import load_text_encoder
@@ -45,35 +53,35 @@ END = "</s>"
 Tokens = dict[str, Tensor]  # input_ids and attention_mask, (B, L)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class LanguageModelConfig(RunConfig):
     """The lite text encoder: a byte-pair tokenizer and a small Llama with grouped-query attention."""
 
-    steps: int = 1150
-    batch_size: int = 64
-    warmup_steps: int = 50
-    learning_rate: float = 0.02  # of Muon, on the hidden matrices
-    adam_learning_rate: float = 3e-3  # of AdamW, on embeddings and norms
-    max_grad_norm: float = 1.0
-    max_length: int = LITE_TEXT_LENGTH
-    vocabulary_size: int = 512
-    tokenizer_scenes: int = 4000
-    width: int = 256
-    layers: int = 4
-    heads: int = 4
-    key_value_heads: int = 2
-    intermediate: int = 640
-    decoder_layers: int = 2
-    candidates: int = 6  # captions among which the paraphrase is chosen
-    related: float = 0.5  # share of the scenes that are drawn among those with a clear relation, to teach places
-    start_from: str = ""  # "lite" or a folder: tokenizer and language model to go on from
-    next_word_weight: float = 1.0
-    paraphrase_weight: float = 1.0
-    place_weight: float = 1.0
-    keep_weight: float = 0.0  # of the squared distance from the features of ``start_from``, relative to their variance
+    steps: Positive = 1150
+    batch_size: Positive = 64
+    warmup_steps: NonNegative = 50  # linear; then the rates fall to zero along a cosine
+    learning_rate: NonNegativeNumber = 0.02  # of Muon, on the hidden matrices
+    adam_learning_rate: NonNegativeNumber = 3e-3  # of AdamW, on embeddings and norms
+    max_grad_norm: PositiveNumber = 1.0  # the global gradient norm is clipped there
+    max_length: Positive = LITE_TEXT_LENGTH  # tokens of a caption
+    vocabulary_size: Positive = 512
+    tokenizer_scenes: Positive = 4000
+    width: Positive = 256
+    layers: Positive = 4
+    heads: Positive = 4
+    key_value_heads: Positive = 2
+    intermediate: Positive = 640
+    decoder_layers: Positive = 2
+    candidates: Positive = 6  # captions among which the paraphrase is chosen
+    related: Share = 0.5  # share of the scenes that are drawn among those with a clear relation, to teach places
+    start_from: AnyText = ""  # "lite" or a folder: tokenizer and language model to go on from
+    next_word_weight: NonNegativeNumber = 1.0
+    paraphrase_weight: NonNegativeNumber = 1.0
+    place_weight: NonNegativeNumber = 1.0
+    # of the squared distance from the features of ``start_from``, relative to their variance
+    keep_weight: NonNegativeNumber = 0.0
 
     def __post_init__(self):
-        super().__post_init__()
         if self.keep_weight and not self.start_from:
             raise ValueError(f"keep_weight={self.keep_weight}: there is nothing to keep; name start_from")
 

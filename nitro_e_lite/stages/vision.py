@@ -22,18 +22,18 @@ DetCon (arXiv 2103.10957). Differs: both cluster or contrast the features that t
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
-from nitro_e_lite.config import RunConfig
+from nitro_e_lite.config import NonNegative, NonNegativeNumber, Positive, PositiveNumber, RunConfig, settings
 from nitro_e_lite.inference.vision import GRID, patch_features, prepare_pixels
 from nitro_e_lite.runtime import generator
 from nitro_e_lite.scenes.grammar import COLORS, SHAPES, sample_scene
@@ -46,31 +46,31 @@ HELD_OUT_SEED = 20_000  # scenes of this seed are for the probe
 CORE = 0.6  # a patch belongs to an object whose centre is nearer than this, in radii
 
 
-@dataclass(frozen=True, kw_only=True)
+AtLeastTwo = Annotated[int, Field(ge=2)]
+
+
+@settings
 class VisionConfig(RunConfig):
     """The lite vision model: 128 px in patches of 8, so that it has a feature for each latent."""
 
-    steps: int = 1000
-    batch_size: int = 32
-    learning_rate: float = 0.02  # of Muon, on the hidden matrices
-    adam_learning_rate: float = 1.5e-3
-    warmup_steps: int = 40
-    max_grad_norm: float = 1.0
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
-    patch_size: int = 8
-    kinds: int = 12  # clusters of outlines
-    kinds_scenes: int = 768  # scenes they are found in
-    pixel_weight: float = 0.5
-    probe_scenes: int = 512  # half to fit the probe, half to judge it
+    steps: Positive = 1000
+    batch_size: Positive = 32
+    learning_rate: NonNegativeNumber = 0.02  # of Muon, on the hidden matrices
+    adam_learning_rate: NonNegativeNumber = 1.5e-3
+    max_grad_norm: PositiveNumber = 1.0  # the global gradient norm is clipped there
+    warmup_steps: NonNegative = 40  # linear; then the rates fall to zero along a cosine
+    width: Positive = 128
+    layers: Positive = 4
+    heads: Positive = 4
+    patch_size: Positive = 8
+    kinds: AtLeastTwo = 12  # clusters of outlines
+    kinds_scenes: Positive = 768  # scenes they are found in
+    pixel_weight: NonNegativeNumber = 0.5
+    probe_scenes: AtLeastTwo = 512  # half to fit the probe, half to judge it
 
     def __post_init__(self):
-        super().__post_init__()
         if self.width % self.heads:
             raise ValueError(f"width={self.width}: must be a multiple of heads={self.heads}")
-        if self.kinds < 2:
-            raise ValueError(f"kinds={self.kinds}: must be at least 2")
 
 
 class OutlineLearner(nn.Module):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
 from torch import Tensor
 
 from nitro_e_lite.config import RunConfig
@@ -19,16 +20,39 @@ from nitro_e_lite.training.metrics import tracker_name
 BUCKET = 2**25  # numbers after which a bucket of gradients is full: 128 MB
 PATIENCE = timedelta(hours=6)  # the first run of several processes encodes all scenes in one: an hour on two cores
 
+# Variables by which accelerate would train in another way, in another precision or elsewhere than the settings say,
+# and that no argument of ours overrules.
+FOREIGN = (
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
+    "ACCELERATE_USE_SAGEMAKER",
+    "ACCELERATE_FP8_BACKEND",
+    "ACCELERATE_TORCH_DEVICE",
+)
+OFF = ("", "no", "false", "off", "n", "f", "0")
+
 
 def start_accelerator(config: RunConfig, run_dir: Path, device: str | None) -> Accelerator:
     """The processes of the run, joined. They wait for each other up to ``PATIENCE``: one encodes scenes for all.
+
+    Precision, accumulation and compilation are those of ``config``, and accelerate does nothing about them, whatever
+    ``ACCELERATE_MIXED_PRECISION``, ``ACCELERATE_GRADIENT_ACCUMULATION_STEPS`` or ``ACCELERATE_DYNAMO_...`` say; what
+    ``accelerate config`` once wrote must not change a run.
 
     Raises:
         RuntimeError: the launcher (torchrun) was asked for another number of processes than found each other, or an
             earlier run of this process was on the CPU and this one should not be.
         ValueError: a tracker that is not installed or unknown, a device that is not there, or one with a number for
-            several processes.
+            several processes; or the environment asks accelerate for one of ``FOREIGN``.
     """
+    for name in FOREIGN:
+        if (value := os.environ.get(name, "")).lower() not in OFF:
+            raise ValueError(
+                f"{name}={value}: a run is data-parallel, in the precision of its settings and on the device it is "
+                "told; unset it"
+            )
     chosen, asked = pick_device(device), int(os.environ.get("WORLD_SIZE", 1))
     cpu = chosen.type == "cpu"
     if chosen.index is not None and not cpu:
@@ -37,6 +61,10 @@ def start_accelerator(config: RunConfig, run_dir: Path, device: str | None) -> A
         torch.accelerator.set_device_index(chosen.index)
     accelerator = Accelerator(
         cpu=cpu,
+        mixed_precision="no",
+        # as a plugin: ACCELERATE_GRADIENT_ACCUMULATION_STEPS wins over the argument gradient_accumulation_steps
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_plugin=TorchDynamoPlugin(backend="no", mode="default", fullgraph=False, use_regional_compilation=False),
         log_with=tracker_name(config.tracker),
         project_dir=run_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],

@@ -1,0 +1,133 @@
+"""The presets: every hyper-parameter of every stage and scale, once.
+
+``preset("base", "lite")`` is the recipe of the lite model; what trained the shipped weights is written beside them, in
+``weights/lite/transformer/training.json``. Stage "base" learns from everything, stage "finetune" continues on the
+better part of the data with a lower learning rate and a longer average. The full presets are the paper's: 100,000 and
+50,000 steps of 2048 pictures. What a field means and what it may hold is in ``config.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from nitro_e_lite.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RepaConfig,
+    TrainConfig,
+    differences,
+)
+
+# The published projector, 2048 wide, would cost more than the whole lite model.
+_NARROW = RepaConfig(hidden=256)
+
+_SMOKE = TrainConfig(
+    preset="smoke",
+    repa=_NARROW,
+    steps=10,
+    batch_size=8,
+    precision="fp32",
+    log_every=1,
+    validate_every=5,
+    sample_every=10,
+    checkpoint_every=5,
+    tracker="none",
+    model=ModelConfig(num_attention_heads=2, attention_head_dim=16, block_groups=(1, 1, 1)),
+    data=DataConfig(scenes=32, captions=2, validation_scenes=8),
+    optimizer=OptimizerConfig(warmup_steps=2, decay_steps=4),
+)
+
+# Lite latents say little twice: where an object lies and what it is are decided above t = 0.75. The published density
+# draws 14 % of its t there, this one about half; with it the same samples teach far more. Sampling takes half of its
+# steps there too. Single precision: on a Xeon without AMX forward and backward take 1.9 times as long in bf16
+# (`nitro-e benchmark --transformer lite --batch 32`, with and without `--dtype bfloat16`).
+_LITE = TrainConfig(timestep_mean=1.2, timestep_std=1.2, shift=3.0, repa=_NARROW)
+
+_FULL = TrainConfig(  # stage 1 of the paper, 8 x 256 pictures a step
+    preset="full",
+    steps=100_000,
+    batch_size=2048,
+    precision="bf16",
+    ema_decay=0.0,  # averaging begins with stage 2
+    log_every=50,
+    validate_every=2000,
+    sample_every=5000,
+    checkpoint_every=1000,
+    keep_checkpoints=3,
+    guidance=4.5,
+    model=ModelConfig(
+        in_channels=32,
+        num_attention_heads=24,
+        caption_channels=2048,
+        block_groups=(4, 16, 4),
+        attention_pattern=((1, 1), (4, 1), (4, 4)),
+    ),
+    data=DataConfig(
+        folders=("data/sa1b", "data/journeydb", "data/fluxdb"), validation_folders=("data/validation",), encoders="full"
+    ),
+    optimizer=OptimizerConfig(
+        name="adamw",
+        lr=3e-4,
+        betas=(0.9, 0.999),  # not published: torch's own
+        weight_decay=0.03,
+        clip=0.5,
+        warmup_steps=500,
+        decay_steps=0,
+    ),
+    repa=RepaConfig(weight=0.5, vision="facebook/dinov2-base"),
+)
+
+
+def _finetune(base: TrainConfig, optimizer: dict[str, Any], data: dict[str, Any], **changes: Any) -> TrainConfig:
+    """Stage 2 of ``base``: the better part of its data, a third of its learning rate, without REPA."""
+    return dataclasses.replace(
+        base,
+        stage="finetune",
+        data=dataclasses.replace(base.data, **data),
+        optimizer=dataclasses.replace(base.optimizer, **optimizer),
+        repa=RepaConfig(),
+        **changes,
+    )
+
+
+_THIRD = {"lr": 7e-4, "muon_lr": 7e-3}
+
+# Two objects and counts are what lite models fail at. Half of the steps teach which words tell one scene from another,
+# and captions without colours come often enough to learn that "a star and a heart" are not two of one kind.
+_TWO_OBJECTS = {"pairs": ("partner", "number", "places", "colors"), "pairs_every": 2, "colorless": 0.5}
+PRESETS: dict[tuple[str, str], TrainConfig] = {
+    ("base", "smoke"): _SMOKE,
+    ("base", "lite"): _LITE,
+    ("base", "full"): _FULL,
+    ("finetune", "smoke"): _finetune(_SMOKE, _THIRD, {"quality": "readable"}),
+    ("finetune", "lite"): _finetune(
+        _LITE,
+        {"lr": 6e-4, "muon_lr": 6e-3, "warmup_steps": 50, "decay_steps": 1000, "white_text": True},
+        {"quality": "readable", **_TWO_OBJECTS},
+        start_from="lite",
+        steps=3000,
+        ema_decay=0.999,
+    ),
+    ("finetune", "full"): _finetune(
+        _FULL, {"lr": 1e-4, "clip": 1.0}, {"folders": ("data/journeydb", "data/fluxdb")}, steps=50_000, ema_decay=0.9999
+    ),
+}
+
+
+def preset(stage: str, name: str) -> TrainConfig:
+    """The configuration called ``name`` of a training stage.
+
+    Raises:
+        ValueError: when there is none; the message lists those there are.
+    """
+    if (stage, name) not in PRESETS:
+        known = ", ".join(f"{s}/{n}" for s, n in PRESETS)
+        raise ValueError(f"preset={stage}/{name}: unknown; there are {known}")
+    return PRESETS[stage, name]
+
+
+def assignments(config: TrainConfig) -> list[str]:
+    """The ``override`` strings that make ``config`` out of its preset."""
+    return differences(preset(config.stage, config.preset), config)
