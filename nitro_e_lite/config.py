@@ -28,6 +28,8 @@ import yaml
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
+from nitro_e_lite.errors import InvalidValue
+
 T = TypeVar("T")
 
 # -- the words that settings choose from
@@ -82,7 +84,7 @@ def settings(cls: type[T]) -> type[T]:
         try:
             checked(self, **values)
         except ValidationError as error:
-            raise ValueError(_explain(error, self)) from None
+            raise InvalidValue(_explain(error, self)) from None
 
     made.__init__ = __init__
     return made
@@ -258,7 +260,7 @@ class TrainConfig(RunConfig):
 
 def _require(holds: bool, name: str, value, rule: str) -> None:
     if not holds:
-        raise ValueError(f"{name}={value!r}: must be {rule}")
+        raise InvalidValue(f"{name}={value!r}: must be {rule}")
 
 
 # -- changing them, and plain data
@@ -278,7 +280,7 @@ def override(config: T, assignments: list[str]) -> T:
     for assignment in assignments:
         path, sign, text = assignment.partition("=")
         if not sign:
-            raise ValueError(f"{assignment!r}: must read field=value")
+            raise InvalidValue(f"{assignment!r}: must read field=value")
         config = _replace(config, path.strip().split("."), yaml.safe_load(text), path.strip())
     return config
 
@@ -302,14 +304,14 @@ def _replace(config, names: list[str], value, path: str, above: str = ""):
     name, *deeper = names
     known = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     if name not in known:
-        raise ValueError(f"{path}: unknown field {name!r}; there are {', '.join(known)}")
+        raise InvalidValue(f"{path}: unknown field {name!r}; there are {', '.join(known)}")
     current = known[name]
     if not deeper:
         value = _coerce(value, current, path)
     elif dataclasses.is_dataclass(current):
         value = _replace(current, deeper, value, path, f"{above}{name}.")
     else:
-        raise ValueError(f"{path}: {name!r} has no fields")
+        raise InvalidValue(f"{path}: {name!r} has no fields")
     return _make(functools.partial(dataclasses.replace, config), {name: value}, above)
 
 
@@ -318,7 +320,7 @@ def _make(make, values: dict[str, Any], path: str):
     try:
         return make(**values)
     except ValueError as error:
-        raise ValueError(f"{path}{error}") from None
+        raise InvalidValue(f"{path}{error}") from None
 
 
 def _coerce(value: Any, current: Any, path: str) -> Any:
@@ -328,7 +330,7 @@ def _coerce(value: Any, current: Any, path: str) -> Any:
         return found
     kind = "list" if isinstance(current, tuple) else type(current).__name__
     example = to_dict(current) if dataclasses.is_dataclass(current) else ["a", "b"] if current == () else current
-    raise ValueError(f"{path}={value!r}: must be of type {kind}, like {json.dumps(example)}")
+    raise InvalidValue(f"{path}={value!r}: must be of type {kind}, like {json.dumps(example)}")
 
 
 def _read(value: Any, like: Any) -> Any:
@@ -362,7 +364,7 @@ def _from_dict(cls: type[T], data: dict[str, Any], path: str) -> T:
     known = {field.name for field in dataclasses.fields(cls)}
     for name, value in data.items():
         if name not in known:
-            raise ValueError(f"{cls.__name__}.{name}: unknown field")
+            raise InvalidValue(f"{cls.__name__}.{name}: unknown field")
         current = getattr(defaults, name)
         if dataclasses.is_dataclass(current) and isinstance(value, dict):
             values[name] = _from_dict(type(current), value, f"{path}{name}.")

@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError
 
+from nitro_e_lite.errors import InvalidValue, MissingFile, NotWritten, Unusable
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a small file whole or not at all, also when the machine goes down."""
@@ -61,9 +63,9 @@ def find_weights(source: str | Path, *parts: str) -> Path:
         return file.parent
     looked_for = f" that holds {' or '.join(parts)}" if parts else ""
     if name in shipped:
-        raise FileNotFoundError(f"{name!r} is no name of shipped weights{looked_for}")
+        raise MissingFile(f"{name!r} is no name of shipped weights{looked_for}")
     known = ", ".join(shipped) or "none here"
-    raise FileNotFoundError(f"{name!r} is no folder or training run{looked_for}, and no shipped weights ({known})")
+    raise MissingFile(f"{name!r} is no folder or training run{looked_for}, and no shipped weights ({known})")
 
 
 def check_weights(folder: Path) -> None:
@@ -78,7 +80,7 @@ def check_weights(folder: Path) -> None:
         if (folder.parent / MANIFEST).is_file():
             check_manifest(folder.parent, folder.name)
     except FileNotFoundError as error:
-        raise ValueError(str(error)) from None
+        raise InvalidValue(str(error)) from None
 
 
 def cache_dir() -> Path:
@@ -126,18 +128,18 @@ def check_manifest(folder: str | Path, *parts: str) -> dict[str, str]:
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: checksum file is missing")
+        raise MissingFile(f"{path}: checksum file is missing")
     sums = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         digest, separator, name = line.partition("  ")
         if not separator or len(digest) != 64:
-            raise ValueError(f"{path}: cannot read the line {line!r}; expected '<sha256>  <file>'")
+            raise InvalidValue(f"{path}: cannot read the line {line!r}; expected '<sha256>  <file>'")
         if parts and name.split("/")[0] not in parts:
             continue
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: listed in {MANIFEST} but missing; get the folder again")
+            raise MissingFile(f"{folder / name}: listed in {MANIFEST} but missing; get the folder again")
         if sha256_file(folder / name) != digest:
-            raise ValueError(f"{folder / name}: contents differ from {MANIFEST}; get the file again")
+            raise InvalidValue(f"{folder / name}: contents differ from {MANIFEST}; get the file again")
         sums[name] = digest
     return sums
 
@@ -173,7 +175,7 @@ def read_jsonl(
             except ValueError as error:
                 if torn and isinstance(error, (UnicodeDecodeError, json.JSONDecodeError)):
                     return
-                problem = ValueError(f"{path}, line {number}: {explain_json(error)}")
+                problem = InvalidValue(f"{path}, line {number}: {explain_json(error)}")
                 if damaged is None:
                     raise problem from None
                 damaged(problem)
@@ -192,7 +194,7 @@ def read_json_line(line: bytes) -> dict[str, Any] | None:
         return None
     row = json.loads(line.decode("utf-8"))
     if not isinstance(row, dict):
-        raise ValueError(f"must be a JSON object, is of type {type(row).__name__}")
+        raise InvalidValue(f"must be a JSON object, is of type {type(row).__name__}")
     return row
 
 
@@ -244,7 +246,7 @@ def atomic_folder(final: Path, otherwise: str) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(final.parent).free / 1e9
-        raise OSError(
+        raise NotWritten(
             f"{final}: could not be written ({error}); {otherwise}; make room ({free:.1f} GB are free) and resume"
         ) from error
     if final.exists():
@@ -272,7 +274,7 @@ def run_lock(run_dir: Path, writes: bool = True) -> Iterator[None]:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(f"run_dir={run_dir}: another process is training there; stop it or let it end") from None
+            raise Unusable(f"run_dir={run_dir}: another process is training there; stop it or let it end") from None
         except OSError:  # a file system without locks
             pass
         yield

@@ -19,6 +19,7 @@ from nitro_e_lite.config import (
     TrainConfig,
     differences,
 )
+from nitro_e_lite.errors import InvalidValue
 
 # The published projector, 2048 wide, would cost more than the whole lite model.
 _NARROW = RepaConfig(hidden=256)
@@ -124,7 +125,7 @@ def preset(stage: str, name: str) -> TrainConfig:
     """
     if (stage, name) not in PRESETS:
         known = ", ".join(f"{s}/{n}" for s, n in PRESETS)
-        raise ValueError(f"preset={stage}/{name}: unknown; there are {known}")
+        raise InvalidValue(f"preset={stage}/{name}: unknown; there are {known}")
     return PRESETS[stage, name]
 
 

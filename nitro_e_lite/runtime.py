@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend
 
+from nitro_e_lite.errors import InvalidType, InvalidValue
 from nitro_e_lite.files import repo_root
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,9 +42,9 @@ def seed_everything(seed: int) -> None:
         TypeError, ValueError: when `seed` is no integer or outside that range.
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed: expected an integer, got {seed!r} ({type(seed).__name__})")
+        raise InvalidType(f"seed: expected an integer, got {seed!r} ({type(seed).__name__})")
     if not 0 <= seed < 2**32:
-        raise ValueError(f"seed: {seed} is outside the range 0 to 2**32 - 1")
+        raise InvalidValue(f"seed: {seed} is outside the range 0 to 2**32 - 1")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -100,7 +101,7 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device: {name!r} is not usable on this machine ({reason}); try 'cpu'") from None
+        raise InvalidValue(f"device: {name!r} is not usable on this machine ({reason}); try 'cpu'") from None
     return device
 
 
@@ -114,7 +115,7 @@ def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dt
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     dtype = DTYPES.get(name, name) if isinstance(name, str) else name
     if dtype not in DTYPES.values():
-        raise ValueError(f"dtype: {name!r} is not one of {', '.join(DTYPES)}")
+        raise InvalidValue(f"dtype: {name!r} is not one of {', '.join(DTYPES)}")
     return dtype
 
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from scipy.stats import binomtest, t
 
+from nitro_e_lite.errors import InvalidValue
+
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean of independent repeats and half the width of its 95 % interval (Student's t).
@@ -19,7 +21,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """
     count = len(values)
     if count < 2:
-        raise ValueError(f"values: {count} given; an interval needs at least two repeats")
+        raise InvalidValue(f"values: {count} given; an interval needs at least two repeats")
     return statistics.fmean(values), float(t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
 
 
@@ -30,6 +32,6 @@ def share_interval(right: int, count: int) -> tuple[float, float]:
         ValueError: `right` is not in 0 .. `count`, or there are none.
     """
     if count < 1 or not 0 <= right <= count:
-        raise ValueError(f"right={right}, count={count}: must be 0 <= right <= count, count >= 1")
+        raise InvalidValue(f"right={right}, count={count}: must be 0 <= right <= count, count >= 1")
     low, high = binomtest(int(right), int(count)).proportion_ci(method="wilson")
     return float(low), float(high)

@@ -30,6 +30,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from nitro_e_lite import files, runtime
+from nitro_e_lite.errors import InvalidValue
 
 COLORS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442")
 LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))
@@ -64,7 +65,7 @@ def as_uint8(image: Any) -> np.ndarray:
     if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
         array = array.transpose(1, 2, 0)  # (H, W, 3)
     if array.ndim != 3 or array.shape[2] != 3:
-        raise ValueError(f"image: expected (H, W, 3) or (3, H, W), got {array.shape}")
+        raise InvalidValue(f"image: expected (H, W, 3) or (3, H, W), got {array.shape}")
     if array.dtype != np.uint8:
         array = (array.astype(np.float32).clip(0, 1) * 255).round().astype(np.uint8)
     return array
@@ -88,11 +89,11 @@ def image_grid(
         ValueError: no images, columns < 1, or another number of labels than images.
     """
     if not len(images):
-        raise ValueError("images: empty; expected at least one picture")
+        raise InvalidValue("images: empty; expected at least one picture")
     if columns < 1:
-        raise ValueError(f"columns: {columns} is below 1")
+        raise InvalidValue(f"columns: {columns} is below 1")
     if labels is not None and len(labels) != len(images):
-        raise ValueError(f"labels: {len(labels)} for {len(images)} images; expected one each")
+        raise InvalidValue(f"labels: {len(labels)} for {len(images)} images; expected one each")
     columns, rows, cell = min(columns, len(images)), math.ceil(len(images) / columns), 1.7
     texts = [textwrap.fill(label, 28) for label in labels] if labels else [""] * len(images)
     lines = max(text.count("\n") + 1 for text in texts) if labels else 0
@@ -139,12 +140,12 @@ def film_strip(
     """
     lengths = {len(strip) for strip in strips}
     if len(lengths) != 1 or not lengths.isdisjoint({0}):
-        raise ValueError(f"strips: expected rows of one equal length >= 1, got lengths {sorted(lengths)}")
+        raise InvalidValue(f"strips: expected rows of one equal length >= 1, got lengths {sorted(lengths)}")
     columns = lengths.pop()
     if column_labels is not None and len(column_labels) != columns:
-        raise ValueError(f"column_labels: {len(column_labels)} for {columns} columns")
+        raise InvalidValue(f"column_labels: {len(column_labels)} for {columns} columns")
     if row_labels is not None and len(row_labels) != len(strips):
-        raise ValueError(f"row_labels: {len(row_labels)} for {len(strips)} rows")
+        raise InvalidValue(f"row_labels: {len(row_labels)} for {len(strips)} rows")
     size = (1.3 * columns + (1.0 if row_labels else 0), 1.35 * len(strips) + 0.4)
     figure, axes = plt.subplots(len(strips), columns, figsize=size, squeeze=False, layout="constrained")
     for row, strip in enumerate(strips):
@@ -182,16 +183,16 @@ def curve(
         ValueError: no series, x and y of unequal length, or a band without a series.
     """
     if not series:
-        raise ValueError("series: empty; expected at least one curve")
+        raise InvalidValue("series: empty; expected at least one curve")
     figure, axis = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
     for name, (x, y) in series.items():
         if len(x) != len(y):
-            raise ValueError(f"series[{name!r}]: {len(x)} x values for {len(y)} y values")
+            raise InvalidValue(f"series[{name!r}]: {len(x)} x values for {len(y)} y values")
         (line,) = axis.plot(x, y, label=name)
         if bands and name in bands:
             axis.fill_between(x, *bands[name], color=line.get_color(), alpha=0.15, linewidth=0)
     if unknown := set(bands or {}) - set(series):
-        raise ValueError(f"bands: no series named {', '.join(sorted(unknown))}")
+        raise InvalidValue(f"bands: no series named {', '.join(sorted(unknown))}")
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title or "", yscale="log" if log_y else "linear")
     if len(series) > 1:
         axis.legend(frameon=False)
@@ -225,10 +226,10 @@ def save_figure(
         ValueError: for a name with other characters, or an empty `source` or `alt`.
     """
     if not name.replace("_", "").replace("-", "").isalnum():
-        raise ValueError(f"name: {name!r} may hold letters, digits, '_' and '-' only")
+        raise InvalidValue(f"name: {name!r} may hold letters, digits, '_' and '-' only")
     for field, value in (("source", source), ("alt", alt)):
         if not value.strip():
-            raise ValueError(f"{field}: empty; say in a few words what it is")
+            raise InvalidValue(f"{field}: empty; say in a few words what it is")
     folder = figures_dir()
     folder.mkdir(parents=True, exist_ok=True)
     path, ledger_path = folder / f"{name}.png", folder / LEDGER
@@ -257,7 +258,7 @@ def save_image(image: Image.Image, path: str | Path, facts: Mapping[str, Any]) -
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
-        raise ValueError(f"path: {path.name!r} must end in .png")
+        raise InvalidValue(f"path: {path.name!r} must end in .png")
     chunks = PngInfo()
     for name, value in facts.items():
         chunks.add_itxt(name, str(value))

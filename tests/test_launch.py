@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nitro_e_lite.config import override
+from nitro_e_lite.errors import UserError
 from nitro_e_lite.experiments.launch import (
     LaunchError,
     child_environment,
@@ -86,6 +87,12 @@ def test_training_in_two_processes_stops_on_request(tmp_path, monkeypatch):
         launch(config, tmp_path / "run", processes=2, device="cpu", on_line=on_line)
     (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")[-1:]
     assert f"after step {int(checkpoint.name.removeprefix('step-'))} of" in str(stopped.value)
+
+
+def test_a_mistake_found_by_the_processes_is_one_here_too(tmp_path):
+    config = override(preset("base", "smoke"), ["model.in_channels=3"])
+    with pytest.raises(UserError, match="model.in_channels=3: the encoders in use give 8"):
+        launch(config, tmp_path / "run", processes=2, device="cpu", on_line=lambda line: None)
 
 
 def test_in_place_and_refusals(tmp_path):

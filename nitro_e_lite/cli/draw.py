@@ -25,6 +25,7 @@ from nitro_e_lite.cli.terminal import (
     settings,
     show_table,
 )
+from nitro_e_lite.errors import InvalidValue
 
 app = typer.Typer()
 
@@ -118,7 +119,7 @@ def picture_paths(out: Path, prompts: list[str], seeds: list[int]) -> list[Path]
     """
     if out.suffix.lower() in OTHER_PICTURES:
         rule = "prompt and settings are kept in PNG text chunks; name a .png file or a folder"
-        raise ValueError(f"out: {out.name!r} is no PNG; {rule}")
+        raise InvalidValue(f"out: {out.name!r} is no PNG; {rule}")
     if out.suffix.lower() == ".png":
         count = len(prompts)
         return [out] if count == 1 else [out.with_stem(f"{out.stem}-{index}") for index in range(count)]

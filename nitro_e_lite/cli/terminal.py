@@ -18,6 +18,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from nitro_e_lite.errors import UserError
+
 console, errors = Console(), Console(stderr=True)
 
 Model = Annotated[str, typer.Option(help="Shipped name, folder, training run or official .safetensors file.")]
@@ -36,7 +38,10 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the 
 
 
 def command(group: typer.Typer, name: str) -> Callable:
-    """Registers a command whose foreseeable errors become one line on standard error and exit code 2."""
+    """Registers a command: what a person did wrong becomes one line on standard error and exit code 2.
+
+    That is a `UserError`, or a file that the system cannot open. Any other error keeps its traceback.
+    """
 
     def register(function: Callable) -> Callable:
         @group.command(name)
@@ -47,11 +52,12 @@ def command(group: typer.Typer, name: str) -> Callable:
                 function(*arguments, **options)
             except (typer.Exit, typer.Abort):
                 raise
-            except (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
-                if os.environ.get("NITRO_E_DEBUG"):
+            except (UserError, OSError) as error:
+                of_a_file = isinstance(error, OSError) and error.filename is not None
+                if os.environ.get("NITRO_E_DEBUG") or not (isinstance(error, UserError) or of_a_file):
                     raise
                 message = " ".join(str(error).split()) or type(error).__name__
-                if isinstance(error, OSError) and error.filename:
+                if of_a_file:
                     message = f"{error.filename}: {error.strerror}"
                 errors.print(f"Error: {message}", style="bold red", markup=False, soft_wrap=True)
                 raise typer.Exit(2) from None

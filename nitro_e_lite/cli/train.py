@@ -19,6 +19,7 @@ from nitro_e_lite.cli.terminal import (
     output,
     show_table,
 )
+from nitro_e_lite.errors import InvalidValue
 
 app = typer.Typer()
 train_app = typer.Typer(help="Train one of the models of the course.", no_args_is_help=True)
@@ -136,7 +137,7 @@ def whole_numbers(name: str, text: str) -> list[int]:
     try:
         return [int(word) for word in text.split(",")]
     except ValueError:
-        raise ValueError(f"{name}={text!r}: must be whole numbers with commas between, like 0,1,2") from None
+        raise InvalidValue(f"{name}={text!r}: must be whole numbers with commas between, like 0,1,2") from None
 
 
 @command(app, "compare")

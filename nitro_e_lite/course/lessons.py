@@ -33,6 +33,7 @@ from PIL import Image
 
 from nitro_e_lite import config, files, runtime, viz
 from nitro_e_lite.config import SCALES
+from nitro_e_lite.errors import InvalidType, InvalidValue
 from nitro_e_lite.stats import interval
 
 __all__ = ["Lesson", "check", "interval", "race", "start"]
@@ -78,7 +79,7 @@ class Lesson:
             ValueError: a scale is missing, the scales name different dials, or an override does not fit.
         """
         if set(scales) != set(SCALES) or len({frozenset(dials) for dials in scales.values()}) != 1:
-            raise ValueError(f"settings: give {', '.join(SCALES)}, each with the same names")
+            raise InvalidValue(f"settings: give {', '.join(SCALES)}, each with the same names")
         dials = dict(scales[self.preset])
         return config.override(dataclasses.make_dataclass("Settings", dials, frozen=True)(**dials), self.overrides)
 
@@ -138,16 +139,16 @@ def start(
     types = {"preset": (preset, str), "seed": (seed, int), "devices": (devices, int), "run_dir": (run_dir, str)}
     for name, (value, wanted) in types.items():
         if not isinstance(value, wanted) or isinstance(value, bool):
-            raise TypeError(f"{name}: expected {wanted.__name__}, got {value!r} ({type(value).__name__})")
+            raise InvalidType(f"{name}: expected {wanted.__name__}, got {value!r} ({type(value).__name__})")
     if not isinstance(overrides, list) or not all(isinstance(item, str) for item in overrides):
-        raise TypeError(f"overrides: expected a list of 'name=value' strings, got {overrides!r}")
+        raise InvalidType(f"overrides: expected a list of 'name=value' strings, got {overrides!r}")
     for name, value in extra.items():
         if isinstance(value, str) and not isinstance(meant := _meant(value), str):
-            raise TypeError(f"{name}: got the text {value!r} in place of {meant!r}; write {meant!r} without quotes")
+            raise InvalidType(f"{name}: got the text {value!r} in place of {meant!r}; write {meant!r} without quotes")
     if preset not in SCALES:
-        raise ValueError(f"preset: {preset!r} is not one of {', '.join(SCALES)}")
+        raise InvalidValue(f"preset: {preset!r} is not one of {', '.join(SCALES)}")
     if devices < 1:
-        raise ValueError(f"devices: {devices} is below 1")
+        raise InvalidValue(f"devices: {devices} is below 1")
     runtime.seed_everything(seed)
     runtime.tune_cpu()
     _show_pictures_small()
@@ -293,7 +294,7 @@ def race(runners: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str,
         ValueError: no runner, or no round.
     """
     if not runners or rounds < 1:
-        raise ValueError(f"rounds: {rounds} with {len(runners)} runners; give at least one of each")
+        raise InvalidValue(f"rounds: {rounds} with {len(runners)} runners; give at least one of each")
     device = torch.accelerator.is_available()
     clock = time.perf_counter if device else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in runners}

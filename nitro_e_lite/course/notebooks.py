@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from nitro_e_lite import files
+from nitro_e_lite.errors import InvalidValue, MissingFile, Unusable
 from nitro_e_lite.runtime import StopRequest
 
 MAX_BYTES = 500_000
@@ -54,7 +55,7 @@ def notebooks_dir() -> Path:
     """
     root = files.repo_root()
     if root is None:
-        raise FileNotFoundError("notebooks/: only a checkout of the repository has it; clone it and install with -e")
+        raise MissingFile("notebooks/: only a checkout of the repository has it; clone it and install with -e")
     return root / "notebooks"
 
 
@@ -76,10 +77,10 @@ def refresh(names: Sequence[str] | None = None) -> Iterator[Refreshed]:
         notebook = clean(execute(path, figures=notebooks_dir().parent / "figures"))
         text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
         if found := MACHINE_PATH.search(text):
-            raise ValueError(f"{path.name}: an output names a path of this machine, {found[0]!r}; print a relative one")
+            raise InvalidValue(f"{path.name}: an output names a path of this machine, {found[0]!r}; make it relative")
         size = len(text.encode())
         if size > MAX_BYTES:
-            raise ValueError(f"{path.name}: {size:,} bytes with outputs, more than {MAX_BYTES:,}; make figures smaller")
+            raise InvalidValue(f"{path.name}: {size:,} bytes with outputs, over {MAX_BYTES:,}; make figures smaller")
         path.write_text(text, encoding="utf-8", newline="\n")
         yield Refreshed(path.stem, time.perf_counter() - start, _children_seconds() - cpu, size)
 
@@ -88,7 +89,7 @@ def _find(name: str) -> Path:
     matches = sorted(notebooks_dir().glob(f"{Path(name).stem}*.ipynb"))
     if len(matches) != 1:
         known = ", ".join(path.stem for path in sorted(notebooks_dir().glob("*.ipynb")))
-        raise ValueError(f"notebook: {name!r} names {len(matches)} of them; there are {known}")
+        raise InvalidValue(f"notebook: {name!r} names {len(matches)} of them; there are {known}")
     return matches[0]
 
 
@@ -118,9 +119,9 @@ def execute(path: Path, parameters: Path | None = None, figures: Path | None = N
         with StopRequest(lambda: _stop_what_runs(process.pid)) as request:
             _, said = process.communicate()
         if request.name:
-            raise RuntimeError(f"stopped by {request.name} while {path.name} ran; the same command begins it again")
+            raise Unusable(f"stopped by {request.name} while {path.name} ran; the same command begins it again")
         if process.returncode:
-            raise RuntimeError(f"{path.name} failed:\n{said[-3000:]}")
+            raise Unusable(f"{path.name} failed:\n{said[-3000:]}")
         return json.loads(output.read_text(encoding="utf-8"))
 
 

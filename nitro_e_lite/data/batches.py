@@ -24,6 +24,7 @@ from torch import Tensor
 from nitro_e_lite.config import FACTS, DataConfig, TrainConfig
 from nitro_e_lite.data.scene_latents import cached_scenes, readable_rows, scene_row
 from nitro_e_lite.data.shards import CARD, LatentBatch, LatentDataset
+from nitro_e_lite.errors import InvalidValue, MissingFile
 from nitro_e_lite.inference.encoders import Encoders
 from nitro_e_lite.model import flow
 from nitro_e_lite.runtime import generator
@@ -106,7 +107,7 @@ class Batches:
         self.validation = _open(config.data, encoders, "validation")
         for source in self.sources:
             if source.rows.size < config.batch_size:
-                raise ValueError(
+                raise InvalidValue(
                     f"batch_size={config.batch_size}: only {source.rows.size} of {len(source.data)} rows are left by "
                     f"data.quality={config.data.quality!r}"
                 )
@@ -180,7 +181,7 @@ class Batches:
         """The scenes of ``rows``, drawn again; only right while each row's latents are its own."""
         if source.data.has_bad_rows:
             folder = source.data.folders[0]
-            raise ValueError(f"{folder}: holds bad rows, so latents and pictures differ; delete it to encode it anew")
+            raise InvalidValue(f"{folder}: holds bad rows, so latents and pictures differ; delete it to encode it anew")
         scenes = [scene_row(source.config, int(row)) for row in rows]
         return torch.stack([torch.from_numpy(render(scene)) for scene in scenes])  # (B, H, W, 3)
 
@@ -207,10 +208,10 @@ def check_folders(data: DataConfig) -> None:
         ValueError: there are folders to train on and none to validate on.
     """
     if data.folders and not data.validation_folders:
-        raise ValueError("data.validation_folders=(): name shards to validate on, along with data.folders")
+        raise InvalidValue("data.validation_folders=(): name shards to validate on, along with data.folders")
     for folder in (*data.folders, *data.validation_folders):
         if not (Path(folder) / CARD).is_file():
-            raise FileNotFoundError(f"{folder}: holds no shards ({CARD} is missing); nitro-e data encode makes them")
+            raise MissingFile(f"{folder}: holds no shards ({CARD} is missing); nitro-e data encode makes them")
 
 
 def first_captions(batch: LatentBatch) -> list[str]:
@@ -246,7 +247,7 @@ def batch_indices(seed: int, length: int, batch_size: int, step: int) -> np.ndar
         ValueError: when a batch is larger than the data set.
     """
     if batch_size > length:
-        raise ValueError(f"batch_size={batch_size}: larger than the data set ({length} rows)")
+        raise InvalidValue(f"batch_size={batch_size}: larger than the data set ({length} rows)")
     epoch, position = divmod(step, length // batch_size)
     return _permutation(seed, epoch, length)[position * batch_size : (position + 1) * batch_size]
 

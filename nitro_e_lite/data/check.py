@@ -40,6 +40,7 @@ from nitro_e_lite.data.shards import (
     read_card,
     sidecars,
 )
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.files import sha256_file, write_atomically
 from nitro_e_lite.inference.vision import FULL_VISION_SIZES, GRID
 from nitro_e_lite.model.flops import published_samples_per_second
@@ -233,7 +234,7 @@ def measure_reading(
     size = sum(2 * prod(shape) for shape in shapes.values())
     rows = max(batch, 2**29 // size) if rows is None else rows
     if not set(columns) <= set(FULL_SHAPES) or not 1 <= batch <= rows:
-        raise ValueError(
+        raise InvalidValue(
             f"columns={columns}, batch={batch}: columns are {', '.join(FULL_SHAPES)}; batch is 1 to {rows}"
         )
     threads = torch.get_num_threads()

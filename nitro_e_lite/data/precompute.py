@@ -35,6 +35,7 @@ from tqdm.auto import tqdm
 from nitro_e_lite.data.shard_writer import ShardWriter
 from nitro_e_lite.data.shards import CARD, SHARD_ROWS, SHARDS, LatentBatch, array_shapes, bad_rows, read_card, sidecars
 from nitro_e_lite.data.sources import FLUX, SA1B, Folder, JourneyDB, Problem, Prompts, Record, Source, square
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.files import write_atomically
 from nitro_e_lite.inference.encoders import Encoders
 from nitro_e_lite.inference.hub import EncoderUnavailable
@@ -83,11 +84,11 @@ class Encoding:
     ):
         for name, value in (("batch", batch), ("shard_rows", shard_rows), ("threads", threads), ("world", world)):
             if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+                raise InvalidValue(f"{name}={value}: must be at least 1")
         ratio = encoders.vae.spatial_compression_ratio
         self.size = GRID * ratio if size is None else size
         if self.size < ratio or self.size % ratio:
-            raise ValueError(f"size={size}: must be a multiple of {ratio}, the autoencoder's compression")
+            raise InvalidValue(f"size={size}: must be a multiple of {ratio}, the autoencoder's compression")
         self.source, self.encoders, self.out, self.text, self.vision = source, encoders, Path(out), text, vision
         self.batch, self.shard_rows, self.threads = batch, shard_rows, threads
         parts = source.parts()
@@ -126,7 +127,7 @@ class Encoding:
             before = read_card(self.out)
             for name, value in card.items():
                 if name != "parts" and before.get(name) != value:
-                    raise ValueError(
+                    raise InvalidValue(
                         f"{self.out}: {name} was {before.get(name)!r} and is {value!r} now; continue with what it was, "
                         "or name another folder"
                     )
@@ -246,9 +247,9 @@ def open_source(kind: str, path: str | Path, captions: str | Path | None = None)
         ValueError: an unknown kind, or captions for a kind that has its own.
     """
     if kind not in SOURCES:
-        raise ValueError(f"kind={kind!r}: there are {', '.join([*SOURCES, Prompts.kind])}")
+        raise InvalidValue(f"kind={kind!r}: there are {', '.join([*SOURCES, Prompts.kind])}")
     if captions is not None and kind != SA1B.kind:
-        raise ValueError(f"captions={str(captions)!r}: only {SA1B.kind!r} keeps them in a folder of their own")
+        raise InvalidValue(f"captions={str(captions)!r}: only {SA1B.kind!r} keeps them in a folder of their own")
     return SA1B(path, captions) if kind == SA1B.kind else SOURCES[kind](path)
 
 
@@ -289,7 +290,7 @@ def drawn_source(
     known = inspect.signature(pipeline.__call__).parameters
     unknown = [name for name in settings or {} if name not in known]
     if unknown:
-        raise ValueError(f"settings: {type(pipeline).__name__} does not know {', '.join(unknown)}")
+        raise InvalidValue(f"settings: {type(pipeline).__name__} does not know {', '.join(unknown)}")
     chosen = {name: value for name, value in FLUX.items() if name in known} | (settings or {})
     name = "@".join([str(generator), str(place["revision"])]) if place else Path(generator).name
     return Prompts(path, pipeline, chosen, batch=batch, generator=name)

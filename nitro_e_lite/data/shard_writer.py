@@ -22,6 +22,7 @@ import torch
 from datasets.arrow_writer import ArrowWriter
 
 from nitro_e_lite.data.shards import ARRAYS, CARD, SHARD_ROWS, SHARDS, LatentBatch
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.files import sha256_file, write_atomically
 
 STALE = 86_400.0  # seconds after which what a process left unfinished is taken for abandoned
@@ -127,7 +128,7 @@ def write_latents(
     if writer is not None:
         writer.finish()
     if not shapes:
-        raise ValueError(f"{folder}: no data to write")
+        raise InvalidValue(f"{folder}: no data to write")
     card = {"fingerprint": fingerprint, "shape": shapes.pop("latents"), "arrays": shapes, **(about or {})}
     write_atomically(partial / CARD, json.dumps(card, indent=1) + "\n")
     try:

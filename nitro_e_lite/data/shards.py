@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nitro_e_lite.errors import InvalidValue, MissingFile
 from nitro_e_lite.files import append_jsonl, read_jsonl
 
 CARD, SHARDS, QUARANTINE = "card.json", "shards", "quarantine.jsonl"
@@ -134,13 +135,13 @@ class LatentDataset:
         made_by = {"latents": card["fingerprint"], "text features": features.get("text")}
         for name, made in made_by.items():
             if made and wanted[name] and made != wanted[name]:
-                raise ValueError(
+                raise InvalidValue(
                     f"{path}: {name} were made by encoder {made[:12]}, this run uses {wanted[name][:12]}; "
                     "encode the data again (delete the folder) or name the matching encoder"
                 )
         mixed = any(first.get(name, made) != made for name, made in features.items())
         if mixed or card["fingerprint"] != self.card["fingerprint"] or array_shapes(card) != self.shapes:
-            raise ValueError(
+            raise InvalidValue(
                 f"{path}: another encoder, or other columns or shapes, than {self.folders[0]}; encode both alike"
             )
 
@@ -149,7 +150,7 @@ class LatentDataset:
         for shard in broken:
             quarantine(shard.folder, shard.name, None, shard.reason)
         if not self._good:
-            raise ValueError(
+            raise InvalidValue(
                 f"{', '.join(map(str, self.folders))}: no row can be read ({len(broken)} shards are in {QUARANTINE}); "
                 "encode the data again"
             )
@@ -196,7 +197,7 @@ class LatentDataset:
             if not places:
                 tensors = {name: torch.from_numpy(x).unflatten(1, self.shapes[name]) for name, x in arrays.items()}
                 return LatentBatch(tensors.pop("latents").float(), captions, **tensors)
-        raise ValueError(f"{self.folders[0]}: row {rows[places[0]]} and 99 others are bad; run `nitro-e data check`")
+        raise InvalidValue(f"{self.folders[0]}: row {rows[places[0]]} and 99 others are bad; run `nitro-e data check`")
 
     def _locate(self, row: int, attempt: int) -> tuple[Chunk, int]:
         """Chunk and place in it of a row, or of the row that takes its turn: a pure function of its arguments."""
@@ -240,7 +241,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     """
     path = folder / CARD
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no latent data set ({CARD} is missing)")
+        raise MissingFile(f"{folder}: no latent data set ({CARD} is missing)")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -272,16 +273,16 @@ def open_shards(folder: Path, card: dict[str, Any]) -> list[Chunk]:
         path, rows = folder / SHARDS / f"{name}.arrow", state["rows"] if state else 0
         try:
             if state is None:
-                raise ValueError("its JSON file cannot be read")
+                raise InvalidValue("its JSON file cannot be read")
             if name in listed:
-                raise ValueError(listed[name])
+                raise InvalidValue(listed[name])
             if rows == 0:
                 continue
             if path.stat().st_size != state["bytes"]:
-                raise ValueError(f"{path.stat().st_size} of {state['bytes']} bytes are there")
+                raise InvalidValue(f"{path.stat().st_size} of {state['bytes']} bytes are there")
             table = datasets.Dataset.from_file(str(path)).data.table
             if table.num_rows != rows:
-                raise ValueError(f"{table.num_rows} of {rows} rows are there")
+                raise InvalidValue(f"{table.num_rows} of {rows} rows are there")
             chunks += _chunks(table, Shard(folder, name, rows), array_shapes(card))
         except Exception as error:  # whatever Arrow says of a damaged file: it costs this shard, not the run
             shard = Shard(folder, name, rows, " ".join(str(error).split()))
@@ -297,7 +298,7 @@ def _chunks(table: Any, shard: Shard, shapes: dict[str, tuple[int, ...]]) -> lis
         for name, shape in shapes.items():
             column, width = batch.column(name), prod(shape)
             if getattr(column.type, "list_size", None) != width or column.null_count:
-                raise ValueError(
+                raise InvalidValue(
                     f"{name}: {column.type}, {column.null_count} empty rows; expected {width} numbers a row"
                 )
             values = column.values.to_numpy(zero_copy_only=True)
@@ -320,7 +321,7 @@ def read_quarantine(folder: Path) -> list[dict[str, Any]]:
 def _check_line(line: dict[str, Any]) -> dict[str, Any]:
     fields = (line.get("shard"), line.get("row", ""), line.get("reason"))
     if not all(isinstance(value, kind) for value, kind in zip(fields, (str, int | None, str), strict=True)):
-        raise ValueError("needs shard and reason (strings) and row (a number or null)")
+        raise InvalidValue("needs shard and reason (strings) and row (a number or null)")
     return line
 
 

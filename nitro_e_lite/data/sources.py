@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from nitro_e_lite.errors import InvalidValue, MissingFile
 from nitro_e_lite.files import read_json_line
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow warns of odd files that it can read
@@ -106,7 +107,7 @@ def square(image: bytes | Path | Image.Image, size: int) -> np.ndarray:
         reason = "picture is missing"
     except Exception as error:  # Pillow's readers raise many kinds on damaged files; each costs one picture
         reason = f"picture cannot be read ({type(error).__name__})"
-    raise ValueError(reason)
+    raise InvalidValue(reason)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -170,9 +171,9 @@ class SA1B(Source):
         self.path, self.captions = Path(path), Path(captions or Path(path) / "captions")
         self._parts = {p.stem: p for p in sorted(self.path.glob("sa_*")) if p.suffix == ".tar" or p.is_dir()}
         if not self._parts:
-            raise FileNotFoundError(f"{path}: no sa_*.tar and no folders sa_*; see data_cards/sa1b.md")
+            raise MissingFile(f"{path}: no sa_*.tar and no folders sa_*; see data_cards/sa1b.md")
         if not self.captions.is_dir():
-            raise FileNotFoundError(f"{self.captions}: unpack SA1B_caption.tar.gz here; see data_cards/sa1b.md")
+            raise MissingFile(f"{self.captions}: unpack SA1B_caption.tar.gz here; see data_cards/sa1b.md")
         inside = [p for p in itertools.islice(self.captions.iterdir(), 2)]
         if len(inside) == 1 and inside[0].is_dir():  # the archive packed its folder too
             self.captions = inside[0]
@@ -246,7 +247,7 @@ class JsonLines(Source):
         with open(self.file, "rb") as file:
             for line in file:
                 if not self._lines and line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-                    raise ValueError(f"{self.file}: is one JSON list; must hold one JSON object a line")
+                    raise InvalidValue(f"{self.file}: is one JSON list; must hold one JSON object a line")
                 if self._lines % LINES == 0:
                     self._offsets.append(offset)
                 digest.update(line)
@@ -258,7 +259,7 @@ class JsonLines(Source):
         for candidate in (path, *(path / name for name in self.names)):
             if candidate.is_file():
                 return candidate
-        raise FileNotFoundError(f"{path}: holds none of {', '.join(self.names)}; see the data card of {self.kind!r}")
+        raise MissingFile(f"{path}: holds none of {', '.join(self.names)}; see the data card of {self.kind!r}")
 
     def parts(self) -> list[str]:
         return [f"lines-{k * LINES:09d}" for k in range(len(self._offsets))]
@@ -313,7 +314,7 @@ class JourneyDB(JsonLines):
         self.images = self.file.parent / "imgs"
         self._archives = {p.name for p in self.images.iterdir() if p.is_dir()} if self.images.is_dir() else set()
         if not self._archives:
-            raise FileNotFoundError(f"{self.images}: no folders of pictures; unpack 000.tgz and others here")
+            raise MissingFile(f"{self.images}: no folders of pictures; unpack 000.tgz and others here")
 
     def read(self, entry: dict[str, Any]) -> Record | Problem:
         path = self.inside(entry.get("img_path"))
@@ -392,7 +393,7 @@ class Prompts(Source):
         files = sorted(p for p in Path(path).iterdir() if p.suffix in kinds) if Path(path).is_dir() else [Path(path)]
         found = {file.suffix for file in files}
         if len(found) != 1 or not found <= kinds.keys():
-            raise ValueError(
+            raise InvalidValue(
                 f"path={str(path)!r}: must be a file that ends in {', '.join(kinds)}, or a folder of one kind"
             )
         kind = kinds[found.pop()]
@@ -401,7 +402,7 @@ class Prompts(Source):
         known = [column] if column else ["prompt", "re_caption", "caption", "text"]
         column = next((name for name in known if name in rows.column_names), None)
         if column is None:
-            raise ValueError(f"column: {path} has {', '.join(rows.column_names)}, none of {', '.join(known)}")
+            raise InvalidValue(f"column: {path} has {', '.join(rows.column_names)}, none of {', '.join(known)}")
         self._prompts: Sequence[str] = rows[column]
         self._pipeline, self._settings, self._batch, self._seed = pipeline, settings, batch, seed
         self._generator = generator

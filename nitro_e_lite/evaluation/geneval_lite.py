@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from nitro_e_lite import runtime
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.evaluation.official_geneval import check_folder, write_sample
 from nitro_e_lite.inference.arguments import as_integer, seeded_generators
 from nitro_e_lite.inference.hub import weights_hash
@@ -58,7 +59,7 @@ class Evaluation:
             ValueError: when the evaluation kept no images.
         """
         if not self.images:
-            raise ValueError("images: this evaluation kept none; ask for keep_images=True")
+            raise InvalidValue("images: this evaluation kept none; ask for keep_images=True")
         rows = [[i for i, p in enumerate(self.prompts) if p.tag == c][:each] for c in self.score.categories]
         chosen = [i for row in rows for i in row]
         labels = [f"{'✓' if self.verdicts[i].correct else '✗'} {self.prompts[i].text}" for i in chosen]
@@ -104,10 +105,10 @@ def evaluate(
         TypeError, ValueError: no prompts, no seeds, a repeated or negative seed, a batch size below 1.
     """
     if not prompts:
-        raise ValueError("prompts: empty; expected at least one")
+        raise InvalidValue("prompts: empty; expected at least one")
     seeds = [as_integer(f"seeds[{index}]", seed, 0) for index, seed in enumerate(seeds)]
     if not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError(f"seeds: {seeds} must be at least one number, each once")
+        raise InvalidValue(f"seeds: {seeds} must be at least one number, each once")
     batch_size = as_integer("batch_size", batch_size, 1)
     sampler = pipeline.sampler(steps, guidance, shift)
     jobs = [(prompt, picture_seed(seed, place)) for seed in seeds for place, prompt in enumerate(prompts)]

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.files import read_jsonl
 
 KEYS = {"tag": str, "include": list, "prompt": str}
@@ -45,12 +46,12 @@ def write_sample(root: str | Path, index: int, metadata: dict, images: Sequence[
     """
     missing = [key for key in KEYS if key not in metadata]
     if index < 0:
-        raise ValueError(f"index={index}: must be >= 0")
+        raise InvalidValue(f"index={index}: must be >= 0")
     if missing or not len(images):
-        raise ValueError(f"prompt {index}: missing keys {missing}, {len(images)} images; must be none and > 0")
+        raise InvalidValue(f"prompt {index}: missing keys {missing}, {len(images)} images; must be none and > 0")
     for image in images:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"image {image.dtype} {image.shape}: must be uint8 (H, W, 3)")
+            raise InvalidValue(f"image {image.dtype} {image.shape}: must be uint8 (H, W, 3)")
     folder = Path(root) / f"{index:05d}"
     unfinished = folder.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -71,14 +72,14 @@ def read_metadata(path: str | Path) -> list[dict]:
     """
     found = list(read_jsonl(path, torn_last_line="counts", parse=_check_entry))
     if not found:
-        raise ValueError(f"{path}: holds no prompts")
+        raise InvalidValue(f"{path}: holds no prompts")
     return found
 
 
 def _check_entry(entry: dict) -> dict:
     if any(not isinstance(entry.get(key), kind) for key, kind in KEYS.items()):
         kinds = ", ".join(f"{key} (a {'list' if kind is list else 'string'})" for key, kind in KEYS.items())
-        raise ValueError(f"must be an object with {kinds}")
+        raise InvalidValue(f"must be an object with {kinds}")
     return entry
 
 
@@ -115,5 +116,5 @@ def check_folder(root: str | Path, metadata: Sequence[dict], images_per_prompt: 
         if found != wanted:
             problems.append(f"{folder.name}/samples: holds {found}, must hold {wanted}")
     if problems:
-        raise ValueError(f"{root}: {len(problems)} problems, first: " + "; ".join(problems[:5]))
+        raise InvalidValue(f"{root}: {len(problems)} problems, first: " + "; ".join(problems[:5]))
     return len(metadata) * images_per_prompt

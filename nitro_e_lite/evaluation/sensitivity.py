@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nitro_e_lite.config import FACTS
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.inference.encoders import encode_images
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.model import flow
@@ -77,13 +78,13 @@ def caption_sensitivity(
         ValueError: fewer than two pairs, an unknown fact or a noise level out of range.
     """
     if pairs < 2:
-        raise ValueError(f"pairs={pairs}: must be >= 2, an interval needs repeats")
+        raise InvalidValue(f"pairs={pairs}: must be >= 2, an interval needs repeats")
     for fact in facts:
         if fact not in FACTS:
-            raise ValueError(f"fact={fact!r}: must be one of {', '.join(FACTS)}")
+            raise InvalidValue(f"fact={fact!r}: must be one of {', '.join(FACTS)}")
     for t in times:
         if not 0 < t <= 1:
-            raise ValueError(f"t={t}: must be above 0 and at most 1")
+            raise InvalidValue(f"t={t}: must be above 0 and at most 1")
     readings = []
     for fact in facts:
         chosen = pairs_of(fact, pairs)

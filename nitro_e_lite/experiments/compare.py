@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nitro_e_lite.config import TrainConfig, override, to_dict
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.evaluation.geneval_lite import evaluate
 from nitro_e_lite.files import read_jsonl
 from nitro_e_lite.scenes.geneval import CATEGORIES, Prompt
@@ -40,7 +41,7 @@ def read_variant(text: str) -> tuple[str, list[str]]:
     """
     name, colon, changes = text.partition(":")
     if not colon or not name.strip():
-        raise ValueError(f"variant={text!r}: must read 'name: field=value field=value'")
+        raise InvalidValue(f"variant={text!r}: must read 'name: field=value field=value'")
     return name.strip(), changes.split()
 
 
@@ -75,7 +76,7 @@ def compare(
             comparison.
     """
     if not variants or not seeds or not points or list(points) != sorted(set(points)) or points[0] < 1:
-        raise ValueError(f"points={list(points)}: need variants, seeds and ascending steps from 1 on")
+        raise InvalidValue(f"points={list(points)}: need variants, seeds and ascending steps from 1 on")
     optimizer = dataclasses.replace(config.optimizer, decay_steps=0)
     config = dataclasses.replace(config, steps=points[-1], optimizer=optimizer, tracker="none")
     chosen = {name: override(config, list(changes)) for name, changes in variants.items()}
@@ -94,7 +95,7 @@ def _run(config: TrainConfig, points, folder: Path, prompts, device: str | None,
     file, recipe = folder / "rows.jsonl", folder / "recipe.json"
     text = json.dumps({"variant": variant, **to_dict(config), "steps": None, "prompts": len(prompts)})
     if recipe.is_file() and recipe.read_text(encoding="utf-8") != text:
-        raise ValueError(f"run_dir={folder}: holds a run with other settings; name another folder")
+        raise InvalidValue(f"run_dir={folder}: holds a run with other settings; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     recipe.write_text(text, encoding="utf-8")
     rows = _rows(file)
@@ -103,7 +104,7 @@ def _run(config: TrainConfig, points, folder: Path, prompts, device: str | None,
         return
     engine = Engine(config, Pretrain, folder, resume=True, device=device)
     if engine.global_step > missing[0]:
-        raise ValueError(
+        raise InvalidValue(
             f"points: {folder} has been trained to step {engine.global_step}; only later points can be added"
         )
     for point in missing:

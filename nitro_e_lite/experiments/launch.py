@@ -28,6 +28,7 @@ import psutil
 import torch
 
 from nitro_e_lite.config import TrainConfig, to_dict
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.experiments import worker
 from nitro_e_lite.presets import assignments
 from nitro_e_lite.runtime import RunStopped, StopRequest
@@ -82,7 +83,13 @@ def launch(
         asked = {"config": to_dict(config), "run_dir": str(run_dir), "resume": resume, "device": device}
         request.write_text(json.dumps(asked | {"outcome": str(outcome)}), encoding="utf-8")
         words = ["-m", worker.__name__, str(request)]
-        run_processes(words, processes, child_environment(processes, device), on_line)
+        try:
+            run_processes(words, processes, child_environment(processes, device), on_line)
+        except LaunchError:
+            ended = json.loads(outcome.read_text(encoding="utf-8")) if outcome.is_file() else {}
+            if "mistake" not in ended:
+                raise
+            raise InvalidValue(ended["mistake"]) from None
         ended = json.loads(outcome.read_text(encoding="utf-8"))
     if "stopped" in ended:
         raise RunStopped(ended["stopped"])
@@ -96,10 +103,10 @@ def check_processes(processes: int, device: str | None) -> None:
         ValueError: fewer than one process, or more than there are accelerators.
     """
     if processes < 1:
-        raise ValueError(f"processes={processes}: must be >= 1")
+        raise InvalidValue(f"processes={processes}: must be >= 1")
     there = torch.accelerator.device_count() if device != "cpu" and torch.accelerator.is_available() else None
     if there is not None and processes > there:
-        raise ValueError(f"processes={processes}: this machine has {there} accelerators; one process uses one")
+        raise InvalidValue(f"processes={processes}: this machine has {there} accelerators; one process uses one")
 
 
 def child_environment(processes: int, device: str | None, inherited: Mapping[str, str] | None = None) -> dict[str, str]:

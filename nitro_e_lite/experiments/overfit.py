@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from nitro_e_lite.config import TrainConfig
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.model import flow
 from nitro_e_lite.stages.pretrain import Pretrain
 from nitro_e_lite.training.engine import Engine
@@ -59,7 +60,7 @@ def overfit(
         ValueError: fewer than 10 steps.
     """
     if steps < 10:
-        raise ValueError(f"steps={steps}: must be at least 10")
+        raise InvalidValue(f"steps={steps}: must be at least 10")
     optimizer = dataclasses.replace(config.optimizer, warmup_steps=max(1, steps // 10), decay_steps=0)
     data = config.data
     if not data.folders:  # scenes have to be encoded first; a few will do

@@ -33,6 +33,7 @@ from transformers import AutoConfig, AutoModel, Dinov2Config, Dinov2Model, Llama
 
 from nitro_e_lite.config import DataConfig, TrainConfig, to_dict
 from nitro_e_lite.data.shards import sidecars
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.evaluation.benchmark import median_seconds
 from nitro_e_lite.files import find_weights
 from nitro_e_lite.inference.vision import FULL_VISION_SIZES, GRID
@@ -131,7 +132,7 @@ def count_pictures(data: DataConfig) -> int:
     for folder in map(Path, data.folders):
         there = [state["rows"] for state in sidecars(folder).values() if state]
         if not there and folder.name not in PICTURES:
-            raise ValueError(f"data.folders: {folder} is not here; say with --pictures how many there will be in all")
+            raise InvalidValue(f"data.folders: {folder} is not here; say with --pictures how many there will be in all")
         count += sum(there) or PICTURES[folder.name]
     return count
 
@@ -169,7 +170,7 @@ def plan(
     per_device = config.batch_size // (devices * config.accumulate)
     count = count_pictures(config.data) if pictures is None else pictures
     if count < 1:
-        raise ValueError(f"pictures={count}: must be at least 1")
+        raise InvalidValue(f"pictures={count}: must be at least 1")
     return Plan(
         parameters=sum(p.numel() for p in build_on_meta(model).parameters()),
         forward_flops=forward,
@@ -188,14 +189,14 @@ def plan(
 
 def _check(config: TrainConfig, hardware: str, devices: int, mfu: float | None) -> None:
     if hardware not in HARDWARE:
-        raise ValueError(f"hardware={hardware!r}: not one of {', '.join(HARDWARE)}")
+        raise InvalidValue(f"hardware={hardware!r}: not one of {', '.join(HARDWARE)}")
     if devices < 1 or config.batch_size % (devices * config.accumulate):
-        raise ValueError(
+        raise InvalidValue(
             f"devices={devices}: batch_size={config.batch_size} must be a multiple of devices times "
             f"accumulate={config.accumulate}"
         )
     if mfu is not None and not 0 < mfu <= 1:
-        raise ValueError(f"mfu={mfu}: must be in (0, 1]")
+        raise InvalidValue(f"mfu={mfu}: must be in (0, 1]")
 
 
 def sample_flops(forward: float, encoders: dict[str, Encoder]) -> dict[str, float]:

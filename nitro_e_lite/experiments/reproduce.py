@@ -29,6 +29,7 @@ import yaml
 from nitro_e_lite import config as configuration
 from nitro_e_lite import presets
 from nitro_e_lite.course import notebooks
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.evaluation.geneval_lite import evaluate
 from nitro_e_lite.experiments.compare import spread_prompts
 from nitro_e_lite.experiments.launch import check_processes
@@ -75,7 +76,7 @@ class Chain:
 
     def __init__(self, preset: str, run_dir: str | Path, seed: int = 0, devices: int = 1, overrides: list[str] = ()):
         if preset not in SCALES:
-            raise ValueError(f"preset={preset!r}: must be smoke or lite; notebook 17 is for the full model")
+            raise InvalidValue(f"preset={preset!r}: must be smoke or lite; notebook 17 is for the full model")
         notebooks.notebooks_dir()
         check_processes(devices, None)
         for stage in ("base", "finetune"):  # now, and not after the encoders
@@ -87,7 +88,7 @@ class Chain:
         if self._file.is_file():
             before = json.loads(self._file.read_text(encoding="utf-8"))
             if before["settings"] != self.report["settings"]:
-                raise ValueError(f"run_dir={run_dir}: holds a chain with {before['settings']}; name another folder")
+                raise InvalidValue(f"run_dir={run_dir}: holds a chain with {before['settings']}; name another folder")
             self.report = before
 
     def steps(self) -> list[Step]:

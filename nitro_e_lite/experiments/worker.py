@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from nitro_e_lite.config import TrainConfig, from_dict
+from nitro_e_lite.errors import UserError
 from nitro_e_lite.runtime import RunStopped
 from nitro_e_lite.stages.pretrain import pretrain
 
@@ -24,8 +25,13 @@ def main(request: str) -> None:
         outcome = {"final": str(pretrain(config, asked["run_dir"], asked["resume"], asked["device"]))}
     except RunStopped as stopped:
         outcome = {"stopped": str(stopped)}
+    except UserError as error:
+        outcome = {"mistake": str(error)}
     if os.environ.get("RANK", "0") == "0":
         Path(asked["outcome"]).write_text(json.dumps(outcome) + "\n", encoding="utf-8")
+    if "mistake" in outcome:
+        print(f"Error: {outcome['mistake']}", file=sys.stderr)
+        raise SystemExit(2)
 
 
 if __name__ == "__main__":

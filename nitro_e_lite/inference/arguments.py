@@ -16,6 +16,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from nitro_e_lite.errors import InvalidType, InvalidValue
 from nitro_e_lite.model.attention import group_multiple
 from nitro_e_lite.model.tokens import RATIOS, compressed_sizes
 
@@ -29,11 +30,11 @@ def as_integer(name: str, value: object, minimum: int, maximum: float = math.inf
         TypeError, ValueError: not an integer, below `minimum` or above `maximum`.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected an integer, got {value!r} ({type(value).__name__})")
+        raise InvalidType(f"{name}: expected an integer, got {value!r} ({type(value).__name__})")
     if value < minimum:
-        raise ValueError(f"{name}: {value} is below {minimum}")
+        raise InvalidValue(f"{name}: {value} is below {minimum}")
     if value > maximum:
-        raise ValueError(f"{name}: {value} is above {maximum}")
+        raise InvalidValue(f"{name}: {value} is above {maximum}")
     return int(value)
 
 
@@ -44,9 +45,9 @@ def as_number(name: str, value: object, minimum: float) -> float:
         TypeError, ValueError: not a number, not finite, or below `minimum`.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__})")
+        raise InvalidType(f"{name}: expected a number, got {value!r} ({type(value).__name__})")
     if not math.isfinite(value) or value < minimum:
-        raise ValueError(f"{name}: {value} is not a finite number of at least {minimum}")
+        raise InvalidValue(f"{name}: {value} is not a finite number of at least {minimum}")
     return float(value)
 
 
@@ -60,14 +61,14 @@ def as_prompts(name: str, value: object, count: int | None = None) -> list[str]:
     if isinstance(value, str):
         return [value] * (count or 1)
     if not isinstance(value, (list, tuple)):
-        raise TypeError(f"{name}: expected a string or a list of strings, got {type(value).__name__}")
+        raise InvalidType(f"{name}: expected a string or a list of strings, got {type(value).__name__}")
     if not value:
-        raise ValueError(f"{name}: the list is empty; expected at least one string")
+        raise InvalidValue(f"{name}: the list is empty; expected at least one string")
     for index, item in enumerate(value):
         if not isinstance(item, str):
-            raise TypeError(f"{name}[{index}]: expected a string, got {item!r} ({type(item).__name__})")
+            raise InvalidType(f"{name}[{index}]: expected a string, got {item!r} ({type(item).__name__})")
     if count is not None and len(value) != count:
-        raise ValueError(f"{name}: {len(value)} strings for {count} prompts; expected one string or {count}")
+        raise InvalidValue(f"{name}: {len(value)} strings for {count} prompts; expected one string or {count}")
     return list(value)
 
 
@@ -79,13 +80,13 @@ def as_tensor(name: str, value: object, shape: tuple[int | None, ...]) -> Tensor
     """
     if not isinstance(value, Tensor) or not value.is_floating_point():
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name}: expected a floating-point tensor, got {kind}")
+        raise InvalidType(f"{name}: expected a floating-point tensor, got {kind}")
     fits = value.ndim == len(shape) and all(w in (None, s) for w, s in zip(shape, value.shape, strict=True))
     if not fits or value.shape[0] == 0:
         wanted = "(" + ", ".join("any" if w is None else str(w) for w in shape) + ")"
-        raise ValueError(f"{name}: shape {tuple(value.shape)} does not fit; expected {wanted}")
+        raise InvalidValue(f"{name}: shape {tuple(value.shape)} does not fit; expected {wanted}")
     if not value.isfinite().all():
-        raise ValueError(f"{name}: holds NaN or infinity; every number must be finite")
+        raise InvalidValue(f"{name}: holds NaN or infinity; every number must be finite")
     return value
 
 
@@ -96,15 +97,15 @@ def as_sigmas(sigmas: object, steps: int | None) -> list[float]:
         TypeError, ValueError: not numbers, not in that order, or not `steps` of them when that is given too.
     """
     if isinstance(sigmas, str) or not isinstance(sigmas, (Sequence, Tensor)) and not hasattr(sigmas, "tolist"):
-        raise TypeError(f"sigmas: expected a list of numbers, got {type(sigmas).__name__}")
+        raise InvalidType(f"sigmas: expected a list of numbers, got {type(sigmas).__name__}")
     values = sigmas.tolist() if hasattr(sigmas, "tolist") else list(sigmas)
     if not isinstance(values, list) or not values:
-        raise ValueError("sigmas: empty; expected at least one noise level")
+        raise InvalidValue("sigmas: empty; expected at least one noise level")
     values = [as_number(f"sigmas[{index}]", value, 0.0) for index, value in enumerate(values)]
     if values[0] > 1 or values[-1] <= 0 or any(b >= a for a, b in zip(values, values[1:], strict=False)):
-        raise ValueError(f"sigmas: {values} must fall strictly, from at most 1 to above 0")
+        raise InvalidValue(f"sigmas: {values} must fall strictly, from at most 1 to above 0")
     if steps is not None and steps != len(values):
-        raise ValueError(f"num_inference_steps: {steps} steps for {len(values)} sigmas; give one of the two")
+        raise InvalidValue(f"num_inference_steps: {steps} steps for {len(values)} sigmas; give one of the two")
     return values
 
 
@@ -127,7 +128,7 @@ def as_grid(height: object, width: object, transformer_config: dict, vae_scale_f
     for name, value in (("height", height), ("width", width)):
         value = config["sample_size"] * vae_scale_factor if value is None else as_integer(name, value, unit)
         if value % unit or value > limit:
-            raise ValueError(f"{name}: {value} px does not fit; expected a multiple of {unit} up to {limit}")
+            raise InvalidValue(f"{name}: {value} px does not fit; expected a multiple of {unit} up to {limit}")
         sides.append(value)
     groups = group_multiple(config["attention_pattern"])
 
@@ -138,7 +139,7 @@ def as_grid(height: object, width: object, transformer_config: dict, vae_scale_f
     tokens, inner = counts(*(side // token for side in sides))
     if tokens % groups or inner % groups:
         fits = next(side for side in itertools.count(step, step) if not any(n % groups for n in counts(side, side)))
-        raise ValueError(
+        raise InvalidValue(
             f"height, width: {sides[0]} x {sides[1]} px gives {tokens} tokens ({inner} in the middle), which attention "
             f"cannot split in {groups}; try multiples of {fits * token} px"
         )
@@ -160,9 +161,9 @@ def as_generators(generator: object, count: int) -> list[torch.Generator]:
     many = list(generator) if isinstance(generator, (list, tuple)) else [generator] * count
     for item in many:
         if not isinstance(item, torch.Generator):
-            raise TypeError(f"generator: expected a torch.Generator or a list of them, got {type(item).__name__}")
+            raise InvalidType(f"generator: expected a torch.Generator or a list of them, got {type(item).__name__}")
     if len(many) != count:
-        raise ValueError(f"generator: {len(many)} generators for {count} pictures; expected one each")
+        raise InvalidValue(f"generator: {len(many)} generators for {count} pictures; expected one each")
     return many
 
 

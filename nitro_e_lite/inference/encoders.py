@@ -35,6 +35,7 @@ from diffusers import AutoencoderDC
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nitro_e_lite.errors import InvalidType, InvalidValue
 from nitro_e_lite.files import find_weights
 from nitro_e_lite.inference import hub
 from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH, LITE_TEXT_LENGTH
@@ -51,9 +52,9 @@ class LatentStats:
         object.__setattr__(self, "mean", tuple(float(x) for x in self.mean))
         object.__setattr__(self, "std", tuple(float(x) for x in self.std))
         if not self.mean or len(self.mean) != len(self.std):
-            raise ValueError(f"LatentStats: {len(self.mean)} means and {len(self.std)} stds; need as many")
+            raise InvalidValue(f"LatentStats: {len(self.mean)} means and {len(self.std)} stds; need as many")
         if not all(np.isfinite(self.mean)) or not all(np.isfinite(self.std)) or min(self.std) <= 0:
-            raise ValueError(f"LatentStats: mean={self.mean}, std={self.std}: must be finite, std above 0")
+            raise InvalidValue(f"LatentStats: mean={self.mean}, std={self.std}: must be finite, std above 0")
 
     @classmethod
     def from_scaling_factor(cls, scaling_factor: float, channels: int) -> "LatentStats":
@@ -77,7 +78,7 @@ class LatentStats:
             ValueError: when the channel counts differ.
         """
         if like.shape[1] != len(self.mean):
-            raise ValueError(f"latents have {like.shape[1]} channels, their statistics {len(self.mean)}")
+            raise InvalidValue(f"latents have {like.shape[1]} channels, their statistics {len(self.mean)}")
         return tuple(like.new_tensor(x).view(1, -1, 1, 1) for x in (self.mean, self.std))
 
 
@@ -97,7 +98,7 @@ def images_to_tensor(images: np.ndarray | Tensor) -> Tensor:
         return images.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, H, W)
     if images.is_floating_point() and images.ndim == 4 and images.shape[1] == 3:
         return images
-    raise ValueError(
+    raise InvalidValue(
         f"images: {images.dtype} {tuple(images.shape)}; expected uint8 (B, H, W, 3) or float (B, 3, H, W) in [-1, 1]"
     )
 
@@ -120,7 +121,7 @@ def encode_images(vae: AutoencoderDC, images: np.ndarray | Tensor, stats: Latent
     images = images_to_tensor(images).to(vae.device, vae.dtype)
     ratio = vae.spatial_compression_ratio
     if images.shape[2] % ratio or images.shape[3] % ratio:
-        raise ValueError(f"images: {tuple(images.shape[2:])} pixels; both must be divisible by {ratio}")
+        raise InvalidValue(f"images: {tuple(images.shape[2:])} pixels; both must be divisible by {ratio}")
     latents = vae.encode(images.contiguous(memory_format=torch.channels_last)).latent  # (B, C, h, w)
     mean, std = stats.tensors(latents)
     return ((latents - mean) / std).contiguous()
@@ -165,7 +166,7 @@ def encode_text(
         TypeError: when ``captions`` is one string, or holds something else than strings.
     """
     if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
-        raise TypeError(f"captions: expected a list of strings, got {captions!r}")
+        raise InvalidType(f"captions: expected a list of strings, got {captions!r}")
     texts = [clean_caption(c) for c in captions]
     for text, tokens in zip(texts, tokenizer(texts, verbose=False)["input_ids"], strict=True):
         if len(tokens) > max_length:

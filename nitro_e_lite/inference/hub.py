@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from nitro_e_lite.errors import InvalidValue, UserError
 from nitro_e_lite.files import check_weights
 from nitro_e_lite.model.cpu_kernels import speed_up
 
@@ -36,7 +37,7 @@ HUB_REVISIONS = {
 """Hub id -> commit that is loaded when none is asked for. Other ids need a revision."""
 
 
-class EncoderUnavailable(RuntimeError):
+class EncoderUnavailable(UserError, RuntimeError):
     """An encoder cannot be loaded: no such folder, no network, or a licence not accepted."""
 
 
@@ -121,7 +122,7 @@ def _resolve(source: str | Path, revision: str | None, option: str) -> dict[str,
         raise EncoderUnavailable(f"{source}: no such folder, and not a hub id like owner/name ({option})")
     revision = revision or HUB_REVISIONS.get(source)
     if revision is None:
-        raise ValueError(
+        raise InvalidValue(
             f"revision=None: {source} has no pinned commit; pass revision='<40-digit commit>' so that the "
             f"run can be repeated, or download it once and pass its folder ({option})"
         )

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError
 
 from nitro_e_lite import runtime
+from nitro_e_lite.errors import InvalidType, InvalidValue
 from nitro_e_lite.files import find_weights
 from nitro_e_lite.inference.encoders import Encoders, LatentStats, load_encoders
 from nitro_e_lite.inference.hub import (
@@ -66,7 +67,7 @@ def load_pipeline(
     path = _find(source)
     official = path.is_file()
     if official_config and not official:
-        raise TypeError(f"{', '.join(official_config)}: only official .safetensors files take a configuration")
+        raise InvalidType(f"{', '.join(official_config)}: only official .safetensors files take a configuration")
     parts: dict[str, Any] = {}
     if official:  # first: a wrong file is found out before gigabytes of encoders are fetched
         parts["transformer"] = load_official(path, **official_config or _variant(path)).to(dtype)
@@ -87,7 +88,7 @@ def load_pipeline(
             else:
                 pipeline = _trained_pipeline(path, parts, dtype)
     except SafetensorError as error:
-        raise ValueError(f"{path}: a weight file below it is damaged ({error})") from None
+        raise InvalidValue(f"{path}: a weight file below it is damaged ({error})") from None
     if lora is not None:
         merge_lora(pipeline.transformer, lora)
     return pipeline.to(device)
@@ -111,7 +112,7 @@ def _find(source: str | Path) -> Path:
     try:
         return find_weights(source, DiffusionPipeline.config_name, weights, f"transformer/{weights}")
     except FileNotFoundError as error:
-        raise ValueError(f"model: {error}, and no official .safetensors file") from None
+        raise InvalidValue(f"model: {error}, and no official .safetensors file") from None
 
 
 def _trained_pipeline(path: Path, parts: dict, dtype: torch.dtype) -> NitroEPipeline:
@@ -137,7 +138,7 @@ def _trained_pipeline(path: Path, parts: dict, dtype: torch.dtype) -> NitroEPipe
     if "encoders" in run and run["encoders"] != found.fingerprint:
         message = f"{path}: was trained with other encoders than these; the pictures would be wrong"
         if not given:
-            raise ValueError(f"{message}. Name those of the run: --text-encoder PATH --vae PATH")
+            raise InvalidValue(f"{message}. Name those of the run: --text-encoder PATH --vae PATH")
         warnings.warn(message, stacklevel=3)
     return pipeline
 

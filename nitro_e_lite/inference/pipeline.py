@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nitro_e_lite.config import SIGMA_GRIDS
+from nitro_e_lite.errors import InvalidType, InvalidValue, NotFinite
 from nitro_e_lite.inference.arguments import (
     OUTPUT_TYPES,
     as_generators,
@@ -100,20 +101,20 @@ class NitroEPipeline(DiffusionPipeline):
     ):
         super().__init__()
         if sigma_grid not in SIGMA_GRIDS:
-            raise ValueError(f"sigma_grid: {sigma_grid!r} is not one of {', '.join(SIGMA_GRIDS)}")
+            raise InvalidValue(f"sigma_grid: {sigma_grid!r} is not one of {', '.join(SIGMA_GRIDS)}")
         channels = transformer.config.in_channels
         if (latents_mean is None) != (latents_std is None):
-            raise ValueError("latents_mean, latents_std: give both or neither")
+            raise InvalidValue("latents_mean, latents_std: give both or neither")
         sizes = {"vae": vae.config.latent_channels}
         if latents_mean is not None:
             sizes |= {"latents_mean": len(latents_mean), "latents_std": len(latents_std)}
         for name, size in sizes.items():
             if size != channels:
-                raise ValueError(f"{name}: {size} latent channels, but the transformer has {channels}")
+                raise InvalidValue(f"{name}: {size} latent channels, but the transformer has {channels}")
         width = transformer.config.caption_channels
         if text_encoder is not None and text_encoder.config.hidden_size != width:
             size = text_encoder.config.hidden_size
-            raise ValueError(f"text_encoder: features of width {size}, but the transformer takes {width}")
+            raise InvalidValue(f"text_encoder: features of width {size}, but the transformer takes {width}")
         self.register_modules(
             transformer=transformer,
             vae=vae,
@@ -162,7 +163,7 @@ class NitroEPipeline(DiffusionPipeline):
         )
         if self.config.sigma_grid == "scheduler" and settings.shift != self.shift:
             own = f"the {self.shift:g} of the scheduler, whose grid is used"
-            raise ValueError(f"shift: {settings.shift:g} differs from {own}")
+            raise InvalidValue(f"shift: {settings.shift:g} differs from {own}")
         return settings
 
     def encode_prompt(self, prompts: list[str]) -> Tensor:
@@ -172,7 +173,7 @@ class NitroEPipeline(DiffusionPipeline):
             ValueError: when the pipeline has no text encoder.
         """
         if self.text_encoder is None or self.tokenizer is None:
-            raise ValueError(
+            raise InvalidValue(
                 "prompt: this pipeline has no text encoder; pass prompt_embeds (and negative_prompt_embeds)"
             )
         unique = list(dict.fromkeys(prompts))
@@ -243,11 +244,11 @@ class NitroEPipeline(DiffusionPipeline):
         sampler = self.sampler(num_inference_steps, guidance_scale, shift)
         guidance = sampler.guidance
         if sigmas is not None and shift is not None:
-            raise ValueError("shift, sigmas: give one of the two")
+            raise InvalidValue("shift, sigmas: give one of the two")
         levels = self._levels(sampler) if sigmas is None else {"sigmas": as_sigmas(sigmas, num_inference_steps)}
         repeats = as_integer("num_images_per_prompt", num_images_per_prompt, 1)
         if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type: {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
+            raise InvalidValue(f"output_type: {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         grid = as_grid(height, width, self.transformer.config, self.vae_scale_factor)
         texts = self._check_texts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, guided=guidance > 1)
@@ -266,19 +267,19 @@ class NitroEPipeline(DiffusionPipeline):
 
     def _check_callback(self, callback: object, names: object) -> None:
         if callback is not None and not callable(callback):
-            raise TypeError(f"callback_on_step_end: expected a function, got {type(callback).__name__}")
+            raise InvalidType(f"callback_on_step_end: expected a function, got {type(callback).__name__}")
         field, offer = "callback_on_step_end_tensor_inputs", self._callback_tensor_inputs
         if isinstance(names, str) or not isinstance(names, Iterable | None):
-            raise TypeError(f"{field}: expected a list of names, got {names!r} ({type(names).__name__})")
+            raise InvalidType(f"{field}: expected a list of names, got {names!r} ({type(names).__name__})")
         if unknown := set(names or ()) - set(offer):
-            raise ValueError(f"{field}: {sorted(unknown)} not among {offer}")
+            raise InvalidValue(f"{field}: {sorted(unknown)} not among {offer}")
 
     def _check_texts(self, prompt, prompt_embeds, negative, negative_embeds, guided: bool) -> list[list[str] | Tensor]:
         """What a step is told, as strings or features: `[negative, positive]`, or `[positive]` unguided."""
         if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("prompt, prompt_embeds: give exactly one of the two")
+            raise InvalidValue("prompt, prompt_embeds: give exactly one of the two")
         if negative is not None and negative_embeds is not None:
-            raise ValueError("negative_prompt, negative_prompt_embeds: give one of the two")
+            raise InvalidValue("negative_prompt, negative_prompt_embeds: give one of the two")
         shape = (self.config.max_text_length, self.transformer.config.caption_channels)
         if prompt is not None:
             positive = as_prompts("prompt", prompt)
@@ -322,6 +323,4 @@ class NitroEPipeline(DiffusionPipeline):
     @staticmethod
     def _check_finite(part: str, values: Tensor) -> None:
         if not values.isfinite().all():
-            raise FloatingPointError(
-                f"{part}: gave NaN or infinity; if it runs in half precision, load it with dtype='float32'"
-            )
+            raise NotFinite(f"{part}: gave NaN or infinity; if it runs in half precision, load it with dtype='float32'")

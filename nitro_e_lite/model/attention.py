@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.model import cpu_kernels
 from nitro_e_lite.model.cpu_kernels import Linear
 
@@ -105,7 +106,7 @@ def group_multiple(pattern: Iterable[tuple[int, int]]) -> int:
 
 def _check_divisible(tokens: int, ratio: int, chunk: int) -> None:
     if tokens % (ratio * chunk):
-        raise ValueError(
+        raise InvalidValue(
             f"{tokens} tokens cannot be split into {ratio} groups of chunks of {chunk}: "
             f"the number of tokens must be a multiple of {ratio * chunk}"
         )

@@ -23,6 +23,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from nitro_e_lite.config import MODULATIONS
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.model.attention import BACKENDS, JointAttention
 from nitro_e_lite.model.blocks import JointBlock, TimeEmbedding
 from nitro_e_lite.model.cpu_kernels import Linear
@@ -123,7 +124,7 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             ValueError: Another name.
         """
         if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+            raise InvalidValue(f"backend must be one of {BACKENDS}, got {backend!r}")
         for module in self.modules():
             if isinstance(module, JointAttention):
                 module.backend = backend
@@ -132,13 +133,13 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         config = self.config
         if hidden_states.ndim != 4 or hidden_states.shape[1] != config.in_channels:
             shape = tuple(hidden_states.shape)
-            raise ValueError(f"hidden_states must be (B, {config.in_channels}, H, W), got {shape}")
+            raise InvalidValue(f"hidden_states must be (B, {config.in_channels}, H, W), got {shape}")
         if encoder_hidden_states.ndim != 3 or encoder_hidden_states.shape[2] != config.caption_channels:
             shape = tuple(encoder_hidden_states.shape)
-            raise ValueError(f"encoder_hidden_states must be (B, L, {config.caption_channels}), got {shape}")
+            raise InvalidValue(f"encoder_hidden_states must be (B, L, {config.caption_channels}), got {shape}")
         square = config.patch_size * (4 if config.compression else 1)
         if any(side % square for side in hidden_states.shape[2:]):
-            raise ValueError(
+            raise InvalidValue(
                 f"height and width of hidden_states must be multiples of {square}, got {tuple(hidden_states.shape)}"
             )
 
@@ -219,12 +220,12 @@ def _repa_projector(dim: int, hidden: int, channels: int) -> nn.Sequential:
 
 def _check_config(dim: int, block_groups, attention_pattern, modulation: str, compression: bool) -> None:
     if dim % 16:
-        raise ValueError(f"num_attention_heads * attention_head_dim must be a multiple of 16, got {dim}")
+        raise InvalidValue(f"num_attention_heads * attention_head_dim must be a multiple of 16, got {dim}")
     if modulation not in MODULATIONS:
-        raise ValueError(f"modulation must be one of {MODULATIONS}, got {modulation!r}")
+        raise InvalidValue(f"modulation must be one of {MODULATIONS}, got {modulation!r}")
     if compression and len(block_groups) != 3:
-        raise ValueError(f"block_groups must have 3 entries with compression, got {tuple(block_groups)}")
+        raise InvalidValue(f"block_groups must have 3 entries with compression, got {tuple(block_groups)}")
     if not block_groups or min(block_groups) < 1:
-        raise ValueError(f"block_groups must be positive, got {tuple(block_groups)}")
+        raise InvalidValue(f"block_groups must be positive, got {tuple(block_groups)}")
     if not attention_pattern or any(len(p) != 2 or min(p) < 1 for p in attention_pattern):
-        raise ValueError(f"attention_pattern must be pairs (ratio, chunk) of at least 1, got {attention_pattern}")
+        raise InvalidValue(f"attention_pattern must be pairs (ratio, chunk) of at least 1, got {attention_pattern}")

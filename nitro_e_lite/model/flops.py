@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nitro_e_lite.config import SCALES, to_dict
+from nitro_e_lite.errors import InvalidType, InvalidValue
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH
 from nitro_e_lite.presets import preset
@@ -68,7 +69,7 @@ def model_config(size: str) -> dict[str, Any]:
         ValueError: for another size.
     """
     if size not in SCALES:
-        raise ValueError(f"size: {size!r} is not one of {', '.join(SCALES)}")
+        raise InvalidValue(f"size: {size!r} is not one of {', '.join(SCALES)}")
     return {} if size == "full" else to_dict(preset("base", size).model)
 
 
@@ -105,9 +106,9 @@ def count_flops(config: Mapping[str, Any], batch: int = 1, text_tokens: int = FU
     """
     for name, value in (("batch", batch), ("text_tokens", text_tokens)):
         if not isinstance(value, Integral):
-            raise TypeError(f"{name}: expected an integer, got {value!r}")
+            raise InvalidType(f"{name}: expected an integer, got {value!r}")
         if value < 1:
-            raise ValueError(f"{name}: {value} is below 1")
+            raise InvalidValue(f"{name}: {value} is below 1")
     model = build_on_meta(config)
     size = model.config
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:

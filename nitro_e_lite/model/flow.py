@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nitro_e_lite.errors import InvalidValue
+
 TIMESTEP_SCALE = 1000.0  # the model's timestep argument is TIMESTEP_SCALE * t
 
 
@@ -79,7 +81,7 @@ def linear_sigmas(steps: int) -> list[float]:
         ValueError: for fewer than one step.
     """
     if steps < 1:
-        raise ValueError(f"steps={steps}: must be >= 1")
+        raise InvalidValue(f"steps={steps}: must be >= 1")
     return [1 - k / steps for k in range(steps)]
 
 
@@ -92,5 +94,5 @@ def shift_sigmas(sigmas: list[float], shift: float) -> list[float]:
         ValueError: for a shift below 1.
     """
     if not shift >= 1:
-        raise ValueError(f"shift={shift}: must be >= 1")
+        raise InvalidValue(f"shift={shift}: must be >= 1")
     return [shift * sigma / (1 + (shift - 1) * sigma) for sigma in sigmas]

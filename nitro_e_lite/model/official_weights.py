@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 
 REFERENCE_CONFIG = {
@@ -94,7 +95,7 @@ def official_names(name: str) -> list[str]:
     for pattern, templates in _RULES:
         if match := re.fullmatch(pattern, name):
             return [match.expand(template) for template in templates]
-    raise ValueError(f"the official layout has no place for {name!r}")
+    raise InvalidValue(f"the official layout has no place for {name!r}")
 
 
 def _from_official(name: str, parts: list[Tensor]) -> Tensor:
@@ -130,16 +131,18 @@ def _block_groups(weights: dict[str, Tensor], num_layers: int) -> tuple[int, ...
 def _model_config(config: dict, weights: dict[str, Tensor]) -> dict:
     """Our constructor arguments from the reference's."""
     if unknown := sorted(set(config) - set(REFERENCE_CONFIG)):
-        raise ValueError(f"unknown configuration {unknown}; the reference constructor takes {sorted(REFERENCE_CONFIG)}")
+        raise InvalidValue(
+            f"unknown configuration {unknown}; the reference constructor takes {sorted(REFERENCE_CONFIG)}"
+        )
     config = REFERENCE_CONFIG | config
     width = config["num_attention_heads"] * config["attention_head_dim"]
     fixed = {"out_channels": config["in_channels"], "caption_projection_dim": width, "qk_norm": "rms_norm"}
     for field, value in fixed.items():
         if config[field] != value:
-            raise ValueError(f"{field} must be {value!r} with these other arguments, got {config[field]!r}")
+            raise InvalidValue(f"{field} must be {value!r} with these other arguments, got {config[field]!r}")
     channels = list(config["z_dims"] or [])
     if len(channels) > 1:
-        raise ValueError(f"z_dims must name one REPA projector at most, got {channels}")
+        raise InvalidValue(f"z_dims must name one REPA projector at most, got {channels}")
     return {
         **{k: config[k] for k in ("sample_size", "patch_size", "in_channels", "num_attention_heads",
                                   "attention_head_dim", "caption_channels", "pos_embed_max_size")},
@@ -155,7 +158,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+        raise InvalidValue(f"{path} is damaged or no safetensors file: {error}") from None
 
 
 def load_official(path: str | Path, **config) -> EMMDiTTransformer2DModel:
@@ -186,7 +189,7 @@ def load_official(path: str | Path, **config) -> EMMDiTTransformer2DModel:
         if state[name].shape != expected.shape:
             misfits.append(f"{names[0]} gives {tuple(state[name].shape)}, the model needs {tuple(expected.shape)}")
     if missing or weights or misfits:
-        raise ValueError(
+        raise InvalidValue(
             f"{path} does not fit the configuration: missing {missing}; left over {sorted(weights)}; shapes {misfits}"
         )
     model.load_state_dict(state, assign=True)
@@ -211,7 +214,7 @@ def save_official(model: EMMDiTTransformer2DModel, path: str | Path) -> None:
     }
     for field, value in fixed.items():
         if model.config[field] != value:
-            raise ValueError(f"{field} must be {value!r} in the official layout, got {model.config[field]!r}")
+            raise InvalidValue(f"{field} must be {value!r} in the official layout, got {model.config[field]!r}")
     weights = {}
     for name, tensor in model.state_dict().items():
         parts = _to_official(name, tensor, model.config.patch_size)
@@ -225,7 +228,7 @@ def _lora_scale(config: dict) -> float:
              "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False}  # fmt: skip
     for field, value in plain.items():
         if config.get(field) and config[field] != value:
-            raise ValueError(f"adapter_config.json: only plain LoRA can be merged, got {field}={config[field]!r}")
+            raise InvalidValue(f"adapter_config.json: only plain LoRA can be merged, got {field}={config[field]!r}")
     rank = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
     return config["lora_alpha"] / rank
 
@@ -271,7 +274,7 @@ def merge_lora(model: EMMDiTTransformer2DModel, folder: str | Path) -> EMMDiTTra
         if len(pair) == 3 and (len(pair["B"]), pair["A"].shape[1]) != tuple(pair["rows"].shape)
     )
     if unknown or halves or misfits or not pairs:
-        raise ValueError(
+        raise InvalidValue(
             f"{folder} cannot be merged: {len(pairs)} adapters found; keys that fit nowhere {unknown}; "
             f"only one of A and B {halves}; wrong shape {misfits}"
         )

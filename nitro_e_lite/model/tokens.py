@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.model.cpu_kernels import Linear
 
 RATIOS = (2, 4)  # the two paths of the compressor: half and quarter resolution
@@ -69,7 +70,7 @@ def crop_positions(table: Tensor, height: int, width: int) -> Tensor:
     """
     side = int(table.shape[1] ** 0.5)
     if height > side or width > side:
-        raise ValueError(
+        raise InvalidValue(
             f"token grid {height}x{width} does not fit: pos_embed_max_size is {side}; use smaller latents "
             "or a model with a larger pos_embed_max_size"
         )

@@ -34,6 +34,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.files import read_jsonl
 from nitro_e_lite.scenes import captions, grammar
 from nitro_e_lite.scenes.grammar import COLORS, COUNT_WORDS, RELATIONS, SHAPES, SIZES, Scene, SceneObject, Stream
@@ -66,17 +67,17 @@ class Prompt:
 
     def __post_init__(self):
         if self.tag not in CATEGORIES:
-            raise ValueError(f"tag={self.tag!r}: must be one of {', '.join(CATEGORIES)}")
+            raise InvalidValue(f"tag={self.tag!r}: must be one of {', '.join(CATEGORIES)}")
         if not self.objects:
-            raise ValueError("objects=(): a prompt must ask for at least one object")
+            raise InvalidValue("objects=(): a prompt must ask for at least one object")
         for shape, color in self.objects:
             if shape not in SHAPES or not (color is None or color in COLORS):
-                raise ValueError(f"objects: ({shape!r}, {color!r}): unknown; the colour may be None")
+                raise InvalidValue(f"objects: ({shape!r}, {color!r}): unknown; the colour may be None")
         if self.relation is None:
             return
         if self.relation not in RELATIONS or len(self.objects) != 2 or self.objects[0] == self.objects[1]:
             rule = f"must be one of {', '.join(RELATIONS)}, between two different objects"
-            raise ValueError(f"relation={self.relation!r} of {self.objects}: {rule}")
+            raise InvalidValue(f"relation={self.relation!r} of {self.objects}: {rule}")
 
     def metadata(self) -> dict:
         """The prompt in GenEval's own schema: `tag`, `include`, `exclude` and `prompt`."""
@@ -103,10 +104,10 @@ class Prompt:
             relation = next((i["position"][0] for i in entry["include"] if i.get("position")), None)
             text, tag = entry["prompt"], entry["tag"]
         except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise ValueError(f"{entry!r}: needs prompt, tag, include with class and count") from error
+            raise InvalidValue(f"{entry!r}: needs prompt, tag, include with class and count") from error
         said = [text, tag, *(word for (shape, color), _ in items for word in (shape, color or ""))]
         if not all(isinstance(word, str) for word in [*said, relation or ""]):
-            raise ValueError(f"{entry!r}: prompt, tag, class, color and relation must be strings")
+            raise InvalidValue(f"{entry!r}: prompt, tag, class, color and relation must be strings")
         objects = [spec for spec, count in items for _ in range(count)]
         return cls(text, tag, tuple(reversed(objects) if relation else objects), relation)
 
@@ -146,7 +147,7 @@ def load_prompts(split: str = "held_out_prompts") -> list[Prompt]:
         ValueError: for another split.
     """
     if split not in SPLITS:
-        raise ValueError(f"split={split!r}: must be one of {', '.join(SPLITS)}")
+        raise InvalidValue(f"split={split!r}: must be one of {', '.join(SPLITS)}")
     return list(_prompts(split))
 
 
@@ -158,7 +159,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """
     prompts = list(read_jsonl(path, torn_last_line="counts", parse=Prompt.from_metadata))
     if not prompts:
-        raise ValueError(f"{path}: no prompts, must hold one JSON object a line")
+        raise InvalidValue(f"{path}: no prompts, must hold one JSON object a line")
     return prompts
 
 
@@ -245,7 +246,7 @@ def true_scene(prompt: Prompt, seed: int = 0) -> Scene:
         objects = grammar.place(specs, stream, prompt.relation)
         if objects is not None:
             return Scene(_kind(prompt.tag), objects, grammar.draw_background(stream), prompt.relation)
-    raise ValueError(f"prompt={prompt.text!r}: no room for {len(prompt.objects)} objects")
+    raise InvalidValue(f"prompt={prompt.text!r}: no room for {len(prompt.objects)} objects")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -306,7 +307,7 @@ def score(prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> Score:
         ValueError: when the lists are empty or of different lengths.
     """
     if len(prompts) != len(verdicts) or not prompts:
-        raise ValueError(f"{len(prompts)} prompts, {len(verdicts)} verdicts: must be equally many, > 0")
+        raise InvalidValue(f"{len(prompts)} prompts, {len(verdicts)} verdicts: must be equally many, > 0")
     results: dict[str, dict[Prompt, list[bool]]] = {}
     for prompt, verdict in zip(prompts, verdicts, strict=True):
         results.setdefault(prompt.tag, {}).setdefault(prompt, []).append(bool(verdict.correct))

@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from nitro_e_lite.errors import InvalidValue
+
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -153,9 +155,9 @@ def sample_scene(seed: int, index: int, split: str = "train") -> Scene:
         ValueError: for an unknown split or a negative index.
     """
     if split not in ("train", "held_out", "all"):
-        raise ValueError(f"split={split!r}: must be 'train', 'held_out' or 'all'")
+        raise InvalidValue(f"split={split!r}: must be 'train', 'held_out' or 'all'")
     if index < 0:
-        raise ValueError(f"index={index}: must be >= 0")
+        raise InvalidValue(f"index={index}: must be >= 0")
     for attempt in range(1000):
         kind = Stream(seed, index).weighted(KINDS)  # drawn once, so that rejection does not change the shares
         stream = Stream(seed, index, attempt)

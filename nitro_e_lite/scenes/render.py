@@ -11,6 +11,7 @@ from functools import cache
 
 import numpy as np
 
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.scenes.grammar import Background, Scene
 
 
@@ -96,7 +97,7 @@ def render(scene: Scene, size: int = 128) -> np.ndarray:
         ValueError: for a size below 16.
     """
     if size < 16:
-        raise ValueError(f"size={size}: must be >= 16 pixels")
+        raise InvalidValue(f"size={size}: must be >= 16 pixels")
     canvas = render_background(scene.background, size)
     grid_x, grid_y = _grid(size)
     for o in scene.objects:

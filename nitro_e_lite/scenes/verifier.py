@@ -20,6 +20,7 @@ from functools import cache, partial
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
+from nitro_e_lite.errors import InvalidType, InvalidValue
 from nitro_e_lite.scenes.grammar import COLORS, SHAPES
 from nitro_e_lite.scenes.render import signed_distance
 from nitro_e_lite.scenes.segments import Segment, centre_and_area, find_segments, outline
@@ -72,9 +73,9 @@ def detect(image: np.ndarray) -> list[Detection]:
     """
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
         kind = f"{type(image).__name__} {getattr(image, 'dtype', '')}"
-        raise TypeError(f"image={kind}: must be a uint8 numpy array")
+        raise InvalidType(f"image={kind}: must be a uint8 numpy array")
     if image.ndim != 3 or image.shape[2] != 3 or min(image.shape[:2]) < 64:
-        raise ValueError(f"image.shape={image.shape}: must be (H, W, 3) with both sides >= 64")
+        raise InvalidValue(f"image.shape={image.shape}: must be (H, W, 3) with both sides >= 64")
     segments, owner = find_segments(image)
     return sorted((_describe(segment, owner.shape) for segment in segments), key=lambda d: -d.area)
 

@@ -37,6 +37,7 @@ from nitro_e_lite.config import (
     Share,
     settings,
 )
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.files import find_weights
 from nitro_e_lite.inference.encoders import clean_caption
 from nitro_e_lite.inference.hub import load_text_encoder
@@ -83,7 +84,7 @@ class LanguageModelConfig(RunConfig):
 
     def __post_init__(self):
         if self.keep_weight and not self.start_from:
-            raise ValueError(f"keep_weight={self.keep_weight}: there is nothing to keep; name start_from")
+            raise InvalidValue(f"keep_weight={self.keep_weight}: there is nothing to keep; name start_from")
 
 
 def train_tokenizer(config: LanguageModelConfig) -> PreTrainedTokenizerFast:

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from nitro_e_lite.config import TrainConfig, to_dict
 from nitro_e_lite.data.batches import Batches, LocalBatch, check_folders, first_captions
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.inference.encoders import load_encoders
 from nitro_e_lite.inference.loading import load_transformer
 from nitro_e_lite.inference.pipeline import NitroEPipeline
@@ -71,7 +72,7 @@ class Pretrain(Stage):
     def __init__(self, config: TrainConfig, placement: Placement):
         self.config, self.placement = config, placement
         if config.stage == "finetune" and not config.start_from:
-            raise ValueError("start_from='': fine-tuning goes on from a base model; name its run folder")
+            raise InvalidValue("start_from='': fine-tuning goes on from a base model; name its run folder")
         check_folders(config.data)
         self.encoders = load_encoders(config.data.encoders, device=placement.device, dtype=placement.dtype)
         self._check_encoders()
@@ -88,7 +89,7 @@ class Pretrain(Stage):
         model = self.config.model
         for name, there in (("in_channels", self.encoders.latent_channels), ("caption_channels", self.encoders.width)):
             if getattr(model, name) != there:
-                raise ValueError(f"model.{name}={getattr(model, name)}: the encoders in use give {there}")
+                raise InvalidValue(f"model.{name}={getattr(model, name)}: the encoders in use give {there}")
 
     def _model_arguments(self) -> dict:
         """Constructor arguments of the model in training; with REPA it has a projector."""
@@ -103,7 +104,7 @@ class Pretrain(Stage):
         if stored is not None:
             return stored.shape[-1]
         if self.config.data.folders:
-            raise ValueError(
+            raise InvalidValue(
                 f"repa.weight={self.config.repa.weight}: {self.config.data.folders[0]} holds no vision features; "
                 "encode the data with them, or train with repa.weight=0"
             )
@@ -198,7 +199,7 @@ class Pretrain(Stage):
     def load_state(self, state: dict[str, Any]) -> None:
         """Compares data and encoders with those of the checkpoint and goes back to its coordinates."""
         if state["encoders"] != self.encoders.fingerprint:
-            raise ValueError(f"data.encoders={self.config.data.encoders}: the run was started with other encoders")
+            raise InvalidValue(f"data.encoders={self.config.data.encoders}: the run was started with other encoders")
         self.batches.compare(state["rows"])
         roots = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         if roots.keys() == weights.white_roots(self.model).keys():  # else the engine finds other weights, and says so
@@ -237,7 +238,7 @@ def repa_loss(projected: Tensor, features: Tensor) -> Tensor:
         ValueError: the shapes differ.
     """
     if projected.shape != features.shape:
-        raise ValueError(
+        raise InvalidValue(
             f"features={tuple(features.shape)}: must be shaped like the transformer's tap {tuple(projected.shape)}; "
             "the vision model must see as many patches as there are tokens"
         )

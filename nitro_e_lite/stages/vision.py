@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
 from nitro_e_lite.config import NonNegative, NonNegativeNumber, Positive, PositiveNumber, RunConfig, settings
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.inference.vision import GRID, patch_features, prepare_pixels
 from nitro_e_lite.runtime import generator
 from nitro_e_lite.scenes.grammar import COLORS, SHAPES, sample_scene
@@ -70,7 +71,7 @@ class VisionConfig(RunConfig):
 
     def __post_init__(self):
         if self.width % self.heads:
-            raise ValueError(f"width={self.width}: must be a multiple of heads={self.heads}")
+            raise InvalidValue(f"width={self.width}: must be a multiple of heads={self.heads}")
 
 
 class OutlineLearner(nn.Module):
@@ -127,7 +128,7 @@ def find_kinds(config: VisionConfig, restarts: int = 5, rounds: int = 40) -> Ten
     images = (scene_images(config.seed, range(n, n + 1), 128) for n in range(config.kinds_scenes))
     outlines = torch.cat([patch_outlines(image, config.patch_size)[0] for image in images])
     if len(outlines) < config.kinds:
-        raise ValueError(f"kinds_scenes={config.kinds_scenes}: hold fewer outlines than kinds={config.kinds}")
+        raise InvalidValue(f"kinds_scenes={config.kinds_scenes}: hold fewer outlines than kinds={config.kinds}")
     stream, found = generator(config.seed, 0, "kinds"), []
     for _ in range(restarts):
         centres = outlines[torch.randperm(len(outlines), generator=stream)[: config.kinds]]

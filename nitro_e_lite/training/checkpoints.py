@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.files import _fsync, atomic_folder, sha256_file
 
 STATE = "state.json"
@@ -74,9 +75,9 @@ def compare_settings(before: dict[str, Any], now: dict[str, Any], step: int, say
     now = json.loads(json.dumps(now))
     for name in FIXED:
         if name in now and before.get(name, now[name]) != now[name]:
-            raise ValueError(f"{name}={now[name]}: the run was started with {before[name]}; name another folder")
+            raise InvalidValue(f"{name}={now[name]}: the run was started with {before[name]}; name another folder")
     if now["steps"] < step:
-        raise ValueError(f"steps={now['steps']}: the run has been trained to step {step}")
+        raise InvalidValue(f"steps={now['steps']}: the run has been trained to step {step}")
     changed = [text for name in now.keys() - NOT_LEARNED for text in _changes(name, before.get(name), now[name])]
     if changed and say:
         warnings.warn(f"from step {step} on other settings hold: {', '.join(sorted(changed))}", stacklevel=3)
@@ -120,7 +121,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
     for name, digest in state["sha256"].items():
         if not (path / name).is_file() or sha256_file(path / name) != digest:
-            raise ValueError(f"{path / name}: missing or damaged (its sha256 is not the one in {STATE})")
+            raise InvalidValue(f"{path / name}: missing or damaged (its sha256 is not the one in {STATE})")
     return {Path(name).stem: load_file(path / name) for name in state["sha256"]}, state
 
 
@@ -138,7 +139,9 @@ def load_latest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
             warnings.warn(f"checkpoint skipped: {error}", stacklevel=2)
     if there:
         names = ", ".join(path.name for path in there)
-        raise ValueError(f"{folder}: all checkpoints are damaged ({names}); move them away to start from the beginning")
+        raise InvalidValue(
+            f"{folder}: all checkpoints are damaged ({names}); move them away to start from the beginning"
+        )
     return None
 
 

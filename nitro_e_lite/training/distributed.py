@@ -14,6 +14,7 @@ from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
 from torch import Tensor
 
 from nitro_e_lite.config import RunConfig
+from nitro_e_lite.errors import InvalidValue, Unusable
 from nitro_e_lite.runtime import pick_device
 from nitro_e_lite.training.metrics import tracker_name
 
@@ -49,7 +50,7 @@ def start_accelerator(config: RunConfig, run_dir: Path, device: str | None) -> A
     """
     for name in FOREIGN:
         if (value := os.environ.get(name, "")).lower() not in OFF:
-            raise ValueError(
+            raise InvalidValue(
                 f"{name}={value}: a run is data-parallel, in the precision of its settings and on the device it is "
                 "told; unset it"
             )
@@ -57,7 +58,7 @@ def start_accelerator(config: RunConfig, run_dir: Path, device: str | None) -> A
     cpu = chosen.type == "cpu"
     if chosen.index is not None and not cpu:
         if asked > 1:
-            raise ValueError(f"device={device}: each of the {asked} processes takes one of its own; name no number")
+            raise InvalidValue(f"device={device}: each of the {asked} processes takes one of its own; name no number")
         torch.accelerator.set_device_index(chosen.index)
     accelerator = Accelerator(
         cpu=cpu,
@@ -70,12 +71,12 @@ def start_accelerator(config: RunConfig, run_dir: Path, device: str | None) -> A
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     if accelerator.num_processes != asked:
-        raise RuntimeError(
+        raise Unusable(
             f"WORLD_SIZE={asked}, but accelerate sees {accelerator.num_processes}: the processes would train "
             f"separate models; start them with torchrun, on a machine without accelerator with ACCELERATE_USE_CPU=true"
         )
     if not cpu and accelerator.device.type == "cpu":
-        raise RuntimeError(
+        raise Unusable(
             f"device={device}: an earlier run of this process chose the CPU, and accelerate keeps it; restart"
         )
     return accelerator
@@ -122,7 +123,7 @@ def check_together(accelerator: Accelerator, step: int, run_dir: Path) -> None:
     """
     steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
     if len(set(steps)) > 1:
-        raise RuntimeError(
+        raise Unusable(
             f"run_dir={run_dir}: the processes found checkpoints of steps {steps}; "
             "all machines must see the same folder"
         )

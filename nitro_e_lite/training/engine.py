@@ -30,6 +30,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from nitro_e_lite.config import RunConfig, to_dict
+from nitro_e_lite.errors import FileThere, InvalidValue, NotFinite
 from nitro_e_lite.files import atomic_folder, run_lock
 from nitro_e_lite.model.cpu_kernels import speed_up
 from nitro_e_lite.runtime import RunStopped, StopRequest, environment_report, tune_cpu
@@ -194,7 +195,7 @@ class Engine:
         self.config, self.run_dir = config, Path(run_dir)
         self.checkpoints = self.run_dir / "checkpoints"
         if not resume and (self.checkpoints.exists() or (self.run_dir / "final").exists()):
-            raise FileExistsError(f"run_dir={self.run_dir}: holds a run already; resume it or name another folder")
+            raise FileThere(f"run_dir={self.run_dir}: holds a run already; resume it or name another folder")
         self.accelerator = start_accelerator(config, self.run_dir, device)
         self.device = self.accelerator.device
         placement = Placement(self.device, DTYPES[config.precision], self._microbatches())
@@ -212,7 +213,7 @@ class Engine:
     def _microbatches(self) -> tuple[range, ...]:
         config, rank, world = self.config, self.accelerator.process_index, self.accelerator.num_processes
         if config.batch_size % (world * config.accumulate):
-            raise ValueError(
+            raise InvalidValue(
                 f"batch_size={config.batch_size}: must be a multiple of the {world} processes times "
                 f"accumulate={config.accumulate}"
             )
@@ -268,7 +269,7 @@ class Engine:
     def _skip(self) -> None:
         self.skipped += 1
         if self.skipped > self.config.max_skipped:
-            raise FloatingPointError(
+            raise NotFinite(
                 f"{self.skipped} steps had non-finite gradients (max_skipped={self.config.max_skipped}); "
                 "lower the learning rate or train in fp32"
             )
@@ -332,7 +333,7 @@ class Engine:
         self.stage.load_state(state["stage"] | tensors["stage"])
         masters = {f"{name}.{key}": value for name, one in self.learners.items() for key, value in one.masters.items()}
         if {k: v.shape for k, v in tensors["weights"].items()} != {k: v.shape for k, v in masters.items()}:
-            raise ValueError(
+            raise InvalidValue(
                 f"model: the run in {self.run_dir} has other weights; keep repa.weight and optimizer.white_text"
             )
         with torch.no_grad():

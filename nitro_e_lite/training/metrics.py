@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from nitro_e_lite.config import RunConfig
+from nitro_e_lite.errors import InvalidValue, NotWritten
 from nitro_e_lite.files import read_jsonl
 from nitro_e_lite.model.flops import TRAINING_PASSES, find_peak
 from nitro_e_lite.runtime import device_name
@@ -42,7 +43,7 @@ def tracker_name(asked: str) -> str | None:
     if importlib.util.find_spec(package) is None:
         if asked == "auto":
             return None
-        raise ValueError(f"tracker={asked!r}: not installed here; pip install {asked}, or choose tracker=none")
+        raise InvalidValue(f"tracker={asked!r}: not installed here; pip install {asked}, or choose tracker=none")
     return package
 
 
@@ -149,7 +150,9 @@ class MetricsWriter:
             self._file.write(text)
             self._file.flush()
         except OSError as error:
-            raise OSError(f"{self.path}: could not be written ({error}); what was written before is intact") from error
+            raise NotWritten(
+                f"{self.path}: could not be written ({error}); what was written before is intact"
+            ) from error
 
     def truncate_after(self, step: int) -> None:
         """Drops the rows whose `step` lies after `step`: call it when a run resumes from that step."""
