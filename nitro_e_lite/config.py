@@ -1,13 +1,13 @@
 """Settings that cannot be wrong: frozen dataclasses in which every field says what it may hold.
 
-A run is described by one ``RunConfig``: ``TrainConfig`` for the stages of the transformer, whose values stand in
-``presets.py``, and one beside each stage that trains an encoder. Each field declares its bounds in its type, such as
-``NonNegativeNumber``, or says that it has none (``AnyNumber``, ``AnyText``), and pydantic holds every new object
-against them, so that a bad value ends in one line before any work: ``lr=-1.0: must be >= 0``. Nothing is converted on
-the way: ``True`` is no number, ``"3"`` is not 3, and what is not finite is refused. Only a whole number may stand for a
+A run is described by one `RunConfig`: `TrainConfig` for the stages of the transformer, whose values stand in
+`presets.py`, and one beside each stage that trains an encoder. Each field declares its bounds in its type, such as
+`NonNegativeNumber`, or says that it has none (`AnyNumber`, `AnyText`), and pydantic holds every new object
+against them, so that a bad value ends in one line before any work: `lr=-1.0: must be >= 0`. Nothing is converted on
+the way: `True` is no number, `"3"` is not 3, and what is not finite is refused. Only a whole number may stand for a
 fraction.
 
-``override(config, ["optimizer.lr=1e-3", "model.block_groups=[1, 4, 1]"])`` changes some fields. Unknown names and wrong
+`override(config, ["optimizer.lr=1e-3", "model.block_groups=[1, 4, 1]"])` changes some fields. Unknown names and wrong
 types are errors, so a misspelt option never trains the wrong model for two hours.
 
 The words that settings choose from (stages, precisions, facts of minimal pairs, ...) stand here too, once as a type and
@@ -69,11 +69,11 @@ Name = Annotated[str, Field(min_length=1)]
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def settings(cls: type[T]) -> type[T]:
-    """Makes ``cls`` a frozen dataclass with keywords only, whose values are held against their declarations.
+    """Makes `cls` a frozen dataclass with keywords only, whose values are held against their declarations.
 
     Raises:
         ValueError: when an object is made with a value that its field does not allow, or with an unknown field. The
-            message is one line, ``field=value: must be ...``.
+            message is one line, `field=value: must be ...`.
     """
     rules = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, validate_default=True)
     made = dataclass(cls, frozen=True, kw_only=True, config=rules)
@@ -104,7 +104,7 @@ _RULES = {
 
 
 def _explain(error: ValidationError, config: Any) -> str:
-    """The first thing that pydantic found wrong, in one line: ``betas[1]=1.2: must be < 1``."""
+    """The first thing that pydantic found wrong, in one line: `betas[1]=1.2: must be < 1`."""
     first = error.errors(include_url=False)[0]
     kind, context = first["type"], first.get("ctx", {})
     if kind == "value_error":  # of a __post_init__, which says it all
@@ -137,7 +137,7 @@ class RunConfig:
     seed: Seed = 0
     steps: Positive = 1000
     batch_size: Positive = 16  # global: over all processes and accumulated parts
-    accumulate: Positive = 1  # parts in which each process works its share off, to save memory
+    accumulate: Positive = 1  # parts in which each process works its rows off, to save memory
     precision: Precision = "fp32"  # of the computation; master weights are float32 either way
     ema_decay: Decay = 0.0  # of the average of the weights, per step; 0: the average is the weights
     log_every: Positive = 20  # steps, like the next three
@@ -148,12 +148,12 @@ class RunConfig:
     max_skipped: NonNegative = 0  # non-finite steps before the run stops
     compile: AnyText = ""  # back end of torch.compile, such as "inductor"; "" computes as written
     tracker: Name = "none"  # "tensorboard", "wandb", ... or "none"; "auto" is tensorboard when it is installed
-    peak_tflops: NonNegativeNumber = 0.0  # of one device in bf16, for the utilisation; 0 looks it up in ``flops.py``
+    peak_tflops: NonNegativeNumber = 0.0  # of one device in bf16, for the utilisation; 0 looks it up in `flops.py`
 
 
 @settings
 class ModelConfig:
-    """Arguments of ``EMMDiTTransformer2DModel``; see there for their meaning. Defaults: the lite model."""
+    """Arguments of `EMMDiTTransformer2DModel`; see there for their meaning. Defaults: the lite model."""
 
     sample_size: Positive = 16
     in_channels: Positive = 8
@@ -177,28 +177,28 @@ class ModelConfig:
 class DataConfig:
     """What a run trains on: cached latents of synthetic scenes, made on first use, or a folder of shards.
 
-    ``quality="readable"`` is the lite counterpart of the paper's high-quality subset: only scenes whose stored latents,
+    `quality="readable"` is the lite counterpart of the paper's high-quality subset: only scenes whose stored latents,
     decoded again, are read by the verifier as exactly the objects of the scene, each in its place. It removes what the
     autoencoder blurs beyond recognition. At full scale the subset is a shorter list of folders: the paper leaves SA1B
     out.
     """
 
-    folders: tuple[Name, ...] = ()  # shards of ``nitro-e data encode``; then the fields about scenes count for nothing
+    folders: tuple[Name, ...] = ()  # shards of `nitro-e data encode`; then the fields about scenes count for nothing
     validation_folders: tuple[Name, ...] = ()  # shards to validate on
     quality: Quality = "all"  # of scenes
-    pairs: tuple[Fact, ...] = ()  # train on minimal pairs that differ in these facts, see ``minimal_pairs.py``
+    pairs: tuple[Fact, ...] = ()  # train on minimal pairs that differ in these facts, see `minimal_pairs.py`
     pairs_every: Positive = 1  # with pairs: one step in this many is on pairs; the other steps are on plain scenes
     colorless: Share = 0.0  # share of draws that take a caption without colours, where the scene has one
     scenes: Positive = 40_000  # distinct training scenes
     captions: Positive = 8  # paraphrases cached with each scene
     validation_scenes: Positive = 512  # the same ones for every seed
-    seed: Seed = 0  # names the endless data set of ``sample_scene``
+    seed: Seed = 0  # names the endless data set of `sample_scene`
     encoders: Name = "lite"  # "lite", a pipeline folder or "full" (hub ids): autoencoder and language model
 
 
 @settings
 class OptimizerConfig:
-    """Optimiser and learning-rate schedule: warm-up, constant, then (if ``decay_steps``) linear to zero at the end."""
+    """Optimiser and learning-rate schedule: warm-up, constant, then (if `decay_steps`) linear to zero at the end."""
 
     name: OptimizerName = "muon"  # "muon": Muon on the matrices inside the blocks, AdamW on the rest; or "adamw"
     lr: NonNegativeNumber = 2e-3  # AdamW; below 0 it would climb
@@ -210,12 +210,12 @@ class OptimizerConfig:
     clip: PositiveNumber = 1.0  # of the global gradient norm
     warmup_steps: NonNegative = 100
     decay_steps: NonNegative = 1500  # half of the run at most
-    white_text: bool = False  # the layer that takes the text features learns as if they were white
+    whiten_text_input: bool = False  # the layer that takes the text features learns as if they were white
 
 
 @settings
 class RepaConfig:
-    """Alignment with a vision model, see ``inference/vision.py``."""
+    """Alignment with a vision model, see `inference/vision.py`."""
 
     weight: NonNegativeNumber = 0.0  # of the alignment loss; 0 switches it off
     vision: Name = "lite"  # folder of a Dinov2Model or "facebook/dinov2-base"; not loaded when shards hold features
@@ -242,7 +242,7 @@ class TrainConfig(RunConfig):
     timestep_mean: AnyNumber = 0.0  # logit-normal density of t, as published; a larger mean prefers noise
     timestep_std: PositiveNumber = 1.0
     guidance: NonNegativeNumber = 3.0  # of the sample grids; up to 1 there is none
-    shift: Annotated[float, Field(ge=1)] = 1.0  # of their noise levels, see ``flow.shift_sigmas``
+    shift: Annotated[float, Field(ge=1)] = 1.0  # of their noise levels, see `flow.shift_sigmas`
     gradient_checkpointing: bool = False  # computes activations again instead of keeping them
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -267,11 +267,11 @@ def _require(holds: bool, name: str, value, rule: str) -> None:
 
 
 def override(config: T, assignments: list[str]) -> T:
-    """A copy of ``config`` with dotted fields changed.
+    """A copy of `config` with dotted fields changed.
 
     Args:
         config: any of the dataclasses above, or another frozen dataclass; of such only the types are checked.
-        assignments: ``"optimizer.lr=1e-3"``-like strings; the value is read as YAML. A list becomes a tuple, a whole
+        assignments: `"optimizer.lr=1e-3"`-like strings; the value is read as YAML. A list becomes a tuple, a whole
             number or a text like "1e-3" a fraction where one stands now, and nothing the empty text.
 
     Raises:
@@ -286,7 +286,7 @@ def override(config: T, assignments: list[str]) -> T:
 
 
 def differences(before: T, now: T) -> list[str]:
-    """The ``override`` strings that make ``now`` out of ``before``."""
+    """The `override` strings that make `now` out of `before`."""
     return list(_differences(before, now))
 
 
@@ -300,7 +300,7 @@ def _differences(before, now, path: str = "") -> Iterator[str]:
 
 
 def _replace(config, names: list[str], value, path: str, above: str = ""):
-    """``config`` with one field changed; ``path`` is where from the top, ``above`` the part of it that leads here."""
+    """`config` with one field changed; `path` is where from the top, `above` the part of it that leads here."""
     name, *deeper = names
     known = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     if name not in known:
@@ -316,7 +316,7 @@ def _replace(config, names: list[str], value, path: str, above: str = ""):
 
 
 def _make(make, values: dict[str, Any], path: str):
-    """``make(**values)``; a message about one of the values gets the path to it."""
+    """`make(**values)`; a message about one of the values gets the path to it."""
     try:
         return make(**values)
     except ValueError as error:
@@ -324,7 +324,7 @@ def _make(make, values: dict[str, Any], path: str):
 
 
 def _coerce(value: Any, current: Any, path: str) -> Any:
-    """``value`` in the type of ``current``; lists become tuples, whole numbers and "1e-3" floats, nothing ""."""
+    """`value` in the type of `current`; lists become tuples, whole numbers and "1e-3" floats, nothing ""."""
     found = "" if value is None and isinstance(current, str) else _read(value, current)
     if type(found) is type(current):
         return found
@@ -351,7 +351,7 @@ def to_dict(config) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], data: dict[str, Any]) -> T:
-    """The inverse of ``to_dict``.
+    """The inverse of `to_dict`.
 
     Raises:
         ValueError: for unknown fields, and values that a field does not allow.

@@ -228,7 +228,7 @@ def _fsync(path: Path) -> None:
 
 @contextmanager
 def atomic_folder(final: Path, otherwise: str) -> Iterator[Path]:
-    """An empty folder to write that becomes ``final`` at the end, in place of one that is there, or is gone.
+    """An empty folder to write that becomes `final` at the end, in place of one that is there, or is gone.
 
     Args:
         final: the folder.

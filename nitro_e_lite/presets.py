@@ -1,9 +1,9 @@
 """The presets: every hyper-parameter of every stage and scale, once.
 
-``preset("base", "lite")`` is the recipe of the lite model; what trained the shipped weights is written beside them, in
-``weights/lite/transformer/training.json``. Stage "base" learns from everything, stage "finetune" continues on the
+`preset("base", "lite")` is the recipe of the lite model; what trained the shipped weights is written beside them, in
+`weights/lite/transformer/training.json`. Stage "base" learns from everything, stage "finetune" continues on the
 better part of the data with a lower learning rate and a longer average. The full presets are the paper's: 100,000 and
-50,000 steps of 2048 pictures. What a field means and what it may hold is in ``config.py``.
+50,000 steps of 2048 pictures. What a field means and what it may hold is in `config.py`.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ _FULL = TrainConfig(  # stage 1 of the paper, 8 x 256 pictures a step
 
 
 def _finetune(base: TrainConfig, optimizer: dict[str, Any], data: dict[str, Any], **changes: Any) -> TrainConfig:
-    """Stage 2 of ``base``: the better part of its data, a third of its learning rate, without REPA."""
+    """Stage 2 of `base`: the better part of its data, a third of its learning rate, without REPA."""
     return dataclasses.replace(
         base,
         stage="finetune",
@@ -105,7 +105,7 @@ PRESETS: dict[tuple[str, str], TrainConfig] = {
     ("finetune", "smoke"): _finetune(_SMOKE, _THIRD, {"quality": "readable"}),
     ("finetune", "lite"): _finetune(
         _LITE,
-        {"lr": 6e-4, "muon_lr": 6e-3, "warmup_steps": 50, "decay_steps": 1000, "white_text": True},
+        {"lr": 6e-4, "muon_lr": 6e-3, "warmup_steps": 50, "decay_steps": 1000, "whiten_text_input": True},
         {"quality": "readable", **_TWO_OBJECTS},
         start_from="lite",
         steps=3000,
@@ -118,7 +118,7 @@ PRESETS: dict[tuple[str, str], TrainConfig] = {
 
 
 def preset(stage: str, name: str) -> TrainConfig:
-    """The configuration called ``name`` of a training stage.
+    """The configuration called `name` of a training stage.
 
     Raises:
         ValueError: when there is none; the message lists those there are.
@@ -130,5 +130,5 @@ def preset(stage: str, name: str) -> TrainConfig:
 
 
 def assignments(config: TrainConfig) -> list[str]:
-    """The ``override`` strings that make ``config`` out of its preset."""
+    """The `override` strings that make `config` out of its preset."""
     return differences(preset(config.stage, config.preset), config)

@@ -149,7 +149,7 @@ def environment_report() -> dict[str, Any]:
 
 
 def attention_backend(device: torch.device) -> str:
-    """Which implementation torch chooses for fused attention in training on ``device``.
+    """Which implementation torch chooses for fused attention in training on `device`.
 
     A GPU that answers "MATH" computes attention slowly and with much memory: on ROCm that means a build without
     kernels for this GPU.
@@ -183,7 +183,7 @@ class RunStopped(Exception):
 
 
 class StopRequest:
-    """Listens for SIGTERM and SIGINT while a run lasts; ``name`` is the signal's name once one came.
+    """Listens for SIGTERM and SIGINT while a run lasts; `name` is the signal's name once one came.
 
     The signal only leaves a note: the step in progress is finished, then the loop sees the note and saves. Signals that
     follow are ignored, because a launcher and a terminal may both send one. Outside of the main thread, where Python

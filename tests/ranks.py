@@ -31,7 +31,7 @@ class Ranks:
         assert self.server.stdout.readline() == "ready\n"
 
     def start(self, world: int, *words: str) -> list[int]:
-        """Forks ``world`` processes of ``nitro-e words``, or of the script ``words[0]``; returns their ids."""
+        """Forks `world` processes of `nitro-e words`, or of the script `words[0]`; returns their ids."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -58,14 +58,14 @@ class Ranks:
         assert set(self.wait()) == {-signal.SIGKILL}, "the run ended before it could be killed"
 
     def until(self, condition, seconds: float = 60) -> None:
-        """Waits for ``condition()``, looking often."""
+        """Waits for `condition()`, looking often."""
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end and Path(f"/proc/{self.pids[0]}").exists(), self.log.read_text()
             time.sleep(0.0005)
 
     def limit_files(self, size: int) -> None:
-        """From now on no process can make a file larger than ``size`` bytes, as if the disk were full."""
+        """From now on no process can make a file larger than `size` bytes, as if the disk were full."""
         for pid in self.pids:
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, size))
 
@@ -80,7 +80,7 @@ class Ranks:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory, cache):
-    """One server for a test module, which has a fixture ``cache``."""
+    """One server for a test module, which has a fixture `cache`."""
     ranks = Ranks(tmp_path_factory.mktemp("ranks"))
     yield ranks
     ranks.close()

@@ -404,7 +404,7 @@ def probe_samples(tokenizer, model, first: int, count: int) -> dict[str, list]:
 
 
 def probe_accuracy(known: list, new: list) -> float:
-    """Accuracy on ``new`` of a linear classifier (ridge regression to one-hot targets) fitted on ``known``."""
+    """Accuracy on `new` of a linear classifier (ridge regression to one-hot targets) fitted on `known`."""
     answers = sorted({answer for _, answer in known})
     x, y = (torch.nn.functional.pad(torch.stack([f for f, _ in s]).double(), (0, 1), value=1.0) for s in (known, new))
     target = torch.tensor([[float(a == answer) for a in answers] for _, answer in known], dtype=x.dtype)

@@ -64,7 +64,7 @@ def test_the_scenes_differ_in_one_fact_and_share_the_rest():
 
 
 def test_every_scene_is_a_training_scene():
-    """What ``sample_scene`` promises of places holds after the exchange too, and the relation is the drawn one."""
+    """What `sample_scene` promises of places holds after the exchange too, and the relation is the drawn one."""
     for scene in (scene for pair in PAIRS for scene in pair.scenes):
         for o in scene.objects:
             assert min(o.x, o.y, 1 - o.x, 1 - o.y) >= o.radius * 1.16 + MARGIN - 1e-9

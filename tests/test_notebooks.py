@@ -300,7 +300,7 @@ def test_stage_2_does_at_smoke_size_all_that_it_does_at_lite_scale(tmp_path):
     """White text and minimal pairs, which the smoke preset leaves out, once failed here after hours of training."""
     lite = presets.preset("finetune", "lite")
     flags = {f"data.{name}": getattr(lite.data, name) for name in ("pairs", "pairs_every", "colorless", "quality")}
-    flags["optimizer.white_text"] = lite.optimizer.white_text
+    flags["optimizer.whiten_text_input"] = lite.optimizer.whiten_text_input
     overrides = ["steps=2", *(f"{name}={json.dumps(value)}" for name, value in flags.items())]
     values = two_steps("10_fine_tuning_ema", "lite") | {"overrides": overrides, "run_dir": str(tmp_path / "run")}
     (tmp_path / "lite_at_smoke_size.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")

@@ -257,7 +257,7 @@ def test_vision_training_learns_and_repeats_after_a_stop(tmp_path):
 
 
 def scene_with_apart_objects(count: int) -> int:
-    """The first held-out scene of ``count`` objects: objects of scenes never touch."""
+    """The first held-out scene of `count` objects: objects of scenes never touch."""
     return next(n for n in range(200) if len(sample_scene(HELD_OUT_SEED, n).objects) == count)
 
 

@@ -18,7 +18,7 @@ from nitro_e_lite.training.checkpoints import load_latest
 
 # Small, but with all that stage 2 does at lite scale and not at smoke scale: notebook 10 once broke on it after hours.
 LITE = presets.preset("finetune", "lite")
-OVERRIDES = ["steps=2", f"optimizer.white_text={json.dumps(LITE.optimizer.white_text)}"]
+OVERRIDES = ["steps=2", f"optimizer.whiten_text_input={json.dumps(LITE.optimizer.whiten_text_input)}"]
 OVERRIDES += [f"data.{name}={json.dumps(getattr(LITE.data, name))}" for name in ("pairs", "pairs_every", "colorless")]
 
 

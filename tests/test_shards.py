@@ -264,7 +264,7 @@ def test_every_row_once_an_epoch():
 
 
 def read_steps(data, first, count, world, workers):
-    """Captions of ``count`` global steps, each process reading its share in one of ``workers`` threads."""
+    """Captions of `count` global steps, each process reading its share in one of `workers` threads."""
 
     def share(step, rank):
         mine = slice(rank * 8 // world, (rank + 1) * 8 // world)

@@ -472,7 +472,7 @@ def test_the_same_step_in_another_way(how, plain, tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_white_text_resumes_and_leaves_plain_weights(precision, tmp_path):
-    config = override(SMOKE, ["optimizer.white_text=true", f"precision={precision}"])
+    config = override(SMOKE, ["optimizer.whiten_text_input=true", f"precision={precision}"])
     whole = pretrain(config, tmp_path / "whole", device="cpu")
     run = engine(config, tmp_path / "resumed")
     learned = "text_embed.parametrizations.weight.original"
@@ -484,9 +484,13 @@ def test_white_text_resumes_and_leaves_plain_weights(precision, tmp_path):
         final_weights(pretrain(config, tmp_path / "resumed", resume=True, device="cpu").parent),
         final_weights(whole.parent),
     )
-    with pytest.raises(ValueError, match="optimizer.white_text"):
+    with pytest.raises(ValueError, match="optimizer.whiten_text_input"):
         Engine(
-            override(config, ["optimizer.white_text=false"]), Pretrain, tmp_path / "resumed", resume=True, device="cpu"
+            override(config, ["optimizer.whiten_text_input=false"]),
+            Pretrain,
+            tmp_path / "resumed",
+            resume=True,
+            device="cpu",
         )
     again = Engine(
         override(config, [f"start_from={whole}", "precision=fp32"]), Pretrain, tmp_path / "again", device="cpu"
@@ -497,7 +501,7 @@ def test_white_text_resumes_and_leaves_plain_weights(precision, tmp_path):
 
 
 def test_white_text_resumes_in_its_own_coordinates_on_other_data(tmp_path):
-    config = override(SMOKE, ["optimizer.white_text=true"])
+    config = override(SMOKE, ["optimizer.whiten_text_input=true"])
     run = engine(config, tmp_path)
     before = plain_weights(run.stage.model, masters(run))
     run.save()

@@ -1,9 +1,9 @@
 """What one process reads in one step: its rows of the batch and all that is drawn at random for them.
 
 Everything of step k is a function of (seed, k): the rows, the caption among a picture's paraphrases, the captions that
-are dropped, the timesteps, the noise. Each purpose has a stream of its own (``runtime.generator``), numbers that are
+are dropped, the timesteps, the noise. Each purpose has a stream of its own (`runtime.generator`), numbers that are
 cheap are drawn for the whole batch and then cut, noise is drawn row by row: two processes see together exactly what one
-process would see. Both scenes of a minimal pair (``minimal_pairs.py``) get the same draws; a run can
+process would see. Both scenes of a minimal pair (`minimal_pairs.py`) get the same draws; a run can
 alternate between steps on pairs and steps on plain scenes. The next batch is prepared in a thread while the current one
 is computed.
 """
@@ -57,7 +57,7 @@ class LocalBatch:
     images: Tensor | None = None
 
     def microbatches(self, count: int) -> list[LocalBatch]:
-        """The same in ``count`` equal parts."""
+        """The same in `count` equal parts."""
         size = len(self.captions) // count
         cuts = [slice(k * size, (k + 1) * size) for k in range(count)]
         return [LocalBatch(**{name: v if v is None else v[cut] for name, v in vars(self).items()}) for cut in cuts]
@@ -65,7 +65,7 @@ class LocalBatch:
 
 @dataclass(frozen=True)
 class _Source:
-    """Rows to train on: ``rows`` (N, group) of ``data``; the rows of a group get the same draws."""
+    """Rows to train on: `rows` (N, group) of `data`; the rows of a group get the same draws."""
 
     config: DataConfig
     data: LatentDataset
@@ -73,7 +73,7 @@ class _Source:
 
     @classmethod
     def open(cls, config: DataConfig, encoders: Encoders) -> _Source:
-        """The rows that ``config.quality`` and ``config.pairs`` leave: a minimal pair stays only as a whole."""
+        """The rows that `config.quality` and `config.pairs` leave: a minimal pair stays only as a whole."""
         data = _open(config, encoders, "train")
         groups = np.arange(len(data)).reshape(-1, 2 if config.pairs else 1)
         if config.pairs and set(config.pairs) != set(FACTS):
@@ -130,17 +130,17 @@ class Batches:
             )
 
     def local(self, step: int) -> LocalBatch:
-        """What this process reads in step ``step``; the next step is then prepared."""
+        """What this process reads in step `step`; the next step is then prepared."""
         wanted = [step] if step + 1 >= self.config.steps else [step, step + 1]
         self._ahead = {one: self._ahead.get(one) or self._thread.submit(self._draw, one) for one in wanted}
         return self._ahead[step].result()
 
     def microbatch(self, step: int, part: int, count: int) -> LocalBatch:
-        """Part ``part`` of ``count`` equal ones of ``local(step)``."""
+        """Part `part` of `count` equal ones of `local(step)`."""
         return self.local(step).microbatches(count)[part]
 
     def _source(self, step: int) -> tuple[_Source, int]:
-        """What step ``step`` reads, and how many steps have read of it before."""
+        """What step `step` reads, and how many steps have read of it before."""
         pairs, every = (step + 1) // self.config.data.pairs_every, self.config.data.pairs_every
         if len(self.sources) == 1:
             return self.sources[0], step
@@ -178,7 +178,7 @@ class Batches:
         return LocalBatch(batch.latents, captions, t, noise, batch.text, batch.vision, images)
 
     def _pictures(self, source: _Source, rows: np.ndarray) -> Tensor:
-        """The scenes of ``rows``, drawn again; only right while each row's latents are its own."""
+        """The scenes of `rows`, drawn again; only right while each row's latents are its own."""
         if source.data.has_bad_rows:
             folder = source.data.folders[0]
             raise InvalidValue(f"{folder}: holds bad rows, so latents and pictures differ; delete it to encode it anew")
@@ -186,7 +186,7 @@ class Batches:
         return torch.stack([torch.from_numpy(render(scene)) for scene in scenes])  # (B, H, W, 3)
 
     def validation_batches(self, size: int = 64) -> Iterator[LocalBatch]:
-        """Yields the validation set in batches of ``size``: first captions, t over [0, 1]; the same in all runs."""
+        """Yields the validation set in batches of `size`: first captions, t over [0, 1]; the same in all runs."""
         count = len(self.validation)
         fixed = torch.Generator().manual_seed(2**31)
         t = (torch.randperm(count, generator=fixed) + 0.5) / count
@@ -196,7 +196,7 @@ class Batches:
             yield LocalBatch(batch.latents, first_captions(batch), t[first : first + size], noise, batch.text)
 
     def validation_captions(self, count: int) -> list[str]:
-        """The first captions of the first ``count`` validation pictures."""
+        """The first captions of the first `count` validation pictures."""
         return first_captions(self.validation.batch(range(min(count, len(self.validation)))))
 
 
@@ -232,7 +232,7 @@ def _open(config: DataConfig, encoders: Encoders, split: str) -> LatentDataset:
 
 
 def batch_indices(seed: int, length: int, batch_size: int, step: int) -> np.ndarray:
-    """Which rows step ``step`` (counted from 0) reads: a fresh permutation each epoch, the incomplete rest left out.
+    """Which rows step `step` (counted from 0) reads: a fresh permutation each epoch, the incomplete rest left out.
 
     Args:
         seed: of the order.

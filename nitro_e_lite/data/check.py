@@ -1,11 +1,11 @@
 """Looks at every byte of a data set before a long run does, and measures how fast it can be read.
 
-``check`` reads all shards once: checksums, numbers that are not finite, captions that say nothing, repeated pictures
+`check` reads all shards once: checksums, numbers that are not finite, captions that say nothing, repeated pictures
 and captions, the mean and spread of each latent channel. Latents are normalised, so mean 0 and spread 1 are expected: a
 forgotten scaling factor, which no loss curve shows before hours have gone, is off by more than a factor of two. What is
-wrong with single rows and shards goes into ``quarantine.jsonl``, what gave no row at all into ``skipped.jsonl``.
+wrong with single rows and shards goes into `quarantine.jsonl`, what gave no row at all into `skipped.jsonl`.
 
-``measure_reading`` fills a folder with random rows and reads them in training order with one core.
+`measure_reading` fills a folder with random rows and reads them in training order with one core.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def check(folder: str | Path, max_repeated: float = 0.01) -> dict[str, Any]:
         max_repeated: share of pictures that occur before in the set, above which that is a problem.
 
     Returns:
-        JSON-able facts; ``problems`` lists in words what is wrong, ``ok`` says that nothing is.
+        JSON-able facts; `problems` lists in words what is wrong, `ok` says that nothing is.
 
     Raises:
         FileNotFoundError: when the folder holds no data set.
@@ -216,7 +216,7 @@ def measure_reading(
 
     The data set is written to a temporary folder first: random latents, captions of 128 words and, if named, text and
     vision features. Files just written are in the memory of the operating system, so that this measures the reader and
-    not the disk; ``gigabytes_per_second`` says what a disk has to deliver to keep up.
+    not the disk; `gigabytes_per_second` says what a disk has to deliver to keep up.
 
     Args:
         columns: of "latents", "text", "vision"; latents are always there.

@@ -1,6 +1,6 @@
 """Pictures to shards: every frozen encoder runs once, before training, instead of once an epoch.
 
-``Encoding`` takes a source apart into its parts, gives every process its own ones, and writes each part as a row of
+`Encoding` takes a source apart into its parts, gives every process its own ones, and writes each part as a row of
 shards. Two properties make it safe to leave alone for days:
 
 * **Restartable.** A shard counts when its JSON file is there, and that file says where in the part the shard ended. A
@@ -55,8 +55,8 @@ class Encoding:
         out: folder of the data set; an unfinished one is continued.
         size: side in pixels to which pictures are cut; by default what gives 16x16 latents.
         text: store text features too: those of the first caption, the only one that is then kept.
-        vision: stores vision features too: a ``VisionEncoder`` of ``inference/vision.py`` or anything with its
-            ``encode``, ``width``, ``fingerprint``.
+        vision: stores vision features too: a `VisionEncoder` of `inference/vision.py` or anything with its
+            `encode`, `width`, `fingerprint`.
         batch: pictures encoded at once.
         shard_rows: rows after which the next shard begins.
         threads: for reading and decoding pictures.
@@ -64,7 +64,7 @@ class Encoding:
         world: number of processes.
 
     Raises:
-        ValueError: ``out`` holds another data set, or a size or count makes no sense.
+        ValueError: `out` holds another data set, or a size or count makes no sense.
     """
 
     def __init__(
@@ -241,7 +241,7 @@ class Encoding:
 
 
 def open_source(kind: str, path: str | Path, captions: str | Path | None = None) -> Source:
-    """A raw data set of ``SOURCES``; for prompts see ``drawn_source``.
+    """A raw data set of `SOURCES`; for prompts see `drawn_source`.
 
     Raises:
         ValueError: an unknown kind, or captions for a kind that has its own.
@@ -265,10 +265,10 @@ def drawn_source(
     """A list of prompts, drawn by a diffusers pipeline as it is read.
 
     Args:
-        path: the prompts, see ``sources.Prompts``.
+        path: the prompts, see `sources.Prompts`.
         generator: folder or hub id of a text-to-image pipeline.
-        revision: commit of a hub id; the pinned one of ``GENERATOR_REVISIONS`` when None.
-        settings: changes to ``sources.FLUX``, of which the pipeline is given what it knows.
+        revision: commit of a hub id; the pinned one of `GENERATOR_REVISIONS` when None.
+        settings: changes to `sources.FLUX`, of which the pipeline is given what it knows.
         device: where to draw.
         dtype: number type of the weights.
         batch: prompts drawn at once.

@@ -27,7 +27,7 @@ VALIDATION_START, VALIDATION_SEED = 2**40, 0  # the same scenes whatever a run t
 
 
 def scene_row(data: DataConfig, row: int) -> Scene:
-    """The scene of a row; rows 2k and 2k + 1 are a minimal pair when ``data.pairs``."""
+    """The scene of a row; rows 2k and 2k + 1 are a minimal pair when `data.pairs`."""
     return minimal_pair(data.seed, row // 2).scenes[row % 2] if data.pairs else sample_scene(data.seed, row)
 
 
@@ -43,7 +43,7 @@ def row_captions(data: DataConfig, row: int, scene: Scene) -> list[str]:
 def encode_scenes(
     encoders: Encoders, data: DataConfig, start: int, count: int, batch: int = 64
 ) -> Iterator[LatentBatch]:
-    """Yields ``LatentBatch`` after ``LatentBatch`` for rows ``start .. start + count`` of the data set."""
+    """Yields `LatentBatch` after `LatentBatch` for rows `start .. start + count` of the data set."""
     for first in tqdm(range(0, count, batch), desc="encoding scenes", mininterval=5, leave=False):
         rows = range(start + first, start + min(first + batch, count))
         scenes = [scene_row(data, row) for row in rows]

@@ -1,6 +1,6 @@
 """Writing shards: a killed writer loses the shard it was writing and no other.
 
-The JSON file of a shard is written last, by one atomic rename; what a shard is stands in ``shards.py``.
+The JSON file of a shard is written last, by one atomic rename; what a shard is stands in `shards.py`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ShardWriter:
     Args:
         folder: of the data set.
         name: of the shard; rows are read in the order of the names.
-        shapes: of one row of each column, as ``array_shapes`` gives them.
+        shapes: of one row of each column, as `array_shapes` gives them.
     """
 
     def __init__(self, folder: str | Path, name: str, shapes: dict[str, tuple[int, ...]]):
@@ -73,7 +73,7 @@ class ShardWriter:
             self._waiting = []
 
     def finish(self, **about: Any) -> None:
-        """Closes the shard; from now on it counts. ``about`` goes into its JSON file."""
+        """Closes the shard; from now on it counts. `about` goes into its JSON file."""
         state = {"rows": self.rows, "bytes": 0, "sha256": "", "sources": dict(self._sources), "end": True, **about}
         if self.rows:
             self._write()

@@ -1,7 +1,7 @@
 """Shards: what training reads instead of encoding the same images again and again.
 
-A data set is a folder: ``card.json`` and any number of shards. A shard is an Arrow file, written and mapped into memory
-by Hugging Face ``datasets``, and a small JSON file beside it with its rows, size and SHA-256. The JSON file is written
+A data set is a folder: `card.json` and any number of shards. A shard is an Arrow file, written and mapped into memory
+by Hugging Face `datasets`, and a small JSON file beside it with its rows, size and SHA-256. The JSON file is written
 last, so a shard without one does not exist: a writer killed at any moment loses the shard it was writing and no other.
 
 =========  ============================================================================================
@@ -11,7 +11,7 @@ latents    float16 (C * h * w): normalised latents
 captions   strings, at least one
 text       float16 (L * Dc), optional: features of the first caption
 vision     float16 (P * Dv), optional: features of the image for REPA
-source     where the image is from, such as ``sa1b``
+source     where the image is from, such as `sa1b`
 key        its name there, so that a picture can be found again
 =========  ============================================================================================
 
@@ -19,7 +19,7 @@ The card holds the fingerprint of the encoder that made the latents. Opening a f
 error: a model trained on it would learn nothing of use. The same holds for stored text features.
 
 **Quarantine.** Files rot. A shard that is cut short or unreadable, a row with a NaN or without a caption, is put into
-``quarantine.jsonl`` with its reason, is said once, and never stops a run. Its turn goes to another row, chosen by
+`quarantine.jsonl` with its reason, is said once, and never stops a run. Its turn goes to another row, chosen by
 its number alone: the length and the place of every other row stay as they are, and with them the exact order.
 """
 
@@ -50,10 +50,10 @@ LARGEST_FINITE = 0x7BFF  # bits of the largest finite float16, sign left out
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """``latents`` float32 (B, C, h, w) and the captions of each image (at least one).
+    """`latents` float32 (B, C, h, w) and the captions of each image (at least one).
 
-    ``text`` (B, L, Dc) and ``vision`` (B, P, Dv) are float16, or None when the data set has none. ``sources`` and
-    ``keys`` are for writing; a reader leaves them None.
+    `text` (B, L, Dc) and `vision` (B, P, Dv) are float16, or None when the data set has none. `sources` and
+    `keys` are for writing; a reader leaves them None.
     """
 
     latents: Tensor
@@ -77,7 +77,7 @@ def bad_rows(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard as it was found; ``reason`` says what is wrong with it, if anything is."""
+    """One shard as it was found; `reason` says what is wrong with it, if anything is."""
 
     folder: Path
     name: str
@@ -87,7 +87,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive rows of one shard, in memory-mapped arrays; ``arrays`` is None in a shard that cannot be read."""
+    """Consecutive rows of one shard, in memory-mapped arrays; `arrays` is None in a shard that cannot be read."""
 
     shard: Shard
     first: int  # number of its first row within the shard
@@ -101,7 +101,7 @@ class LatentDataset:
     """One or more folders of shards, read as one data set.
 
     Args:
-        folder: what ``write_latents`` or ``nitro-e data encode`` made; several are joined in the order given.
+        folder: what `write_latents` or `nitro-e data encode` made; several are joined in the order given.
         fingerprint: of the encoder in use; None skips the check (for inspection only).
         text: fingerprint of language model and autoencoder in use, for stored text features; None: as above.
 
@@ -129,7 +129,7 @@ class LatentDataset:
         self._report_shards(cards)
 
     def _check_card(self, path: Path, card: dict[str, Any], wanted: dict[str, str | None]) -> None:
-        features, first = (  # what made them, where ``data encode`` did
+        features, first = (  # what made them, where `data encode` did
             {name: made for name, made in one.get("features", {}).items() if made} for one in (card, self.card)
         )
         made_by = {"latents": card["fingerprint"], "text features": features.get("text")}
@@ -175,7 +175,7 @@ class LatentDataset:
         return self._warned or len(self._good) < len(self.chunks)
 
     def batch(self, indices: Iterable[int]) -> LatentBatch:
-        """The rows ``indices`` as one batch; a row in quarantine is replaced by another, always by the same one.
+        """The rows `indices` as one batch; a row in quarantine is replaced by another, always by the same one.
 
         Raises:
             IndexError: for a row that is not there.
@@ -209,7 +209,7 @@ class LatentDataset:
         return self._good[k], other - int(self._good_ends[k]) + self._good[k].rows
 
     def _bad(self, places, arrays: dict[str, np.ndarray], captions: list, rows: list[int], attempt: int) -> list[int]:
-        """Those of ``places`` that hold a row nobody should train on; the rows go into quarantine."""
+        """Those of `places` that hold a row nobody should train on; the rows go into quarantine."""
         reasons = {place: "no caption" for place in places if not captions[place]}
         for name, array in arrays.items():
             reasons |= {int(place): f"{name} not finite" for place in np.flatnonzero(bad_rows(array))}
@@ -246,7 +246,7 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 
 def array_shapes(card: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shape of one row of each column of numbers: ``{"latents": (C, h, w), ...}``."""
+    """Shape of one row of each column of numbers: `{"latents": (C, h, w), ...}`."""
     shapes = {"latents": card["shape"], **card.get("arrays", {})}
     return {name: tuple(shape) for name, shape in shapes.items()}
 
@@ -263,7 +263,7 @@ def sidecars(folder: Path, names: str = "*") -> dict[str, dict[str, Any] | None]
 
 
 def open_shards(folder: Path, card: dict[str, Any]) -> list[Chunk]:
-    """All shards of one folder, good and bad; checks sizes and layout, not every byte (``nitro-e data check`` does)."""
+    """All shards of one folder, good and bad; checks sizes and layout, not every byte (`nitro-e data check` does)."""
     if (folder / "state.json").is_file():  # one Arrow data set without shards, as earlier versions wrote it
         rows = datasets.load_from_disk(str(folder))
         return _chunks(rows.data.table, Shard(folder, "rows", len(rows)), array_shapes(card))
@@ -310,7 +310,7 @@ def _chunks(table: Any, shard: Shard, shapes: dict[str, tuple[int, ...]]) -> lis
 
 
 def read_quarantine(folder: Path) -> list[dict[str, Any]]:
-    """What is in quarantine: ``{"shard", "row", "reason"}``, with row None for a whole shard.
+    """What is in quarantine: `{"shard", "row", "reason"}`, with row None for a whole shard.
 
     Several processes write there and each may be killed, so a line that cannot be read stops nothing; it is said.
     """

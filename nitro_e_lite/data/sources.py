@@ -3,18 +3,18 @@
 Every data set comes in its own shape: a thousand tar files and ten million text files, one long list of JSON lines
 beside two hundred folders, a list of prompts with no pictures at all. A *source* hides that. It names its **parts**,
 independent pieces of work in a fixed order, and gives the **items** of a part from any position on. That is all that
-``precompute.py`` needs to share the work among processes and to carry on after a kill.
+`precompute.py` needs to share the work among processes and to carry on after a kill.
 
 ============  ==========================================================================================
 kind          layout
 ============  ==========================================================================================
-``sa1b``      ``sa_*.tar`` (or unpacked folders ``sa_*/``) and ``captions/sa_<number>.txt``
-``journeydb`` ``data/train/train_anno_realease_repath.jsonl`` beside ``data/train/imgs/<000..199>/*.jpg``
-``fluxdb``    a file of prompts (.txt, .jsonl, .parquet); a diffusers pipeline draws the pictures
-``folder``    ``captions.jsonl`` with ``{"file_name": ..., "text": ...}`` lines beside the pictures
+`sa1b`      `sa_*.tar` (or unpacked folders `sa_*/`) and `captions/sa_<number>.txt`
+`journeydb` `data/train/train_anno_realease_repath.jsonl` beside `data/train/imgs/<000..199>/*.jpg`
+`fluxdb`    a file of prompts (.txt, .jsonl, .parquet); a diffusers pipeline draws the pictures
+`folder`    `captions.jsonl` with `{"file_name": ..., "text": ...}` lines beside the pictures
 ============  ==========================================================================================
 
-An item is a ``Record`` or, where something is wrong with it, a ``Problem`` with the reason. Nothing is left out without
+An item is a `Record` or, where something is wrong with it, a `Problem` with the reason. Nothing is left out without
 one. Source: the layouts are those that the published preparation code of Nitro-E reads.
 """
 
@@ -61,7 +61,7 @@ class Record:
 class Problem:
     """Why an item gives no picture.
 
-    ``cut_at``: the part ends here too early; its file had so many bytes, and is read on when it has another number.
+    `cut_at`: the part ends here too early; its file had so many bytes, and is read on when it has another number.
     """
 
     key: str
@@ -89,13 +89,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def square(image: bytes | Path | Image.Image, size: int) -> np.ndarray:
-    """A picture as training sees it: centre crop, shorter side resized to ``size`` (bicubic).
+    """A picture as training sees it: centre crop, shorter side resized to `size` (bicubic).
 
     Returns:
         uint8 (size, size, 3).
 
     Raises:
-        ValueError: a file that is no picture, is cut short, or has a side below half of ``size``.
+        ValueError: a file that is no picture, is cut short, or has a side below half of `size`.
     """
     try:
         if not isinstance(image, Image.Image):
@@ -116,7 +116,7 @@ def square(image: bytes | Path | Image.Image, size: int) -> np.ndarray:
 
 
 class Source:
-    """A raw data set. Subclasses give ``kind``, ``parts`` and ``items``."""
+    """A raw data set. Subclasses give `kind`, `parts` and `items`."""
 
     kind: str
 
@@ -125,7 +125,7 @@ class Source:
         raise NotImplementedError
 
     def items(self, part: str, start: int = 0) -> Iterator[Record | Problem]:
-        """The items of a part from number ``start`` on; always the same ones in the same order."""
+        """The items of a part from number `start` on; always the same ones in the same order."""
         raise NotImplementedError
 
     def size(self, part: str) -> int | None:
@@ -138,7 +138,7 @@ class Source:
 
 
 def record(key: str, image: bytes | Path | Image.Image, captions: Any) -> Record | Problem:
-    """A record, or a problem where ``captions`` (a text or a list of texts) is missing, empty or something else."""
+    """A record, or a problem where `captions` (a text or a list of texts) is missing, empty or something else."""
     texts = [captions] if isinstance(captions, str) else captions if isinstance(captions, list) else []
     texts = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
     whole = [text for text in texts if _printable(text) == text]
@@ -148,18 +148,18 @@ def record(key: str, image: bytes | Path | Image.Image, captions: Any) -> Record
 
 
 def _printable(text: str) -> str:
-    r"""The text with halves of surrogate pairs, which JSON allows and no file can hold, spelled out as ``\ud83d``."""
+    r"""The text with halves of surrogate pairs, which JSON allows and no file can hold, spelled out as `\ud83d`."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class SA1B(Source):
-    """Tar files of SA-1B as Meta serves them, captions of SAM-LLaVA-Captions10M unpacked into ``captions``.
+    """Tar files of SA-1B as Meta serves them, captions of SAM-LLaVA-Captions10M unpacked into `captions`.
 
     Tar files may also be unpacked, a folder each. Masks are skipped over. A part is a tar file.
 
     Args:
-        path: folder with ``sa_*.tar`` or ``sa_*/``.
-        captions: folder with ``sa_<number>.txt``; ``path/captions`` when None.
+        path: folder with `sa_*.tar` or `sa_*/`.
+        captions: folder with `sa_<number>.txt`; `path/captions` when None.
 
     Raises:
         FileNotFoundError: no tar files or no captions there.
@@ -210,7 +210,7 @@ class SA1B(Source):
 
 
 def _pictures(path: Path, start: int, size: int) -> Iterator[tuple[str, bytes | None]]:
-    """Name and content of each picture of a tar file of ``size`` bytes from number ``start`` on, as far as they go.
+    """Name and content of each picture of a tar file of `size` bytes from number `start` on, as far as they go.
 
     A file that is whole ends with ("", None).
     """
@@ -229,9 +229,9 @@ def _pictures(path: Path, start: int, size: int) -> Iterator[tuple[str, bytes | 
 
 
 class JsonLines(Source):
-    """A file with one JSON object a line, by the rules of ``files.read_jsonl``.
+    """A file with one JSON object a line, by the rules of `files.read_jsonl`.
 
-    A part is ``LINES`` lines, found by its place in the file. Here a line that cannot be read costs one item.
+    A part is `LINES` lines, found by its place in the file. Here a line that cannot be read costs one item.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -326,9 +326,9 @@ class JourneyDB(JsonLines):
 
 
 class Folder(JsonLines):
-    """Your own pictures: a folder with ``captions.jsonl`` (or ``metadata.jsonl``, as Hugging Face names it).
+    """Your own pictures: a folder with `captions.jsonl` (or `metadata.jsonl`, as Hugging Face names it).
 
-    A line is ``{"file_name": "a.jpg", "text": "..."}``; ``captions`` with a list in place of ``text`` gives several.
+    A line is `{"file_name": "a.jpg", "text": "..."}`; `captions` with a list in place of `text` gives several.
     """
 
     kind = "folder"
@@ -361,14 +361,14 @@ class Folder(JsonLines):
 class Prompts(Source):
     """Pictures drawn from a list of prompts: how FLUXDB was made. The prompt is the caption.
 
-    The picture of a prompt depends on the prompt's number and ``seed`` alone, not on the batch or the process.
+    The picture of a prompt depends on the prompt's number and `seed` alone, not on the batch or the process.
 
     Args:
-        path: ``.txt`` (a prompt a line), ``.jsonl`` (field ``prompt``) or ``.parquet``, or a folder of one of them,
+        path: `.txt` (a prompt a line), `.jsonl` (field `prompt`) or `.parquet`, or a folder of one of them,
             which are read in the order of their names.
         pipeline: any diffusers text-to-image pipeline, ready on its device.
-        settings: arguments of its call; ``FLUX`` for FLUX.1-dev.
-        column: field that holds the prompt; None finds ``prompt``, ``re_caption``, ``caption`` or ``text``.
+        settings: arguments of its call; `FLUX` for FLUX.1-dev.
+        column: field that holds the prompt; None finds `prompt`, `re_caption`, `caption` or `text`.
         batch: prompts drawn at once.
         seed: of the noise.
         generator: name of the pipeline's weights, for the card.

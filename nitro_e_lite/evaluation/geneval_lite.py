@@ -141,10 +141,10 @@ def draw_for_geneval(
 
     Args:
         pipeline: what to draw with.
-        metadata: see ``geneval_files.read_metadata``.
-        root: the folder, see ``geneval_files``.
+        metadata: see `official_geneval.read_metadata`.
+        root: the folder, see `official_geneval`.
         sampler: to draw with; the pipeline's own when not given.
-        each: pictures a prompt (GenEval: 4); picture k of prompt p has ``picture_seed(k, p)``.
+        each: pictures a prompt (GenEval: 4); picture k of prompt p has `picture_seed(k, p)`.
 
     Returns:
         The number of pictures in the folder.

@@ -6,8 +6,8 @@ object detector, so it runs elsewhere and the two sides meet in files:
     ROOT/00000/metadata.jsonl      one JSON object: the line of the benchmark's prompt file
     ROOT/00000/samples/0000.png    the first image of that prompt
 
-Folder names must be all digits and images must be ``.png`` with all-digit names: the scorer skips anything
-else in silence, and a missing prompt only makes the mean one over fewer prompts. ``check_folder`` therefore
+Folder names must be all digits and images must be `.png` with all-digit names: the scorer skips anything
+else in silence, and a missing prompt only makes the mean one over fewer prompts. `check_folder` therefore
 counts.
 
 Source: Ghosh et al., GenEval, 2023, evaluation script and README.
@@ -35,11 +35,11 @@ def write_sample(root: str | Path, index: int, metadata: dict, images: Sequence[
     Args:
         root: folder of the whole benchmark; made when absent.
         index: position of the prompt in the benchmark, >= 0.
-        metadata: the prompt in GenEval's schema: an official line, or ``Prompt.metadata()``.
+        metadata: the prompt in GenEval's schema: an official line, or `Prompt.metadata()`.
         images: uint8 (H, W, 3) each.
 
     Returns:
-        The folder ``root/00000`` of the prompt, which appears when all is in it and replaces one that was there.
+        The folder `root/00000` of the prompt, which appears when all is in it and replaces one that was there.
 
     Raises:
         ValueError: for a negative index, missing metadata keys, no images, or one not uint8 (H, W, 3).
@@ -68,7 +68,7 @@ def read_metadata(path: str | Path) -> list[dict]:
     """The prompts of a benchmark file, one JSON object a line.
 
     Raises:
-        ValueError: naming the line that is not one or lacks one of ``KEYS``; or no lines.
+        ValueError: naming the line that is not one or lacks one of `KEYS`; or no lines.
     """
     found = list(read_jsonl(path, torn_last_line="counts", parse=_check_entry))
     if not found:

@@ -1,6 +1,6 @@
 """Which facts of a caption a model reads, without drawing a picture.
 
-Take a minimal pair (``minimal_pairs.py``): two scenes and two captions that differ in one fact. Noise the first scene,
+Take a minimal pair (`minimal_pairs.py`): two scenes and two captions that differ in one fact. Noise the first scene,
 let the model predict the velocity once with the right caption and once with the other's. If the loss is the same, the
 model does not read the fact; by how much it rises says how much it does, and at which noise levels. It costs a few
 forward passes, needs no sampler and no judge, and it moves long before GenEval-lite does: a model that scores zero on
@@ -34,13 +34,13 @@ TIMES = (0.82, 0.90, 0.95)
 
 @dataclass(frozen=True)
 class Reading:
-    """How much the loss at noise level ``t`` rises when one fact of the caption is wrong.
+    """How much the loss at noise level `t` rises when one fact of the caption is wrong.
 
     Attributes:
-        fact: one of ``config.FACTS``.
+        fact: one of `config.FACTS`.
         t: noise level.
         loss: mean squared velocity error with the right caption.
-        rise: of the loss with the other caption, and ``margin``, half its 95 % interval over the pairs.
+        rise: of the loss with the other caption, and `margin`, half its 95 % interval over the pairs.
         text: change of the text features from one caption to the other, as a share of their length; median.
     """
 
@@ -53,7 +53,7 @@ class Reading:
 
 
 def pairs_of(fact: str, number: int, seed: int = HELD_OUT_SEED) -> list[MinimalPair]:
-    """The first ``number`` minimal pairs that differ in ``fact``."""
+    """The first `number` minimal pairs that differ in `fact`."""
     return list(islice((pair for pair in (minimal_pair(seed, i) for i in count()) if pair.fact == fact), number))
 
 
@@ -115,7 +115,7 @@ def _losses(
 
 
 def _velocity_losses(transformer, x0: Tensor, noise: Tensor, text: Tensor, t: float, batch_size: int) -> Tensor:
-    """Squared velocity error (B,) at ``t``; ``x0`` and ``noise`` (B, C, h, w), ``text`` (B, L, Dc)."""
+    """Squared velocity error (B,) at `t`; `x0` and `noise` (B, C, h, w), `text` (B, L, Dc)."""
     device, dtype, losses = transformer.device, transformer.dtype, []
     for some in torch.arange(len(x0)).split(batch_size):
         level = torch.full((len(some),), t)

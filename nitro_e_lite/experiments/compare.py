@@ -34,7 +34,7 @@ RESULT = "comparison.json"
 
 
 def read_variant(text: str) -> tuple[str, list[str]]:
-    """``"REPA: repa.weight=0.5 repa.hidden=256"`` as a name and ``config.override`` strings.
+    """`"REPA: repa.weight=0.5 repa.hidden=256"` as a name and `config.override` strings.
 
     Raises:
         ValueError: there is no name.
@@ -57,19 +57,19 @@ def compare(
     """Trains every variant with every seed and measures at each point.
 
     Args:
-        config: what all runs share; its ``steps`` and ``optimizer.decay_steps`` are replaced.
-        variants: name -> ``config.override`` strings.
+        config: what all runs share; its `steps` and `optimizer.decay_steps` are replaced.
+        variants: name -> `config.override` strings.
         seeds: of weights, order, noise and pictures.
         points: steps after which a run is measured, ascending.
-        run_dir: gets a folder for each run and ``comparison.json``.
+        run_dir: gets a folder for each run and `comparison.json`.
         prompts: GenEval-lite prompts, drawn once each in 20 steps; none: only losses are measured.
         device: of the training.
 
     Returns:
-        What ``comparison.json`` holds: ``points``, ``batch_size``, ``variants``, ``prompts``, ``config`` and ``runs``.
-        These are a list with a row for each variant, seed and point: ``step``, ``samples``, ``trained_steps`` since the
-        point before or, if it was stopped on the way, since it went on, and their ``seconds``, the fields of
-        ``Pretrain.validate``, and with prompts ``geneval`` and ``categories``.
+        What `comparison.json` holds: `points`, `batch_size`, `variants`, `prompts`, `config` and `runs`.
+        These are a list with a row for each variant, seed and point: `step`, `samples`, `trained_steps` since the
+        point before or, if it was stopped on the way, since it went on, and their `seconds`, the fields of
+        `Pretrain.validate`, and with prompts `geneval` and `categories`.
 
     Raises:
         ValueError: no variants, seeds or points, points out of order, an unknown field, or a folder that holds another
@@ -160,7 +160,7 @@ def _shown(values: Sequence[float]) -> str:
 
 
 def spread_prompts(prompts: Sequence[Prompt], each: int) -> list[Prompt]:
-    """``each`` prompts of every category, spread evenly over its list."""
+    """`each` prompts of every category, spread evenly over its list."""
     chosen = []
     for category in CATEGORIES:
         own = [prompt for prompt in prompts if prompt.tag == category]

@@ -3,13 +3,13 @@
 One process trains in place. For more, torchrun is started as a child: it starts the processes, tells each its rank,
 and ends all when one fails. Its output is passed on line by line, into the terminal or the notebook cell that asked,
 and its failure is raised here with its last lines. A child of a notebook would inherit settings that are meant for the
-kernel (``MPLBACKEND`` above all); they are taken away. On a machine without accelerator ``ACCELERATE_USE_CPU`` is set,
+kernel (`MPLBACKEND` above all); they are taken away. On a machine without accelerator `ACCELERATE_USE_CPU` is set,
 because accelerate would otherwise make a separate run of every process; the engine checks that all found each other.
 
 SIGTERM or Ctrl-C is passed on to the training processes themselves, not to torchrun, which would kill them after half a
 minute. They save and end well, and so does torchrun.
 
-Several machines need a scheduler or a person on each: ``torchrun_commands`` and ``slurm_script`` print what to run.
+Several machines need a scheduler or a person on each: `torchrun_commands` and `slurm_script` print what to run.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LaunchError(RuntimeError):
 
 
 def train_arguments(config: TrainConfig, run_dir: str | Path, resume: bool, device: str | None) -> list[str]:
-    """The words after `nitro-e` that train ``config``, for a person to type or a scheduler to run."""
+    """The words after `nitro-e` that train `config`, for a person to type or a scheduler to run."""
     arguments = ["train", config.stage, "--preset", config.preset, "--run-dir", str(run_dir)]
     arguments += [word for assignment in assignments(config) for word in ("--set", assignment)]
     return arguments + ["--resume"] * resume + ([] if device is None else ["--device", device])
@@ -66,7 +66,7 @@ def launch(
         config: what to train.
         run_dir: folder of the run.
         processes: 1 trains in this process; more are started through torchrun, one for each device.
-        resume: continue the run in ``run_dir``.
+        resume: continue the run in `run_dir`.
         device: "cpu", "cuda" or None for the best there is.
         on_line: gets each line that the processes print.
 
@@ -114,8 +114,8 @@ def child_environment(processes: int, device: str | None, inherited: Mapping[str
 
     Args:
         processes: on this machine; they share its processor cores.
-        device: as in ``launch``.
-        inherited: to start from; ``os.environ`` when None.
+        device: as in `launch`.
+        inherited: to start from; `os.environ` when None.
     """
     environment = dict(os.environ if inherited is None else inherited)
     for name in NOTEBOOK_SETTINGS:
@@ -128,14 +128,14 @@ def child_environment(processes: int, device: str | None, inherited: Mapping[str
 
 
 def torchrun_words(words: Sequence[str], processes: int, nodes: int = 1, rank: int = 0, address: str = "") -> list[str]:
-    """Arguments of Python that start ``words`` through torchrun on one machine.
+    """Arguments of Python that start `words` through torchrun on one machine.
 
     Args:
-        words: what each process runs: a script, ``-m module`` or ``--no-python program``, and its arguments.
+        words: what each process runs: a script, `-m module` or `--no-python program`, and its arguments.
         processes: on each machine.
         nodes: number of machines.
         rank: of this machine, from 0.
-        address: ``host:port`` of machine 0; needed for more than one.
+        address: `host:port` of machine 0; needed for more than one.
     """
     place = ["--standalone"]
     if nodes > 1:
@@ -152,14 +152,14 @@ def run_processes(
     on_line: Callable[[str], None] = print,
     **machines,
 ) -> None:
-    """Runs ``words`` in several processes and passes their output on.
+    """Runs `words` in several processes and passes their output on.
 
     Args:
-        words: see ``torchrun_words``.
+        words: see `torchrun_words`.
         processes: on this machine.
         environment: of the processes.
         on_line: gets each line of output.
-        **machines: ``nodes``, ``rank`` and ``address`` for ``torchrun_words``.
+        **machines: `nodes`, `rank` and `address` for `torchrun_words`.
 
     Raises:
         LaunchError: torchrun ended with an error.
@@ -210,10 +210,10 @@ def torchrun_commands(words: Sequence[str], nodes: int, processes: int, address:
     """The command for each of several machines.
 
     Args:
-        words: arguments of ``nitro-e``, such as those of ``train_arguments``.
+        words: arguments of `nitro-e`, such as those of `train_arguments`.
         nodes: number of machines.
         processes: on each, one for every accelerator.
-        address: ``host:port`` of the first machine.
+        address: `host:port` of the first machine.
     """
     options = [torchrun_words(["nitro-e", *words], processes, nodes, rank, address) for rank in range(nodes)]
     return [shlex.join(["torchrun", "--no-python", *one[2:]]) for one in options]
@@ -227,7 +227,7 @@ def slurm_script(words: Sequence[str], nodes: int, processes: int, hours: int = 
     folder must be on storage that all machines share.
 
     Args:
-        words: arguments of ``nitro-e``, such as those of ``train_arguments``.
+        words: arguments of `nitro-e`, such as those of `train_arguments`.
         nodes: number of machines.
         processes: on each, one for every accelerator.
         hours: time limit.

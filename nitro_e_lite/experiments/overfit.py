@@ -41,7 +41,7 @@ def overfit(
     steps: int = 60,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Trains the model of ``config`` from its start on one small batch, in this process.
+    """Trains the model of `config` from its start on one small batch, in this process.
 
     Args:
         config: of the run; its data, encoders, model, optimiser and number type are used as they are. The rate is
@@ -51,10 +51,10 @@ def overfit(
         device: to train on.
 
     Returns:
-        ``left``: after 0, 1, 2, ... steps the flow loss divided by the mean square of the velocities; 1 is what a model
-        has that predicts nothing, and None a loss that is not finite. ``spread``: standard deviation of the latents,
-        near 1 when their scaling is right. ``skipped`` steps. ``goal``: ``LIMIT``, or ``LIMIT`` times the first share
-        where a trained model begins with less than 1. ``ok``: less than that is left at the end, no step skipped.
+        `left`: after 0, 1, 2, ... steps the flow loss divided by the mean square of the velocities; 1 is what a model
+        has that predicts nothing, and None a loss that is not finite. `spread`: standard deviation of the latents,
+        near 1 when their scaling is right. `skipped` steps. `goal`: `LIMIT`, or `LIMIT` times the first share
+        where a trained model begins with less than 1. `ok`: less than that is left at the end, no step skipped.
 
     Raises:
         ValueError: fewer than 10 steps.

@@ -11,7 +11,7 @@ with everything stored, with latents alone stored, and with nothing stored.
 
 MFU is the one free number. Its default is what the published run implies if everything was stored: 307 million samples
 in 1.5 days on 8 MI300X. What that run stored is not published; with text and vision on-line the same days mean the
-higher MFU that ``published_mfu`` also gives. Count both as bounds.
+higher MFU that `published_mfu` also gives. Count both as bounds.
 
 Not modelled: gradient checkpointing, the allocator's fragmentation, work space of libraries.
 """
@@ -90,9 +90,9 @@ class Plan:
         parameters: of the transformer in training.
         forward_flops: of the transformer, one sample, attention included.
         encoders: "latents", "text" and "vision" (with REPA only).
-        sample_flops: of one training sample, by what is stored (the keys of ``STORED``).
+        sample_flops: of one training sample, by what is stored (the keys of `STORED`).
         memory: of one device, by what it is for.
-        activation: bytes of one sample that the backward pass needs; part of ``memory``.
+        activation: bytes of one sample that the backward pass needs; part of `memory`.
         capacity: memory of one device.
         peak: FLOP/s of one device.
         mfu: assumed utilisation.
@@ -149,11 +149,11 @@ def plan(
 
     Args:
         config: of the stage.
-        hardware: a name in ``hardware.HARDWARE``.
+        hardware: a name in `hardware.HARDWARE`.
         devices: how many of them, one process each.
         mfu: utilisation in (0, 1]; that of the published run when None.
         peak_tflops: of one device; the data sheet's when None, measured here for "cpu".
-        pictures: in the data set, for the disk; when None those of the folders, see ``count_pictures``.
+        pictures: in the data set, for the disk; when None those of the folders, see `count_pictures`.
 
     Raises:
         ValueError: unknown hardware, a number outside of its range, or a folder of which nothing is known.
@@ -297,7 +297,7 @@ def activation_bytes(arguments: dict[str, Any], text_tokens: int, precision: str
     """Bytes that autograd keeps for the backward pass of one sample, weights left out.
 
     Counted on fake tensors, which say that they are on a CPU: there attention is fused, as it is on a GPU, and keeps no
-    table of probabilities. The passes of ``model/cpu_kernels.py`` run on a CPU alone; a GPU keeps what ordinary
+    table of probabilities. The passes of `model/cpu_kernels.py` run on a CPU alone; a GPU keeps what ordinary
     operations keep. In bf16 it is half of what it is in float32.
     """
     with FakeTensorMode(), nullcontext() if on_cpu else plain_operations():

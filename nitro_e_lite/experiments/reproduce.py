@@ -4,7 +4,7 @@
     encoders/                             the first two as one folder: what both stages read
     stage1/, stage2/                      runs of notebooks 09 and 10, weights in training/final
     notebooks/                            both notebooks as they were executed
-    weights/                              encoders and transformer as a pipeline, for ``nitro-e sample --model``
+    weights/                              encoders and transformer as a pipeline, for `nitro-e sample --model`
     evaluation.json, uncurated.png        GenEval-lite of these weights
     reproduce.json                        seconds of each step, and where its result is
 
@@ -51,7 +51,7 @@ _SMALL = {  # overrides of the encoders at smoke scale
 
 @dataclass(frozen=True)
 class Step:
-    """One link of the chain: ``work`` makes ``result``, a path below the run folder."""
+    """One link of the chain: `work` makes `result`, a path below the run folder."""
 
     name: str
     result: str

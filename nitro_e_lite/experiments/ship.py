@@ -28,10 +28,10 @@ def ship(
     guidance: float | None = None,
     shift: float | None = None,
 ) -> Path:
-    """Replaces the transformer of shipped weights, or the vision model when ``source`` is one.
+    """Replaces the transformer of shipped weights, or the vision model when `source` is one.
 
     Args:
-        source: a training run, its ``final/`` folder, or anything else ``load_transformer`` or ``load_vision`` takes.
+        source: a training run, its `final/` folder, or anything else `load_transformer` or `load_vision` takes.
         name: of the shipped weights, or a folder; must hold the encoders.
         steps: sampler steps of a call that names none.
         guidance, shift: of the sampler likewise; not given: those of the run's own sample grids.
@@ -51,7 +51,7 @@ def ship(
         check_manifest(folder, *{part.name for part in folder.iterdir()} - replaced)
     if vision:
         return _ship_vision(Path(source), folder)
-    run = Path(source) / "config.json"  # of a training run; the folder ``final`` has a model's
+    run = Path(source) / "config.json"  # of a training run; the folder `final` has a model's
     trained = json.loads(run.read_text(encoding="utf-8")).get("config") if run.is_file() else None
     usual = trained or to_dict(TrainConfig())
     transformer = load_transformer(source).half()

@@ -43,7 +43,7 @@ from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH, LITE_TEXT_LENGTH
 
 @dataclass(frozen=True)
 class LatentStats:
-    """Mean and standard deviation of each latent channel; normalised: ``(latents - mean) / std``."""
+    """Mean and standard deviation of each latent channel; normalised: `(latents - mean) / std`."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -58,21 +58,21 @@ class LatentStats:
 
     @classmethod
     def from_scaling_factor(cls, scaling_factor: float, channels: int) -> "LatentStats":
-        """The published convention: ``latents * scaling_factor`` for every channel."""
+        """The published convention: `latents * scaling_factor` for every channel."""
         return cls((0.0,) * channels, (1 / scaling_factor,) * channels)
 
     @classmethod
     def load(cls, folder: str | Path) -> "LatentStats":
-        """Reads ``latent_stats.json`` of an autoencoder folder trained by this package."""
+        """Reads `latent_stats.json` of an autoencoder folder trained by this package."""
         values = json.loads((Path(folder) / "latent_stats.json").read_text(encoding="utf-8"))
         return cls(values["latents_mean"], values["latents_std"])
 
     def to_json(self) -> str:
-        """The text of ``latent_stats.json``, with the names that the pipeline's config uses."""
+        """The text of `latent_stats.json`, with the names that the pipeline's config uses."""
         return json.dumps({"latents_mean": self.mean, "latents_std": self.std}, indent=2) + "\n"
 
     def tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std as (1, C, 1, 1) tensors for ``like`` (B, C, h, w).
+        """Mean and std as (1, C, 1, 1) tensors for `like` (B, C, h, w).
 
         Raises:
             ValueError: when the channel counts differ.
@@ -132,7 +132,7 @@ def decode_latents(vae: AutoencoderDC, latents: Tensor, stats: LatentStats) -> T
     """Normalised latents (B, C, h, w) to images (B, 3, H, W), clamped to [-1, 1].
 
     Raises:
-        ValueError: when the channel count does not fit ``stats``.
+        ValueError: when the channel count does not fit `stats`.
     """
     latents = latents.to(vae.device, vae.dtype)
     mean, std = stats.tensors(latents)
@@ -163,7 +163,7 @@ def encode_text(
         Features (B, max_length, D), padding included; each row depends on its own caption alone.
 
     Raises:
-        TypeError: when ``captions`` is one string, or holds something else than strings.
+        TypeError: when `captions` is one string, or holds something else than strings.
     """
     if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
         raise InvalidType(f"captions: expected a list of strings, got {captions!r}")
@@ -193,7 +193,7 @@ def fingerprint(
         text_encoder: language model, or None.
         stats: latent statistics.
         max_length: text tokens.
-        **settings: anything else the cached values depend on (JSON types), e.g. ``image_size=128``.
+        **settings: anything else the cached values depend on (JSON types), e.g. `image_size=128`.
     """
     facts = {"stats": [stats.mean, stats.std], "max_length": max_length, **settings}
     return hub.weights_hash({"vae": vae, "text_encoder": text_encoder}, rounded_to=torch.bfloat16, **facts)
@@ -230,7 +230,7 @@ class Encoders:
         return fingerprint(self.vae, self.text_encoder, self.stats, self.max_text_length)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Images (see ``encode_images``) to normalised latents (B, C, h, w)."""
+        """Images (see `encode_images`) to normalised latents (B, C, h, w)."""
         return encode_images(self.vae, images, self.stats)
 
     def encode_text(self, captions: list[str]) -> Tensor:
@@ -238,7 +238,7 @@ class Encoders:
         return encode_text(self.tokenizer, self.text_encoder, captions, self.max_text_length)
 
     def parts(self) -> dict:
-        """The same as keyword arguments of ``NitroEPipeline``, which then draws with these encoders."""
+        """The same as keyword arguments of `NitroEPipeline`, which then draws with these encoders."""
         return {
             "vae": self.vae,
             "tokenizer": self.tokenizer,
@@ -252,7 +252,7 @@ class Encoders:
 def load_encoders(
     source: str | Path = "lite", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Encoders:
-    """Loads ``vae`` (with ``latent_stats.json``), ``text_encoder`` and ``tokenizer`` of one folder.
+    """Loads `vae` (with `latent_stats.json`), `text_encoder` and `tokenizer` of one folder.
 
     Args:
         source: what `find_weights` finds, or "full": DC-AE f32c32 and Llama-3.2-1B from the hub.

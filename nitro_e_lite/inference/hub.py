@@ -56,13 +56,13 @@ def load_autoencoder(
     """Loads an autoencoder, frozen and in evaluation mode.
 
     Args:
-        source: local folder, or hub id such as ``FULL_AUTOENCODER``.
-        revision: commit of a hub id; the pinned one of ``HUB_REVISIONS`` when None.
+        source: local folder, or hub id such as `FULL_AUTOENCODER`.
+        revision: commit of a hub id; the pinned one of `HUB_REVISIONS` when None.
         device: where to put it.
         dtype: number type of the weights.
 
     Raises:
-        EncoderUnavailable: when nothing can be loaded from ``source``.
+        EncoderUnavailable: when nothing can be loaded from `source`.
         ValueError: for a hub id without a revision, or a file that differs from its checksum.
     """
     place = _resolve(source, revision, "--vae PATH")
@@ -82,17 +82,17 @@ def load_text_encoder(
     """Loads a tokenizer and its language model, frozen and in evaluation mode.
 
     Args:
-        source: hub id, a folder that holds both, or a folder with ``tokenizer`` and ``text_encoder`` inside.
-        revision: commit of a hub id; the pinned one of ``HUB_REVISIONS`` when None.
+        source: hub id, a folder that holds both, or a folder with `tokenizer` and `text_encoder` inside.
+        revision: commit of a hub id; the pinned one of `HUB_REVISIONS` when None.
         device: where to put the model.
         dtype: number type of the weights.
-        token: access token for a gated hub id; the one of ``hf auth login`` when None.
+        token: access token for a gated hub id; the one of `hf auth login` when None.
 
     Returns:
         Tokenizer (pads on the right with the end token) and model (no language-model head).
 
     Raises:
-        EncoderUnavailable: when nothing can be loaded from ``source``; names the licence page.
+        EncoderUnavailable: when nothing can be loaded from `source`; names the licence page.
         ValueError: for a hub id without a revision, or a file that differs from its checksum.
     """
     option = "--text-encoder PATH"
@@ -115,7 +115,7 @@ def load_text_encoder(
 
 
 def _resolve(source: str | Path, revision: str | None, option: str) -> dict[str, str]:
-    """Folder or (hub id, commit) as arguments of ``from_pretrained``."""
+    """Folder or (hub id, commit) as arguments of `from_pretrained`."""
     if Path(source).is_dir():
         return {"pretrained_model_name_or_path": str(source)}
     if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
@@ -131,7 +131,7 @@ def _resolve(source: str | Path, revision: str | None, option: str) -> dict[str,
 
 @contextmanager
 def quiet_loading(source: str | Path) -> Iterator[None]:
-    """Without the hub's warnings, and without progress bars when ``source`` is a folder; a download shows its own."""
+    """Without the hub's warnings, and without progress bars when `source` is a folder; a download shows its own."""
     hub = logging.getLogger("huggingface_hub")  # warns of every request that failed, before it tries again
     level = hub.level
     hub.setLevel(logging.ERROR)
@@ -148,7 +148,7 @@ def quiet_loading(source: str | Path) -> Iterator[None]:
 
 
 def attempt(source: str | Path, option: str, load, **arguments):
-    """Calls a ``from_pretrained``; whatever the hub answers, or a damaged file, ends in one readable error.
+    """Calls a `from_pretrained`; whatever the hub answers, or a damaged file, ends in one readable error.
 
     A folder that lies beside a list of checksums, as shipped weights do, must agree with it.
     """

@@ -5,7 +5,7 @@ Euler steps; at each the transformer is asked for the velocity at `1000 sigma`. 
 twice, in one batch, with and without the caption, and goes further in the direction in which the two differ.
 
 The class is a diffusers pipeline: `from_pretrained`, `save_pretrained`, progress bar, callbacks and
-off-loading are the library's. Ours are the checks (`inputs.py`), the noise (one generator a picture) and the
+off-loading are the library's. Ours are the checks (`arguments.py`), the noise (one generator a picture) and the
 grid of noise levels. For the models of this project that grid is `linspace(1, 1/K, K)`, shifted towards noise where
 a model draws better so (`flow.shift_sigmas`). Differs: the official weights use the scheduler's own grid, whose last
 step goes from 0.001 to 0 and does nothing; `sigma_grid="scheduler"` keeps it.
@@ -222,7 +222,7 @@ class NitroEPipeline(DiffusionPipeline):
             shift: how far the grid of noise levels leans towards noise, >= 1; 1 is the even grid.
             sigmas: noise levels of the steps, falling from at most 1 to above 0, in place of the usual grid.
             num_images_per_prompt: pictures for each prompt; they come in the order of the prompts.
-            generator: one generator for all pictures or a list with one each, see `inputs.as_generators`.
+            generator: one generator for all pictures or a list with one each, see `arguments.as_generators`.
             latents: starting noise `(B, C, h, w)` in place of drawing it.
             prompt_embeds, negative_prompt_embeds: text features `(prompts, L, D)` in place of text.
             output_type: "pil", "np" `(B, H, W, 3)` or "pt" `(B, 3, H, W)` in [0, 1], or "latent"

@@ -1,9 +1,9 @@
 """The vision model of REPA: what is in a picture, patch by patch.
 
 At full scale it is DINOv2 ViT-B/14 at 224 px; at lite scale a small model of the same class trained on scenes
-(``stages/vision.py``), with patches of 8 at 128 px. Both give 256 features on the same 16x16 grid as the latents, so
+(`stages/vision.py`), with patches of 8 at 128 px. Both give 256 features on the same 16x16 grid as the latents, so
 that feature n belongs to token n. It is frozen; the loss that turns the transformer's tokens towards its features is
-in ``stages/pretrain.py``.
+in `stages/pretrain.py`.
 
 Source: REPA arXiv 2410.06940; DINOv2 arXiv 2304.07193.
 """
@@ -36,7 +36,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, what DI
 
 @dataclass(frozen=True)
 class VisionEncoder:
-    """A frozen ``Dinov2Model`` and the picture size that gives it 16x16 patches."""
+    """A frozen `Dinov2Model` and the picture size that gives it 16x16 patches."""
 
     model: Dinov2Model
 
@@ -57,13 +57,13 @@ class VisionEncoder:
 
     @torch.no_grad()
     def encode(self, images: np.ndarray | Tensor) -> Tensor:
-        """Pictures, see ``encoders.images_to_tensor``, to normalised patch features (B, 256, C)."""
+        """Pictures, see `encoders.images_to_tensor`, to normalised patch features (B, 256, C)."""
         pixels = images_to_tensor(images).to(self.model.device)  # (B, 3, H, W) in [-1, 1]
         return patch_features(self.model, prepare_pixels(pixels, self.size))
 
 
 def prepare_pixels(pixels: Tensor, size: int) -> Tensor:
-    """Pixels (B, 3, H, W) in [-1, 1] at ``size`` a side and normalised as DINOv2 expects; the centre square counts."""
+    """Pixels (B, 3, H, W) in [-1, 1] at `size` a side and normalised as DINOv2 expects; the centre square counts."""
     side = min(pixels.shape[2:])
     top, left = (pixels.shape[2] - side) // 2, (pixels.shape[3] - side) // 2
     pixels = pixels[:, :, top : top + side, left : left + side]
@@ -84,7 +84,7 @@ def load_vision(
     """Loads the vision model, frozen.
 
     Args:
-        source: what `find_weights` finds: shipped weights, a run of ``nitro-e train vision``; or ``FULL_VISION``.
+        source: what `find_weights` finds: shipped weights, a run of `nitro-e train vision`; or `FULL_VISION`.
         device: where to put it.
         dtype: number type of its weights.
 

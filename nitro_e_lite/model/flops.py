@@ -9,7 +9,7 @@ tokens). The products inside attention, query x key and probability x value, hol
 with them it is 0.0804, and either rounds to the published 0.08.
 
 Model FLOPs utilisation (MFU) is the arithmetic a model needs over what the device could have done in the same time. The
-peaks in ``HARDWARE`` are those of dense bfloat16 matrix products with float32 accumulation; figures with "sparsity" are
+peaks in `HARDWARE` are those of dense bfloat16 matrix products with float32 accumulation; figures with "sparsity" are
 twice as high and belong to no program here.
 """
 
@@ -158,7 +158,7 @@ HARDWARE = {
 
 
 def find_peak(device_name: str) -> float | None:
-    """Peak FLOP/s of the device whose driver calls it ``device_name``; None when it is not in the table."""
+    """Peak FLOP/s of the device whose driver calls it `device_name`; None when it is not in the table."""
     for device in HARDWARE.values():
         if device.label and device.label in device_name:
             return device.peak

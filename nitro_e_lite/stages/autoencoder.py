@@ -4,9 +4,9 @@ At full scale the autoencoder comes ready-made and stays frozen. At lite scale t
 in minutes, and then frozen too.
 
 What a diffusion model wants from latents is not only that they decode well, but that they are easy to predict. Three
-terms ask for it: the picture itself (absolute, squared and gradient error); gaussian noise of up to ``latent_noise``
+terms ask for it: the picture itself (absolute, squared and gradient error); gaussian noise of up to `latent_noise`
 standard deviations on the latents, so that the decoder forgives small errors of the diffusion model; and on every
-``half_resolution_every``-th step *scale equivariance*: latents averaged 2x2 must decode to the picture averaged 2x2,
+`half_resolution_every`-th step *scale equivariance*: latents averaged 2x2 must decode to the picture averaged 2x2,
 which removes high frequencies from the latents. Source: arXiv 2502.14831 (diffusability), 2502.09509.
 
 """
@@ -59,7 +59,7 @@ class AutoencoderConfig(RunConfig):
 
 
 def build_autoencoder(config: AutoencoderConfig) -> AutoencoderDC:
-    """A small `AutoencoderDC` of residual blocks, no attention, drawn from ``config.seed``."""
+    """A small `AutoencoderDC` of residual blocks, no attention, drawn from `config.seed`."""
     torch.manual_seed(config.seed)
     stages = len(config.encoder_widths)
     return AutoencoderDC(
@@ -156,7 +156,7 @@ def train_autoencoder(
 
 @torch.no_grad()
 def measure_latents(vae: AutoencoderDC, scenes: int, size: int, seed: int, batch: int = 32) -> LatentStats:
-    """Mean and standard deviation of every latent channel over ``scenes`` training scenes."""
+    """Mean and standard deviation of every latent channel over `scenes` training scenes."""
     count, total, squares = 0, 0.0, 0.0
     for first in range(0, scenes, batch):
         images = scene_images(seed, range(first, min(first + batch, scenes)), size)

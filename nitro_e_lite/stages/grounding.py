@@ -98,7 +98,7 @@ def _mentions(text: str, scene: Scene) -> tuple[int, list[tuple[int, int, tuple[
 
 
 class PlaceReader(nn.Module):
-    """A linear layer that reads ``Said`` off features of ``width``; its loss is what teaches the language model."""
+    """A linear layer that reads `Said` off features of `width`; its loss is what teaches the language model."""
 
     def __init__(self, width: int, scale: float = 2.0):
         super().__init__()
@@ -113,9 +113,9 @@ class PlaceReader(nn.Module):
         return own, *layout.unflatten(-1, (_SIDES, sum(_ANSWERS))).split(_ANSWERS, dim=-1)
 
     def loss(self, states: Tensor, said: Said, silent_weight: float = 0.3, layout_weight: float = 0.3) -> Tensor:
-        """Cross-entropy of own + ``layout_weight`` times that of the layout (summed over its eight answers).
+        """Cross-entropy of own + `layout_weight` times that of the layout (summed over its eight answers).
 
-        It is averaged over the tokens that know a place, and with ``silent_weight`` over those that know none.
+        It is averaged over the tokens that know a place, and with `silent_weight` over those that know none.
         """
         own, shapes, colors = self(states)
         knows = said.own != _SIDES
@@ -125,5 +125,5 @@ class PlaceReader(nn.Module):
 
 
 def _cross_entropy(logits: Tensor, answers: Tensor) -> Tensor:
-    """Of ``logits`` (..., A) against ``answers`` (...), one by one."""
+    """Of `logits` (..., A) against `answers` (...), one by one."""
     return F.cross_entropy(logits.flatten(0, -2), answers.flatten(), reduction="none").view(answers.shape)

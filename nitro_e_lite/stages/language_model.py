@@ -10,12 +10,12 @@ objectives are added, whose own weights are dropped after training:
 * **paraphrase**: from the *one* final hidden state at a random position (a word, the end token or a padding token) a
   two-layer decoder must write another caption of the same scene. Whatever it can say of the scene, that single vector
   had to hold.
-* **place**: from every final hidden state a linear layer must say where things are, see ``grounding.py``.
+* **place**: from every final hidden state a linear layer must say where things are, see `grounding.py`.
 
 Differs: Llama-3.2 is a plain causal language model; three million parameters need the hints.
 
-A language model that a transformer has learned to read can be taught more without spoiling that: ``start_from`` goes on
-from its weights and ``keep`` holds the features near what they were.
+A language model that a transformer has learned to read can be taught more without spoiling that: `start_from` goes on
+from its weights and `keep` holds the features near what they were.
 """
 
 from functools import partial
@@ -79,7 +79,7 @@ class LanguageModelConfig(RunConfig):
     next_word_weight: NonNegativeNumber = 1.0
     paraphrase_weight: NonNegativeNumber = 1.0
     place_weight: NonNegativeNumber = 1.0
-    # of the squared distance from the features of ``start_from``, relative to their variance
+    # of the squared distance from the features of `start_from`, relative to their variance
     keep_weight: NonNegativeNumber = 0.0
 
     def __post_init__(self):
@@ -146,7 +146,7 @@ class Student(nn.Module):
         """Features and losses of a batch; a loss whose weight is zero is left out.
 
         Args:
-            first: tokens of one caption, ``input_ids`` and ``attention_mask`` (B, L).
+            first: tokens of one caption, `input_ids` and `attention_mask` (B, L).
             second: tokens of another caption of the same scene, (B, L).
             position: (B,) where in the first caption the decoder looks.
             said: what the first caption has said of places.
@@ -166,7 +166,7 @@ class Student(nn.Module):
 
 
 def token_loss(logits: Tensor, tokens: Tokens, shift: int) -> Tensor:
-    """Cross-entropy of ``logits`` (B, N, V) against tokens ``shift``, ``shift + 1``, …, padding left out."""
+    """Cross-entropy of `logits` (B, N, V) against tokens `shift`, `shift + 1`, …, padding left out."""
     span = slice(shift, shift + logits.shape[1])
     target = tokens["input_ids"][:, span].masked_fill(tokens["attention_mask"][:, span] == 0, -100)
     return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)

@@ -121,7 +121,7 @@ class Pretrain(Stage):
             model.load_state_dict(_with_projector(model, load_transformer(config.start_from).state_dict()))
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        if config.optimizer.white_text:
+        if config.optimizer.whiten_text_input:
             weights.whiten_input(model.text_embed, self._text_examples())
         return model
 

@@ -1,11 +1,11 @@
 """Training of the lite vision model: what DINOv2 is to photographs, for scenes.
 
-REPA needs a vision model that learned what is in a picture without labels. Here a small ``Dinov2Model`` learns it from
+REPA needs a vision model that learned what is in a picture without labels. Here a small `Dinov2Model` learns it from
 two questions asked about every patch:
 
 * its **pixels** (absolute error);
 * which **kind of outline** the thing has that it belongs to. Things are segments: what stands out of the background
-  and hangs together (``segments.py``). Kinds are clusters of their outlines, found once by k-means; nobody names them.
+  and hangs together (`segments.py`). Kinds are clusters of their outlines, found once by k-means; nobody names them.
   No patch holds an outline, so its feature must gather the thing from the patches around.
 
 Filling hidden gaps, as in iBOT or masked autoencoders, did not do here: flat shapes can be continued from the borders
@@ -124,7 +124,7 @@ def patch_outlines(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
 
 
 def find_kinds(config: VisionConfig, restarts: int = 5, rounds: int = 40) -> Tensor:
-    """Clusters the outlines of ``config.kinds_scenes`` scenes by k-means, the best of several starts: (K, 256)."""
+    """Clusters the outlines of `config.kinds_scenes` scenes by k-means, the best of several starts: (K, 256)."""
     images = (scene_images(config.seed, range(n, n + 1), 128) for n in range(config.kinds_scenes))
     outlines = torch.cat([patch_outlines(image, config.patch_size)[0] for image in images])
     if len(outlines) < config.kinds:
@@ -219,7 +219,7 @@ def baselines(config: VisionConfig) -> dict[str, dict[str, float]]:
 
 
 def probe(model: Dinov2Model, scenes: int = 512) -> dict[str, float]:
-    """How well single patch features tell the shape and the colour of the object they show, see ``probe_features``."""
+    """How well single patch features tell the shape and the colour of the object they show, see `probe_features`."""
     return probe_features(partial(patch_features, model), GRID * model.config.patch_size, scenes)
 
 
@@ -233,7 +233,7 @@ def probe_features(features, size: int, scenes: int = 512) -> dict[str, float]:
         scenes: held-out scenes to use.
 
     Returns:
-        Share of patches named rightly: ``shape`` (chance 1/6), ``color`` (chance 1/10); ``patches`` judged.
+        Share of patches named rightly: `shape` (chance 1/6), `color` (chance 1/10); `patches` judged.
     """
     rows, shapes, colors, halves = [], [], [], []
     for first in range(0, scenes, 32):

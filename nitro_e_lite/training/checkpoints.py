@@ -1,6 +1,6 @@
 """Checkpoints that survive a kill: written aside, checked by sha256, renamed into place.
 
-A checkpoint is a folder ``step-00001000`` with safetensors files and ``state.json``; the latter lists the sha256 of
+A checkpoint is a folder `step-00001000` with safetensors files and `state.json`; the latter lists the sha256 of
 every file and is written last. The folder gets its name by one atomic rename after everything is on disk, so a run
 killed at any moment leaves either the whole checkpoint or none of it. A checkpoint that does not match its own list is
 skipped and the one before it is used. A checkpoint that cannot be written (a full disk) is an error, and the ones
@@ -36,7 +36,7 @@ def save_checkpoint(
     Args:
         folder: where checkpoints live.
         step: finished optimiser steps.
-        tensors: file stem -> named tensors, e.g. ``{"weights": {...}, "ema": {...}, "optimizer": {...}}``.
+        tensors: file stem -> named tensors, e.g. `{"weights": {...}, "ema": {...}, "optimizer": {...}}`.
         state: JSON-able rest.
         keep: how many checkpoints to keep, the newest ones.
 
@@ -67,7 +67,7 @@ NOT_LEARNED = (  # what is changed freely, because the model learns the same
 
 
 def compare_settings(before: dict[str, Any], now: dict[str, Any], step: int, say: bool = True) -> None:
-    """Holds the settings of a run that goes on against those it was started with; ``say``: warns of changed ones.
+    """Holds the settings of a run that goes on against those it was started with; `say`: warns of changed ones.
 
     Raises:
         ValueError: a setting that makes it another run, or fewer steps than were trained.
@@ -92,7 +92,7 @@ def _changes(name: str, before: Any, now: Any) -> Iterator[str]:
 
 
 def _write(partial: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
-    """Writes all files of a checkpoint, ``state.json`` last."""
+    """Writes all files of a checkpoint, `state.json` last."""
     sums = {}
     for stem, named in tensors.items():
         path = partial / f"{stem}.safetensors"
@@ -146,7 +146,7 @@ def load_latest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """An optimiser's state as named tensors, ``parameter name/entry``."""
+    """An optimiser's state as named tensors, `parameter name/entry`."""
     return {
         f"{names[parameter]}/{entry}": value
         for parameter, entries in optimizer.state.items()
@@ -157,7 +157,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
 ) -> None:
-    """The inverse of ``optimizer_tensors``: fills the state of the parameters this optimiser owns, on their device."""
+    """The inverse of `optimizer_tensors`: fills the state of the parameters this optimiser owns, on their device."""
     owned = [p for group in optimizer.param_groups for p in group["params"]]
     number = {parameter: k for k, parameter in enumerate(owned)}  # as the optimiser's state_dict counts them
     state: dict[int, dict[str, Tensor]] = {}

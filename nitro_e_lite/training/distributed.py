@@ -36,17 +36,17 @@ OFF = ("", "no", "false", "off", "n", "f", "0")
 
 
 def start_accelerator(config: RunConfig, run_dir: Path, device: str | None) -> Accelerator:
-    """The processes of the run, joined. They wait for each other up to ``PATIENCE``: one encodes scenes for all.
+    """The processes of the run, joined. They wait for each other up to `PATIENCE`: one encodes scenes for all.
 
-    Precision, accumulation and compilation are those of ``config``, and accelerate does nothing about them, whatever
-    ``ACCELERATE_MIXED_PRECISION``, ``ACCELERATE_GRADIENT_ACCUMULATION_STEPS`` or ``ACCELERATE_DYNAMO_...`` say; what
-    ``accelerate config`` once wrote must not change a run.
+    Precision, accumulation and compilation are those of `config`, and accelerate does nothing about them, whatever
+    `ACCELERATE_MIXED_PRECISION`, `ACCELERATE_GRADIENT_ACCUMULATION_STEPS` or `ACCELERATE_DYNAMO_...` say; what
+    `accelerate config` once wrote must not change a run.
 
     Raises:
         RuntimeError: the launcher (torchrun) was asked for another number of processes than found each other, or an
             earlier run of this process was on the CPU and this one should not be.
         ValueError: a tracker that is not installed or unknown, a device that is not there, or one with a number for
-            several processes; or the environment asks accelerate for one of ``FOREIGN``.
+            several processes; or the environment asks accelerate for one of `FOREIGN`.
     """
     for name in FOREIGN:
         if (value := os.environ.get(name, "")).lower() not in OFF:
@@ -93,7 +93,7 @@ def any_rank(wish: bool, device: torch.device) -> bool:
 
 @torch.no_grad()
 def average_gradients(parameters: Sequence[Tensor]) -> None:
-    """Replaces the gradients of ``parameters`` by their mean over the processes, in their own number type.
+    """Replaces the gradients of `parameters` by their mean over the processes, in their own number type.
 
     They travel in a few large buckets. A parameter without a gradient on this process counts as zero, so that all
     processes send the same.

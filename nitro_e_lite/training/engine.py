@@ -1,13 +1,13 @@
 """The engine of every training run: files, processes, signals, master weights, averages, checkpoints; no mathematics.
 
-A *stage* says what is trained and how its losses come about (one file in ``stages/``); the engine does everything that
+A *stage* says what is trained and how its losses come about (one file in `stages/`); the engine does everything that
 makes a run trustworthy, the same for all of them:
 
-* **Masters.** Optimisers and averages work on float32 masters, see ``weights.py``.
-* **Randomness from the step number.** Everything random of step k comes from (seed, k), see ``runtime.generator``. A
+* **Masters.** Optimisers and averages work on float32 masters, see `weights.py`.
+* **Randomness from the step number.** Everything random of step k comes from (seed, k), see `runtime.generator`. A
   resumed run needs no generator state and repeats an uninterrupted one bit for bit.
 * **Stops without loss.** SIGTERM ends the step and saves; SIGKILL costs the steps since the last checkpoint; a full
-  disk ends the run and leaves the last checkpoint whole. See ``checkpoints.py``.
+  disk ends the run and leaves the last checkpoint whole. See `checkpoints.py`.
 * **Processes.** Each works on its rows of the batch; gradients are averaged once a step, weights are the same
   everywhere, and the main process writes.
 
@@ -80,9 +80,9 @@ class Trained:
 
 
 class Stage:
-    """The mathematics of a run. Subclasses set ``modules`` and write ``losses`` and ``export``.
+    """The mathematics of a run. Subclasses set `modules` and write `losses` and `export`.
 
-    A stage knows nothing of files, ranks and signals. It is made from its configuration and a ``Placement``.
+    A stage knows nothing of files, ranks and signals. It is made from its configuration and a `Placement`.
 
     Attributes:
         modules: name -> what is trained.
@@ -93,7 +93,7 @@ class Stage:
     flops: float | None = None
 
     def losses(self, step: int, part: int) -> dict[str, dict[str, Tensor]]:
-        """Losses of part ``part`` of step ``step``, by module; each a scalar or one number a sample (B,).
+        """Losses of part `part` of step `step`, by module; each a scalar or one number a sample (B,).
 
         "loss" is what is minimised, over the parameters of its own module; further entries are only reported. Modules
         that are left out rest in this step. Everything random must be a function of (seed, step, row).
@@ -113,14 +113,14 @@ class Stage:
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """The inverse of ``state``, before the weights are restored.
+        """The inverse of `state`, before the weights are restored.
 
         Raises:
             ValueError: the run cannot go on like this, for example with other encoders.
         """
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able facts for the run's ``config.json``."""
+        """JSON-able facts for the run's `config.json`."""
         return {}
 
     def export(self, weights: dict[str, dict[str, Tensor]], folder: Path) -> None:
@@ -128,7 +128,7 @@ class Stage:
 
         Args:
             weights: module -> its averaged float32 weights by name.
-            folder: empty; it becomes the run's ``final``.
+            folder: empty; it becomes the run's `final`.
         """
         raise NotImplementedError
 
@@ -150,7 +150,7 @@ class _Learner:
             self.module.compile(backend=config.compile)
 
     def update(self, step: int, ema_decay: float) -> None:
-        """Moves masters, network and average after the gradients of step ``step`` are there."""
+        """Moves masters, network and average after the gradients of step `step` are there."""
         scale = self.trained.schedule(step)
         for optimizer, rates in self.rates.items():
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -167,9 +167,9 @@ class Engine:
 
     Args:
         config: of the run; the stage reads its own fields from it.
-        stage: makes the stage, from ``config`` and a ``Placement``.
-        run_dir: folder of the run: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``samples/``, ``final/``.
-        resume: continue from the newest checkpoint in ``run_dir``; simply starts when there is none.
+        stage: makes the stage, from `config` and a `Placement`.
+        run_dir: folder of the run: `config.json`, `metrics.jsonl`, `checkpoints/`, `samples/`, `final/`.
+        resume: continue from the newest checkpoint in `run_dir`; simply starts when there is none.
         device: "cpu", "cuda", ... or None for the best there is.
 
     Attributes:
@@ -178,7 +178,7 @@ class Engine:
         skipped: steps left out because a gradient was not finite.
 
     Raises:
-        FileExistsError: ``run_dir`` holds a run and ``resume`` is False.
+        FileExistsError: `run_dir` holds a run and `resume` is False.
         RuntimeError: not as many processes found each other as were started, or not the same checkpoint.
         ValueError: a checkpoint of a differently shaped model is resumed, or the batch cannot be divided.
     """
@@ -226,7 +226,7 @@ class Engine:
     def step(self) -> dict[str, float]:
         """One optimiser step; returns what this process measured. A non-finite gradient leaves all weights as they are.
 
-        The rows of the process are worked off in ``accumulate`` parts, whose gradients are summed in float32.
+        The rows of the process are worked off in `accumulate` parts, whose gradients are summed in float32.
         """
         row: dict[str, float] = {}
         for learner in self.learners.values():
@@ -262,7 +262,7 @@ class Engine:
 
     @staticmethod
     def _backward(learner: _Learner, loss: Tensor) -> None:
-        """Gradients of ``loss`` for the learner's own parameters, and for no others that it depends on."""
+        """Gradients of `loss` for the learner's own parameters, and for no others that it depends on."""
         loss.backward(inputs=learner.weights.trained)
         learner.weights.collect_gradients()
 
@@ -293,7 +293,7 @@ class Engine:
             return self.stage.validate()
 
     def save_picture(self) -> Path | None:
-        """What the averaged weights draw, in ``samples/``."""
+        """What the averaged weights draw, in `samples/`."""
         with torch.no_grad(), self.averaged():
             picture = self.stage.picture()
         if picture is None:
@@ -334,7 +334,7 @@ class Engine:
         masters = {f"{name}.{key}": value for name, one in self.learners.items() for key, value in one.masters.items()}
         if {k: v.shape for k, v in tensors["weights"].items()} != {k: v.shape for k, v in masters.items()}:
             raise InvalidValue(
-                f"model: the run in {self.run_dir} has other weights; keep repa.weight and optimizer.white_text"
+                f"model: the run in {self.run_dir} has other weights; keep repa.weight and optimizer.whiten_text_input"
             )
         with torch.no_grad():
             for name, learner in self.learners.items():
@@ -349,7 +349,7 @@ class Engine:
         self.global_step, self.skipped, self.progress.seconds = state["step"], state["skipped"], state["seconds"]
 
     def export(self) -> Path:
-        """Writes the results, from the averaged weights, to ``run_dir/final``."""
+        """Writes the results, from the averaged weights, to `run_dir/final`."""
         final = self.run_dir / "final"
         weights = {name: learner.ema for name, learner in self.learners.items()}
         with self.averaged(), atomic_folder(final, "the checkpoints are intact") as partial:
@@ -359,7 +359,7 @@ class Engine:
     # -- the whole run
 
     def fit(self) -> Path:
-        """Trains to ``config.steps`` and returns the folder of the results.
+        """Trains to `config.steps` and returns the folder of the results.
 
         Raises:
             RunStopped: SIGTERM or SIGINT came; the checkpoint is written.

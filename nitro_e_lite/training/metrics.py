@@ -2,7 +2,7 @@
 
 It begins with the processes finding each other, since accelerate joins them and holds their trackers.
 
-``metrics.jsonl`` is the record that everything else reads, one row a logging interval. The same rows go to trackers
+`metrics.jsonl` is the record that everything else reads, one row a logging interval. The same rows go to trackers
 through accelerate: tensorboard when it is installed, or another by name. Speed is the mean over the interval, with the
 waiting for data in it and without validation, pictures and checkpoints. Model FLOPs utilisation is 3 forward passes a
 sample (one forward, two for the gradients) over what the devices could do at best.
@@ -67,7 +67,7 @@ class Progress:
         self._metrics = self._bar = None
 
     def start(self, step: int) -> None:
-        """Opens the files at ``step``; rows of later steps, which a kill has undone, are removed."""
+        """Opens the files at `step`; rows of later steps, which a kill has undone, are removed."""
         if self.accelerator.is_main_process:
             self._metrics = MetricsWriter(self.run_dir / "metrics.jsonl")
             self._metrics.truncate_after(step)

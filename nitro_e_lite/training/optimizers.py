@@ -1,8 +1,8 @@
 """Optimisers: Muon for the matrices inside the blocks, AdamW for the rest.
 
-**Muon** updates along orthogonalised momentum. ``Muon`` below is torch's with another ``step``: on a CPU without matrix
+**Muon** updates along orthogonalised momentum. `Muon` below is torch's with another `step`: on a CPU without matrix
 units bf16 is the slow type, and each process would repeat the work of all. Differs: the paper trains with AdamW alone;
-``OptimizerConfig(name="adamw")`` does too. Source: Jordan et al., 2024.
+`OptimizerConfig(name="adamw")` does too. Source: Jordan et al., 2024.
 """
 
 from __future__ import annotations
@@ -122,9 +122,9 @@ def cosine_scale(step: int, steps: int, warmup_steps: int) -> float:
 
 
 def learning_rate_scale(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Factor on the learning rates at ``step`` (from 0): linear warm-up, constant, linear decay over the last steps.
+    """Factor on the learning rates at `step` (from 0): linear warm-up, constant, linear decay over the last steps.
 
-    The decay takes half of the run at most, so that a run shortened by ``steps`` alone is not all decay.
+    The decay takes half of the run at most, so that a run shortened by `steps` alone is not all decay.
     """
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     left = (steps - step) / min(config.decay_steps, max(1, steps / 2)) if config.decay_steps else 1.0

@@ -5,9 +5,9 @@ Optimiser and EMA therefore work on float32 masters, which are copied into the n
 instead cast every weight again in every forward pass.
 
 **Whitened text.** A frozen language model may say what matters very softly: exchange "left" for "right" in a caption,
-and the features of the lite one move by a twentieth of their length (``nitro-e sensitivity``). The layer that takes
+and the features of the lite one move by a twentieth of their length (`nitro-e sensitivity`). The layer that takes
 them in learns the rest first, since its gradient along a direction is in proportion to how much the features vary
-there. ``whiten_input`` lets it learn as if they varied equally in all directions. The function it computes and the file
+there. `whiten_input` lets it learn as if they varied equally in all directions. The function it computes and the file
 it is kept in stay the same.
 """
 
@@ -24,7 +24,7 @@ class MasterWeights:
     """Float32 masters of a model that computes in another number type.
 
     Args:
-        model: in float32; converted to ``dtype`` in place. With float32 the masters are the model's own parameters.
+        model: in float32; converted to `dtype` in place. With float32 the masters are the model's own parameters.
         dtype: of the computation.
     """
 
@@ -50,7 +50,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def copy_to_model(self, values: dict[str, Tensor] | None = None) -> None:
-        """Copies the masters, or other ``values``, into the computing copy."""
+        """Copies the masters, or other `values`, into the computing copy."""
         if values is None:
             values = self.masters
         if values is self._trained:
@@ -59,7 +59,7 @@ class MasterWeights:
 
     @contextmanager
     def swapped_in(self, values: dict[str, Tensor]):
-        """Lets the model compute with ``values`` for a while."""
+        """Lets the model compute with `values` for a while."""
         kept = {name: p.detach().clone() for name, p in self._trained.items()}
         self.copy_to_model(values)
         try:
@@ -69,7 +69,7 @@ class MasterWeights:
 
 
 class _White(nn.Module):
-    """``weight = learned @ root``; ``root`` (in, in) is symmetric and so, up to rounding, the same everywhere."""
+    """`weight = learned @ root`; `root` (in, in) is symmetric and so, up to rounding, the same everywhere."""
 
     def __init__(self, root: Tensor):
         super().__init__()
@@ -88,7 +88,7 @@ class _White(nn.Module):
 
 
 def whiten_input(linear: nn.Linear, inputs: Tensor, floor: float = 1e-3) -> None:
-    """From now on the layer's trained parameter is its weight in coordinates in which ``inputs`` are white.
+    """From now on the layer's trained parameter is its weight in coordinates in which `inputs` are white.
 
     Args:
         linear: on the CPU, in float32; computes the same as before.
@@ -116,7 +116,7 @@ def set_white_roots(model: nn.Module, roots: dict[str, Tensor]) -> None:
 
 
 def plain_weights(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Trained ``values`` by the names and in the coordinates of the model's files: on the CPU, whitening undone."""
+    """Trained `values` by the names and in the coordinates of the model's files: on the CPU, whitening undone."""
     plain = {}
     for name, value in values.items():
         owner, learned, _ = name.partition(".parametrizations.weight.original")
