@@ -345,6 +345,19 @@ def test_official_file_with_encoders_from_folders(tiny_pipeline, tiny_folder, tm
         load_pipeline(file, "cpu", **config)
     with pytest.raises(TypeError, match="sample_size: only official"):
         load_pipeline(tiny_folder, "cpu", sample_size=32)
+    plain = load_pipeline(file, "cpu", text_encoder=tiny_folder, vae=tiny_folder / "vae", variant="512px", **config)
+    assert plain.config.default_steps == 20 and plain.config.default_guidance == 4.5  # said, whatever its name
+    with pytest.raises(
+        ValueError, match="variant: '256px' for Tiny-dist.safetensors; must be one of 512px, 512px-dist"
+    ):
+        load_pipeline(file, "cpu", variant="256px")
+    with pytest.raises(ValueError, match="variant: '512px' for tiny; .* an official .safetensors file"):
+        load_pipeline(tiny_folder, "cpu", variant="512px")
+    with (
+        pytest.warns(UserWarning, match="taken for the variant 512px-dist because of its name"),
+        pytest.raises(ValueError),
+    ):
+        load_pipeline(file, "cpu")  # the shapes are not the published ones
 
 
 def test_unknown_model_names_what_there_is(shipped):

@@ -18,6 +18,7 @@ from nitro_e_lite.cli.terminal import (
     Steps,
     TextEncoder,
     Vae,
+    Variant,
     command,
     console,
     errors,
@@ -150,6 +151,7 @@ def sample(
     text_encoder: TextEncoder = None,
     vae: Vae = None,
     lora: Lora = None,
+    variant: Variant = None,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
@@ -163,7 +165,7 @@ def sample(
         prompts = [caption for caption in captions for _ in range(num)]
         seeds = [seed + index for _ in captions for index in range(num)]
         paths, generators = picture_paths(out, prompts, seeds), seeded_generators(seeds)
-        pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora)
+        pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora, variant=variant)
         pipeline.set_progress_bar_config(disable=None)
         sampler = pipeline.sampler(steps, guidance, shift)
         if len(pipeline.tokenizer) < LITE_VOCABULARY:

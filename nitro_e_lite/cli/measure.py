@@ -16,6 +16,7 @@ from nitro_e_lite.cli.terminal import (
     Steps,
     TextEncoder,
     Vae,
+    Variant,
     command,
     console,
     output,
@@ -142,6 +143,7 @@ def geneval(
     text_encoder: TextEncoder = None,
     vae: Vae = None,
     lora: Lora = None,
+    variant: Variant = None,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
@@ -153,7 +155,7 @@ def geneval(
         from nitro_e_lite.evaluation.official_geneval import read_metadata
 
         metadata = read_metadata(prompts)
-        pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora)
+        pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora, variant=variant)
         sampler = pipeline.sampler(steps, guidance, shift)
         pictures = draw_for_geneval(pipeline, metadata, folder, sampler, each=each)
         result |= settings(pipeline, model, sampler) | {"pictures": pictures, "prompts": len(metadata)}
@@ -198,6 +200,7 @@ def evaluate(
     text_encoder: TextEncoder = None,
     vae: Vae = None,
     lora: Lora = None,
+    variant: Variant = None,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
@@ -209,7 +212,7 @@ def evaluate(
         from nitro_e_lite.scenes.geneval import load_prompts, read_prompts
 
         asked = read_prompts(prompts) if prompts else load_prompts(split)
-        pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora)
+        pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora, variant=variant)
         sampler = {"steps": steps, "guidance": guidance, "shift": shift, "batch_size": batch}
         found = run(pipeline, asked, seeds=range(seeds), keep_images=grid is not None, **sampler)
         found.card.update(model=model, prompt_list=prompts.name if prompts else split)

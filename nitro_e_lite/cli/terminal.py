@@ -30,6 +30,10 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; the accelerato
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
 TextEncoder = Annotated[str | None, typer.Option(help="Folder of a text encoder, for official weights.")]
 Vae = Annotated[str | None, typer.Option(help="Folder of an autoencoder, for official weights.")]
+Variant = Annotated[
+    str | None,
+    typer.Option(help="Of official weights: 512px, 512px-dist, 1024px, 1024px-dist; else guessed."),
+]
 Lora = Annotated[Path | None, typer.Option(help="PEFT LoRA folder to merge into official weights.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="field=value; may be given several times.")]

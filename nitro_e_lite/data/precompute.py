@@ -37,7 +37,7 @@ from nitro_e_lite.data.shards import CARD, SHARD_ROWS, SHARDS, LatentBatch, arra
 from nitro_e_lite.data.sources import FLUX, SA1B, Folder, JourneyDB, Problem, Prompts, Record, Source, square
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.files import write_atomically
-from nitro_e_lite.inference.encoders import Encoders
+from nitro_e_lite.inference.encoders import CaptionCut, Encoders
 from nitro_e_lite.inference.hub import EncoderUnavailable
 from nitro_e_lite.inference.vision import GRID
 
@@ -223,7 +223,7 @@ class Encoding:
             with warnings.catch_warnings(record=True) as cut:
                 warnings.simplefilter("always")
                 features["text"] = self.encoders.encode_text([texts[0] for texts in captions])
-            short = sum("caption cut" in str(one.message) for one in cut)
+            short = sum(issubclass(one.category, CaptionCut) for one in cut)
             notes[f"caption cut to {self.encoders.max_text_length} tokens"] += short
         if self.vision is not None:
             features["vision"] = self.vision.encode(pictures)

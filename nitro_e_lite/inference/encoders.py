@@ -140,6 +140,10 @@ def decode_latents(vae: AutoencoderDC, latents: Tensor, stats: LatentStats) -> T
     return vae.decode(latents).sample.clamp(-1, 1).contiguous()
 
 
+class CaptionCut(UserWarning):
+    """A caption is longer than the text encoder takes; its end is lost."""
+
+
 def clean_caption(text: str) -> str:
     """Lower case, plain unicode, no markup entities, no addresses, single spaces: as in training."""
     text = unicodedata.normalize("NFKC", html.unescape(text))
@@ -170,7 +174,7 @@ def encode_text(
     texts = [clean_caption(c) for c in captions]
     for text, tokens in zip(texts, tokenizer(texts, verbose=False)["input_ids"], strict=True):
         if len(tokens) > max_length:
-            warnings.warn(f"caption cut to {max_length} of {len(tokens)} tokens: {text!r}", stacklevel=2)
+            warnings.warn(f"caption cut to {max_length} of {len(tokens)} tokens: {text!r}", CaptionCut, stacklevel=2)
     padding = {"padding": "max_length", "truncation": True, "max_length": max_length}
     batch = tokenizer(texts, return_tensors="pt", **padding)
     tokens, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)  # (B, L)

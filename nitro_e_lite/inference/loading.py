@@ -30,6 +30,15 @@ from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.official_weights import load_official, merge_lora
 from nitro_e_lite.model.tokens import text_length
 
+_LARGE, _FEW_STEPS = {"sample_size": 32, "use_sub_attn": False}, {"default_steps": 4, "default_guidance": 0.0}
+VARIANTS = {
+    "512px": {"network": {}, "sampler": {}},
+    "512px-dist": {"network": {}, "sampler": _FEW_STEPS},
+    "1024px": {"network": _LARGE, "sampler": {}},
+    "1024px-dist": {"network": _LARGE, "sampler": _FEW_STEPS},
+}
+"""The published files: how the network differs from the 512 px one, and what a call without settings uses."""
+
 
 def load_pipeline(
     source: str | Path = "lite",
@@ -39,6 +48,7 @@ def load_pipeline(
     text_encoder: str | Path | None = None,
     vae: str | Path | None = None,
     lora: str | Path | None = None,
+    variant: str | None = None,
     **official_config: Any,
 ) -> NitroEPipeline:
     """A pipeline, ready to draw.
@@ -54,8 +64,9 @@ def load_pipeline(
         vae: folder or hub id of another autoencoder; official weights use DC-AE f32c32. Its `latent_stats.json`, if
             it has one, comes with it.
         lora: a PEFT LoRA folder in the official naming, merged into the transformer.
-        **official_config: arguments for `official_weights.load_official`, when the name of an official file does
-            not say which variant it is.
+        variant: which of `VARIANTS` an official file is, since neither its names nor its shapes say so; when not given
+            it is guessed from the name of the file, and a warning says what was guessed.
+        **official_config: arguments for `official_weights.load_official`, for files of other shapes.
 
     Raises:
         TypeError, ValueError: a source that is none of these, a damaged file, parts that do not fit together.
@@ -66,11 +77,14 @@ def load_pipeline(
     dtype = runtime.pick_dtype(dtype, device)
     path = _find(source)
     official = path.is_file()
+    if variant is not None and (not official or variant not in VARIANTS):
+        rule = f"must be one of {', '.join(VARIANTS)}, for an official .safetensors file"
+        raise InvalidValue(f"variant: {variant!r} for {path.name}; {rule}")
     if official_config and not official:
         raise InvalidType(f"{', '.join(official_config)}: only official .safetensors files take a configuration")
     parts: dict[str, Any] = {}
     if official:  # first: a wrong file is found out before gigabytes of encoders are fetched
-        parts["transformer"] = load_official(path, **official_config or _variant(path)).to(dtype)
+        parts["transformer"] = load_official(path, **_network(path, variant, official_config)).to(dtype)
         text_encoder, vae = text_encoder or FULL_TEXT_ENCODER, vae or FULL_AUTOENCODER
     if text_encoder is not None:
         parts["tokenizer"], parts["text_encoder"] = load_text_encoder(text_encoder, dtype=dtype)
@@ -82,7 +96,7 @@ def load_pipeline(
     try:
         with quiet_loading(path.parent):
             if official:
-                pipeline = _official_pipeline(path, parts)
+                pipeline = _official_pipeline(parts, variant or _guess(path))
             elif (path / DiffusionPipeline.config_name).is_file():
                 pipeline = NitroEPipeline.from_pretrained(path, dtype=dtype, **parts)
             else:
@@ -154,12 +168,23 @@ def _encoders_of(path: Path, source: str, dtype: torch.dtype) -> dict:
         ) from None
 
 
-def _variant(path: Path) -> dict[str, Any]:
-    """An official file does not say which variant it is; its published name does."""
-    return {"sample_size": 32, "use_sub_attn": False} if "1024" in path.name else {}
+def _guess(path: Path) -> str:
+    """The variant that an official file was published as, by its name."""
+    size = "1024px" if "1024" in path.name else "512px"
+    return f"{size}-dist" if "dist" in path.name else size
 
 
-def _official_pipeline(path: Path, parts: dict) -> NitroEPipeline:
+def _network(path: Path, variant: str | None, official_config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for `load_official`; says so when the variant was guessed."""
+    if official_config:
+        return official_config
+    if variant is None:
+        variant = _guess(path)
+        message = f"{path.name}: taken for the variant {variant} because of its name; variant= says it for sure"
+        warnings.warn(message, stacklevel=3)
+    return VARIANTS[variant]["network"]
+
+
+def _official_pipeline(parts: dict, variant: str) -> NitroEPipeline:
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
-    settings = {"default_steps": 4, "default_guidance": 0.0} if "dist" in path.name else {}
-    return NitroEPipeline(**parts, scheduler=scheduler, sigma_grid="scheduler", **settings)
+    return NitroEPipeline(**parts, scheduler=scheduler, sigma_grid="scheduler", **VARIANTS[variant]["sampler"])
