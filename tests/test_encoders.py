@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import logging
+import os
 import re
 import shutil
+import signal
 import warnings
 
 import numpy as np
@@ -15,10 +17,11 @@ from huggingface_hub.errors import HTTPError
 from transformers import AutoModel, AutoTokenizer, LlamaModel
 
 from nitro_e_lite import files
-from nitro_e_lite.files import weights_dir, write_manifest
+from nitro_e_lite.files import run_lock, weights_dir, write_manifest
 from nitro_e_lite.inference import encoders, hub
 from nitro_e_lite.inference.encoders import LatentStats, load_encoders
 from nitro_e_lite.inference.hub import EncoderUnavailable
+from nitro_e_lite.runtime import RunStopped
 from nitro_e_lite.scenes.captions import caption, plural, words
 from nitro_e_lite.scenes.geneval import load_prompts, true_scene, verify
 from nitro_e_lite.scenes.grammar import COLORS, SHAPES, SIZES, sample_scene
@@ -277,6 +280,20 @@ def test_training_resumes_bit_for_bit_and_learns(name, tmp_path):
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [(row["step"], row["loss"]) for row in later] == [(row["step"], row["loss"]) for row in rows[3:]]
     assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_an_encoder_run_saves_on_sigterm_and_holds_its_folder(tmp_path):
+    whole = autoencoder.train_autoencoder(TINY_VAE, tmp_path / "whole", device="cpu")
+    run = Engine(TINY_VAE, autoencoder.Autoencoder, tmp_path / "stopped", device="cpu")
+    step = run.step
+    run.step = lambda: (os.kill(os.getpid(), signal.SIGTERM), step())[1]
+    with pytest.raises(RunStopped, match="Stopped by SIGTERM after step 1 of 6"):
+        run.fit()
+    with run_lock(tmp_path / "stopped"), pytest.raises(RuntimeError, match="another process is training there"):
+        autoencoder.train_autoencoder(TINY_VAE, tmp_path / "stopped", resume=True, device="cpu")
+    parts = autoencoder.train_autoencoder(TINY_VAE, tmp_path / "stopped", resume=True, device="cpu")
+    name = "diffusion_pytorch_model.safetensors"
+    assert (whole / name).read_bytes() == (parts / name).read_bytes()
 
 
 def test_a_language_model_goes_on_from_another_and_stays_near_it(tiny, tmp_path):

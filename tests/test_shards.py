@@ -1,14 +1,11 @@
 """Cached latents: what goes in comes out, damage costs only what it hits, the order is a pure function."""
 
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from datasets.arrow_writer import ArrowWriter
 
 from nitro_e_lite.data.batches import batch_indices
 from nitro_e_lite.data.shard_writer import ShardWriter, write_latents
@@ -72,20 +69,6 @@ def test_several_folders_are_one_data_set(folder, many, tmp_path):
     write_latents(tmp_path / "other", batches(4, features=True), "abc")
     with pytest.raises(ValueError, match="other columns or shapes"):
         LatentDataset([folder, tmp_path / "other"], "abc")
-
-
-def test_data_sets_of_earlier_versions_still_open(tmp_path):
-    (batch,) = batches(4)
-    features = {"latents": datasets.List(datasets.Value("float16"), length=128)}
-    features["captions"] = datasets.List(datasets.Value("string"))
-    writer = ArrowWriter(path=str(tmp_path / "data.arrow"), features=datasets.Features(features))
-    writer.write_batch({"latents": list(batch.latents.half().flatten(1).numpy()), "captions": batch.captions})
-    writer.finalize()
-    datasets.Dataset.from_file(str(tmp_path / "data.arrow")).save_to_disk(str(tmp_path / "old"))
-    (tmp_path / "old" / "card.json").write_text(json.dumps({"fingerprint": "abc", "shape": [8, 4, 4]}))
-    data = LatentDataset(tmp_path / "old", "abc")
-    assert len(data) == 4 and torch.equal(data.batch([2, 1]).latents, batch.latents[[2, 1]])
-    assert data.batch([3]).captions == [batch.captions[3]]
 
 
 def test_another_encoder_is_refused(folder):

@@ -120,9 +120,9 @@ class Batches:
         """Rows to train on, by source; with the seed they fix the order of training."""
         return [source.rows.size for source in self.sources]
 
-    def compare(self, before: list[int] | None) -> None:
-        """Warns when a checkpoint was written with other numbers of rows; None if it does not say."""
-        if before is not None and before != self.counts:
+    def compare(self, before: list[int]) -> None:
+        """Warns when a checkpoint was written with other numbers of rows."""
+        if before != self.counts:
             warnings.warn(
                 f"data: {before} rows when the checkpoint was written, {self.counts} now; "
                 "from here on the samples come in another order",

@@ -264,9 +264,6 @@ def sidecars(folder: Path, names: str = "*") -> dict[str, dict[str, Any] | None]
 
 def open_shards(folder: Path, card: dict[str, Any]) -> list[Chunk]:
     """All shards of one folder, good and bad; checks sizes and layout, not every byte (`nitro-e data check` does)."""
-    if (folder / "state.json").is_file():  # one Arrow data set without shards, as earlier versions wrote it
-        rows = datasets.load_from_disk(str(folder))
-        return _chunks(rows.data.table, Shard(folder, "rows", len(rows)), array_shapes(card))
     listed = {line["shard"]: line["reason"] for line in read_quarantine(folder) if line["row"] is None}
     chunks: list[Chunk] = []
     for name, state in sidecars(folder).items():

@@ -61,7 +61,7 @@ def ship(
         **load_encoders(folder).parts(),
         default_steps=steps,
         default_guidance=usual["guidance"] if guidance is None else guidance,
-        default_shift=usual.get("shift", 1.0) if shift is None else shift,  # runs of older versions have none
+        default_shift=usual["shift"] if shift is None else shift,
     )
     with tempfile.TemporaryDirectory() as temporary:
         pipeline.save_pretrained(temporary)
