@@ -15,13 +15,13 @@ from nitro_e_lite.experiments.ship import ship
 from nitro_e_lite.files import check_manifest, write_manifest
 from nitro_e_lite.inference.encoders import load_encoders
 from nitro_e_lite.inference.hub import EncoderUnavailable
-from nitro_e_lite.inference.vision import MEAN, STD, load_vision, prepare_pixels, repa_loss
+from nitro_e_lite.inference.vision import MEAN, STD, load_vision, prepare_pixels
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.presets import preset
 from nitro_e_lite.scenes.grammar import SHAPES, sample_scene
 from nitro_e_lite.scenes.render import render
 from nitro_e_lite.stages.autoencoder import scene_images
-from nitro_e_lite.stages.pretrain import Pretrain, pretrain
+from nitro_e_lite.stages.pretrain import Pretrain, pretrain, repa_loss
 from nitro_e_lite.stages.vision import (
     HELD_OUT_SEED,
     Vision,
