@@ -185,9 +185,9 @@ def test_a_run_with_repa_resumes_and_fine_tuning_leaves_the_projector(vision, tm
     with pytest.raises(ValueError, match="keep the settings that decide them"):
         Engine(override(config, ["repa.weight=0"]), Pretrain, tmp_path / "whole", resume=True, device="cpu")
     stage = override(preset("finetune", "smoke"), [f"start_from={whole}", "data.quality=all"])
-    assert Engine(stage, Pretrain, tmp_path / "finetune", device="cpu").raw_model.projector is None
+    assert Engine(stage, Pretrain, tmp_path / "finetune", device="cpu").stage.model.projector is None
     again = Engine(override(config, [f"start_from={whole}"]), Pretrain, tmp_path / "again", device="cpu")
-    assert torch.equal(again.masters["proj_out.weight"], one["proj_out.weight"])
+    assert torch.equal(again.learners["transformer"].masters["proj_out.weight"], one["proj_out.weight"])
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_stored_features_train_as_on_line_ones_do(shards, vision, tmp_path):
     share = stored.stage.batches.local(0)
     assert share.text is not None and share.vision is not None and share.images is None
     dropped = [k for k, caption in enumerate(share.captions) if caption == ""]
-    text = stored._text(share)
+    text = stored.stage._text(share)
     for k, caption in enumerate(share.captions):
         assert torch.allclose(text[k], stored.stage.encoders.encode_text([caption])[0], atol=2e-2), caption
     where = [line.replace("with", "without") for line in where]
