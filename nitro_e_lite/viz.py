@@ -258,12 +258,18 @@ def save_image(image: Image.Image, path: str | Path, facts: Mapping[str, Any]) -
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"path: {path.name!r} must end in .png")
-    chunks = PngInfo()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png_bytes(image, facts))
+    return path
+
+
+def png_bytes(image: Image.Image, facts: Mapping[str, Any]) -> bytes:
+    """A picture as PNG with `facts` in its text chunks."""
+    chunks, buffer = PngInfo(), io.BytesIO()
     for name, value in facts.items():
         chunks.add_itxt(name, str(value))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, pnginfo=chunks)
-    return path
+    image.save(buffer, format="PNG", pnginfo=chunks)
+    return buffer.getvalue()
 
 
 def _png_bytes(figure: Figure | Image.Image) -> bytes:

@@ -25,10 +25,10 @@ from nitro_e_lite.cli.terminal import (
     settings,
     show_table,
 )
+from nitro_e_lite.course.demo_protocol import LITE_VOCABULARY
 
 app = typer.Typer()
 
-LITE_VOCABULARY = 5000  # a tokenizer with fewer entries is one of this course
 OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 DEMO_CAPTIONS = (
