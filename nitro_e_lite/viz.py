@@ -106,10 +106,10 @@ def image_grid(
         axis.set_axis_off()
     if title:
         figure.suptitle(title, fontsize=10)
-    return _as_picture(figure)
+    return as_picture(figure)
 
 
-def _as_picture(figure: Figure) -> Image.Image:
+def as_picture(figure: Figure) -> Image.Image:
     """Draws a figure; grids of pictures are pictures themselves."""
     plt.close(figure)
     canvas = FigureCanvasAgg(figure)
@@ -158,7 +158,7 @@ def film_strip(
             axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7.5)
     if title:
         figure.suptitle(title, fontsize=10)
-    return _as_picture(figure)
+    return as_picture(figure)
 
 
 def curve(

@@ -186,9 +186,9 @@ def footer(facts: Mapping[str, Any] | None) -> str:
     device = (facts or {}).get("device", "cpu")
     where = f"{threads} processor thread{'s' * (threads != 1)}" if device == "cpu" else f"one device ({escape(device)})"
     return (
-        f"<p><b>A fair race.</b> One process draws everything, on {where}. In a race the lanes take turns, step by step, "
-        "so none gets more of the machine than another. The time below a picture is that of its own steps: reading the "
-        "caption, the previews and the other lanes&rsquo; turns are not counted.</p>"
+        f"<p><b>A fair race.</b> One process draws everything, on {where}. In a race the lanes take turns, step by "
+        "step, so none gets more of the machine than another. The time below a picture is that of its own steps: "
+        "reading the caption, the previews and the other lanes&rsquo; turns are not counted.</p>"
         "<p><b>The same picture again.</b> Same caption, seed, steps and guidance give the same pixels; with another "
         "number of threads they may differ by 1 in 255.</p>"
         f"<p><b>Limits.</b> {MAX_CAPTION} characters a caption, {MAX_PER_MINUTE} drawings a minute for a visitor, "

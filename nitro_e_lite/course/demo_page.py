@@ -160,7 +160,7 @@ class Page:
             _named("nl-status", self._status),
             _box(f"nl-lanes nl-lanes-{len(self.lanes)}", cards),
             _box("nl-card nl-strip", [widgets.HTML("<h2>Step by step</h2>"), self._choice, self._strip]),
-            _box("nl-card nl-gallery", [widgets.HTML("<h2>Gallery</h2>"), empty, self._shelf]),
+            _box("nl-card nl-gallery", [widgets.HTML("<h2>Gallery</h2>"), self._gallery_note, self._shelf]),
             _named("nl-foot", self._foot),
         ]
         self.widget = _box("nl", [widgets.HTML(html.style()), *sections])

@@ -10,11 +10,14 @@ the shipped model are the default; when distilled models ship, they take the pla
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import multiprocessing.connection as mpc
+import os
 import shlex
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,5 +242,6 @@ class Wire:
         return message
 
     def close(self) -> None:
-        """Ends the conversation; a `receive` in another thread ends too."""
-        self._connection.close()
+        """Ends the conversation; a `receive` in another thread ends too, which closing alone would not do."""
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as same:
+            same.shutdown(socket.SHUT_RDWR)

@@ -41,7 +41,6 @@ from nitro_e_lite.course.demo_protocol import (
     sample_command,
 )
 from nitro_e_lite.inference.loading import load_pipeline
-from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.scenes.geneval import Prompt, judge
 from nitro_e_lite.scenes.render import signed_distance
 from nitro_e_lite.scenes.verifier import UNKNOWN, Detection, detect
