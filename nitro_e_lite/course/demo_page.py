@@ -37,6 +37,7 @@ from nitro_e_lite.scenes.grammar import COLORS, RELATIONS, SHAPES, SIZES
 
 GALLERY = 12  # pictures
 ALONE = "on its own"
+SETTLE_SECONDS = 0.2  # after a click; a browser sends clicks at once but what was typed just before a moment later
 SCALES = (0.5, 2.0, 1.0)  # of the lanes' steps, for "same seed, other steps"
 
 
@@ -208,7 +209,7 @@ class Page:
     # What a visitor does
 
     def draw(self, race: bool, other_steps: bool = False) -> None:
-        """Orders what the controls say; one drawing at a time.
+        """Orders what the controls say, once they have settled; one drawing at a time.
 
         Args:
             race: all lanes take turns; else one after the other.
@@ -217,6 +218,13 @@ class Page:
         if self._busy:
             self._say("Still drawing. Stop ends it.")
             return
+        self._set_busy(True)
+        if self._loop is None:
+            self._order_now(race, other_steps)
+        else:
+            self._loop.call_later(SETTLE_SECONDS, self._order_now, race, other_steps)
+
+    def _order_now(self, race: bool, other_steps: bool) -> None:
         if other_steps:
             factor = SCALES[self._scale % len(SCALES)]
             self._scale += 1
@@ -228,10 +236,9 @@ class Page:
             steps = tuple(field.value for field in self._steps)
             order = Order(caption, self._seed.value, self._guidance.value, steps, race, prompt)
         except ValueError as error:
-            self._say(str(error), "nl-bad")
+            self._end(str(error), "nl-bad")
             return
         self._number += 1
-        self._set_busy(True)
         self._say("Asking for a turn ...")
         message = {"kind": "draw", "number": self._number, "order": order.as_dict()}
         if not self._line.send(message):

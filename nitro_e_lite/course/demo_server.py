@@ -23,7 +23,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -193,11 +192,7 @@ def serve(
         worker.start()
         worker.wait()
         os.environ.update(worker.environment())
-        address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-        say(f"The demo is at {address} (Ctrl-C ends it)")
-        if browser:
-            threading.Thread(target=_open, args=(address,), daemon=True).start()
-        _run_voila(worker, host, port, say)
+        _run_voila(worker, host, port, browser, say)
     except KeyboardInterrupt:
         pass
     finally:
@@ -205,13 +200,7 @@ def serve(
     say("The demo has ended.")
 
 
-def _open(address: str) -> None:
-    time.sleep(0.5)
-    with contextlib.suppress(webbrowser.Error):
-        webbrowser.open(address)
-
-
-def _run_voila(worker: WorkerProcess, host: str, port: int, say: Callable[[str], None]) -> None:
+def _run_voila(worker: WorkerProcess, host: str, port: int, browser: bool, say: Callable[[str], None]) -> None:
     """Runs voila's event loop in this thread."""
     from tornado.ioloop import PeriodicCallback
     from traitlets.config import Config
@@ -227,10 +216,13 @@ def _run_voila(worker: WorkerProcess, host: str, port: int, say: Callable[[str],
             super().setup_template_dirs()
             self.template_paths[:0] = [str(DATA / "template"), str(DATA)]
 
-        def listen(self) -> None:
-            watch = PeriodicCallback(lambda: _watch(worker, say), 500)
-            watch.start()
-            super().listen()
+        def launch_browser(self) -> None:
+            """Voila calls this once it listens."""
+            PeriodicCallback(lambda: _watch(worker, say), 500).start()
+            address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+            say(f"The demo is at {address} (Ctrl-C ends it)")
+            if browser:
+                threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
     Page.clear_instance()
     config = Config(
@@ -239,11 +231,14 @@ def _run_voila(worker: WorkerProcess, host: str, port: int, say: Callable[[str],
                 "ip": host,
                 "port": port,
                 "port_retries": 0,
-                "open_browser": False,
+                "open_browser": True,
                 "log_level": logging.ERROR,
                 "tornado_settings": {
                     "allow_remote_access": not is_loopback(host),
                     "log_function": lambda handler: None,
+                    # A page that closes says so without a cookie, which a page laid out in advance does not have. Who
+                    # would end a stranger's kernel has to guess its random name.
+                    "disable_check_xsrf": True,
                 },
             },
             "VoilaConfiguration": {
