@@ -5,7 +5,6 @@ Drawn by `nitro-e demo --teaser` and never by hand; nothing is picked, the capti
 
 from __future__ import annotations
 
-import statistics
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ SCENES = (
     (3, "pink", "heart", None, "red", "circle"),
     (1, "black", "star", "below", "orange", "circle"),
 )
+WIDTH = 1280  # pixels
 RIGHT, WRONG = "#12703a", "#b3261e"
 
 
@@ -42,18 +42,16 @@ def races(seed: int = 0) -> list[list[LaneResult]]:
 
 
 def grid(drawn: Sequence[Sequence[LaneResult]]) -> Image.Image:
-    """Lanes in rows, captions in columns; the time of a row is the median of its pictures' steps.
+    """Lanes in rows, captions in columns; the time of a row is its fastest picture's: a busy machine only adds.
 
     Args:
         drawn: for each caption, the finished lanes.
     """
     rows, columns, cell, margin = len(drawn[0]), len(drawn), 1.62, 1.06
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(margin + cell * columns, cell * rows + 0.46), squeeze=False, dpi=150
-    )
+    figure, axes = plt.subplots(rows, columns, figsize=(margin + cell * columns, cell * rows + 0.46), squeeze=False)
     width, height = figure.get_size_inches()
     figure.subplots_adjust(margin / width, 0.03 / height, 1 - 0.03 / width, 1 - 0.46 / height, 0.05, 0.05)
-    seconds = [statistics.median(results[row].seconds for results in drawn) for row in range(rows)]
+    seconds = [min(results[row].seconds for results in drawn) for row in range(rows)]
     for column, results in enumerate(drawn):
         caption = textwrap.fill(results[0].facts["prompt"], 24)
         axes[0, column].set_title(caption, fontsize=8, pad=5, linespacing=1.15)
@@ -69,11 +67,13 @@ def grid(drawn: Sequence[Sequence[LaneResult]]) -> Image.Image:
     for row, lane in enumerate(drawn[0]):
         center = axes[row, 0].get_position()
         x, y = (margin - 0.12) / width, (center.y0 + center.y1) / 2
-        pace = "" if row == 0 else f"\n{seconds[0] / seconds[row]:.1f}× as fast"
-        time = f"{seconds[row]:.2f} s{pace}"
+        right = f"{sum(results[row].correct for results in drawn)} of {columns} right"
+        pace = [] if row == 0 else [f"{seconds[0] / seconds[row]:.1f}× as fast"]
+        time = "\n".join([f"{seconds[row]:.2f} s", *pace, right])
         figure.text(x, y + 0.02, lane.name, ha="right", va="bottom", fontsize=12, weight="bold")
         figure.text(x, y + 0.005, time, ha="right", va="top", fontsize=8.5, color="#555960", linespacing=1.4)
-    return viz.as_picture(figure)
+    picture = viz.as_picture(figure)
+    return picture.resize((WIDTH, round(picture.height * WIDTH / picture.width)), Image.Resampling.LANCZOS)
 
 
 def save(seed: int = 0) -> Path:
@@ -82,7 +82,7 @@ def save(seed: int = 0) -> Path:
     facts = drawn[0][0].facts
     right = {results[0].name: sum(row.correct for row in results) for results in zip(*drawn, strict=True)}
     return viz.save_figure(
-        grid(drawn).quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=2),
+        grid(drawn),
         "teaser",
         source="nitro-e demo --teaser",
         params={
