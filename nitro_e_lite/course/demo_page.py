@@ -45,8 +45,8 @@ class Line:
     """The page's end of the conversation with the worker; calls again when the worker is gone.
 
     Args:
-        connect: reaches the worker, or raises OSError or RuntimeError.
-        deliver: gets every message, in a thread of its own, and `{"kind": "lost"}` when the worker is gone.
+        connect: reaches the worker, or raises OSError when it is not there yet, RuntimeError when it never will be.
+        deliver: gets every message, in a thread of its own, and one of kind "lost" or "failed" in those two cases.
     """
 
     def __init__(self, connect: Callable[[], Wire], deliver: Callable[[dict[str, Any]], None]):
@@ -74,10 +74,13 @@ class Line:
                 self._wire = self._connect()
                 while True:
                     self._deliver(self._wire.receive())
-            except (EOFError, OSError, ValueError, RuntimeError) as error:
-                why = str(error) if self._wire is None else ""
+            except RuntimeError as error:  # it cannot be started at all; the next drawing tries again
+                self._wire = self._thread = None
+                self._deliver({"kind": "failed", "why": str(error)})
+                return
+            except (EOFError, OSError, ValueError):
                 self._wire = None
-                self._deliver({"kind": "lost", "why": why})
+                self._deliver({"kind": "lost"})
                 time.sleep(0.5)
 
 
@@ -298,7 +301,7 @@ class Page:
     def receive(self, message: dict[str, Any]) -> None:
         """Shows what a message of the worker says; messages about an order that was given up are ignored."""
         kind = message["kind"]
-        if message.get("number", self._number) == self._number or kind in ("hello", "lost"):
+        if message.get("number", self._number) == self._number or kind in ("hello", "lost", "failed"):
             getattr(self, f"_on_{kind}")(message)
 
     def _on_hello(self, message: dict[str, Any]) -> None:
@@ -318,8 +321,10 @@ class Page:
     def _on_lost(self, message: dict[str, Any]) -> None:
         if self._busy and self._pending is None:
             self._end("The process that draws ended and is being started again. Please draw once more.", "nl-bad")
-        elif self._pending and message.get("why"):
-            self._say(f"Not there yet: {message['why']}")
+
+    def _on_failed(self, message: dict[str, Any]) -> None:
+        self._pending = None
+        self._end(f"The models could not be loaded: {message['why']}", "nl-bad")
 
     def _on_place(self, message: dict[str, Any]) -> None:
         self._say(html.queue_place(message["place"], message["waiting"]))

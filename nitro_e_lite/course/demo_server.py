@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ DATA = Path(__file__).resolve().parent / "demo"
 PORT = 8866
 MAX_VISITORS = 60  # pages open at once
 GRACE_SECONDS = 10  # for which a page may lose its connection before its kernel is ended
+UNSEEN_SECONDS = 60  # for which a kernel may wait for a page that was asked for and never opened
+SHORT_SECONDS, MAX_SHORT_LIVES = 30, 3  # a worker that ends so soon, so often, is not started again
 START_SECONDS = 600  # for which a worker may load its models; official files are large
 
 
@@ -64,7 +67,8 @@ class WorkerProcess:
             "threads": worker_threads(),
         }
         self.process: subprocess.Popen | None = None
-        self.starts = 0
+        self.short_lives = 0  # in a row
+        self._started = -SHORT_SECONDS
         self._ready, self.error = threading.Event(), ""
 
     def environment(self) -> dict[str, str]:
@@ -79,7 +83,9 @@ class WorkerProcess:
         self._ready.clear()
         self.error = ""
         self.process = subprocess.Popen(command, start_new_session=True, **pipes)
-        self.starts += 1
+        now = time.monotonic()
+        self.short_lives = self.short_lives + 1 if now - self._started < SHORT_SECONDS else 0
+        self._started = now
         with contextlib.suppress(OSError):
             self.process.stdin.write(json.dumps(self._settings) + "\n")
             self.process.stdin.flush()
@@ -202,7 +208,7 @@ def serve(
 
 def _run_voila(worker: WorkerProcess, host: str, port: int, browser: bool, say: Callable[[str], None]) -> None:
     """Runs voila's event loop in this thread."""
-    from tornado.ioloop import PeriodicCallback
+    from tornado.ioloop import IOLoop, PeriodicCallback
     from traitlets.config import Config
     from voila.app import Voila
 
@@ -218,12 +224,14 @@ def _run_voila(worker: WorkerProcess, host: str, port: int, browser: bool, say: 
 
         def launch_browser(self) -> None:
             """Voila calls this once it listens."""
-            PeriodicCallback(lambda: _watch(worker, say), 500).start()
+            loop = IOLoop.current()
+            PeriodicCallback(lambda: _watch(worker, say, loop.stop), 500).start()
             address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
             say(f"The demo is at {address} (Ctrl-C ends it)")
             if browser:
                 threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
+    logging.getLogger("tornado.general").setLevel(logging.ERROR)
     Page.clear_instance()
     config = Config(
         {
@@ -263,16 +271,23 @@ def _run_voila(worker: WorkerProcess, host: str, port: int, browser: bool, say: 
     app.start()
 
 
-def _watch(worker: WorkerProcess, say: Callable[[str], None]) -> None:
-    """Starts a worker that died again; pages notice by themselves."""
-    if not worker.alive:
-        say(f"The process that draws ended (code {worker.process.returncode}); starting it again.")
-        worker.stop()
-        worker.start()
+def _watch(worker: WorkerProcess, say: Callable[[str], None], give_up: Callable[[], None]) -> None:
+    """Starts a worker that died again, unless it does nothing but die; pages notice by themselves."""
+    if worker.alive:
+        return
+    code = worker.process.returncode
+    worker.stop()
+    if worker.short_lives >= MAX_SHORT_LIVES:
+        say(f"The process that draws keeps ending (code {code}); this is the end of the demo.")
+        give_up()
+        return
+    say(f"The process that draws ended (code {code}); starting it again.")
+    worker.start()
 
 
 def _kernels() -> type:
     """Voila's keeper of kernels, with a bound on how many there are and an end for those whose page is gone."""
+    from jupyter_server._tz import utcnow
     from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
     from tornado.ioloop import IOLoop
     from tornado.web import HTTPError
@@ -281,7 +296,17 @@ def _kernels() -> type:
         async def start_kernel(self, *arguments: Any, **options: Any) -> str:
             if len(self) >= MAX_VISITORS:
                 raise HTTPError(503, "The demo is full; try again in a few minutes.")
+            if not os.environ.get("NITRO_E_DEBUG"):
+                options["stderr"] = subprocess.DEVNULL
             return await super().start_kernel(*arguments, **options)
+
+        async def cull_kernel_if_idle(self, kernel_id: str) -> None:
+            """Also ends a kernel whose page nobody opened; voila does not ask about the one it keeps warm."""
+            idle = (utcnow() - self._kernels[kernel_id].last_activity).total_seconds()
+            if idle > UNSEEN_SECONDS and not self._kernel_connections.get(kernel_id, 0):
+                await self.shutdown_kernel(kernel_id, now=True)
+            else:
+                await super().cull_kernel_if_idle(kernel_id)
 
         def notify_disconnect(self, kernel_id: str) -> None:
             super().notify_disconnect(kernel_id)
