@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -93,7 +94,8 @@ def _medal(result: Mapping[str, Any]) -> str:
 
 
 def _listed(saw: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(item["name"] for item in saw) or "nothing"
+    names = Counter(item["name"] for item in saw)
+    return ", ".join(f"{count} \u00d7 {name}" if count > 1 else name for name, count in names.items()) or "nothing"
 
 
 def _verdict(result: Mapping[str, Any]) -> str:
@@ -126,7 +128,7 @@ def _boxes(saw: Sequence[Mapping[str, Any]], correct: bool | None) -> str:
         path = " ".join(f"M{cx + dx:.1f} {cy:.1f}H{cx:.1f}V{cy + dy:.1f}" for cx, cy, dx, dy in corners)
         width = 2.4 * len(item["name"])
         middle = min(max(x, 1 + width / 2), 99 - width / 2)
-        below = bottom + 4.6 if bottom < 94 else top - 1.6
+        below = bottom + 4.6 if bottom < 94 else bottom - 2.0
         parts.append(
             f'<path class="nl-halo" d="{path}"/><path d="{path}"/>'
             f'<text x="{middle:.1f}" y="{below:.1f}">{escape(item["name"])}</text>'
