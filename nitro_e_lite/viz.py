@@ -107,10 +107,10 @@ def image_grid(
         axis.set_axis_off()
     if title:
         figure.suptitle(title, fontsize=10)
-    return _as_picture(figure)
+    return as_picture(figure)
 
 
-def _as_picture(figure: Figure) -> Image.Image:
+def as_picture(figure: Figure) -> Image.Image:
     """Draws a figure; grids of pictures are pictures themselves."""
     plt.close(figure)
     canvas = FigureCanvasAgg(figure)
@@ -159,7 +159,7 @@ def film_strip(
             axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7.5)
     if title:
         figure.suptitle(title, fontsize=10)
-    return _as_picture(figure)
+    return as_picture(figure)
 
 
 def curve(
@@ -259,12 +259,18 @@ def save_image(image: Image.Image, path: str | Path, facts: Mapping[str, Any]) -
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise InvalidValue(f"path: {path.name!r} must end in .png")
-    chunks = PngInfo()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png_bytes(image, facts))
+    return path
+
+
+def png_bytes(image: Image.Image, facts: Mapping[str, Any]) -> bytes:
+    """A picture as PNG with `facts` in its text chunks."""
+    chunks, buffer = PngInfo(), io.BytesIO()
     for name, value in facts.items():
         chunks.add_itxt(name, str(value))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, pnginfo=chunks)
-    return path
+    image.save(buffer, format="PNG", pnginfo=chunks)
+    return buffer.getvalue()
 
 
 def _png_bytes(figure: Figure | Image.Image) -> bytes:

@@ -29,6 +29,7 @@ COURSE = [
     "08_emmdit_assembled",
     "09_repa_pretraining",
     "10_fine_tuning_ema",
+    "16_demo_20_vs_4_steps",
     "17_full_run_8x_mi300x",
 ]
 STAGES = ["09_repa_pretraining", "10_fine_tuning_ema", "17_full_run_8x_mi300x"]  # they train through the launcher

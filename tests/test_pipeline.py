@@ -494,3 +494,46 @@ def test_a_part_that_breaks_is_named(part):
 def test_configuration_is_plain_json(tiny_folder):
     config = json.loads((tiny_folder / "model_index.json").read_text())
     assert config["latents_std"] == [1.0, 2.0, 0.5, 1.5] and config["sigma_grid"] == "linear"
+
+
+# Step by step
+
+
+def test_steps_are_what_a_call_does(tiny_pipeline):
+    options = {"num_inference_steps": 4, "guidance_scale": 2.5}
+    drawn = latents_of(tiny_pipeline, PROMPTS[0], generator=seeded(5), **options)
+    steps = list(tiny_pipeline.steps(PROMPTS[0], generator=seeded(5), **options))
+    assert torch.equal(steps[-1].latents, drawn)
+    assert [step.index for step in steps] == [0, 1, 2, 3] and {step.total for step in steps} == {4}
+    assert [step.sigma for step in steps] == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert [float(step.timestep) for step in steps] == pytest.approx([1000, 750, 500, 250])
+    assert all(step.seconds > 0 for step in steps)
+
+
+def test_belief_is_the_straight_line_to_the_end(tiny_pipeline):
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    before = noise
+    for step in tiny_pipeline.steps(PROMPTS[0], num_inference_steps=3, latents=noise):
+        reached = step.sigma - 1 / 3
+        torch.testing.assert_close(step.latents, before + (step.x0 - before) * (step.sigma - reached) / step.sigma)
+        before = step.latents
+    torch.testing.assert_close(step.x0, step.latents)  # nothing is left to believe
+
+
+def test_walks_take_turns_without_disturbing_each_other(tiny_pipeline):
+    counts = (4, 3, 1)
+    alone = [latents_of(tiny_pipeline, PROMPTS[0], count, generator=seeded(7)) for count in counts]
+    walks = [tiny_pipeline.steps(PROMPTS[0], count, generator=seeded(7)) for count in counts]
+    last = [None] * len(walks)
+    for _ in range(max(counts)):
+        for lane, walk in enumerate(walks):
+            last[lane] = next(walk, None) or last[lane]
+    assert all(torch.equal(step.latents, latents) for step, latents in zip(last, alone, strict=True))
+    assert not last[0].latents.requires_grad
+
+
+def test_steps_are_refused_before_the_first_is_asked_for(tiny_pipeline, calls):
+    with pytest.raises(ValueError, match="num_inference_steps: 0 is below 1"):
+        tiny_pipeline.steps(PROMPTS[0], 0)
+    tiny_pipeline.steps(PROMPTS[0], 3)
+    assert calls == []

@@ -1,4 +1,7 @@
-"""The commands that draw: `nitro-e demo` and `sample`."""
+"""The commands that draw: `nitro-e demo` and `sample`.
+
+`demo` has three forms: a picture of eight captions, the page (`--web`), and the README's first picture (`--teaser`).
+"""
 
 import re
 import time
@@ -26,11 +29,11 @@ from nitro_e_lite.cli.terminal import (
     settings,
     show_table,
 )
+from nitro_e_lite.course.demo_protocol import LITE_VOCABULARY
 from nitro_e_lite.errors import InvalidValue
 
 app = typer.Typer()
 
-LITE_VOCABULARY = 5000  # a tokenizer with fewer entries is one of this course
 OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 DEMO_CAPTIONS = (
@@ -47,14 +50,77 @@ DEMO_CAPTIONS = (
 
 @command(app, "demo")
 def demo(
-    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("outputs/demo.png"),
+    out: Annotated[Path | None, typer.Option(help="The picture to write.")] = None,
     steps: Steps = None,
     guidance: Guidance = None,
     shift: Shift = None,
     seed: int = 0,
+    web: Annotated[bool, typer.Option("--web", help="Serve a page: lanes race, and you watch.")] = False,
+    teaser: Annotated[bool, typer.Option("--teaser", help="Draw figures/teaser.png: 20 steps, 4 and 1.")] = False,
+    model: Annotated[str, typer.Option(help="Of the page: as in `sample`; draws in 20, 4 and 1 steps.")] = "lite",
+    lane: Annotated[
+        list[str] | None, typer.Option(help="Of the page: MODEL@STEPS or MODEL@STEPS@GUIDANCE; up to four times.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="Of the page.")] = None,
+    host: Annotated[str, typer.Option(help="Of the page; other than 127.0.0.1 lets other machines in.")] = "127.0.0.1",
+    browser: Annotated[bool, typer.Option(help="Open a browser with the page.")] = True,
+    text_encoder: TextEncoder = None,
+    vae: Vae = None,
+    device: Device = None,
+    dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Draw a handful of captions with the shipped weights: one labelled picture and a timing table."""
+    """Draw a handful of captions with the shipped weights; `--web`: the same as a page, twenty steps beside four."""
+    loading = {"text_encoder": text_encoder, "vae": vae, "device": device, "dtype": dtype}
+    of_page = {"port": port, "lane": lane, **loading, "model": model if model != "lite" else None}
+    of_picture = {"out": out, "steps": steps, "guidance": guidance, "shift": shift, "json": json or None}
+    for name, value in (of_picture if web else of_page).items():
+        if value is not None:
+            only = "the page has its own dials for that" if web else "only --web takes it"
+            raise InvalidValue(f"{name}: {only}")
+    if web:
+        _serve_page(model, lane, port, host, browser, loading)
+    elif teaser:
+        _draw_teaser(seed)
+    else:
+        _draw_eight(out or Path("outputs/demo.png"), steps, guidance, shift, seed, json)
+
+
+def _serve_page(
+    model: str, lane: list[str] | None, port: int | None, host: str, browser: bool, loading: dict[str, str | None]
+) -> None:
+    """`nitro-e demo --web`."""
+    from nitro_e_lite.course import demo_protocol, demo_server
+
+    lanes = [demo_protocol.parse_lane(text) for text in lane] if lane else demo_protocol.default_lanes(model)
+    if len(lanes) > demo_protocol.MAX_LANES:
+        raise InvalidValue(f"lane: {len(lanes)} lanes; {demo_protocol.MAX_LANES} fit beside each other")
+    if not demo_server.is_loopback(host):
+        errors.print(
+            f"Warning: --host {host} lets everyone who reaches this machine draw on it; there is no password.",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    port = demo_server.PORT if port is None else port
+    demo_server.serve(lanes, port=port, host=host, browser=browser, say=say, **loading)
+
+
+def _draw_teaser(seed: int) -> None:
+    """`nitro-e demo --teaser`."""
+    from nitro_e_lite.course import demo_teaser
+
+    console.print(f"Picture: {demo_teaser.save(seed)}", markup=False, soft_wrap=True)
+
+
+def _draw_eight(
+    out: Path, steps: int | None, guidance: float | None, shift: float | None, seed: int, json: bool
+) -> None:
+    """`nitro-e demo`: one labelled picture and a timing table."""
     with output(json) as result:
         clock = [time.perf_counter()]
         from nitro_e_lite import load_pipeline, viz

@@ -11,7 +11,9 @@ a model draws better so (`flow.shift_sigmas`). Differs: the official weights use
 step goes from 0.001 to 0 and does nothing; `sigma_grid="scheduler"` keeps it.
 """
 
-from collections.abc import Callable, Iterable
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,29 @@ class Sampler:
     def arguments(self) -> dict[str, Any]:
         """The same as arguments of a call of the pipeline."""
         return {"num_inference_steps": self.steps, "guidance_scale": self.guidance, "shift": self.shift}
+
+
+@dataclass
+class SamplerStep:
+    """One step of the sampler, just done; `NitroEPipeline.steps` yields them.
+
+    Attributes:
+        index: 0 for the first.
+        total: how many there will be.
+        timestep: what the transformer was told, `1000 sigma`.
+        sigma: the noise level the step began at, 1 is noise.
+        latents: `(B, C, h, w)`, float32, after the step. Assign others to go on from those.
+        x0: `(B, C, h, w)`, the finished latents the model believes in: `x - sigma v`. After the last step, `latents`.
+        seconds: wall-clock time of the step alone, without what the caller did since the one before.
+    """
+
+    index: int
+    total: int
+    timestep: float
+    sigma: float
+    latents: Tensor
+    x0: Tensor
+    seconds: float
 
 
 class NitroEPipeline(DiffusionPipeline):
@@ -241,15 +266,77 @@ class NitroEPipeline(DiffusionPipeline):
                 and rule.
             FloatingPointError: a part of the model gave NaN or infinity; the message names the part.
         """
+        if output_type not in OUTPUT_TYPES:
+            raise InvalidValue(f"output_type: {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
+        self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        walk = self.steps(
+            prompt,
+            num_inference_steps,
+            guidance_scale,
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            shift=shift,
+            sigmas=sigmas,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+        )
+        with self.progress_bar(total=0) as bar:
+            for step in walk:
+                bar.total = step.total
+                if callback_on_step_end is not None:
+                    given = {"latents": step.latents}
+                    changed = callback_on_step_end(self, step.index, step.timestep, given) or {}
+                    latents = as_tensor(
+                        "callback_on_step_end: latents", changed.get("latents", step.latents), step.latents.shape
+                    )
+                    step.latents = latents.to(step.latents)
+                bar.update()
+        latents = step.latents
+        images = latents if output_type == "latent" else self.decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def steps(
+        self,
+        prompt: str | list[str] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        *,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        shift: float | None = None,
+        sigmas: list[float] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+    ) -> Iterator[SamplerStep]:
+        """Draws step by step: `__call__` without the decoder, at the pace of whoever asks for the next step.
+
+        Arguments are checked, the caption is read and the noise is drawn at once; the transformer runs when a step is
+        asked for. Walks do not share anything that changes, so several may take turns on one pipeline.
+
+        Args:
+            **: as in `__call__`.
+
+        Yields:
+            A `SamplerStep` after each step; `decode(step.x0)` shows what the model believes in.
+
+        Raises:
+            TypeError, ValueError, FloatingPointError: as in `__call__`.
+        """
         sampler = self.sampler(num_inference_steps, guidance_scale, shift)
         guidance = sampler.guidance
         if sigmas is not None and shift is not None:
             raise InvalidValue("shift, sigmas: give one of the two")
         levels = self._levels(sampler) if sigmas is None else {"sigmas": as_sigmas(sigmas, num_inference_steps)}
         repeats = as_integer("num_images_per_prompt", num_images_per_prompt, 1)
-        if output_type not in OUTPUT_TYPES:
-            raise InvalidValue(f"output_type: {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
-        self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         grid = as_grid(height, width, self.transformer.config, self.vae_scale_factor)
         texts = self._check_texts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, guided=guidance > 1)
         count = len(texts[0]) * repeats
@@ -257,13 +344,11 @@ class NitroEPipeline(DiffusionPipeline):
         if latents is None:
             latents = draw_noise(as_generators(generator, count), shape)
         latents = as_tensor("latents", latents, (count, *shape)).to(self._execution_device, torch.float32)
-
-        features = torch.cat([self._features(text, repeats) for text in texts])  # (B or 2B, L, D)
-        self.scheduler.set_timesteps(**levels, device=self._execution_device)
-        latents = self._denoise(latents, features, guidance, callback_on_step_end)
-        images = latents if output_type == "latent" else self.decode(latents, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        with torch.no_grad():
+            features = torch.cat([self._features(text, repeats) for text in texts])  # (B or 2B, L, D)
+        scheduler = copy.deepcopy(self.scheduler)  # it counts steps
+        scheduler.set_timesteps(**levels, device=self._execution_device)
+        return self._walk(latents, features, guidance, scheduler)
 
     def _check_callback(self, callback: object, names: object) -> None:
         if callback is not None and not callable(callback):
@@ -302,23 +387,25 @@ class NitroEPipeline(DiffusionPipeline):
             return {"sigmas": flow.shift_sigmas(flow.linear_sigmas(sampler.steps), sampler.shift)}
         return {"num_inference_steps": sampler.steps}
 
-    def _denoise(self, latents: Tensor, features: Tensor, guidance: float, callback: Callable | None) -> Tensor:
+    @torch.no_grad()
+    def _walk(
+        self, latents: Tensor, features: Tensor, guidance: float, scheduler: FlowMatchEulerDiscreteScheduler
+    ) -> Iterator[SamplerStep]:
         """Walks `latents` `(B, C, h, w)`, float32, down the scheduler's grid."""
-        with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
-            for step, timestep in enumerate(self.scheduler.timesteps):
-                copies = len(features) // len(latents)
-                batch = latents.repeat(copies, 1, 1, 1).to(self.transformer.dtype)  # (B or 2B, C, h, w)
-                velocity = self.transformer(batch, features, timestep).sample.float()
-                if copies == 2:
-                    unconditional, conditional = velocity.chunk(2)  # (B, C, h, w) each
-                    velocity = flow.guide(conditional, unconditional, guidance)
-                self._check_finite("transformer", velocity)
-                latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-                if callback is not None:
-                    changed = (callback(self, step, timestep, {"latents": latents}) or {}).get("latents", latents)
-                    latents = as_tensor("callback_on_step_end: latents", changed, latents.shape).to(latents)
-                bar.update()
-        return latents
+        copies, total = len(features) // len(latents), len(scheduler.timesteps)
+        for index, (timestep, sigma) in enumerate(zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False)):
+            start = time.perf_counter()
+            batch = latents.repeat(copies, 1, 1, 1).to(self.transformer.dtype)  # (B or 2B, C, h, w)
+            velocity = self.transformer(batch, features, timestep).sample.float()
+            if copies == 2:
+                unconditional, conditional = velocity.chunk(2)  # (B, C, h, w) each
+                velocity = flow.guide(conditional, unconditional, guidance)
+            self._check_finite("transformer", velocity)  # also waits for the accelerator, so that the seconds are true
+            x0 = flow.euler_step(latents, velocity, sigma, 0.0)  # one step all the way down
+            latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+            step = SamplerStep(index, total, timestep, sigma, latents, x0, time.perf_counter() - start)
+            yield step
+            latents = step.latents
 
     @staticmethod
     def _check_finite(part: str, values: Tensor) -> None:
