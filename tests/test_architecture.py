@@ -22,7 +22,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # A module imports only from rooms above its own; inside a room there is no circle. Root modules come first.
 ROOMS = ["", *"scenes model inference data evaluation training stages course experiments cli".split()]
-IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
+IMPORT_NAMES = {
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "huggingface-hub": "huggingface_hub",
+    "jupyter-server": "jupyter_server",
+}
 
 
 def tree(path: Path) -> ast.Module:
