@@ -51,6 +51,7 @@ from nitro_e_lite.model.flops import (
 from nitro_e_lite.model.tokens import text_length
 from nitro_e_lite.presets import preset
 from nitro_e_lite.stages.vision import VisionConfig, build_vision
+from nitro_e_lite.training.distributed import BUCKET
 from nitro_e_lite.training.optimizers import hidden_matrices
 
 STORED = {"all stored": ("latents", "text", "vision"), "latents stored": ("latents",), "nothing stored": ()}
@@ -339,6 +340,6 @@ def _state_bytes(config: TrainConfig, arguments: dict[str, Any], encoders: dict[
         "weights and gradients": count * (4 + 4 + (2 + 2 if half else 0)),
         "optimizer": 4 * momentum + 8 * (count - momentum),
         "average of the weights": 4 * count,
-        "gradient buckets": width * count,
+        "gradient buckets": 4 * min(count, BUCKET),  # averaged in float32
         "frozen encoders": width * frozen,
     }
