@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from nitro_e_lite.config import RunConfig
 from nitro_e_lite.files import read_jsonl
 from nitro_e_lite.runtime import generator
-from nitro_e_lite.training.engine import Engine, Stage, Trained
+from nitro_e_lite.training.engine import Engine, Stage, Trainable
 
 RUN = RunConfig(steps=12, batch_size=8, log_every=1, checkpoint_every=5, ema_decay=0.9, keep_checkpoints=2)
 
@@ -34,10 +33,9 @@ class TwoPlayers(Stage):
         self.config, self.placement = config, placement
         torch.manual_seed(config.seed)
         self.player, self.critic = nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
-        constant = partial(min, 1.0)  # a schedule that is 1 from step 1 on
         self.modules = {
-            "generator": Trained(self.player, adam(1e-2), lambda step: 1.0),
-            "critic": Trained(self.critic, adam(2e-2), lambda step: constant(step + 1.0)),
+            "generator": Trainable(self.player, adam(1e-2), lambda step: 1.0),
+            "critic": Trainable(self.critic, adam(2e-2), lambda step: 1.0),
         }
 
     def losses(self, step, part):
@@ -49,7 +47,7 @@ class TwoPlayers(Stage):
         drawn = self.player(noise)
         if step % 2:
             return {"generator": {"loss": -self.critic(drawn).flatten()}}
-        wrong = self.critic(drawn) - self.critic(data + 3)  # the graph goes through the generator, its gradient not
+        wrong = self.critic(drawn) - self.critic(data + 3)  # no gradient reaches the generator
         return {"critic": {"loss": wrong.flatten(), "gap": wrong.detach().mean()}}
 
     def export(self, weights, folder):
@@ -65,7 +63,7 @@ class OwnSamples(Stage):
         self.config, self.placement, self.rollouts = config, placement, torch.zeros(config.batch_size, 2)
         torch.manual_seed(config.seed)
         self.policy = nn.Linear(2, 2)
-        self.modules = {"policy": Trained(self.policy, adam(3e-3), lambda step: 1.0)}
+        self.modules = {"policy": Trainable(self.policy, adam(3e-3), lambda step: 1.0)}
 
     def losses(self, step, part):
         rows = self.placement.microbatches[part]
@@ -135,6 +133,13 @@ def test_every_module_is_in_the_metrics(tmp_path):
     rows = list(read_jsonl(tmp_path / "metrics.jsonl"))
     assert [("critic_loss" in row, "generator_loss" in row) for row in rows] == [(True, False), (False, True)] * 6
     assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+def test_players_that_alternate_are_both_reported_whatever_the_interval(tmp_path):
+    Engine(replace(RUN, log_every=4), TwoPlayers, tmp_path, device="cpu").fit()
+    rows = list(read_jsonl(tmp_path / "metrics.jsonl"))
+    assert [row["step"] for row in rows] == [4, 8, 12]
+    assert all({"critic_loss", "generator_loss"} <= row.keys() for row in rows)
 
 
 def test_a_non_finite_gradient_of_one_player_stops_nobody_for_good(tmp_path):

@@ -28,7 +28,7 @@ from nitro_e_lite.inference.encoders import LatentStats, images_to_tensor
 from nitro_e_lite.runtime import generator
 from nitro_e_lite.scenes.grammar import sample_scene
 from nitro_e_lite.scenes.render import render
-from nitro_e_lite.training.engine import Engine, Placement, Stage, Trained
+from nitro_e_lite.training.engine import Engine, Placement, Stage, Trainable
 from nitro_e_lite.training.optimizers import cosine_scale
 
 Widths = Annotated[tuple[Positive, ...], Field(min_length=1)]
@@ -116,7 +116,7 @@ class Autoencoder(Stage):
         self.config, self.placement = config, placement
         self.vae = build_autoencoder(config)
         schedule = partial(cosine_scale, steps=config.steps, warmup_steps=config.warmup_steps)
-        self.modules = {"vae": Trained(self.vae, self._optimizers, schedule, config.max_grad_norm)}
+        self.modules = {"vae": Trainable(self.vae, self._optimizers, schedule, config.max_grad_norm)}
 
     def _optimizers(self, masters: dict[str, Tensor]) -> dict[str, torch.optim.Optimizer]:
         rate = self.config.learning_rate

@@ -47,7 +47,7 @@ from nitro_e_lite.scenes.captions import caption, words
 from nitro_e_lite.scenes.grammar import COLORS, SIZES, Scene, sample_scene
 from nitro_e_lite.scenes.minimal_pairs import REDRAW
 from nitro_e_lite.stages.grounding import PLACE_WORDS, PlaceReader, Said, said_places
-from nitro_e_lite.training.engine import Engine, Placement, Stage, Trained
+from nitro_e_lite.training.engine import Engine, Placement, Stage, Trainable
 from nitro_e_lite.training.optimizers import cosine_scale
 
 END = "</s>"
@@ -225,7 +225,7 @@ class LanguageModel(Stage):
         if self.before is not None:
             self.student.encoder.model.load_state_dict(self.before.state_dict())
         schedule = partial(cosine_scale, steps=config.steps, warmup_steps=config.warmup_steps)
-        self.modules = {"student": Trained(self.student, self._optimizers, schedule, config.max_grad_norm)}
+        self.modules = {"student": Trainable(self.student, self._optimizers, schedule, config.max_grad_norm)}
 
     def _optimizers(self, masters: dict[str, Tensor]) -> dict[str, torch.optim.Optimizer]:
         matrices = [p for n, p in masters.items() if p.ndim == 2 and ".layers." in n]

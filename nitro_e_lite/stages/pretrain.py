@@ -1,4 +1,4 @@
-"""Stages 1 and 2: E-MMDiT learns velocities, and in stage 1 where to look.
+"""Stages 1 and 2: E-MMDiT learns velocities, and with REPA to see what a vision model sees.
 
 Each step takes the next batch of cached latents, mixes it with noise at a random `t`, and moves the model's velocity
 towards `eps - x0`:
@@ -15,7 +15,8 @@ picture:
 Only directions count, and the vision model is frozen. Both have 256 tokens on the same 16x16 grid, so that token n of
 one is compared with token n of the other.
 
-Stage "base" learns from everything, stage "finetune" goes on from its weights: better data, lower rate, longer average.
+"base" (stage 1) learns from everything, "finetune" (stage 2) goes on from its weights: better data, a lower rate, an
+average (at full scale) or a longer one (at lite scale).
 
 Source: Nitro-E training recipe (stage 1: REPA with weight 0.5 after group 1; stage 2: EMA); REPA arXiv 2410.06940; the
 target and the timestep density are those of `flow.py`.
@@ -44,7 +45,7 @@ from nitro_e_lite.model import flow
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.flops import model_flops
 from nitro_e_lite.training import weights
-from nitro_e_lite.training.engine import Engine, Placement, Stage, Trained
+from nitro_e_lite.training.engine import Engine, Placement, Stage, Trainable
 from nitro_e_lite.training.optimizers import build_optimizers, hidden_matrices, learning_rate_scale
 from nitro_e_lite.viz import image_grid
 
@@ -53,26 +54,26 @@ PROJECTOR = "projector."  # names of the REPA projector's weights: kept in check
 
 
 class Pretrain(Stage):
-    """The transformer's first two stages.
+    """The transformer in stages 1 and 2.
 
     Args:
-        config: what to train.
-        placement: where.
+        config: settings of the run.
+        placement: see there.
 
     Attributes:
         model: the transformer.
         encoders: the frozen encoders.
-        batches: what is read.
+        batches: training and validation data.
 
     Raises:
         FileNotFoundError: a folder of `config.data` holds no shards.
-        ValueError: model and encoders do not fit, or there is nothing to fine-tune.
+        ValueError: model and encoders do not fit, or `start_from` is missing.
     """
 
     def __init__(self, config: TrainConfig, placement: Placement):
         self.config, self.placement = config, placement
         if config.stage == "finetune" and not config.start_from:
-            raise InvalidValue("start_from='': fine-tuning goes on from a base model; name its run folder")
+            raise InvalidValue("start_from='': fine-tuning goes on from a base model; name a run folder or lite")
         check_folders(config.data)
         self.encoders = load_encoders(config.data.encoders, device=placement.device, dtype=placement.dtype)
         self._check_encoders()
@@ -81,7 +82,7 @@ class Pretrain(Stage):
         self.model = self._build()
         optimizers = partial(build_optimizers, matrices=hidden_matrices(self.model), config=config.optimizer)
         schedule = partial(learning_rate_scale, steps=config.steps, config=config.optimizer)
-        self.modules = {"transformer": Trained(self.model, optimizers, schedule, config.optimizer.clip)}
+        self.modules = {"transformer": Trainable(self.model, optimizers, schedule, config.optimizer.clip)}
         self._no_text = self.encoders.encode_text([""]).to(placement.dtype)  # (1, L, Dc)
         self.flops = model_flops(self._model_arguments(), self.encoders.max_text_length)
 
@@ -126,7 +127,7 @@ class Pretrain(Stage):
         return model
 
     def _text_examples(self, count: int = 1024) -> Tensor:
-        """Text features (N, Dc) of the first training captions, and of the empty one."""
+        """Text features of tokens (N, Dc): of the first training captions and, where not stored, of the empty one."""
         batch = self.batches.training.batch(range(min(count, len(self.batches.training))))
         text = self.encoders.encode_text(first_captions(batch) + [""]) if batch.text is None else batch.text
         return text.float().cpu().flatten(0, 1)
@@ -134,18 +135,18 @@ class Pretrain(Stage):
     # -- one step
 
     def losses(self, step: int, part: int) -> dict[str, dict[str, Tensor]]:
-        """The loss of each sample (B,); with REPA also its two parts."""
+        """The loss of each sample (B,); with REPA also its two terms."""
         batch = self.batches.microbatch(step, part, len(self.placement.microbatches))
-        flow_loss, features = self._flow_loss(batch)
-        if features is None:
+        flow_loss, projected = self._flow_loss(batch)
+        if projected is None:
             return {"transformer": {"loss": flow_loss}}
-        seen = batch.vision.to(features.device) if self.vision is None else self.vision.encode(batch.images)
-        alignment = repa_loss(features, seen)
+        target = batch.vision.to(projected.device) if self.vision is None else self.vision.encode(batch.images)
+        alignment = repa_loss(projected, target)
         total = flow_loss + self.config.repa.weight * alignment
         return {"transformer": {"loss": total, "flow_loss": flow_loss, "repa_loss": alignment}}
 
     def _flow_loss(self, batch: LocalBatch) -> tuple[Tensor, Tensor | None]:
-        """Squared velocity error of each sample, float32 (B,), and the REPA tap."""
+        """Squared velocity error of each sample, float32 (B,), and the projected tokens for REPA, if any."""
         dtype, device = self.placement.dtype, self.placement.device
         latents, noise, t = (x.to(device) for x in (batch.latents, batch.noise, batch.t))
         x_t = flow.interpolate(latents, noise, t)
@@ -164,7 +165,7 @@ class Pretrain(Stage):
     # -- looking at the run
 
     def validate(self) -> dict[str, float]:
-        """Flow loss on fixed pictures, captions, timesteps and noise: in all, and by range of t."""
+        """Flow loss on fixed pictures, captions, timesteps and noise: overall, and by range of t."""
         found = [(self._flow_loss(batch)[0].cpu(), batch.t) for batch in self.batches.validation_batches()]
         losses, times = (torch.cat(values) for values in zip(*found, strict=True))
         result = {"validation_loss": losses.mean().item()}
@@ -175,14 +176,14 @@ class Pretrain(Stage):
         return result
 
     def pipeline(self) -> NitroEPipeline:
-        """Draws with the model as it stands; inside `Engine.averaged` with the averaged weights."""
+        """A pipeline around the model as it stands; inside `Engine.averaged` that is the average."""
         scheduler, parts = FlowMatchEulerDiscreteScheduler(1000), self.encoders.parts()
         pipeline = NitroEPipeline(self.model, scheduler=scheduler, default_shift=self.config.shift, **parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     def picture(self) -> Image:
-        """Eight fixed validation captions."""
+        """A grid of eight pictures, of fixed validation captions."""
         captions, generator = self.batches.validation_captions(8), torch.Generator().manual_seed(self.config.seed)
         drawn = self.pipeline()(
             captions, num_inference_steps=20, guidance_scale=self.config.guidance, generator=generator
@@ -197,39 +198,39 @@ class Pretrain(Stage):
         return facts | weights.white_roots(self.model)
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Compares data and encoders with those of the checkpoint and goes back to its coordinates."""
+        """Compares data and encoders with those of the checkpoint and restores its whitening."""
         if state["encoders"] != self.encoders.fingerprint:
             raise InvalidValue(f"data.encoders={self.config.data.encoders}: the run was started with other encoders")
         self.batches.compare(state["rows"])
         roots = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        if roots.keys() == weights.white_roots(self.model).keys():  # else the engine finds other weights, and says so
+        if roots.keys() == weights.white_roots(self.model).keys():  # otherwise the engine's comparison raises
             weights.set_white_roots(self.model, roots)
 
     def describe(self) -> dict[str, Any]:
         """The encoders' fingerprint, by which a loader knows whether it has the right ones."""
         return {"encoders": self.encoders.fingerprint}
 
-    def export(self, weights_by_module: dict[str, dict[str, Tensor]], folder: Path) -> None:
+    def export(self, averages: dict[str, dict[str, Tensor]], folder: Path) -> None:
         """The transformer in `save_pretrained` layout, without a REPA projector."""
         model = EMMDiTTransformer2DModel(**to_dict(self.config.model))
-        plain = weights.plain_weights(self.model, weights_by_module["transformer"])
+        plain = weights.plain_weights(self.model, averages["transformer"])
         final = {name: value for name, value in plain.items() if not name.startswith(PROJECTOR)}
         model.load_state_dict({**model.state_dict(), **final})
         model.save_pretrained(folder)
 
 
 def _with_projector(model: EMMDiTTransformer2DModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Other weights to start from; only a projector may be missing there or left over."""
+    """`state` to start from, with the model's own fresh projector in place of any that it has."""
     state = {name: value for name, value in state.items() if not name.startswith(PROJECTOR)}
     return {n: v for n, v in model.state_dict().items() if n.startswith(PROJECTOR)} | state
 
 
-def repa_loss(projected: Tensor, features: Tensor) -> Tensor:
+def repa_loss(projected: Tensor, target: Tensor) -> Tensor:
     """Negative cosine similarity, averaged over tokens.
 
     Args:
-        projected: the transformer's tap (B, N, C).
-        features: of the vision model, (B, N, C).
+        projected: the transformer's tokens after group 1, through the projector (B, N, C).
+        target: features of the vision model (B, N, C).
 
     Returns:
         (B,), float32, in [-1, 1].
@@ -237,12 +238,12 @@ def repa_loss(projected: Tensor, features: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ.
     """
-    if projected.shape != features.shape:
+    if projected.shape != target.shape:
         raise InvalidValue(
-            f"features={tuple(features.shape)}: must be shaped like the transformer's tap {tuple(projected.shape)}; "
+            f"target={tuple(target.shape)}: must be shaped like the projected tokens {tuple(projected.shape)}; "
             "the vision model must see as many patches as there are tokens"
         )
-    return -F.cosine_similarity(projected.float(), features.float(), dim=-1).mean(1)
+    return -F.cosine_similarity(projected.float(), target.float(), dim=-1).mean(1)
 
 
 def pretrain(config: TrainConfig, run_dir: str | Path, resume: bool = False, device: str | None = None) -> Path:

@@ -40,7 +40,7 @@ from nitro_e_lite.runtime import generator
 from nitro_e_lite.scenes.grammar import COLORS, SHAPES, sample_scene
 from nitro_e_lite.scenes.segments import OUTLINE_CELLS, centre_and_area, find_segments, outline
 from nitro_e_lite.stages.autoencoder import scene_images
-from nitro_e_lite.training.engine import Engine, Placement, Stage, Trained
+from nitro_e_lite.training.engine import Engine, Placement, Stage, Trainable
 from nitro_e_lite.training.optimizers import cosine_scale
 
 HELD_OUT_SEED = 20_000  # scenes of this seed are for the probe
@@ -167,7 +167,7 @@ class Vision(Stage):
         self.config, self.placement = config, placement
         self.learner = OutlineLearner(config)
         schedule = partial(cosine_scale, steps=config.steps, warmup_steps=config.warmup_steps)
-        self.modules = {"learner": Trained(self.learner, self._optimizers, schedule, config.max_grad_norm)}
+        self.modules = {"learner": Trainable(self.learner, self._optimizers, schedule, config.max_grad_norm)}
 
     def _optimizers(self, masters: dict[str, Tensor]) -> dict[str, torch.optim.Optimizer]:
         matrices = [p for name, p in masters.items() if p.ndim == 2 and ".layer." in name]

@@ -1,13 +1,13 @@
-"""The engine of every training run: files, processes, signals, master weights, averages, checkpoints; no mathematics.
+"""The engine of every training run: files, processes, signals, master weights, averages, checkpoints; no losses.
 
-A *stage* says what is trained and how its losses come about (one file in `stages/`); the engine does everything that
+A *stage* says what is trained and how its losses are computed (one file in `stages/`); the engine does everything that
 makes a run trustworthy, the same for all of them:
 
 * **Masters.** Optimisers and averages work on float32 masters, see `weights.py`.
 * **Randomness from the step number.** Everything random of step k comes from (seed, k), see `runtime.generator`. A
   resumed run needs no generator state and repeats an uninterrupted one bit for bit.
-* **Stops without loss.** SIGTERM ends the step and saves; SIGKILL costs the steps since the last checkpoint; a full
-  disk ends the run and leaves the last checkpoint whole. See `checkpoints.py`.
+* **Stops without loss.** At SIGTERM or SIGINT the step in progress is finished and saved; SIGKILL costs the steps since
+  the last checkpoint; a full disk ends the run and leaves the last checkpoint whole. See `checkpoints.py`.
 * **Processes.** Each works on its rows of the batch; gradients are averaged once a step, weights are the same
   everywhere, and the main process writes.
 
@@ -39,12 +39,12 @@ from nitro_e_lite.training.distributed import any_rank, average_gradients, check
 from nitro_e_lite.training.metrics import Progress
 from nitro_e_lite.training.weights import MasterWeights
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a stage works: all that it is told of the process it runs in.
+    """Device, number type and rows of the batch that this process works with: all a stage is told of it.
 
     Attributes:
         device: of the trained modules and of the batch.
@@ -63,14 +63,16 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Trained:
+class Trainable:
     """One module of a stage, and how it learns.
 
     Attributes:
         module: in float32; the engine moves it to the device and to the number type of the computation.
-        optimizers: float32 masters by name -> optimisers by name; every master in exactly one of them.
-        schedule: step, from 0 -> factor on all learning rates.
-        clip: largest norm of the module's gradient.
+        optimizers: called with {name: float32 master}, returns {name: optimiser}; every master is in exactly one.
+        schedule: maps a step (from 0) to a factor on all learning rates.
+        clip: the gradient's norm is clipped to this.
+
+    Parameters are averaged and kept in checkpoints, buffers are not: those that change belong into `Stage.state`.
     """
 
     module: nn.Module
@@ -82,41 +84,47 @@ class Trained:
 class Stage:
     """The mathematics of a run. Subclasses set `modules` and write `losses` and `export`.
 
-    A stage knows nothing of files, ranks and signals. It is made from its configuration and a `Placement`.
+    A stage knows nothing of run folders, checkpoints, ranks and signals. It is made from its configuration and a
+    `Placement`.
 
     Attributes:
         modules: name -> what is trained.
-        flops: of one forward pass of one sample, for the utilisation; None: unknown.
+        flops: of one forward pass of one sample, to report the utilisation; None: unknown.
     """
 
-    modules: dict[str, Trained]
+    modules: dict[str, Trainable]
     flops: float | None = None
 
     def losses(self, step: int, part: int) -> dict[str, dict[str, Tensor]]:
         """Losses of part `part` of step `step`, by module; each a scalar or one number a sample (B,).
 
         "loss" is what is minimised, over the parameters of its own module; further entries are only reported. Modules
-        that are left out rest in this step. Everything random must be a function of (seed, step, row).
+        that are left out rest in this step. Everything random must be a function of (seed, step, row). All processes
+        must return the same modules and names, and losses of two modules in one step must not share a graph: each gets
+        a backward pass of its own.
         """
         raise NotImplementedError
 
     def validate(self) -> dict[str, float]:
-        """Numbers about the modules as they stand; the engine has put their averages in place."""
+        """Validation metrics, with the averaged weights already in place; called in the main process alone."""
         return {}
 
     def picture(self) -> Image | None:
-        """What the modules, averaged, draw; None: nothing to look at."""
+        """A picture drawn with the averaged weights, or None; called in the main process alone."""
         return None
 
     def state(self) -> dict[str, Any]:
-        """What a resume needs beside weights and optimisers: JSON values, and tensors at the top level."""
+        """What a resume needs besides weights and optimisers: JSON values, and tensors at the top level.
+
+        It is asked of the main process alone.
+        """
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`, before the weights are restored.
+        """The inverse of `state`; called before the weights are restored.
 
         Raises:
-            ValueError: the run cannot go on like this, for example with other encoders.
+            ValueError: the run cannot go on with these settings, for example with other encoders.
         """
 
     def describe(self) -> dict[str, Any]:
@@ -136,22 +144,25 @@ class Stage:
 class _Learner:
     """One trained module on its device: masters, average, optimisers."""
 
-    def __init__(self, trained: Trained, placement: Placement, config: RunConfig):
-        self.trained, self.module = trained, trained.module
+    def __init__(self, spec: Trainable, placement: Placement, config: RunConfig):
+        self.spec, self.module = spec, spec.module
         speed_up(self.module)
         self.module.to(placement.device)
         self.weights = MasterWeights(self.module, placement.dtype)
         self.masters = self.weights.masters
         averaged = config.ema_decay > 0  # otherwise the average is the weights themselves
         self.ema = {name: p.detach().clone() for name, p in self.masters.items()} if averaged else self.masters
-        self.optimizers = trained.optimizers(self.masters)
+        self.optimizers = spec.optimizers(self.masters)
         self.rates = {o: [group["lr"] for group in o.param_groups] for o in self.optimizers.values()}
         if config.compile:
             self.module.compile(backend=config.compile)
 
     def update(self, step: int, ema_decay: float) -> None:
-        """Moves masters, network and average after the gradients of step `step` are there."""
-        scale = self.trained.schedule(step)
+        """One step of the optimisers; copies masters to the network and updates their average.
+
+        The average forgets faster at first: its decay is `min(ema_decay, (1 + step) / (10 + step))`.
+        """
+        scale = self.spec.schedule(step)
         for optimizer, rates in self.rates.items():
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = scale * rate
@@ -174,12 +185,12 @@ class Engine:
 
     Attributes:
         stage: the stage.
-        global_step: finished optimiser steps.
+        global_step: steps done, those that were skipped included.
         skipped: steps left out because a gradient was not finite.
 
     Raises:
         FileExistsError: `run_dir` holds a run and `resume` is False.
-        RuntimeError: not as many processes found each other as were started, or not the same checkpoint.
+        RuntimeError: fewer processes found each other than were started, or they found different checkpoints.
         ValueError: a checkpoint of a differently shaped model is resumed, or the batch cannot be divided.
     """
 
@@ -198,7 +209,7 @@ class Engine:
             raise FileThere(f"run_dir={self.run_dir}: holds a run already; resume it or name another folder")
         self.accelerator = start_accelerator(config, self.run_dir, device)
         self.device = self.accelerator.device
-        placement = Placement(self.device, DTYPES[config.precision], self._microbatches())
+        placement = Placement(self.device, PRECISIONS[config.precision], self._microbatches())
         if torch.version.hip:
             torch.backends.cudnn.benchmark = False  # MIOpen would search for minutes
         with self.accelerator.main_process_first():  # it fills the caches that the others read
@@ -226,7 +237,7 @@ class Engine:
     def step(self) -> dict[str, float]:
         """One optimiser step; returns what this process measured. A non-finite gradient leaves all weights as they are.
 
-        The rows of the process are worked off in `accumulate` parts, whose gradients are summed in float32.
+        The rows of the process are processed in `accumulate` parts, whose gradients are summed in float32.
         """
         row: dict[str, float] = {}
         for learner in self.learners.values():
@@ -242,9 +253,9 @@ class Engine:
         norms = {}
         for name, learner in learning.items():
             average_gradients(list(learner.masters.values()))
-            norms[name] = nn.utils.clip_grad_norm_(learner.masters.values(), learner.trained.clip).item()
+            norms[name] = nn.utils.clip_grad_norm_(learner.masters.values(), learner.spec.clip).item()
             row[self._named(name, "gradient_norm")] = norms[name]
-            row[self._named(name, "lr_scale")] = learner.trained.schedule(self.global_step)
+            row[self._named(name, "lr_scale")] = learner.spec.schedule(self.global_step)
         if all(map(math.isfinite, norms.values())):
             for learner in learning.values():
                 learner.update(self.global_step, self.config.ema_decay)
@@ -263,7 +274,7 @@ class Engine:
     @staticmethod
     def _backward(learner: _Learner, loss: Tensor) -> None:
         """Gradients of `loss` for the learner's own parameters, and for no others that it depends on."""
-        loss.backward(inputs=learner.weights.trained)
+        loss.backward(inputs=learner.weights.parameters)
         learner.weights.collect_gradients()
 
     def _skip(self) -> None:
@@ -278,7 +289,7 @@ class Engine:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The stage's modules hold their averaged weights, in evaluation mode; training goes on afterwards."""
+        """Inside, the stage's modules hold their averaged weights, in evaluation mode; then the trained ones again."""
         with ExitStack() as stack:
             for learner in self.learners.values():
                 learner.module.eval()
@@ -334,7 +345,8 @@ class Engine:
         masters = {f"{name}.{key}": value for name, one in self.learners.items() for key, value in one.masters.items()}
         if {k: v.shape for k, v in tensors["weights"].items()} != {k: v.shape for k, v in masters.items()}:
             raise InvalidValue(
-                f"model: the run in {self.run_dir} has other weights; keep repa.weight and optimizer.whiten_text_input"
+                f"{self.run_dir}: the weights of its checkpoint differ in name or shape from those of this model; "
+                "keep the settings that decide them (model.*, repa.weight, optimizer.whiten_text_input)"
             )
         with torch.no_grad():
             for name, learner in self.learners.items():
@@ -362,7 +374,7 @@ class Engine:
         """Trains to `config.steps` and returns the folder of the results.
 
         Raises:
-            RunStopped: SIGTERM or SIGINT came; the checkpoint is written.
+            RunStopped: SIGTERM or SIGINT came before the last step; the checkpoint is written.
             OSError: a checkpoint could not be written; the one before it is intact.
             FloatingPointError: too many steps had non-finite gradients.
             RuntimeError: another process trains in this folder.
@@ -376,9 +388,9 @@ class Engine:
                 while self.global_step < self.config.steps:
                     self.progress.begin_step()
                     row = self.step()
-                    self.progress.end_step()
+                    self.progress.end_step(row)
                     stop = any_rank(request.name is not None, self.device)
-                    self._report(row)
+                    self._report()
                     if stop or self._due(self.config.checkpoint_every):
                         if main:
                             self.save()
@@ -410,12 +422,13 @@ class Engine:
             f"the checkpoint is in {self.checkpoints}. The same command with --resume continues."
         )
 
-    def _report(self, row: dict[str, float]) -> None:
+    def _report(self) -> None:
         config, main = self.config, self.accelerator.is_main_process
         if self._due(config.log_every):
-            values = torch.tensor([row[name] for name in row], device=self.device)
+            means = self.progress.means()
+            values = torch.tensor(list(means.values()), device=self.device)
             values = self.accelerator.reduce(values, "mean").tolist()  # over the processes
-            self.progress.report(self.global_step, self.skipped, dict(zip(row, values, strict=True)))
+            self.progress.report(self.global_step, self.skipped, dict(zip(means, values, strict=True)))
         if main and self._due(config.validate_every) and (found := self.validate()):
             self.progress.write(self.global_step, found)
         if main and self._due(config.sample_every):

@@ -1,7 +1,5 @@
 """What a run says of itself: the metrics file, trackers, speed and utilisation, and the bar on the terminal.
 
-It begins with the processes finding each other, since accelerate joins them and holds their trackers.
-
 `metrics.jsonl` is the record that everything else reads, one row a logging interval. The same rows go to trackers
 through accelerate: tensorboard when it is installed, or another by name. Speed is the mean over the interval, with the
 waiting for data in it and without validation, pictures and checkpoints. Model FLOPs utilisation is 3 forward passes a
@@ -64,6 +62,7 @@ class Progress:
         self._share_of_peak = work / (peak * accelerator.num_processes) if peak and work else None
         self.seconds = 0.0  # in steps, over the whole run
         self._interval = [0, 0.0]  # steps and seconds since the last report
+        self._values: dict[str, list[float]] = {}  # by name, since the last report
         self._metrics = self._bar = None
 
     def start(self, step: int) -> None:
@@ -85,17 +84,23 @@ class Progress:
         """Starts the clock of a step."""
         self._clock = time.perf_counter()
 
-    def end_step(self) -> None:
-        """Stops it."""
+    def end_step(self, row: dict[str, float]) -> None:
+        """Stops it and notes what the step measured."""
         seconds = time.perf_counter() - self._clock
         self.seconds += seconds
         self._interval = [self._interval[0] + 1, self._interval[1] + seconds]
+        for name, value in row.items():
+            self._values.setdefault(name, []).append(value)
         self._bar.update()
+
+    def means(self) -> dict[str, float]:
+        """The mean of each number over the steps since the last report in which it was measured."""
+        return {name: sum(values) / len(values) for name, values in self._values.items()}
 
     def report(self, step: int, skipped: int, row: dict[str, float]) -> None:
         """One row about the training since the last one."""
         steps, seconds = self._interval
-        self._interval = [0, 0.0]
+        self._interval, self._values = [0, 0.0], {}
         speed = steps * self.config.batch_size / seconds
         row = {"seconds": round(self.seconds, 3), "samples_per_second": round(speed, 2), "skipped": skipped, **row}
         if self._share_of_peak:

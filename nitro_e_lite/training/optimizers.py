@@ -1,4 +1,4 @@
-"""Optimisers: Muon for the matrices inside the blocks, AdamW for the rest.
+"""Optimisers and learning-rate schedules: Muon for the matrices inside the blocks, AdamW for the rest.
 
 **Muon** updates along orthogonalised momentum. `Muon` below is torch's with another `step`: on a CPU without matrix
 units bf16 is the slow type, and each process would repeat the work of all. Differs: the paper trains with AdamW alone;

@@ -37,7 +37,7 @@ class MasterWeights:
             self.masters = {name: nn.Parameter(p.detach().clone()) for name, p in trained.items()}
             nn.Module.to(model, dtype)  # diffusers' own `to` warns of layers kept in float32, where there are none too
         self._trained = trained
-        self.trained = list(trained.values())  # what gradients are computed for
+        self.parameters = list(trained.values())  # what gradients are computed for
 
     def collect_gradients(self) -> None:
         """Moves the gradients of the computing copy to the masters, adding to what is there, in float32."""
