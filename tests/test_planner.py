@@ -88,6 +88,8 @@ def test_memory_by_hand():
     count = sum(p.numel() for p in EMMDiTTransformer2DModel(**to_dict(preset("base", "smoke").model)).parameters())
     assert memory["weights and gradients"] == 12 * count  # float32 masters and gradients, bf16 copies of both
     assert memory["optimizer"] == 8 * count and memory["average of the weights"] == 4 * count
+    assert memory["gradient bucket"] == 4 * count  # one bucket holds all of so small a model
+    assert plan(FULL, "mi300x", 8).memory["gradient bucket"] == 2**27  # a full bucket, 128 MB: not the whole gradient
     assert set(frozen_encoders(preset("base", "lite"))) == {"latents", "text"}
 
 

@@ -340,6 +340,6 @@ def _state_bytes(config: TrainConfig, arguments: dict[str, Any], encoders: dict[
         "weights and gradients": count * (4 + 4 + (2 + 2 if half else 0)),
         "optimizer": 4 * momentum + 8 * (count - momentum),
         "average of the weights": 4 * count,
-        "gradient bucket": 4 * min(count, BUCKET),
+        "gradient bucket": 4 * min(count, BUCKET),  # averaged in float32
         "frozen encoders": width * frozen,
     }
