@@ -1,12 +1,13 @@
 """The picture that the README opens with: the same captions in twenty steps, in four and in one, with times.
 
-Drawn by `nitro-e demo --teaser` and never by hand; nothing is picked, the captions and the first seed are fixed.
+Drawn by `nitro-e demo --teaser` and never by hand; nothing is picked, the captions and the first seed are fixed. Times
+are a lane's own steps on one thread, by `lessons.race`: what else runs on the machine does not count.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,7 +15,8 @@ import torch
 from PIL import Image
 
 from nitro_e_lite import viz
-from nitro_e_lite.course.demo_protocol import Order, build, default_lanes
+from nitro_e_lite.course import lessons
+from nitro_e_lite.course.demo_protocol import Lane, Order, build, default_lanes
 from nitro_e_lite.course.demo_worker import Artist, LaneResult, draw
 
 SCENES = (
@@ -29,9 +31,23 @@ WIDTH = 1280  # pixels
 RIGHT, WRONG = "#12703a", "#b3261e"
 
 
-def races(seed: int = 0) -> list[list[LaneResult]]:
+def times(artist: Artist, rounds: int = 5) -> list[float]:
+    """Seconds of each lane's steps, the fastest of several rounds: a busy machine only adds."""
+
+    order = Order(build(*SCENES[0])[0])
+
+    def run(lane: Lane) -> Callable[[], object]:
+        pipeline = artist.pipelines[lane.model]
+        told, untold = pipeline.encode_prompt([order.caption]), pipeline.encode_prompt([""])
+        text = {"prompt_embeds": told, "negative_prompt_embeds": untold}
+        return lambda: list(pipeline.steps(None, lane.steps, order.guidance_of(lane), **text))
+
+    runners = {str(index): run(lane) for index, lane in enumerate(artist.lanes)}
+    return [min(seconds) for seconds in lessons.race(runners, rounds).values()]
+
+
+def races(artist: Artist, seed: int = 0) -> list[list[LaneResult]]:
     """Every scene of the list, drawn by every lane; scene number `k` with seed `seed + k`."""
-    artist = Artist(default_lanes())
     guidance = artist.facts()["guidance"]
     drawn = []
     for number, scene in enumerate(SCENES):
@@ -41,17 +57,17 @@ def races(seed: int = 0) -> list[list[LaneResult]]:
     return drawn
 
 
-def grid(drawn: Sequence[Sequence[LaneResult]]) -> Image.Image:
-    """Lanes in rows, captions in columns; the time of a row is its fastest picture's: a busy machine only adds.
+def grid(drawn: Sequence[Sequence[LaneResult]], seconds: Sequence[float]) -> Image.Image:
+    """Lanes in rows, captions in columns.
 
     Args:
         drawn: for each caption, the finished lanes.
+        seconds: of each lane.
     """
     rows, columns, cell, margin = len(drawn[0]), len(drawn), 1.62, 1.06
     figure, axes = plt.subplots(rows, columns, figsize=(margin + cell * columns, cell * rows + 0.46), squeeze=False)
     width, height = figure.get_size_inches()
     figure.subplots_adjust(margin / width, 0.03 / height, 1 - 0.03 / width, 1 - 0.46 / height, 0.05, 0.05)
-    seconds = [min(results[row].seconds for results in drawn) for row in range(rows)]
     for column, results in enumerate(drawn):
         caption = textwrap.fill(results[0].facts["prompt"], 24)
         axes[0, column].set_title(caption, fontsize=8, pad=5, linespacing=1.15)
@@ -78,18 +94,21 @@ def grid(drawn: Sequence[Sequence[LaneResult]]) -> Image.Image:
 
 def save(seed: int = 0) -> Path:
     """Draws, writes `figures/teaser.png` with its ledger entry, and returns its path."""
-    drawn = races(seed)
+    torch.set_num_threads(1)
+    artist = Artist(default_lanes())
+    drawn, seconds = races(artist, seed), times(artist)
     facts = drawn[0][0].facts
     right = {results[0].name: sum(row.correct for row in results) for results in zip(*drawn, strict=True)}
     return viz.save_figure(
-        grid(drawn),
+        grid(drawn, seconds),
         "teaser",
         source="nitro-e demo --teaser",
         params={
             "lanes": [f"{result.model}@{result.total}" for result in drawn[0]],
             "guidance": facts["guidance"],
             "shift": facts["shift"],
-            "threads": torch.get_num_threads(),
+            "threads": 1,
+            "seconds": [round(value, 3) for value in seconds],
             "right": right,
         },
         seed=seed,
