@@ -179,7 +179,7 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         positions = crop_positions(self.positions, height, width)  # (1, N, D)
 
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch)  # (B,)
-        time = self.time_embed(timestep)  # (B, 6, D)
+        time = self.time_embed(timestep, hidden_states.dtype)  # (B, 6, D)
         text = self.text_embed(encoder_hidden_states)  # (B, L, D)
         image = self.patch_embed(patchify(hidden_states, size)) + positions  # (B, N, D)
 
