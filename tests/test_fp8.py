@@ -448,6 +448,25 @@ def test_saved_and_loaded_again(tmp_path, fnuz):
         assert difference(whole(*inputs(torch.float32)).sample, again(*inputs()).sample) < 0.02
 
 
+def test_official_files_go_into_fp8(tmp_path):
+    """Names and shapes of the official layout come in by `load_official`; the codes are those of the same model."""
+    from nitro_e_lite.model.official_weights import load_official, save_official
+
+    model = build()
+    save_official(model, tmp_path / "official.safetensors")
+    config = {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 4}
+    config |= {"caption_channels": 32, "caption_projection_dim": 64}
+    official = load_official(tmp_path / "official.safetensors", **config)
+    fp8.quantize_model(official)
+    fp8.quantize_model(model)
+    assert official.fp8_report.converted == model.fp8_report.converted
+    with torch.no_grad():
+        found, expected = official(*inputs()).sample, build()(*inputs()).sample
+    assert 0 < difference(found, expected) < 0.05
+    codes = fp8.plain_tensors(model)
+    assert all(torch.equal(v.float(), codes[n].float()) for n, v in fp8.plain_tensors(official).items())
+
+
 def test_a_folder_holds_one_kind_of_weights(tmp_path):
     model = build()
     model.save_pretrained(tmp_path)
@@ -527,9 +546,9 @@ def test_load_pipeline_in_fp8_says_why_and_touches_the_transformer_alone(tiny_fo
     exact = load_pipeline(tiny_folder, "cpu", "bfloat16")
     with pytest.warns(FP8Note) as notes:
         pipeline = load_pipeline(tiny_folder, "cpu", quantization="fp8")
-    assert [str(note.message).split(":")[0] for note in notes] == [
-        "FP8, not dynamic",
-        "FP8, 2 layers stay in 16 bit although the policy wants them in FP8",
+    assert [str(note.message).split(",")[1].strip() for note in notes] == [
+        "not dynamic: a CPU multiplies FP8 numbers hundreds of times slower than 16-bit ones",
+        "layers that stay in 16 bit although the policy wants them in FP8: 2",
     ]
     assert pipeline.transformer.dtype == pipeline.vae.dtype == torch.bfloat16
     same(pipeline, frozen(exact, "vae", "text_encoder"))

@@ -69,8 +69,8 @@ def quantize_pipeline(
         warnings.warn(f"FP8, {reason}", FP8Note, stacklevel=2)
     if report.skipped:
         name, why = next(iter(report.skipped.items()))
-        rest = f"{len(report.skipped)} layers stay in 16 bit although the policy wants them in FP8"
-        warnings.warn(f"FP8, {rest}: {name} ({why})" + ", ..." * (len(report.skipped) > 1), FP8Note, stacklevel=2)
+        rest = f"layers that stay in 16 bit although the policy wants them in FP8: {len(report.skipped)}"
+        warnings.warn(f"FP8, {rest}, {name} ({why})" + ", ..." * (len(report.skipped) > 1), FP8Note, stacklevel=2)
     return report
 
 
