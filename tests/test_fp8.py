@@ -483,6 +483,10 @@ def test_a_file_for_another_model_or_format_is_refused(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not fit the model, see groups"):
         fp8.load(build(mlp_ratio=2.0), tmp_path)
+    tensors, about = fp8_codes.read_file(tmp_path / fp8.FILE)
+    fp8_codes.write_file(tmp_path / fp8.FILE, tensors, {**about, "policy": {}})
+    with pytest.raises(ValueError, match="metadata cannot be read"):
+        fp8.load(build(), tmp_path)
     monkeypatch.setattr(fp8, "FORMAT", 2)
     with pytest.raises(ValueError, match="format 1; this version reads 2"):
         EMMDiTTransformer2DModel.from_pretrained(tmp_path)
@@ -653,6 +657,17 @@ def test_the_same_policy_in_diffusers_own_sd3_pipeline(sd3):
     assert 0 < difference(draw(sd3, "a red star", **SIZE), expected) < 0.05
     fp8.set_rung(sd3.transformer, Choice("dynamic"))  # the missing third text encoder gives tokens of zeros
     assert difference(draw(sd3, "a red star", **SIZE), expected) < 0.1
+
+
+def test_sd3_is_saved_and_loaded_again(sd3, tmp_path):
+    converted = fp8.quantize_model(sd3.transformer).converted
+    expected = draw(sd3, "a red star", **SIZE)
+    fp8.save(sd3.transformer, tmp_path)
+    again = type(sd3.transformer).from_config(sd3.transformer.load_config(tmp_path))
+    report = fp8.load(again, tmp_path)
+    sd3.transformer = again.eval()
+    assert report.policy == fp8_policy.policy_for(again) and report.converted == converted
+    assert torch.equal(draw(sd3, "a red star", **SIZE), expected)
 
 
 def test_sd3_falls_back_with_the_same_reasons(sd3, monkeypatch):

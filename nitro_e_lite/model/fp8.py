@@ -258,10 +258,10 @@ def save(model: nn.Module, folder: str | Path) -> Path:
 
 
 def load(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> Report:
-    """Fills a model, best built on the meta device, from a file of `save`; the rung is then weight-only.
+    """Fills a model from a file of `save`; the rung is then weight-only.
 
     Args:
-        model: of the file's configuration.
+        model: of the file's configuration; on the meta device if all its buffers are in the file, as E-MMDiT's are.
         folder: holds the file.
         dtype: number type of the computation and of what is not in FP8; that of the file when not given.
 
@@ -275,7 +275,10 @@ def load(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None)
     tensors, about = read_file(path)
     if about.get("format") != FORMAT:
         raise InvalidValue(f"{path}: format {about.get('format')}; this version reads {FORMAT}")
-    policy, dtype = Policy.from_dict(about["policy"]), dtype or getattr(torch, about["dtype"])
+    try:
+        policy, dtype = Policy.from_dict(about["policy"]), dtype or getattr(torch, about["dtype"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InvalidValue(f"{path}: its metadata cannot be read ({type(error).__name__}: {error})") from None
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     scales = {name + SCALE for name, tensor in tensors.items() if tensor.dtype == FN}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in scales}
