@@ -8,7 +8,12 @@ Importing the package is cheap on purpose: torch, diffusers and transformers are
 needs them, the first time `load_pipeline` is asked for.
 """
 
+import logging
 from typing import Any
+
+for _name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+    # importing diffusers imports torchao, and the three complain about binaries and deprecations of each other's
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_pipeline"]

@@ -27,7 +27,7 @@ from nitro_e_lite.files import repo_root
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 REPORTED_PACKAGES = (
-    "torch diffusers transformers tokenizers accelerate peft safetensors numpy matplotlib "
+    "torch diffusers transformers tokenizers accelerate peft torchao safetensors numpy matplotlib "
     "jupyterlab ipywidgets papermill nbval"
 ).split()
 

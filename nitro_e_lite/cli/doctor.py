@@ -40,7 +40,8 @@ def diagnose() -> dict[str, Any]:
 
     Returns:
         `ok` (everything the core needs is there), `problems` (sentences that say what to do), `packages`,
-        `environment` and `weights` (None when a core package is missing).
+        `environment`, `weights` and `fp8` (the rung of the ladder this machine can do, and why no higher one); these
+        three are None when a core package is missing.
     """
     packages = check_packages()
     broken = [row for row in packages if not row["ok"] and row["extra"] is None]
@@ -53,8 +54,10 @@ def diagnose() -> dict[str, Any]:
             "packages": packages,
             "environment": None,
             "weights": None,
+            "fp8": None,
         }
     from nitro_e_lite import files, runtime
+    from nitro_e_lite.model.fp8_ladder import choose_rung
 
     weights: dict[str, int] = {}
     folders = sorted(p.parent for p in files.weights_dir().glob(f"*/{files.MANIFEST}"))
@@ -68,5 +71,7 @@ def diagnose() -> dict[str, Any]:
             weights[folder.name] = sum((folder / name).stat().st_size for name in names)
         except (OSError, ValueError) as error:
             problems.append(str(error))
-    report = {"packages": packages, "environment": runtime.environment_report(), "weights": weights}
+    choice = choose_rung(runtime.pick_device())
+    fp8 = {"rung": choice.rung, "reasons": list(choice.reasons)}
+    report = {"packages": packages, "environment": runtime.environment_report(), "weights": weights, "fp8": fp8}
     return {"ok": not problems, "problems": problems} | report

@@ -220,6 +220,10 @@ def sample(
     variant: Variant = None,
     device: Device = None,
     dtype: Dtype = None,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Transformer in FP8, as far as the device can.")] = False,
+    prompt_switch: Annotated[
+        bool, typer.Option("--prompt-switch", help="With --fp8: portraits, text and logos in 16 bit.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Draw captions and save PNG files that hold prompt, seed and settings in their text chunks."""
@@ -231,13 +235,22 @@ def sample(
         prompts = [caption for caption in captions for _ in range(num)]
         seeds = [seed + index for _ in captions for index in range(num)]
         paths, generators = picture_paths(out, prompts, seeds), seeded_generators(seeds)
-        pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora, variant=variant)
+        if prompt_switch and not fp8:
+            raise InvalidValue("prompt_switch: chooses between FP8 and 16 bit; give --fp8 as well")
+        parts = {"text_encoder": text_encoder, "vae": vae, "lora": lora, "variant": variant}
+        if prompt_switch:
+            from nitro_e_lite.inference.fp8_pipeline import PromptSwitch
+
+            pipeline = load_pipeline(model, device, dtype or "bfloat16", **parts)
+            draw = PromptSwitch(pipeline)
+        else:
+            draw = pipeline = load_pipeline(model, device, dtype, **parts, quantization="fp8" if fp8 else None)
         pipeline.set_progress_bar_config(disable=None)
         sampler = pipeline.sampler(steps, guidance, shift)
         if len(pipeline.tokenizer) < LITE_VOCABULARY:
             warn_unknown_words([*captions, negative or ""])
         start = time.perf_counter()
-        images = pipeline(
+        images = draw(
             prompts,
             **sampler.arguments(),
             negative_prompt=negative,
@@ -246,10 +259,13 @@ def sample(
             generator=generators,
         ).images
         seconds, facts = time.perf_counter() - start, settings(pipeline, model, sampler)
-        for image, path, prompt, own_seed in zip(images, paths, prompts, seeds, strict=True):
-            viz.save_image(image, path, {"prompt": prompt, "negative prompt": negative or "", "seed": own_seed} | facts)
+        exact = draw.drawn if prompt_switch else [None] * len(prompts)
+        for image, path, prompt, own_seed, rule in zip(images, paths, prompts, seeds, exact, strict=True):
+            own = {"prompt": prompt, "negative prompt": negative or "", "seed": own_seed}
+            viz.save_image(image, path, own | ({"16 bit": rule} if rule else {}) | facts)
             if not json:
                 console.print(str(path), markup=False, soft_wrap=True)
         rows = zip(paths, prompts, seeds, strict=True)
         result |= {"images": [{"path": str(a), "prompt": b, "seed": c} for a, b, c in rows]}
         result |= {"seconds": round(seconds, 3)} | facts
+        result |= {"exact": exact} if prompt_switch else {}

@@ -177,6 +177,8 @@ def doctor(json: Json = False) -> None:
             facts = dict(result["environment"] or {})
             facts.pop("packages", None)
             facts |= {f"weights {name}": f"{size / 1e6:.1f} MB" for name, size in (result["weights"] or {}).items()}
+            if found := result["fp8"]:
+                facts["fp8"] = "; ".join([found["rung"], *found["reasons"]])
             show_table("This machine", ["", ""], [[name, str(value)] for name, value in facts.items()])
             for problem in result["problems"]:
                 console.print(f"Missing: {problem}", style="red", markup=False, soft_wrap=True)

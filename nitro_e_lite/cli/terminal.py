@@ -105,4 +105,5 @@ def settings(pipeline: Any, model: str, sampler: Any) -> dict[str, Any]:
         **dataclasses.asdict(sampler),
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
         "device": str(pipeline.device),
+        **({"fp8": report.rung} if (report := getattr(pipeline.transformer, "fp8_report", None)) else {}),
     }

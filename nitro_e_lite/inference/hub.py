@@ -25,6 +25,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from nitro_e_lite.errors import InvalidValue, UserError
 from nitro_e_lite.files import check_weights
 from nitro_e_lite.model.cpu_kernels import speed_up
+from nitro_e_lite.model.fp8 import plain_tensors
 
 FULL_AUTOENCODER = "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers"
 FULL_TEXT_ENCODER = "meta-llama/Llama-3.2-1B"
@@ -175,7 +176,7 @@ def weights_hash(
     """SHA-256 over the names, types and values of all weights, whatever file they came from.
 
     Args:
-        modules: part -> module; parts that are None count as absent.
+        modules: part -> module; parts that are None count as absent. FP8 weights count as fn codes and scales.
         rounded_to: number type that floating-point weights are rounded to before they count, so that a model loaded in
             float32 and in bfloat16 is the same; None: as they are.
         **facts: anything else that the name should depend on (JSON types).
@@ -185,7 +186,7 @@ def weights_hash(
     """
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for part, module in modules.items():
-        for name, value in sorted(module.state_dict().items()) if module is not None else ():
+        for name, value in sorted(plain_tensors(module).items()) if module is not None else ():
             value = value.detach().cpu()
             value = value.to(rounded_to) if rounded_to is not None and value.is_floating_point() else value
             digest.update(f"{part}.{name} {value.dtype} {tuple(value.shape)}".encode())

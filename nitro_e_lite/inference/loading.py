@@ -17,6 +17,7 @@ from nitro_e_lite import runtime
 from nitro_e_lite.errors import InvalidType, InvalidValue
 from nitro_e_lite.files import find_weights
 from nitro_e_lite.inference.encoders import Encoders, LatentStats, load_encoders
+from nitro_e_lite.inference.fp8_pipeline import quantize_pipeline
 from nitro_e_lite.inference.hub import (
     FULL_AUTOENCODER,
     FULL_TEXT_ENCODER,
@@ -26,6 +27,7 @@ from nitro_e_lite.inference.hub import (
     quiet_loading,
 )
 from nitro_e_lite.inference.pipeline import NitroEPipeline
+from nitro_e_lite.model import fp8
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.official_weights import load_official, merge_lora
 from nitro_e_lite.model.tokens import text_length
@@ -49,6 +51,7 @@ def load_pipeline(
     vae: str | Path | None = None,
     lora: str | Path | None = None,
     variant: str | None = None,
+    quantization: str | None = None,
     **official_config: Any,
 ) -> NitroEPipeline:
     """A pipeline, ready to draw.
@@ -58,7 +61,7 @@ def load_pipeline(
             `final/` (the encoders, guidance and shift are then those of the run); another folder with a transformer
             alone (the rest is then that of "lite"); or an official Nitro-E `.safetensors` file.
         device: where to run; the accelerator when there is one.
-        dtype: "float32", "bfloat16" or "float16"; float32 on the CPU, bfloat16 on a GPU that has it.
+        dtype: "float32", "bfloat16" or "float16"; float32 on the CPU, bfloat16 on a GPU that has it and with FP8.
         text_encoder: folder or hub id of another text encoder with its tokenizer; official weights use
             Llama-3.2-1B when none is given.
         vae: folder or hub id of another autoencoder; official weights use DC-AE f32c32. Its `latent_stats.json`, if
@@ -66,6 +69,9 @@ def load_pipeline(
         lora: a PEFT LoRA folder in the official naming, merged into the transformer.
         variant: which of `VARIANTS` an official file is, since neither its names nor its shapes say so; when not given
             it is guessed from the name of the file, and a warning says what was guessed.
+        quantization: "fp8" puts the transformer's weights into FP8 after a LoRA was merged, as far as the device can; a
+            warning gives the reason of each step down, `pipeline.transformer.fp8_report` the rest. A folder that was
+            saved in FP8 is in FP8 without it.
         **official_config: arguments for `official_weights.load_official`, for files of other shapes.
 
     Raises:
@@ -73,9 +79,16 @@ def load_pipeline(
         EncoderUnavailable: an encoder that has to be downloaded first, or those of a run are not there any more; the
             message says what to do.
     """
+    if quantization not in (None, "fp8"):
+        raise InvalidValue(f"quantization: {quantization!r} is not 'fp8'")
     device = runtime.pick_device(device)
-    dtype = runtime.pick_dtype(dtype, device)
     path = _find(source)
+    stored = fp8.holds_fp8(path) or fp8.holds_fp8(path / "transformer")
+    if lora is not None and stored:
+        raise InvalidValue(
+            f"lora: {path} is in FP8; merge it into the 16-bit weights, with quantization='fp8' after it"
+        )
+    dtype = runtime.pick_dtype("bfloat16" if dtype is None and (quantization or stored) else dtype, device)
     official = path.is_file()
     if variant is not None and (not official or variant not in VARIANTS):
         rule = f"must be one of {', '.join(VARIANTS)}, for an official .safetensors file"
@@ -105,16 +118,24 @@ def load_pipeline(
         raise InvalidValue(f"{path}: a weight file below it is damaged ({error})") from None
     if lora is not None:
         merge_lora(pipeline.transformer, lora)
+    if quantization or stored:
+        quantize_pipeline(pipeline, device)
     return pipeline.to(device)
 
 
 def load_transformer(source: str | Path) -> EMMDiTTransformer2DModel:
-    """The transformer alone, in float32, from any source that `load_pipeline` takes (official files of 512 px)."""
+    """The transformer alone, in float32, from any source that `load_pipeline` takes (official files of 512 px).
+
+    Raises:
+        ValueError: see there; also a folder in FP8, which has lost what training would start from.
+    """
     path = _find(source)
     if path.is_file():
         return load_official(path)
     if (path / DiffusionPipeline.config_name).is_file():
         path = path / "transformer"
+    if fp8.holds_fp8(path):
+        raise InvalidValue(f"{path}: is in FP8, rounded for drawing; name the 16-bit weights it was made from")
     return EMMDiTTransformer2DModel.from_pretrained(path)
 
 

@@ -35,9 +35,18 @@ class TimeEmbedding(nn.Module):
         self.embed = TimestepEmbedding(in_channels=256, time_embed_dim=dim)
         self.project = None if modulation == "adaln" else nn.Linear(dim, 6 * dim)
 
-    def forward(self, timestep: Tensor) -> Tensor:
-        """Timesteps `(B,)` in [0, 1000] to `(B, 6, D)`, or `(B, D)` for the kind "adaln"."""
-        waves = self.sinusoid(timestep).to(self.embed.linear_1.weight.dtype)  # (B, 256)
+    def forward(self, timestep: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Timesteps to the signal, computed in one number type.
+
+        Args:
+            timestep: `(B,)` in [0, 1000].
+            dtype: Of the computation; that of the weights when not given. They differ where weights are stored in FP8
+                and cast just before use (diffusers' `enable_layerwise_casting`).
+
+        Returns:
+            `(B, 6, D)`, or `(B, D)` for the kind "adaln".
+        """
+        waves = self.sinusoid(timestep).to(dtype or self.embed.linear_1.weight.dtype)  # (B, 256)
         signal = F.silu(self.embed(waves))  # (B, D)
         return signal if self.project is None else self.project(signal).unflatten(1, (6, -1))
 

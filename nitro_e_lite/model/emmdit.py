@@ -14,6 +14,8 @@ latents need not be square, and the query, key and value projections of a stream
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from nitro_e_lite.config import MODULATIONS
 from nitro_e_lite.errors import InvalidValue
+from nitro_e_lite.model import fp8
 from nitro_e_lite.model.attention import BACKENDS, JointAttention
 from nitro_e_lite.model.blocks import JointBlock, TimeEmbedding
 from nitro_e_lite.model.cpu_kernels import Linear
@@ -129,6 +132,24 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             if isinstance(module, JointAttention):
                 module.backend = backend
 
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """As in diffusers; a model in FP8 is written as codes and scales, see `fp8.save`."""
+        if fp8.is_quantized(self):
+            fp8.save(self, save_directory)
+        else:
+            super().save_pretrained(save_directory, **options)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any):
+        """As in diffusers; a folder that `save_pretrained` wrote in FP8 is read in FP8, weight-only, see `fp8.load`."""
+        folder = Path(pretrained_model_name_or_path, options.get("subfolder") or "")
+        if not fp8.holds_fp8(folder):
+            return super().from_pretrained(pretrained_model_name_or_path, **options)
+        with torch.device("meta"):
+            model = cls.from_config(cls.load_config(folder))
+        fp8.load(model, folder, options.get("dtype") or options.get("torch_dtype"))
+        return model.eval()
+
     def _check_inputs(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> None:
         config = self.config
         if hidden_states.ndim != 4 or hidden_states.shape[1] != config.in_channels:
@@ -179,7 +200,7 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         positions = crop_positions(self.positions, height, width)  # (1, N, D)
 
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch)  # (B,)
-        time = self.time_embed(timestep)  # (B, 6, D)
+        time = self.time_embed(timestep, hidden_states.dtype)  # (B, 6, D)
         text = self.text_embed(encoder_hidden_states)  # (B, L, D)
         image = self.patch_embed(patchify(hidden_states, size)) + positions  # (B, N, D)
 
