@@ -1,11 +1,11 @@
 """Settings that cannot be wrong: frozen dataclasses in which every field says what it may hold.
 
 A run is described by one `RunConfig`: `TrainConfig` for the stages of the transformer and `RewardConfig` for learning
-from rewards, whose values stand in `presets.py`, and one beside each stage that trains an encoder. Each field declares its bounds in its type, such as
-`NonNegativeNumber`, or says that it has none (`AnyNumber`, `AnyText`), and pydantic holds every new object
-against them, so that a bad value ends in one line before any work: `lr=-1.0: must be >= 0`. Nothing is converted on
-the way: `True` is no number, `"3"` is not 3, and what is not finite is refused. Only a whole number may stand for a
-fraction.
+from rewards, whose values stand in `presets.py`, and one beside each stage that trains an encoder. Each field declares
+its bounds in its type, such as `NonNegativeNumber`, or says that it has none (`AnyNumber`, `AnyText`), and pydantic
+holds every new object against them, so that a bad value ends in one line before any work: `lr=-1.0: must be >= 0`.
+Nothing is converted on the way: `True` is no number, `"3"` is not 3, and what is not finite is refused. Only a whole
+number may stand for a fraction.
 
 `override(config, ["optimizer.lr=1e-3", "model.block_groups=[1, 4, 1]"])` changes some fields. Unknown names and wrong
 types are errors, so a misspelt option never trains the wrong model for two hours.
@@ -295,7 +295,9 @@ class GrpoConfig:
     """Flow-GRPO, see `stages/rewards_grpo.py`."""
 
     rule: NoiseRule = "cps"
-    noise: Annotated[float, Field(ge=0, le=1)] = 0.8  # a; 0.7 with "sde"; 0 is the ODE, which has no density to learn by
+    noise: Annotated[float, Field(ge=0, le=1)] = (
+        0.8  # a; 0.7 with "sde"; 0 is the ODE, which has no density to learn by
+    )
     window: Positive = 3  # steps with noise, one after the other; the others are of the ODE
     window_range: Positive = 5  # the window lies somewhere in the first steps, this many
     branch: bool = False  # a group shares its noise and its way to the window: what differs is the window's noise

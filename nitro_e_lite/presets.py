@@ -1,9 +1,10 @@
 """The presets: every hyper-parameter of every stage and scale, once.
 
 `preset("base", "lite")` is the recipe of the lite model; what trained the shipped weights is written beside them, in
-`weights/lite/transformer/training.json`. Stage "base" learns from everything, stage "finetune" continues on the
-better part of the data with a lower learning rate and a longer average; stage "rewards" moves a model towards what
-rewards like. The full presets are the paper's: 100,000 and 50,000 steps of 2048 pictures, 2,000 roll-outs. What a field means and what it may hold is in `config.py`.
+`weights/lite/transformer/training.json`. Stage "base" learns from everything, stage "finetune" continues on the better
+part of the data with a lower learning rate and a longer average; stage "rewards" moves a model towards what rewards
+like. The full presets are the paper's: 100,000 and 50,000 steps of 2048 pictures, 2,000 roll-outs. What a field means
+and what it may hold is in `config.py`.
 """
 
 from __future__ import annotations

@@ -47,7 +47,10 @@ from nitro_e_lite.scenes.verifier import Detection, detect
 
 EPS = 1e-4  # added to a deviation
 LARGEST_REQUEST = 2**28  # bytes
-PREFLIGHT = Prompt("a red circle", "colors", (("circle", "red"),)), Prompt("a blue square", "colors", (("square", "blue"),))
+PREFLIGHT = (
+    Prompt("a red circle", "colors", (("circle", "red"),)),
+    Prompt("a blue square", "colors", (("square", "blue"),)),
+)
 
 
 class Asked(Protocol):
@@ -192,7 +195,9 @@ def check_scores(name: str, scores: np.ndarray, count: int, constant: bool = Tru
         raise Unusable(f"reward {name}: {found.shape} scores for {count} pictures; must be one for each")
     if not np.isfinite(found).all():
         bad = int((~np.isfinite(found)).sum())
-        raise NotFinite(f"reward {name}: {bad} of {count} scores are NaN or infinite; look at the judge before going on")
+        raise NotFinite(
+            f"reward {name}: {bad} of {count} scores are NaN or infinite; look at the judge before going on"
+        )
     if constant and count > 1 and np.ptp(found) == 0:
         raise Unusable(f"reward {name}: all {count} scores are {found[0]:g}; it tells no picture from another")
     return found

@@ -279,14 +279,16 @@ def lora_targets(model: EMMDiTTransformer2DModel, mlp: bool = True) -> list[str]
     """Names of our matrices that an adapter in the official layout can sit on; `mlp`: also those of the MLPs."""
     names = [name for name, _ in model.named_modules() if _ADAPTED.fullmatch(name)]
     return [
-        name for name in names if isinstance(model.get_submodule(name), torch.nn.Linear) and (mlp or ".mlp." not in name)
+        name
+        for name in names
+        if isinstance(model.get_submodule(name), torch.nn.Linear) and (mlp or ".mlp." not in name)
     ]
 
 
 def save_lora(values: dict[str, Tensor], folder: str | Path, config: dict) -> None:
     """Write a LoRA on our matrices as a PEFT folder in the official naming; `merge_lora` reads it.
 
-    A fused matrix has one adapter `B A`. Its queries, keys and values get an adapter each: the same `A`, a third of `B`.
+    A fused matrix has one adapter `B A`. Its queries, keys and values get one each: the same `A`, a third of `B`.
 
     Args:
         values: `NAME.lora_A...weight` `(r, in)` and `NAME.lora_B...weight` `(out, r)` by the names of our matrices.
