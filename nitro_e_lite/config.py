@@ -333,8 +333,10 @@ class RewardConfig(RunConfig):
     rollout_steps: Annotated[int, Field(ge=2)] = 10
     guidance: NonNegativeNumber = 0.0  # in roll-outs and updates; up to 1 there is none
     shift: Annotated[float, Field(ge=1)] = 3.0
-    rewards: Annotated[tuple[Name, ...], Field(min_length=1)] = ("geneval", "partial")  # names, or http://HOST:PORT
-    reward_weights: Annotated[tuple[PositiveNumber, ...], Field(min_length=1)] = (0.7, 0.3)
+    rewards: Annotated[tuple[tuple[Name, PositiveNumber], ...], Field(min_length=1)] = (
+        ("geneval", 0.7),  # name and weight; a name may be the address of a server, http://HOST:PORT
+        ("partial", 0.3),
+    )
     normalize_rewards: bool = False  # each to unit spread before they are added
     advantage_clip: PositiveNumber = 5.0
     deviation: Deviation = "batch"
@@ -352,11 +354,16 @@ class RewardConfig(RunConfig):
     forward: ForwardConfig = dataclasses.field(default_factory=ForwardConfig)
     grpo: GrpoConfig = dataclasses.field(default_factory=GrpoConfig)
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Holds fields against each other, once all have their values: half-way through overrides they need not fit.
+
+        Raises:
+            ValueError: values that do not fit together.
+        """
         pictures, grpo = self.updates * self.batch_size, self.grpo
         _require(pictures % self.group == 0, "group", self.group, f"a divisor of updates * batch_size = {pictures}")
-        equal = len(self.rewards) == len(self.reward_weights)
-        _require(equal, "reward_weights", self.reward_weights, f"one for each of the {len(self.rewards)} rewards")
+        names = [name for name, _ in self.rewards]
+        _require(len(set(names)) == len(names), "rewards", self.rewards, "each there once")
         _require(not self.optimizer.whiten_text_input, "optimizer.whiten_text_input", True, "false for an adapter")
         if self.method == "grpo":
             _require(grpo.noise > 0, "grpo.noise", grpo.noise, "> 0 to learn by: the ODE has no density")

@@ -141,8 +141,7 @@ _REWARDS_FULL = RewardConfig(
     start_from="runs/finetune-full",
     prompts="data/geneval_train.jsonl",
     shift=1.0,
-    rewards=("http://localhost:8901", "http://localhost:8902"),
-    reward_weights=(0.5, 0.5),
+    rewards=(("http://localhost:8901", 0.5), ("http://localhost:8902", 0.5)),  # GenEval, HPSv2.1
     normalize_rewards=True,
     drop_flat_groups=True,
     adapter=AdapterConfig(targets="attention"),

@@ -25,6 +25,7 @@ Source: Flow-GRPO (rewards from GenEval and preference models, partly remote). D
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -42,15 +43,13 @@ from scipy.optimize import linear_sum_assignment
 
 from nitro_e_lite.errors import InvalidValue, NotFinite, Unusable
 from nitro_e_lite.scenes.geneval import Prompt, judge, true_scene
+from nitro_e_lite.scenes.grammar import COLORS
 from nitro_e_lite.scenes.render import render
 from nitro_e_lite.scenes.verifier import Detection, detect
 
 EPS = 1e-4  # added to a deviation
 LARGEST_REQUEST = 2**28  # bytes
-PREFLIGHT = (
-    Prompt("a red circle", "colors", (("circle", "red"),)),
-    Prompt("a blue square", "colors", (("square", "blue"),)),
-)
+PREFLIGHT = Prompt("a red circle", "colors", (("circle", "red"),))
 
 
 class Asked(Protocol):
@@ -155,11 +154,9 @@ def open_rewards(names: Sequence[str], timeout: float = 60, retries: int = 3, ba
         timeout, retries, batch: of the servers, see `RemoteReward`.
 
     Raises:
-        ValueError: an unknown name, or one twice.
+        ValueError: an unknown name.
         RuntimeError: a server is not there or not ready.
     """
-    if len(set(names)) < len(names):
-        raise InvalidValue(f"rewards={tuple(names)}: each must be there once")
     return [_open(name, timeout, retries, batch) for name in names]
 
 
@@ -204,7 +201,7 @@ def check_scores(name: str, scores: np.ndarray, count: int, constant: bool = Tru
 
 
 def preflight(rewards: Sequence[Reward], size: int = 128) -> dict[str, tuple[float, float]]:
-    """Shows each reward a picture of a red circle and one of a blue square, asked for a red circle.
+    """Shows each reward a red circle, and a blue square in its place, when a red circle is asked for.
 
     Args:
         rewards: to try.
@@ -217,15 +214,18 @@ def preflight(rewards: Sequence[Reward], size: int = 128) -> dict[str, tuple[flo
         RuntimeError: a reward that does not prefer the good one, or cannot be asked.
         FloatingPointError: a score is not finite.
     """
-    pictures = np.stack([render(true_scene(prompt), size) for prompt in PREFLIGHT])  # (2, H, W, 3)
+    scene = true_scene(PREFLIGHT)
+    wrong = dataclasses.replace(scene.objects[0], shape="square", color="blue", tint=COLORS["blue"])
+    scenes = scene, dataclasses.replace(scene, objects=(wrong,))
+    pictures = np.stack([render(one, size) for one in scenes])  # (2, H, W, 3)
     found = {}
     for reward in rewards:
-        said = reward.score(pictures, [PREFLIGHT[0]] * 2)
+        said = reward.score(pictures, [PREFLIGHT] * 2)
         good, bad = check_scores(reward.name, said, 2, constant=False)
         if good <= bad:
             raise Unusable(
                 f"reward {reward.name}: gives a red circle {good:g} and a blue square {bad:g} when asked for "
-                f"{PREFLIGHT[0].text!r}; it must prefer the first"
+                f"{PREFLIGHT.text!r}; it must prefer the first"
             )
         found[reward.name] = float(good), float(bad)
     return found

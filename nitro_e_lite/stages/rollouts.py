@@ -190,10 +190,12 @@ class Rewards(Stage):
     """
 
     def __init__(self, config: RewardConfig, placement: Placement):
+        config.check()
         self.config, self.placement = config, placement
         self.prompts = Prompts(config.seed, config.prompts, config.prompt_floor, config.pass_memory)
         servers = {"timeout": config.reward_timeout, "retries": config.reward_retries, "batch": config.reward_batch}
-        self.rewards = open_rewards(config.rewards, **servers)
+        names, self.reward_weights = zip(*config.rewards, strict=True)
+        self.rewards = open_rewards(names, **servers)
         self.pipeline = load_pipeline(config.start_from, placement.device, torch.float32)
         self.pipeline.set_progress_bar_config(disable=True)
         self.model = self.pipeline.transformer
@@ -201,7 +203,7 @@ class Rewards(Stage):
         parts = {name: getattr(self.pipeline, name) for name in ("transformer", "vae", "text_encoder")}
         self.base = weights_hash(parts)
         for name in ("vae", "text_encoder"):
-            parts[name].to(placement.dtype)
+            torch.nn.Module.to(parts[name], placement.dtype)  # diffusers' own warns of layers that are not there
         self.adapter = self._adapt()
         optimizers = partial(build_optimizers, matrices=set(self.adapter), config=config.optimizer)
         schedule = partial(learning_rate_scale, steps=config.steps, config=config.optimizer)
@@ -339,14 +341,14 @@ class Rewards(Stage):
         scores = rollout["scores"].double().cpu().numpy()  # (n, R)
         for reward, column in zip(self.rewards, scores.T, strict=True):
             check_scores(reward.name, column, count)
-        total = torch.from_numpy(add_rewards(scores, config.reward_weights, config.normalize_rewards))
+        total = torch.from_numpy(add_rewards(scores, self.reward_weights, config.normalize_rewards))
         advantages, flat = group_advantages(total, config.group, config.advantage_clip, config.deviation)
         weights = row_weights(flat, config.batch_size, config.drop_flat_groups)
         device = self.placement.device
         self.rollout = rollout | {"advantage": advantages.to(device), "weight": weights.to(device)}
         self.rollout_step = step
         self.prompts.learn(self.asked, scores[:, 0].reshape(-1, config.group) > PASSES)
-        self.report = {"reward": float(add_rewards(scores, config.reward_weights, False).mean())}
+        self.report = {"reward": float(add_rewards(scores, self.reward_weights, False).mean())}
         self.report |= {f"reward_{r.name}": float(x.mean()) for r, x in zip(self.rewards, scores.T, strict=True)}
         self.report |= {
             "flat_groups": flat.float().mean().item(),
