@@ -43,6 +43,7 @@ from nitro_e_lite.stages.rewards_grpo import (
     train_rewards,
 )
 from nitro_e_lite.stages.rollouts import Prompts, group_advantages, group_distance, row_weights
+from nitro_e_lite.training.checkpoints import list_checkpoints, load_latest
 from nitro_e_lite.training.engine import Engine
 
 GOLDEN = Path(__file__).parent / "golden" / "flow_grpo_sde_step.safetensors"
@@ -55,7 +56,7 @@ def cache():
     """What `ranks` asks of a test module; nothing is cached here."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def small(tiny_folder):
     """Makes a run of four steps, two for each roll-out of eight pictures, that is paid in redness."""
 
@@ -71,6 +72,16 @@ def small(tiny_folder):
         return override(preset("rewards", "smoke"), [*common, "validate_every=99", "sample_every=99", *changes])
 
     return make
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory):
+    """Configuration and run folder of a run of each method without accident, each process working in two parts."""
+    found = {}
+    for method in ("forward", "grpo"):
+        found[method] = small(method, "accumulate=2"), tmp_path_factory.mktemp("whole") / method
+        train_rewards(*found[method], device="cpu")
+    return found
 
 
 def start(config, run_dir, **options):
@@ -224,10 +235,11 @@ def test_old_policy_follows_after_each_iteration(small, tmp_path):
 def test_ratio_is_one_on_its_own_rollout(changes, small, tmp_path):
     changes = [*changes, "batch_size=8", "accumulate=2", "updates=1", "grpo.window=2", "grpo.kl=0.04"]
     engine = start(small("grpo", *changes), tmp_path)
-    for step in range(2):  # the second one of a policy that has moved
-        row = engine.step()
+    rows = [engine.step() for _ in range(2)]  # the second one of a policy that has moved
+    for row in rows:
         assert row["ratio"] == 1 and row["ratio_off"] == 0 and row["clip_share"] == 0
-        assert (row["kl"] > 0) == (step > 0) and math.isfinite(row["gradient_norm"])
+        assert math.isfinite(row["gradient_norm"])
+    assert rows[0]["kl"] < 1e-6 < 1e3 * rows[1]["kl"]  # the reference is computed by the kernels without gradient
     path = engine.stage.rollout["path"].unflatten(0, (-1, 4))  # (P, G, window + 1, C, h, w)
     shared = (path[:, :1, 0] == path[:, :, 0]).all().item()
     assert shared == engine.config.grpo.branch and not torch.equal(path[:, 0, 1], path[:, 1, 1])
@@ -379,13 +391,12 @@ def test_one_failure_is_tried_again_and_a_dead_server_is_named():
 # -- runs
 
 
-@pytest.mark.parametrize(("method", "needed"), [("grpo", 0.02), ("forward", 0.005)])
+@pytest.mark.parametrize(("method", "needed"), [("grpo", 0.1), ("forward", 0.015)])
 def test_an_easy_reward_rises_within_fifteen_iterations(method, needed, small, tmp_path):
-    """The redness of eight pictures; from one roll-out to the next it varies by 0.003 without learning."""
-    changes = ["steps=24", "batch_size=8", "group=8", "optimizer.lr=3e-3", "grpo.window=2", "deviation=batch"]
-    engine = start(small(method, *changes, "forward.beta=1.0"), tmp_path)
-    rewards = [engine.step()["reward"] for _ in range(engine.config.steps)][::2]
-    assert len(rewards) <= 15
+    """The redness of one group of eight pictures; measured: 0.246 to 0.471, and 0.238 to 0.273."""
+    changes = ["steps=14", "updates=1", "batch_size=8", "group=8", "optimizer.lr=1e-2", "grpo.window=2"]
+    engine = start(small(method, *changes), tmp_path)
+    rewards = [engine.step()["reward"] for _ in range(engine.config.steps)]
     print(f"{method}: {rewards[0]:.4f} to {rewards[-1]:.4f}")
     assert np.mean(rewards[-3:]) - np.mean(rewards[:3]) > needed
 
@@ -397,15 +408,14 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     ("method", "where", "call"),
     [
-        ("forward", "walk", 3),  # in the second roll-out
-        ("grpo", "_judge", 3),  # while the second roll-out is judged
-        ("grpo", "velocity", 19),  # in an update
-        ("forward", "velocity", 8),
+        ("forward", "walk", 6),  # in the second roll-out, of four parts
+        ("grpo", "_judge", 7),  # while the second roll-out is judged
+        ("forward", "losses", 4),  # between the parts of the second update
+        ("grpo", "losses", 4),
     ],
 )
-def test_killed_anywhere_and_resumed_it_has_the_same_bits(method, where, call, small, tmp_path, monkeypatch):
-    config, calls = small(method, "batch_size=8", "accumulate=2", "updates=2"), []
-    train_rewards(config, tmp_path / "whole", device="cpu")
+def test_killed_anywhere_and_resumed_it_has_the_same_bits(method, where, call, whole, tmp_path, monkeypatch):
+    (config, undisturbed), calls = whole[method], []
     plain = getattr(STAGES[method], where)
 
     def dies(*arguments):
@@ -417,17 +427,17 @@ def test_killed_anywhere_and_resumed_it_has_the_same_bits(method, where, call, s
     with monkeypatch.context() as patch:
         patch.setattr(STAGES[method], where, dies)
         with pytest.raises(Killed):
-            train_rewards(config, tmp_path / "parts", device="cpu")
-    assert not (tmp_path / "parts" / "final").exists()
-    train_rewards(config, tmp_path / "parts", resume=True, device="cpu")
-    assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+            train_rewards(config, tmp_path, device="cpu")
+    assert list_checkpoints(tmp_path / "checkpoints") and not (tmp_path / "final").exists()
+    train_rewards(config, tmp_path, resume=True, device="cpu")
+    assert same(weights_of(undisturbed), weights_of(tmp_path))
 
 
-def test_nothing_is_lost_when_a_reward_server_dies(small, tmp_path):
+def test_nothing_is_lost_when_a_reward_server_dies(whole, tmp_path):
     """The run ends with the server's name; with the server back it goes on to the bits of a run without accident."""
 
     class Mortal(judges.Redness):
-        calls, last = 0, 99
+        calls, last = 0, 7  # the preflight, the first roll-out in four parts, half of the second
 
         def score(self, pictures, prompts):
             self.calls += 1
@@ -437,17 +447,17 @@ def test_nothing_is_lost_when_a_reward_server_dies(small, tmp_path):
 
     reward = Mortal()
     with served(reward) as server:
-        config = small("forward", f"rewards=[['{server.url}', 1.0]]", "reward_retries=0")
-        train_rewards(config, tmp_path / "whole", device="cpu")
-        reward.calls, reward.last = 0, 4  # the preflight, the first roll-out in two parts, one part of the second
+        config = override(whole["forward"][0], [f"rewards=[['{server.url}', 1.0]]", "reward_retries=0"])
         with pytest.raises(RuntimeError, match=f"reward redness@{re.escape(server.url)}: answered 500"):
-            train_rewards(config, tmp_path / "parts", device="cpu")
+            train_rewards(config, tmp_path, device="cpu")
         reward.last = 99
-        train_rewards(config, tmp_path / "parts", resume=True, device="cpu")
-    assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
-    rows = [[{k: v for k, v in row.items() if "second" not in k} for row in read_jsonl(tmp_path / run / "metrics.jsonl")]
-            for run in ("whole", "parts")]  # fmt: skip
-    assert [row["reward"] for row in rows[0]] == [row["reward"] for row in rows[1]] and len(rows[0]) == 4
+        train_rewards(config, tmp_path, resume=True, device="cpu")
+    assert same(weights_of(whole["forward"][1]), weights_of(tmp_path))  # which was paid by the reward in this process
+    here, there = (
+        [row["reward"] for row in read_jsonl(folder / "metrics.jsonl") if "reward" in row]
+        for folder in (whole["forward"][1], tmp_path)
+    )
+    assert here == there and len(here) == 4
 
 
 def test_another_base_is_refused_on_resume(small, tmp_path):
@@ -456,14 +466,8 @@ def test_another_base_is_refused_on_resume(small, tmp_path):
     run.save()
     run.stage.base = "another"
     with pytest.raises(ValueError, match="start_from=.*started from another model"):
-        run.stage.load_state(torch_state(run.checkpoints))
-
-
-def torch_state(folder):
-    from nitro_e_lite.training.checkpoints import load_latest
-
-    tensors, state = load_latest(folder)
-    return state["stage"] | tensors["stage"]
+        tensors, state = load_latest(run.checkpoints)
+        run.stage.load_state(state["stage"] | tensors["stage"])
 
 
 def words_of(config, run_dir):
@@ -472,7 +476,7 @@ def words_of(config, run_dir):
 
 def test_killed_by_the_system_and_resumed(ranks, small, tmp_path):  # noqa: F811
     """The whole way from the command line, SIGKILL between a roll-out and its second update."""
-    config = small("grpo", "steps=6")
+    config = small("grpo")
     ranks.run(1, *words_of(config, tmp_path / "whole"))
     ranks.start(1, *words_of(config, tmp_path / "parts"))
     ranks.until(lambda: (tmp_path / "parts" / "checkpoints" / "step-00000003").exists())
@@ -482,15 +486,14 @@ def test_killed_by_the_system_and_resumed(ranks, small, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("method", ["forward", "grpo"])
-def test_two_processes_are_one(method, ranks, small, tmp_path):  # noqa: F811
-    """Within 1e-5 of the adapter's largest number: products of half as many rows round differently."""
-    config = small(method)
-    ranks.run(2, *words_of(config, tmp_path / "two"))
-    ranks.run(1, *words_of(config, tmp_path / "one"))
-    one, two = (weights_of(tmp_path / which) for which in ("one", "two"))
+def test_two_processes_are_one(method, ranks, whole, tmp_path):  # noqa: F811
+    """Within 1e-4 of the adapter's largest number: gradients are summed in another order, and Adam divides by them."""
+    config, undisturbed = whole[method]
+    ranks.run(2, *words_of(dataclasses.replace(config, accumulate=1), tmp_path))
+    one, two = weights_of(undisturbed), weights_of(tmp_path)
     largest = max(value.abs().max() for value in one.values())
     for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5 * largest.item())
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4 * largest.item())
     assert any(value.abs().max() > 1e-4 for name, value in one.items() if "lora_B" in name)
 
 
@@ -547,7 +550,7 @@ def test_it_reports_and_every_field_is_read(small, tmp_path, monkeypatch, tiny_f
 
     for cls in classes:
         monkeypatch.setattr(cls, "__getattribute__", spy(cls))
-    changes = ["steps=2", "validate_every=2", "sample_every=2", "validation_prompts=1"]
+    changes = ["steps=3", "validate_every=3", "sample_every=3", "batch_size=2", "group=2", "rollout_steps=3"]
     for method in ("forward", "grpo"):
         train_rewards(small(method, *changes), tmp_path / method, device="cpu")
     for cls in classes:

@@ -127,9 +127,9 @@ def partial_credit(found: Sequence[Detection], prompt: Prompt) -> float:
 
 def _matched(found: Sequence[Detection], asked: Sequence[tuple[str, str | None]]) -> int:
     """How many of the objects asked for are there, each found object counted once."""
-    fits = np.array([[d.shape == s and c in (None, d.color) for s, c in asked] for d in found]).reshape(len(found), -1)
-    if not fits.size:
+    if not found:
         return 0
+    fits = np.array([[d.shape == s and c in (None, d.color) for s, c in asked] for d in found])  # (found, asked)
     rows, columns = linear_sum_assignment(fits, maximize=True)
     return int(fits[rows, columns].sum())
 
