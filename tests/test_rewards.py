@@ -42,7 +42,7 @@ from nitro_e_lite.stages.rewards_grpo import (
     sde_step,
     train_rewards,
 )
-from nitro_e_lite.stages.rollouts import Prompts, group_advantages, group_distance, row_weights
+from nitro_e_lite.stages.rollouts import Prompts, Rewards, group_advantages, group_distance, row_weights
 from nitro_e_lite.training.checkpoints import list_checkpoints, load_latest
 from nitro_e_lite.training.engine import Engine
 
@@ -72,6 +72,18 @@ def small(tiny_folder):
         return override(preset("rewards", "smoke"), [*common, "validate_every=99", "sample_every=99", *changes])
 
     return make
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unwatched():
+    """Runs in this process draw and validate nothing at their end: a third of the seconds of such short ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rewards, "picture", lambda self: None)
+        patch.setattr(Rewards, "validate", lambda self: {})
+        yield
+
+
+LOOKS = {name: getattr(Rewards, name) for name in ("picture", "validate")}
 
 
 @pytest.fixture(scope="module")
@@ -548,6 +560,8 @@ def test_it_reports_and_every_field_is_read(small, tmp_path, monkeypatch, tiny_f
 
         return get
 
+    for name, look in LOOKS.items():
+        monkeypatch.setattr(Rewards, name, look)
     for cls in classes:
         monkeypatch.setattr(cls, "__getattribute__", spy(cls))
     changes = ["steps=3", "validate_every=3", "sample_every=3", "batch_size=2", "group=2", "rollout_steps=3"]
