@@ -1,11 +1,11 @@
 """Settings that cannot be wrong: frozen dataclasses in which every field says what it may hold.
 
-A run is described by one `RunConfig`: `TrainConfig` for the stages of the transformer, whose values stand in
-`presets.py`, and one beside each stage that trains an encoder. Each field declares its bounds in its type, such as
-`NonNegativeNumber`, or says that it has none (`AnyNumber`, `AnyText`), and pydantic holds every new object
-against them, so that a bad value ends in one line before any work: `lr=-1.0: must be >= 0`. Nothing is converted on
-the way: `True` is no number, `"3"` is not 3, and what is not finite is refused. Only a whole number may stand for a
-fraction.
+A run is described by one `RunConfig`: `TrainConfig` for the stages of the transformer and `RewardConfig` for learning
+from rewards, whose values stand in `presets.py`, and one beside each stage that trains an encoder. Each field declares
+its bounds in its type, such as `NonNegativeNumber`, or says that it has none (`AnyNumber`, `AnyText`), and pydantic
+holds every new object against them, so that a bad value ends in one line before any work: `lr=-1.0: must be >= 0`.
+Nothing is converted on the way: `True` is no number, `"3"` is not 3, and what is not finite is refused. Only a whole
+number may stand for a fraction.
 
 `override(config, ["optimizer.lr=1e-3", "model.block_groups=[1, 4, 1]"])` changes some fields. Unknown names and wrong
 types are errors, so a misspelt option never trains the wrong model for two hours.
@@ -35,6 +35,7 @@ T = TypeVar("T")
 # -- the words that settings choose from
 
 StageName = Literal["base", "finetune"]  # of the transformer
+RewardStageName = Literal["rewards"]  # of an adapter on it
 Scale = Literal["smoke", "lite", "full"]
 Precision = Literal["fp32", "bf16"]  # of the computation
 Quality = Literal["all", "readable"]  # of training scenes
@@ -42,8 +43,14 @@ OptimizerName = Literal["muon", "adamw"]
 Fact = Literal["places", "colors", "partner", "number", "shape", "color"]  # what a minimal pair can differ in
 Modulation = Literal["adaln_affine", "adaln_single", "adaln"]
 SigmaGrid = Literal["linear", "scheduler"]  # how the sampler spaces its noise levels
+RewardMethod = Literal["forward", "positive", "grpo"]  # how a policy learns from rewards; "positive": the control arm
+NoiseRule = Literal["sde", "cps"]  # how a step of a roll-out adds noise, see `stages/rewards_grpo.py`
+OldSchedule = Literal["fast", "careful"]  # how soon the old policy follows, see `stages/rewards_forward.py`
+Deviation = Literal["batch", "group"]  # whose spread an advantage is divided by
+AdapterTargets = Literal["attention", "attention_mlp"]  # matrices that a LoRA sits on
 
 STAGES: tuple[str, ...] = get_args(StageName)
+REWARD_STAGES: tuple[str, ...] = get_args(RewardStageName)
 SCALES: tuple[str, ...] = get_args(Scale)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 QUALITIES: tuple[str, ...] = get_args(Quality)
@@ -51,6 +58,11 @@ OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
 FACTS: tuple[str, ...] = get_args(Fact)
 MODULATIONS: tuple[str, ...] = get_args(Modulation)
 SIGMA_GRIDS: tuple[str, ...] = get_args(SigmaGrid)
+REWARD_METHODS: tuple[str, ...] = get_args(RewardMethod)
+NOISE_RULES: tuple[str, ...] = get_args(NoiseRule)
+OLD_SCHEDULES: tuple[str, ...] = get_args(OldSchedule)
+DEVIATIONS: tuple[str, ...] = get_args(Deviation)
+ADAPTER_TARGETS: tuple[str, ...] = get_args(AdapterTargets)
 
 # -- what a field may hold
 
@@ -256,6 +268,108 @@ class TrainConfig(RunConfig):
             _require(self.data.scenes % 2 == 0, "data.scenes", self.data.scenes, "even with data.pairs")
         if not self.data.folders:
             _require(self.data.scenes >= self.batch_size, "data.scenes", self.data.scenes, "at least one batch")
+
+
+@settings
+class AdapterConfig:
+    """A LoRA: `W + alpha / rank * B A`, the only thing that learning from rewards changes."""
+
+    rank: Positive = 32
+    alpha: PositiveNumber = 64.0
+    targets: AdapterTargets = "attention_mlp"  # published: "attention"
+
+
+@settings
+class ForwardConfig:
+    """Forward-process RL, see `stages/rewards_forward.py`."""
+
+    beta: PositiveNumber = 1.0  # how far the two implicit policies lie from the old one
+    times: Positive = 2  # noise levels at which an update looks at a picture
+    reference_weight: NonNegativeNumber = 1e-4  # of the distance from the model without adapter
+    old_schedule: OldSchedule = "fast"
+    old_length: NonNegative = 1000  # updates that the schedule was made for; it is scaled to `steps`; 0: as published
+
+
+@settings
+class GrpoConfig:
+    """Flow-GRPO, see `stages/rewards_grpo.py`."""
+
+    rule: NoiseRule = "cps"
+    noise: Annotated[float, Field(ge=0, le=1)] = (
+        0.8  # a; 0.7 with "sde"; 0 is the ODE, which has no density to learn by
+    )
+    window: Positive = 3  # steps with noise, one after the other; the others are of the ODE
+    window_range: Positive = 5  # the window lies somewhere in the first steps, this many
+    branch: bool = False  # a group shares its noise and its way to the window: what differs is the window's noise
+    clip: PositiveNumber = 1e-4  # of the ratio; made for log-probabilities that are a mean over numbers
+    kl: NonNegativeNumber = 0.0  # beta of the distance from the model without adapter; 0 does not measure it
+
+
+@settings
+class RewardConfig(RunConfig):
+    """One run in which a text-to-image model learns from rewards.
+
+    A roll-out draws `updates * batch_size` pictures, `group` for each prompt; the next `updates` steps learn from them,
+    `batch_size` pictures each.
+    """
+
+    stage: RewardStageName = "rewards"
+    preset: Scale = "lite"
+    method: RewardMethod = "forward"
+    steps: Positive = 80
+    batch_size: Positive = 96
+    ema_decay: Decay = 0.9  # what is evaluated and shipped
+    log_every: Positive = 2
+    validate_every: Positive = 20
+    sample_every: Positive = 20
+    checkpoint_every: Positive = 2
+    max_skipped: NonNegative = 2
+    start_from: Name = "lite"  # any source of `load_pipeline`, with its encoders
+    updates: Positive = 2  # steps that learn from one roll-out
+    group: Annotated[int, Field(ge=2)] = 12  # pictures of one prompt
+    prompts: AnyText = ""  # JSON lines in GenEval's schema; "": new ones from the caption grammar
+    prompt_floor: PositiveNumber = 0.05  # kinds of prompt are drawn in proportion to p (1 - p) + this
+    pass_memory: Decay = 0.8  # of the running pass rate p of a kind, per roll-out
+    rollout_steps: Annotated[int, Field(ge=2)] = 10
+    guidance: NonNegativeNumber = 0.0  # in roll-outs and updates; up to 1 there is none
+    shift: Annotated[float, Field(ge=1)] = 3.0
+    rewards: Annotated[tuple[tuple[Name, PositiveNumber], ...], Field(min_length=1)] = (
+        ("geneval", 0.7),  # name and weight; a name may be the address of a server, http://HOST:PORT
+        ("partial", 0.3),
+    )
+    normalize_rewards: bool = False  # each to unit spread before they are added
+    advantage_clip: PositiveNumber = 5.0
+    deviation: Deviation = "batch"
+    drop_flat_groups: bool = True  # groups without spread teach nothing; False keeps them
+    reward_timeout: PositiveNumber = 60.0  # seconds that a reward server has for a batch
+    reward_retries: NonNegative = 3
+    reward_batch: Positive = 16  # pictures in one request
+    validation_prompts: Positive = 10  # held-out prompts of each category
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=lambda: OptimizerConfig(
+            name="adamw", lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-4, warmup_steps=0, decay_steps=0
+        )
+    )
+    forward: ForwardConfig = dataclasses.field(default_factory=ForwardConfig)
+    grpo: GrpoConfig = dataclasses.field(default_factory=GrpoConfig)
+
+    def check(self) -> None:
+        """Holds fields against each other, once all have their values: half-way through overrides they need not fit.
+
+        Raises:
+            ValueError: values that do not fit together.
+        """
+        pictures, grpo = self.updates * self.batch_size, self.grpo
+        _require(pictures % self.group == 0, "group", self.group, f"a divisor of updates * batch_size = {pictures}")
+        names = [name for name, _ in self.rewards]
+        _require(len(set(names)) == len(names), "rewards", self.rewards, "each there once")
+        _require(not self.optimizer.whiten_text_input, "optimizer.whiten_text_input", True, "false for an adapter")
+        if self.method == "grpo":
+            _require(grpo.noise > 0, "grpo.noise", grpo.noise, "> 0 to learn by: the ODE has no density")
+            _require(grpo.window <= grpo.window_range, "grpo.window", grpo.window, "at most grpo.window_range")
+            last = f"below rollout_steps={self.rollout_steps}: the last step adds no noise"
+            _require(grpo.window_range < self.rollout_steps, "grpo.window_range", grpo.window_range, last)
 
 
 def _require(holds: bool, name: str, value, rule: str) -> None:

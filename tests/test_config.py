@@ -17,12 +17,18 @@ from pydantic.fields import FieldInfo
 
 from nitro_e_lite import config as module
 from nitro_e_lite.config import (
+    ADAPTER_TARGETS,
+    DEVIATIONS,
     FACTS,
     FREE,
     MODULATIONS,
+    NOISE_RULES,
+    OLD_SCHEDULES,
     OPTIMIZERS,
     PRECISIONS,
     QUALITIES,
+    REWARD_METHODS,
+    REWARD_STAGES,
     SCALES,
     STAGES,
     OptimizerConfig,
@@ -89,7 +95,7 @@ def test_unknown_preset_lists_the_known():
 
 @pytest.mark.parametrize("config", PRESETS.values(), ids=["-".join(key) for key in PRESETS])
 def test_round_trip(config):
-    assert from_dict(TrainConfig, to_dict(config)) == config
+    assert from_dict(type(config), to_dict(config)) == config
 
 
 def test_assignments_are_what_makes_a_config_of_its_preset():
@@ -214,6 +220,7 @@ def test_a_field_that_declares_nothing_is_found(kind):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_the_words_of_the_declarations_are_the_vocabularies(config):
     words = {STAGES, SCALES, PRECISIONS, QUALITIES, OPTIMIZERS, FACTS, MODULATIONS}
+    words |= {REWARD_STAGES, REWARD_METHODS, NOISE_RULES, OLD_SCHEDULES, DEVIATIONS, ADAPTER_TARGETS}
     for _, section in sections(config):
         for kind in get_type_hints(type(section), include_extras=True).values():
             for one in (kind, *get_args(kind)):

@@ -1,4 +1,4 @@
-"""The commands that look at a model or a machine: `nitro-e count`, `benchmark`, `sensitivity`, `geneval`, `doctor`."""
+"""The commands that look at a model or a machine: `nitro-e count`, `benchmark`, `geneval`, ..."""
 
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +25,8 @@ from nitro_e_lite.cli.terminal import (
 )
 
 app = typer.Typer()
+reward_app = typer.Typer(help="Judges that other programs ask.", no_args_is_help=True)
+app.add_typer(reward_app, name="reward")
 
 
 @command(app, "count")
@@ -162,6 +164,27 @@ def geneval(
         if not json:
             console.print(f"{pictures} pictures of {len(metadata)} prompts in {folder}", soft_wrap=True)
             console.print(f"Score them in GenEval's own environment: evaluation/evaluate_images.py {folder}")
+
+
+@command(reward_app, "serve")
+def reward_serve(
+    reward: Annotated[str, typer.Argument(help="geneval, partial or redness.")] = "geneval",
+    host: Annotated[str, typer.Option(help="Where it listens; it knows no passwords.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8901,
+) -> None:
+    """Serve a lite reward over HTTP until it is interrupted: the reference for servers of other judges."""
+    from nitro_e_lite.errors import InvalidValue, Unusable
+    from nitro_e_lite.evaluation.rewards import LITE_REWARDS, RewardServer
+
+    if reward not in LITE_REWARDS:
+        raise InvalidValue(f"reward={reward!r}: must be one of {', '.join(LITE_REWARDS)}")
+    try:
+        server = RewardServer(LITE_REWARDS[reward](), host, port)
+    except OSError as error:
+        raise Unusable(f"host={host}, port={port}: cannot listen there ({error.strerror or error})") from None
+    with server:
+        print(f"{reward} at {server.url}", flush=True)  # at once, for whoever started this and waits
+        server.serve_forever()
 
 
 @command(app, "doctor")

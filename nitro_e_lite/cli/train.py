@@ -86,6 +86,20 @@ def train_finetune(
     run_stage("finetune", preset, overrides, run_dir, resume, device, processes, nodes)
 
 
+@command(train_app, "rewards")
+def train_rewards(
+    preset: Preset = "lite",
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    device: Device = None,
+    processes: Processes = 1,
+    nodes: Nodes = 1,
+) -> None:
+    """Learn from rewards (stage 3): `RUN_DIR/final` is an adapter for `--lora`; `--set method=grpo` is Flow-GRPO."""
+    run_stage("rewards", preset, overrides, run_dir, resume, device, processes, nodes)
+
+
 @command(train_app, "autoencoder")
 def train_autoencoder(
     overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = False, device: Device = None
@@ -132,6 +146,15 @@ def train_vision(
         finish(final)
 
 
+def transformer_run(stage, preset, overrides):
+    """The configuration of a run of stages 1 or 2, which compare, overfit and plan are about."""
+    from nitro_e_lite import config, presets
+
+    if stage not in config.STAGES:
+        raise InvalidValue(f"stage={stage!r}: must be one of {', '.join(config.STAGES)} here")
+    return config.override(presets.preset(stage, preset), overrides or [])
+
+
 def whole_numbers(name: str, text: str) -> list[int]:
     """The numbers of "0,1,2"."""
     try:
@@ -155,11 +178,10 @@ def compare_command(
 ) -> None:
     """Train variants of a stage on the same batches, over several seeds, and measure them along the way."""
     with output(json) as result:
-        from nitro_e_lite import config, presets
         from nitro_e_lite.experiments import compare
         from nitro_e_lite.scenes import geneval
 
-        chosen = config.override(presets.preset(stage, preset), overrides or [])
+        chosen = transformer_run(stage, preset, overrides)
         variants = dict(compare.read_variant(text) for text in variant)
         steps, numbers = whole_numbers("points", points), whole_numbers("seeds", seeds)
         drawn = compare.spread_prompts(geneval.load_prompts(), prompts)
@@ -183,10 +205,9 @@ def overfit_command(
 ) -> None:
     """Learn one small batch by heart with the settings of a run, before it may take days. Fails when that fails."""
     with output(json) as result:
-        from nitro_e_lite import config, presets
         from nitro_e_lite.experiments.overfit import overfit
 
-        chosen = config.override(presets.preset(stage, preset), overrides or [])
+        chosen = transformer_run(stage, preset, overrides)
         result |= overfit(chosen, samples, steps, device)
         if not json:
             marks = sorted({round(k * steps / 6) for k in range(7)})
@@ -237,11 +258,10 @@ def plan_command(
     with output(json) as result:
         import dataclasses
 
-        from nitro_e_lite import config, presets
         from nitro_e_lite.experiments import plan
         from nitro_e_lite.model.flops import HARDWARE
 
-        chosen = config.override(presets.preset(stage, preset), overrides or [])
+        chosen = transformer_run(stage, preset, overrides)
         found = plan.plan(chosen, hardware, devices, mfu, peak_tflops, pictures)
         result |= {"stage": stage, "preset": preset, "hardware": hardware, "devices": devices}
         result |= dataclasses.asdict(found) | {"published_mfu": plan.published_mfu()}

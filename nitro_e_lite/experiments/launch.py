@@ -27,12 +27,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from nitro_e_lite.config import TrainConfig, to_dict
+from nitro_e_lite.config import RewardConfig, RunConfig, TrainConfig, to_dict
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.experiments import worker
 from nitro_e_lite.presets import assignments
 from nitro_e_lite.runtime import RunStopped, StopRequest
-from nitro_e_lite.stages.pretrain import pretrain
 
 NOTEBOOK_SETTINGS = ("MPLBACKEND", "JPY_PARENT_PID", "FORCE_COLOR", "CLICOLOR_FORCE")
 TORCHRUN_SAYS = "failed (exitcode"  # where torchrun's own report of a failure begins; what counts stands before it
@@ -44,7 +43,9 @@ class LaunchError(RuntimeError):
     """A process of the run failed; the message ends with the last lines of output."""
 
 
-def train_arguments(config: TrainConfig, run_dir: str | Path, resume: bool, device: str | None) -> list[str]:
+def train_arguments(
+    config: TrainConfig | RewardConfig, run_dir: str | Path, resume: bool, device: str | None
+) -> list[str]:
     """The words after `nitro-e` that train `config`, for a person to type or a scheduler to run."""
     arguments = ["train", config.stage, "--preset", config.preset, "--run-dir", str(run_dir)]
     arguments += [word for assignment in assignments(config) for word in ("--set", assignment)]
@@ -52,7 +53,7 @@ def train_arguments(config: TrainConfig, run_dir: str | Path, resume: bool, devi
 
 
 def launch(
-    config: TrainConfig,
+    config: RunConfig,
     run_dir: str | Path,
     *,
     processes: int = 1,
@@ -63,7 +64,7 @@ def launch(
     """Trains on this machine and returns the folder with the final weights.
 
     Args:
-        config: what to train.
+        config: what to train: of any stage in `worker.RUNS`.
         run_dir: folder of the run.
         processes: 1 trains in this process; more are started through torchrun, one for each device.
         resume: continue the run in `run_dir`.
@@ -76,11 +77,12 @@ def launch(
         RunStopped: the run was asked to stop and has saved.
     """
     check_processes(processes, device)
+    name = worker.run_name(config)
     if processes == 1:
-        return pretrain(config, run_dir, resume, device)
+        return worker.RUNS[name][1](config, run_dir, resume, device)
     with tempfile.TemporaryDirectory() as folder:
         request, outcome = Path(folder) / "request.json", Path(folder) / "outcome.json"
-        asked = {"config": to_dict(config), "run_dir": str(run_dir), "resume": resume, "device": device}
+        asked = {"run": name, "config": to_dict(config), "run_dir": str(run_dir), "resume": resume, "device": device}
         request.write_text(json.dumps(asked | {"outcome": str(outcome)}), encoding="utf-8")
         words = ["-m", worker.__name__, str(request)]
         try:

@@ -5,7 +5,8 @@ ours fuses the former and writes the latter as matrix products. Both directions 
 permute: no bit of a weight changes, and saving what was loaded gives the tensors of the first file back.
 
 LoRA folders in PEFT's format that name the official modules (the published GRPO weights are one) are merged into
-the fused matrices: `W += alpha / r * B @ A` on the rows that belong to the named projection.
+the fused matrices: `W += alpha / r * B @ A` on the rows that belong to the named projection. `save_lora` writes such a
+folder. Differs: the published adapter sits on attention alone; ours may sit on the MLPs too.
 """
 
 import json
@@ -73,17 +74,8 @@ _RULES = [
     (r"proj_out\.(\w+)", [r"proj_out.\1"]),
 ]
 
-_PROJECTIONS = {  # official LoRA module -> our matrix and which third of its rows
-    "to_q": ("qkv", 0),
-    "to_k": ("qkv", 1),
-    "to_v": ("qkv", 2),
-    "add_q_proj": ("qkv_context", 0),
-    "add_k_proj": ("qkv_context", 1),
-    "add_v_proj": ("qkv_context", 2),
-    "to_out.0": ("out", None),
-    "to_add_out": ("out_context", None),
-}
-_LORA_KEY = re.compile(r"(?:base_model\.model\.)?(block_groups\.(\d+)\.(\d+)\.attn\.(.+))\.lora_([AB])\.weight")
+_ADAPTED = re.compile(r"groups\.\d+\.\d+\.(attention\.(qkv|out)(_context)?|(image|text)\.mlp\.(up|down))")
+_LORA_KEY = re.compile(r"(?:base_model\.model\.)?(block_groups\.\d+\.\d+\..+)\.lora_([AB])\.weight")
 
 
 def official_names(name: str) -> list[str]:
@@ -233,15 +225,15 @@ def _lora_scale(config: dict) -> float:
     return config["lora_alpha"] / rank
 
 
-def _lora_target(parameters: dict[str, Tensor], key: str) -> tuple[str, str, Tensor] | None:
-    """Official module name, "A" or "B", and the rows of our matrix an adapter key belongs to; None if to none."""
-    if not (match := _LORA_KEY.fullmatch(key)) or match[4] not in _PROJECTIONS:
-        return None
-    matrix, third = _PROJECTIONS[match[4]]
-    weight = parameters.get(f"groups.{match[2]}.{match[3]}.attention.{matrix}.weight")
-    if weight is None:
-        return None
-    return match[1], match[5], weight if third is None else weight.chunk(3)[third]
+def _lora_targets(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By official module name: the rows of our matrix that an adapter there belongs to."""
+    targets = {}
+    for name, weight in parameters.items():
+        if name.endswith(".weight") and _ADAPTED.fullmatch(name.removesuffix(".weight")):
+            names = official_names(name)
+            rows = weight.chunk(len(names))
+            targets |= {n.removesuffix(".weight"): part for n, part in zip(names, rows, strict=True)}
+    return targets
 
 
 @torch.no_grad()
@@ -251,7 +243,7 @@ def merge_lora(model: EMMDiTTransformer2DModel, folder: str | Path) -> EMMDiTTra
     Args:
         model: The base model.
         folder: Holds `adapter_config.json` and `adapter_model.safetensors`; adapters sit on `to_q to_k to_v to_out.0
-            add_q_proj add_k_proj add_v_proj to_add_out` under `block_groups.G.I.attn`.
+            add_q_proj add_k_proj add_v_proj to_add_out` under `block_groups.G.I.attn`, and on `ff` and `ff_context`.
 
     Returns:
         The same model.
@@ -261,12 +253,12 @@ def merge_lora(model: EMMDiTTransformer2DModel, folder: str | Path) -> EMMDiTTra
             other than the plain one. The model is unchanged then.
     """
     scale = _lora_scale(json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8")))
-    parameters, pairs, unknown = dict(model.named_parameters()), {}, []
+    targets, pairs, unknown = _lora_targets(dict(model.named_parameters())), {}, []
     for key, tensor in _read(Path(folder) / "adapter_model.safetensors").items():
-        if (target := _lora_target(parameters, key)) is None:
+        if (match := _LORA_KEY.fullmatch(key)) is None or match[1] not in targets:
             unknown.append(key)
         else:
-            pairs.setdefault(target[0], {"rows": target[2]})[target[1]] = tensor
+            pairs.setdefault(match[1], {"rows": targets[match[1]]})[match[2]] = tensor
     halves = sorted(name for name, pair in pairs.items() if len(pair) < 3)
     misfits = sorted(
         name
@@ -281,3 +273,37 @@ def merge_lora(model: EMMDiTTransformer2DModel, folder: str | Path) -> EMMDiTTra
     for pair in pairs.values():
         pair["rows"].copy_(pair["rows"].float() + scale * (pair["B"].float() @ pair["A"].float()))
     return model
+
+
+def lora_targets(model: EMMDiTTransformer2DModel, mlp: bool = True) -> list[str]:
+    """Names of our matrices that an adapter in the official layout can sit on; `mlp`: also those of the MLPs."""
+    names = [name for name, _ in model.named_modules() if _ADAPTED.fullmatch(name)]
+    return [
+        name
+        for name in names
+        if isinstance(model.get_submodule(name), torch.nn.Linear) and (mlp or ".mlp." not in name)
+    ]
+
+
+def save_lora(values: dict[str, Tensor], folder: str | Path, config: dict) -> None:
+    """Write a LoRA on our matrices as a PEFT folder in the official naming; `merge_lora` reads it.
+
+    A fused matrix has one adapter `B A`. Its queries, keys and values get one each: the same `A`, a third of `B`.
+
+    Args:
+        values: `NAME.lora_A...weight` `(r, in)` and `NAME.lora_B...weight` `(out, r)` by the names of our matrices.
+        folder: The files go there.
+        config: Fields of `adapter_config.json` beside the modules' names: `r`, `lora_alpha`, ...
+    """
+    weights, modules = {}, set()
+    for key, value in values.items():
+        owner, side = re.fullmatch(r"(.+)\.lora_([AB])\b.*", key).groups()
+        names = [name.removesuffix(".weight") for name in official_names(f"{owner}.weight")]
+        parts = [value] * len(names) if side == "A" else value.chunk(len(names))
+        for name, part in zip(names, parts, strict=True):
+            weights[f"base_model.model.{name}.lora_{side}.weight"] = part.detach().float().cpu().clone()
+            modules.add(re.sub(r"block_groups\.\d+\.\d+\.", "", name))
+    plain = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_dora": False, "use_rslora": False}
+    text = json.dumps({**plain, "inference_mode": True, "target_modules": sorted(modules), **config}, indent=2)
+    (Path(folder) / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    save_file(weights, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})

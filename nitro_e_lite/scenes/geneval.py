@@ -12,6 +12,8 @@ Two prompt lists, both drawn from the caption grammar, the same on every machine
 * `held_out_prompts`: compositions the training data contains, in sentences it never contains.
 * `held_out_compositions`: shape-colour pairs and shape pairs that were never drawn in training.
 
+`training_prompt` draws more of the first kind in other sentences, for training by rewards.
+
 Sizes are never asked for, because the verifier does not judge them.
 
 Differs: GenEval lets several relations hold at once and wants distances relative to box sizes; here "left of"
@@ -47,6 +49,7 @@ POSITION_MARGIN = 0.1  # fraction of the image; scenes that state a relation kee
 RESAMPLES = 2000  # of the bootstrap interval
 _SPATIAL = frozenset("left right above over below under underneath higher lower top bottom".split())
 _SEED = 20
+_TRAINING = 21  # names the stream of training prompts
 
 
 @dataclass(frozen=True)
@@ -184,17 +187,43 @@ def _new_prompt(tag: str, slot: int, held_out: bool, taken: dict[str, Prompt]) -
         scene = Scene(_kind(tag), _placeholders(objects), None, relation)
         for attempt in range(400):
             text = captions.describe(scene, Stream(_SEED, category, slot, turn, attempt, held_out))
-            said = set(captions.words(text))
-            if (
-                text not in taken
-                and captions.is_reserved(text)
-                and not said & SIZES.keys()  # the verifier does not judge sizes
-                and bool(said & COLORS.keys()) == (objects[0][1] is not None)
-                and bool(said & _SPATIAL) == (relation is not None)
-                and (tag == "single_object" or not text.endswith(" in the picture"))
-            ):
+            if text not in taken and captions.is_reserved(text) and _says_no_more(text, tag, objects, relation):
                 return Prompt(text, tag, objects, relation)
     raise RuntimeError(f"no prompt left for {tag}")  # the grammar would have to shrink
+
+
+def training_prompt(tag: str, *keys: int) -> Prompt:
+    """A prompt to train on: never a reserved sentence, never a held-out composition, and nothing but what is asked for.
+
+    Args:
+        tag: one of `CATEGORIES`.
+        *keys: integers that name it; equal ones give the same prompt on every machine.
+
+    Raises:
+        ValueError: for another tag.
+    """
+    if tag not in CATEGORIES:
+        raise InvalidValue(f"tag={tag!r}: must be one of {', '.join(CATEGORIES)}")
+    name = (_TRAINING, CATEGORIES.index(tag), *keys)
+    stream = Stream(*name)
+    objects, relation = _compose(tag, int(stream.random() * 720), False, stream)
+    scene = Scene(_kind(tag), _placeholders(objects), None, relation)
+    for attempt in range(1000):
+        text = captions.describe(scene, Stream(*name, attempt))
+        if not captions.is_reserved(text) and _says_no_more(text, tag, objects, relation):
+            return Prompt(text, tag, objects, relation)
+    raise RuntimeError(f"no training prompt for {tag} {keys}")  # the grammar would have to shrink
+
+
+def _says_no_more(text: str, tag: str, objects, relation: str | None) -> bool:
+    """Whether a sentence states colours and a relation exactly where they are asked for, and no size."""
+    said = set(captions.words(text))
+    return (
+        not said & SIZES.keys()  # the verifier does not judge sizes
+        and bool(said & COLORS.keys()) == (objects[0][1] is not None)
+        and bool(said & _SPATIAL) == (relation is not None)
+        and (tag == "single_object" or not text.endswith(" in the picture"))
+    )
 
 
 def _compose(tag: str, slot: int, held_out: bool, stream: Stream):

@@ -58,7 +58,16 @@ def save_checkpoint(
     return final
 
 
-FIXED = ("stage", "model", "seed", "batch_size")  # of a run that has them: other values are another run
+FIXED = (
+    "stage",
+    "method",
+    "model",
+    "adapter",
+    "seed",
+    "batch_size",
+    "updates",
+    "group",
+)  # of a run that has them: other values are another run
 
 NOT_LEARNED = (  # what is changed freely, because the model learns the same
     "start_from steps accumulate log_every validate_every sample_every checkpoint_every keep_checkpoints max_skipped "

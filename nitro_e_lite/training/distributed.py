@@ -91,6 +91,24 @@ def any_rank(wish: bool, device: torch.device) -> bool:
     return flag.item() > 0
 
 
+def fill_rows(rows: Tensor, places: Sequence[int], count: int) -> Tensor:
+    """The rows of all processes in one tensor, the same on each of them, bit for bit.
+
+    Args:
+        rows: `(n, ...)`, what this process has.
+        places: where each of them belongs.
+        count: rows in all; each process has others, and together they have every one.
+
+    Returns:
+        `(count, ...)`. Other processes' rows are added to zeros, which is exact; NaN stays NaN.
+    """
+    whole = rows.new_zeros(count, *rows.shape[1:])
+    whole[list(places)] = rows
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(whole)
+    return whole
+
+
 @torch.no_grad()
 def average_gradients(parameters: Sequence[Tensor]) -> None:
     """Replaces the gradients of `parameters` by their mean over the processes, in their own number type.

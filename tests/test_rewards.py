@@ -1,0 +1,590 @@
+"""Learning from rewards: formulae against independent ones, judges that fail, runs that are killed, and learning."""
+
+import dataclasses
+import math
+import re
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from ranks import ranks  # noqa: F401
+from safetensors.torch import load_file
+from test_engine import same, weights_of
+from torch.distributions import Normal, kl_divergence
+
+from nitro_e_lite import config as settings
+from nitro_e_lite.config import override
+from nitro_e_lite.evaluation import rewards as judges
+from nitro_e_lite.evaluation.rewards import RemoteReward, RewardServer
+from nitro_e_lite.experiments.launch import train_arguments
+from nitro_e_lite.experiments.worker import run_name
+from nitro_e_lite.files import read_jsonl
+from nitro_e_lite.inference.loading import load_pipeline
+from nitro_e_lite.model import flow
+from nitro_e_lite.presets import preset
+from nitro_e_lite.scenes import captions, geneval, grammar
+from nitro_e_lite.scenes.render import render
+from nitro_e_lite.scenes.verifier import Detection, detect
+from nitro_e_lite.stages.rewards_forward import ForwardRewards, forward_loss, old_decay, optimality
+from nitro_e_lite.stages.rewards_grpo import (
+    GrpoRewards,
+    clipped_loss,
+    cps_step,
+    kl_to,
+    log_probability,
+    noisy_step,
+    sde_step,
+    train_rewards,
+)
+from nitro_e_lite.stages.rollouts import Prompts, Rewards, group_advantages, group_distance, row_weights
+from nitro_e_lite.training.checkpoints import list_checkpoints, load_latest
+from nitro_e_lite.training.engine import Engine
+
+GOLDEN = Path(__file__).parent / "golden" / "flow_grpo_sde_step.safetensors"
+STAGES = {"grpo": GrpoRewards, "forward": ForwardRewards, "positive": ForwardRewards}
+pytestmark = pytest.mark.filterwarnings("ignore::nitro_e_lite.inference.encoders.CaptionCut")  # 16 tokens are few
+
+
+@pytest.fixture(scope="module")
+def cache():
+    """What `ranks` asks of a test module; nothing is cached here."""
+
+
+@pytest.fixture(scope="module")
+def small(tiny_folder):
+    """Makes a run of four steps, two for each roll-out of eight pictures, that is paid in redness."""
+
+    def make(method, *changes):
+        common = [
+            f"method={method}",
+            f"start_from={tiny_folder}",
+            "rewards=[[redness, 1.0]]",
+            "shift=1",
+            "batch_size=4",
+        ]
+        common += ["group=4", "rollout_steps=3", "grpo.window=1", "grpo.window_range=2", "checkpoint_every=1"]
+        return override(preset("rewards", "smoke"), [*common, "validate_every=99", "sample_every=99", *changes])
+
+    return make
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unwatched():
+    """Runs in this process draw and validate nothing at their end: a third of the seconds of such short ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rewards, "picture", lambda self: None)
+        patch.setattr(Rewards, "validate", lambda self: {})
+        yield
+
+
+LOOKS = {name: getattr(Rewards, name) for name in ("picture", "validate")}
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory):
+    """Configuration and run folder of a run of each method without accident, each process working in two parts."""
+    found = {}
+    for method in ("forward", "grpo"):
+        found[method] = small(method, "accumulate=2"), tmp_path_factory.mktemp("whole") / method
+        train_rewards(*found[method], device="cpu")
+    return found
+
+
+def start(config, run_dir, **options):
+    return Engine(config, STAGES[config.method], run_dir, device="cpu", **options)
+
+
+# -- the steps of the sampler
+
+
+def test_sde_step_is_the_reference():
+    golden = load_file(GOLDEN)
+    sigmas = golden["sigmas"].tolist()
+    for row, k in enumerate(golden["step_index"].tolist()):
+        x, velocity, x_next = (golden[name][row : row + 1] for name in ("sample", "velocity", "next_sample"))
+        one = noisy_step("sde", x, velocity, sigmas, k, 0.7)
+        torch.testing.assert_close(one.mean[0], golden["mean"][row], rtol=1e-6, atol=1e-6)
+        assert one.std == pytest.approx(golden["std"][row].item(), rel=1e-6)
+        assert log_probability("sde", x_next, one).item() == pytest.approx(golden["log_prob"][row].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("rule", settings.NOISE_RULES)
+def test_without_noise_a_step_is_the_odes(rule):
+    sigmas = [*flow.linear_sigmas(5), 0.0]
+    x, velocity = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    for k in range(4):
+        one = noisy_step(rule, x, velocity, sigmas, k, 0.0)
+        torch.testing.assert_close(one.mean, flow.euler_step(x, velocity, sigmas[k], sigmas[k + 1]))
+        assert one.spread == 0  # so that the sample is the mean
+
+
+def test_cps_keeps_the_coefficients_of_signal_and_noise():
+    x0, eps = torch.randn(2, 100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    one = cps_step(0.4 * x0 + 0.6 * eps, eps - x0, 0.6, 0.5, 0.8)
+    assert one.std == pytest.approx(0.5 * math.sin(0.4 * math.pi))
+    rest = one.mean - 0.5 * x0  # the rest is noise, less of it than 0.5 by just what the step adds
+    assert rest.std().item() ** 2 + one.spread**2 == pytest.approx(0.25, rel=0.01)
+
+
+def test_density_clip_and_kl():
+    x, velocity, x_next = torch.randn(3, 5, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    one, other = (sde_step(x, v, 0.6, 0.5, 0.9, 0.7) for v in (velocity, velocity + 0.1))
+    density = Normal(one.mean, one.spread).log_prob(x_next).flatten(1).mean(1)
+    torch.testing.assert_close(log_probability("sde", x_next, one), density)
+    exact = kl_divergence(Normal(one.mean, one.std), Normal(other.mean, one.std)).flatten(1).mean(1)
+    torch.testing.assert_close(kl_to(one.mean, other.mean, one.std), exact, rtol=1e-4, atol=1e-7)
+    ratio, advantage = torch.tensor([0.9, 1.1, 0.9, 1.1]), torch.tensor([1.0, 1.0, -1.0, -1.0])
+    expected = torch.tensor([-0.9, -1.01, 0.99, 1.1])  # nothing is gained by going further than the clip
+    torch.testing.assert_close(clipped_loss(ratio, advantage, 0.01), expected)
+
+
+# -- advantages and prompts
+
+
+def test_advantages_and_flat_groups():
+    rewards = torch.tensor([0.0, 1.0, 0.7, 0.7, 3.0, 5.0], dtype=torch.float64)
+    advantages, flat = group_advantages(rewards, 2, 5.0, "batch")
+    spread = np.std(rewards.numpy()) + 1e-4
+    expected = np.array([-0.5, 0.5, 0, 0, -1, 1]) / spread
+    np.testing.assert_allclose(advantages, expected, rtol=1e-6)
+    assert flat.tolist() == [False, False, True, True, False, False]
+    own, _ = group_advantages(rewards, 2, 5.0, "group")
+    np.testing.assert_allclose(own, [-1, 1, 0, 0, -1, 1], rtol=1e-3)
+    assert group_advantages(rewards, 2, 0.5, "group")[0].abs().max() == 0.5
+    weights, losses = row_weights(flat, 3, True), torch.arange(6.0)  # two updates of three pictures
+    assert (weights * losses)[:3].mean() == losses[:2].mean() and (weights * losses)[3:].mean() == losses[4:].mean()
+    assert torch.equal(row_weights(flat, 3, False), torch.ones(6))
+    assert row_weights(torch.ones(4, dtype=torch.bool), 4, True).sum() == 0
+    points = torch.randn(3, 4, 50, generator=torch.Generator().manual_seed(0))
+    pairs = [((a - b) ** 2).mean() for group in points for i, a in enumerate(group) for b in group[:i]]
+    assert group_distance(points[:1].flatten(0, 1), 4) ** 2 == pytest.approx(np.mean(pairs[:6]), rel=1e-5)
+
+
+def test_prompts_are_never_reserved_or_held_out():
+    evaluation = {prompt.text for split in geneval.SPLITS for prompt in geneval.load_prompts(split)}
+    for kind in geneval.CATEGORIES:
+        found = [geneval.training_prompt(kind, 0, step, 3) for step in range(150)]
+        assert len({prompt.text for prompt in found}) > 60 and found[7] == geneval.training_prompt(kind, 0, 7, 3)
+        for prompt in found:
+            assert prompt.tag == kind and not captions.is_reserved(prompt.text) and prompt.text not in evaluation
+            assert not grammar.is_held_out(geneval.true_scene(prompt).objects) or None in dict(prompt.objects).values()
+            assert not grammar.is_held_out(geneval._placeholders(prompt.objects))
+            assert geneval.Prompt.from_metadata(prompt.metadata()) == prompt
+    with pytest.raises(ValueError, match="tag='cats'"):
+        geneval.training_prompt("cats", 0)
+
+
+def test_kinds_that_can_still_teach_are_drawn_more_often():
+    prompts = Prompts(0, "", 0.05, 0.5)
+    prompts.pass_rates |= dict.fromkeys(prompts.pass_rates, 1.0) | {"counting": 0.5, "position": 0.0}
+    assert prompts.shares()["counting"] == pytest.approx(0.3 / (0.3 + 5 * 0.05))
+    kinds = [prompt.tag for prompt in prompts.draw(0, 400)]
+    assert kinds.count("counting") / 400 == pytest.approx(0.545, abs=0.08) and kinds.count("position") > 10
+    assert prompts.draw(4, 5) == Prompts(0, "", 0.05, 0.5).draw(4, 5) or prompts.draw(4, 5) == prompts.draw(4, 5)
+    asked = [geneval.training_prompt("position", 1), geneval.training_prompt("colors", 1)]
+    prompts.learn(asked, np.array([[True, False], [False, False]]))
+    assert (prompts.pass_rates["position"], prompts.pass_rates["colors"]) == (0.25, 0.5)
+    assert prompts.pass_rates["counting"] == 0.5
+
+
+# -- the forward process
+
+
+def test_forward_loss_is_the_flow_loss():
+    x0, noise, velocity, old = torch.randn(4, 6, 2, 4, 4, generator=torch.Generator().manual_seed(2))
+    t, ones = torch.linspace(0.1, 1, 6), torch.ones(6)
+    x_t = flow.interpolate(x0, noise, t)
+    loss = forward_loss(velocity, old, x_t, x0, t, ones, 0 * ones, beta=1.0, factor=1.0, weight=1 / t**2)
+    plain = (velocity - flow.velocity_target(x0, noise)).square().flatten(1).mean(1)
+    torch.testing.assert_close(loss, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.1, 0.5])
+def test_gradient_at_the_old_policy(beta):
+    x0, noise, old = torch.randn(3, 6, 2, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    t = torch.linspace(0.1, 1, 6, dtype=torch.float64)
+    r = optimality(torch.tensor([-9.0, -2.5, -1.0, 0.0, 2.5, 9.0], dtype=torch.float64))
+    assert r.tolist() == [0, 0.25, 0.4, 0.5, 0.75, 1]
+    velocity = old.clone().requires_grad_()
+    forward_loss(velocity, old, flow.interpolate(x0, noise, t), x0, t, r, 1 - r, beta).sum().backward()
+    d = old - (noise - x0)
+    scale = 10 * t * (2 * r - 1) / (d.abs().flatten(1).mean(1) * d[0].numel())
+    torch.testing.assert_close(velocity.grad, flow.expand_like(scale, d) * d)
+
+
+def test_schedules_of_the_old_policy():
+    assert [old_decay(i) for i in (0, 100, 499, 500, 9000)] == [0, 0.1, 0.499, 0.5, 0.5]
+    assert [old_decay(i, "careful") for i in (0, 74, 75, 175, 9000)] == [0, 0, 0, 0.75, 0.999]
+    assert old_decay(40, "fast", length=1000, steps=80) == old_decay(500) == 0.5
+    assert old_decay(12, "careful", length=1000, steps=80) == pytest.approx(0.0075 * 75)
+
+
+def test_old_policy_follows_after_each_iteration(small, tmp_path):
+    engine = start(small("forward", "steps=10", "forward.old_length=1000"), tmp_path)
+    stage, first = engine.stage, None
+    first = {name: value.clone() for name, value in stage.old.items()}
+    for _ in range(2):
+        engine.step()
+    assert all(torch.equal(first[name], value) for name, value in stage.old.items())  # of the first iteration
+    new = {name: p.detach().clone() for name, p in stage.adapter.items()}
+    engine.step()
+    decay = min(0.001 * 2 * 1000 / 10, 0.5)
+    for name, value in stage.old.items():
+        torch.testing.assert_close(value, decay * first[name] + (1 - decay) * new[name])
+    assert any(not torch.equal(first[name], value) for name, value in stage.old.items())
+
+
+# -- its own roll-out
+
+
+@pytest.mark.parametrize("changes", [[], ["precision=bf16"], ["grpo.branch=true", "grpo.rule=sde", "guidance=3"]])
+def test_ratio_is_one_on_its_own_rollout(changes, small, tmp_path):
+    changes = [*changes, "batch_size=8", "accumulate=2", "updates=1", "grpo.window=2", "grpo.kl=0.04"]
+    engine = start(small("grpo", *changes), tmp_path)
+    rows = [engine.step() for _ in range(2)]  # the second one of a policy that has moved
+    for row in rows:
+        assert row["ratio"] == 1 and row["ratio_off"] == 0 and row["clip_share"] == 0
+        assert math.isfinite(row["gradient_norm"])
+    assert rows[0]["kl"] < 1e-6 < 1e3 * rows[1]["kl"]  # the reference is computed by the kernels without gradient
+    path = engine.stage.rollout["path"].unflatten(0, (-1, 4))  # (P, G, window + 1, C, h, w)
+    shared = (path[:, :1, 0] == path[:, :, 0]).all().item()
+    assert shared == engine.config.grpo.branch and not torch.equal(path[:, 0, 1], path[:, 1, 1])
+
+
+def test_window_leaves_out_the_last_step(small, tmp_path):
+    stage = start(small("grpo", "rollout_steps=6", "grpo.window=2", "grpo.window_range=5"), tmp_path).stage
+    windows = {stage.window(step) for step in range(60)}
+    assert windows == {range(k, k + 2) for k in range(4)}  # step 5 is the last
+
+
+def test_what_does_not_fit_together_is_refused(small, tmp_path):
+    for changes, words in [
+        (["group=3"], "group=3: must be a divisor of updates . batch_size = 8"),
+        (["grpo.window_range=3"], "grpo.window_range=3: must be below rollout_steps=3"),
+        (["grpo.window=3"], "grpo.window=3: must be at most"),
+        (["grpo.noise=0"], "grpo.noise=0.0: must be > 0"),
+        (["rewards=[[redness, 1.0], [redness, 2.0]]"], "each there once"),
+        (["rewards=[[beauty, 1.0]]"], "'beauty' is unknown; there are geneval"),
+        (["optimizer.whiten_text_input=true"], "whiten_text_input"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            start(small("grpo", *changes), tmp_path / "run")
+
+
+# -- judges
+
+
+def test_partial_credit_is_one_exactly_for_what_is_correct():
+    for prompt in geneval.load_prompts()[::6]:
+        found = detect(render(geneval.true_scene(prompt)))
+        for seen in (found, found[:-1], found + found[:1], found[::-1]):
+            assert (judges.partial_credit(seen, prompt) == 1) == geneval.judge(seen, prompt).correct
+    two = geneval.Prompt("a red circle and a blue star", "color_attr", (("circle", "red"), ("star", "blue")))
+    circle, star = (Detection(s, "red", x, 0.5, 0.1, 1.0) for s, x in (("circle", 0.2), ("star", 0.8)))
+    assert judges.partial_credit([], two) == 0
+    assert judges.partial_credit([circle], two) == pytest.approx(0.5)
+    assert judges.partial_credit([circle, star], two) == pytest.approx((1 + 1 + 0.5) / 3)
+    assert judges.partial_credit([circle, circle], two) == pytest.approx((1 + 0.5 + 0.5) / 3)
+
+
+def test_rewards_are_brought_to_one_spread_before_they_are_added():
+    scores = np.array([[0.0, 0.29], [1.0, 0.27], [1.0, 0.28], [0.0, 0.28]])
+    total = judges.add_rewards(scores, (1.0, 1.0), True)
+    expected = sum((x - x.mean()) / (x.std() + 1e-4) for x in scores.T)
+    np.testing.assert_allclose(total, expected)
+    np.testing.assert_allclose(judges.add_rewards(scores, (0.7, 0.3), False), scores @ [0.7, 0.3])
+    constant = np.array([[0.5, 0.0], [0.5, 1.0]])
+    assert np.isfinite(judges.add_rewards(constant, (1.0, 1.0), True)).all()
+
+
+def test_preflight_and_bad_batches_name_the_reward():
+    good = judges.open_rewards(["geneval", "partial", "redness"])
+    found = judges.preflight(good)
+    assert found["geneval"] == (1, 0) and list(found) == ["geneval", "partial", "redness"]
+
+    class Backwards(judges.Redness):
+        name = "backwards"
+
+        def score(self, pictures, prompts):
+            return -super().score(pictures, prompts)
+
+    with pytest.raises(RuntimeError, match="reward backwards: gives a red circle .* it must prefer the first"):
+        judges.preflight([Backwards()])
+    for scores, error, words in [
+        ([1.0, math.nan, 0.0], FloatingPointError, "reward mine: 1 of 3 scores are NaN or infinite"),
+        ([1.0, None, math.inf], FloatingPointError, "reward mine: 2 of 3"),
+        ([0.5, 0.5, 0.5], RuntimeError, "reward mine: all 3 scores are 0.5"),
+        ([0.5, 0.4], RuntimeError, "reward mine: .2,. scores for 3 pictures"),
+        (["a", "b", "c"], RuntimeError, "reward mine: .* are no numbers"),
+    ]:
+        with pytest.raises(error, match=words):
+            judges.check_scores("mine", scores, 3)
+
+
+class Odd(judges.Redness):
+    """A judge that fails in one of several ways."""
+
+    def __init__(self, way=""):
+        self.way, self.calls = way, 0
+
+    def score(self, pictures, prompts):
+        self.calls += 1
+        scores = super().score(pictures, prompts)
+        if self.way == "slow":
+            time.sleep(0.6)
+        if self.way == "breaks" or (self.way == "breaks once" and self.calls == 1):
+            raise RuntimeError("out of memory")
+        return {"nan": scores * math.nan, "few": scores[:-1]}.get(self.way, scores)
+
+
+@contextmanager
+def served(reward, port=0):
+    with RewardServer(reward, port=port) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_remote_reward_says_what_the_local_one_says():
+    prompts = geneval.load_prompts()[::60]
+    pictures = np.stack([render(geneval.true_scene(prompts[0])) for _ in prompts])
+    with served(judges.PartialCredit()) as server:
+        remote = RemoteReward(server.url + "/", batch=2)
+        assert remote.name == f"partial@{server.url}" and remote.health() == {"name": "partial", "ready": True}
+        np.testing.assert_array_equal(remote.score(pictures, prompts), judges.PartialCredit().score(pictures, prompts))
+        for path, body, words in [
+            ("/other", b"{}", "404"),
+            ("/score", b"{}", "400 .*needs images"),
+            ("/score", b"no json", "400"),
+            ("/score", b'{"images": ["AAAA"], "prompts": []}', "400 .*needs images"),
+        ]:
+            with pytest.raises(RuntimeError, match=words):
+                remote._ask(path, body)
+        assert judges.preflight([remote])
+
+
+@pytest.mark.parametrize(
+    ("way", "error", "words"),
+    [
+        ("slow", RuntimeError, r"no answer within 0\.3 s; tried 2 times"),
+        ("breaks", RuntimeError, "500 .*out of memory.*tried 2 times"),
+        ("nan", FloatingPointError, "2 of 2 scores are NaN"),
+        ("few", RuntimeError, "scores for 2 pictures"),
+    ],
+)
+def test_a_server_that_fails_is_named(way, error, words):
+    pictures, prompts = np.zeros((2, 8, 8, 3), np.uint8), [judges.PREFLIGHT] * 2
+    with served(Odd(way)) as server:
+        remote = RemoteReward(server.url, timeout=0.3, retries=1, wait=0.01)
+        with pytest.raises(error, match=f"(?s)reward redness@{re.escape(server.url)}: .*{words}"):
+            remote.score(pictures, prompts)
+
+
+def test_one_failure_is_tried_again_and_a_dead_server_is_named():
+    pictures, prompts = np.zeros((2, 8, 8, 3), np.uint8), [judges.PREFLIGHT] * 2
+    with served(Odd("breaks once")) as server:
+        remote = RemoteReward(server.url, retries=1, wait=0.01)
+        assert remote.score(pictures, prompts).tolist() == [0, 0]
+    for ask in (lambda: remote.score(pictures, prompts), lambda: RemoteReward(server.url, retries=0)):
+        with pytest.raises(RuntimeError, match=f"reward .*{re.escape(server.url)}: cannot be asked .*--resume"):
+            ask()
+
+
+# -- runs
+
+
+@pytest.mark.parametrize(("method", "needed"), [("grpo", 0.1), ("forward", 0.015)])
+def test_an_easy_reward_rises_within_fifteen_iterations(method, needed, small, tmp_path):
+    """The redness of one group of eight pictures; measured: 0.246 to 0.471, and 0.238 to 0.273."""
+    changes = ["steps=14", "updates=1", "batch_size=8", "group=8", "optimizer.lr=1e-2", "grpo.window=2"]
+    engine = start(small(method, *changes), tmp_path)
+    rewards = [engine.step()["reward"] for _ in range(engine.config.steps)]
+    print(f"{method}: {rewards[0]:.4f} to {rewards[-1]:.4f}")
+    assert np.mean(rewards[-3:]) - np.mean(rewards[:3]) > needed
+
+
+class Killed(BaseException):
+    """A process that is not there any more writes nothing."""
+
+
+@pytest.mark.parametrize(
+    ("method", "where", "call"),
+    [
+        ("forward", "walk", 6),  # in the second roll-out, of four parts
+        ("grpo", "_judge", 7),  # while the second roll-out is judged
+        ("forward", "losses", 4),  # between the parts of the second update
+        ("grpo", "losses", 4),
+    ],
+)
+def test_killed_anywhere_and_resumed_it_has_the_same_bits(method, where, call, whole, tmp_path, monkeypatch):
+    (config, undisturbed), calls = whole[method], []
+    plain = getattr(STAGES[method], where)
+
+    def dies(*arguments):
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        return plain(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(STAGES[method], where, dies)
+        with pytest.raises(Killed):
+            train_rewards(config, tmp_path, device="cpu")
+    assert list_checkpoints(tmp_path / "checkpoints") and not (tmp_path / "final").exists()
+    train_rewards(config, tmp_path, resume=True, device="cpu")
+    assert same(weights_of(undisturbed), weights_of(tmp_path))
+
+
+def test_nothing_is_lost_when_a_reward_server_dies(whole, tmp_path):
+    """The run ends with the server's name; with the server back it goes on to the bits of a run without accident."""
+
+    class Mortal(judges.Redness):
+        calls, last = 0, 7  # the preflight, the first roll-out in four parts, half of the second
+
+        def score(self, pictures, prompts):
+            self.calls += 1
+            if self.calls > self.last:
+                raise RuntimeError("gone")
+            return super().score(pictures, prompts)
+
+    reward = Mortal()
+    with served(reward) as server:
+        config = override(whole["forward"][0], [f"rewards=[['{server.url}', 1.0]]", "reward_retries=0"])
+        with pytest.raises(RuntimeError, match=f"reward redness@{re.escape(server.url)}: answered 500"):
+            train_rewards(config, tmp_path, device="cpu")
+        reward.last = 99
+        train_rewards(config, tmp_path, resume=True, device="cpu")
+    assert same(weights_of(whole["forward"][1]), weights_of(tmp_path))  # which was paid by the reward in this process
+    here, there = (
+        [row["reward"] for row in read_jsonl(folder / "metrics.jsonl") if "reward" in row]
+        for folder in (whole["forward"][1], tmp_path)
+    )
+    assert here == there and len(here) == 4
+
+
+def test_another_base_is_refused_on_resume(small, tmp_path):
+    run = start(small("forward"), tmp_path)
+    run.step()
+    run.save()
+    run.stage.base = "another"
+    with pytest.raises(ValueError, match="start_from=.*started from another model"):
+        tensors, state = load_latest(run.checkpoints)
+        run.stage.load_state(state["stage"] | tensors["stage"])
+
+
+def words_of(config, run_dir):
+    return [*train_arguments(config, run_dir, True, "cpu")]
+
+
+def test_killed_by_the_system_and_resumed(ranks, small, tmp_path):  # noqa: F811
+    """The whole way from the command line, SIGKILL between a roll-out and its second update."""
+    config = small("grpo")
+    ranks.run(1, *words_of(config, tmp_path / "whole"))
+    ranks.start(1, *words_of(config, tmp_path / "parts"))
+    ranks.until(lambda: (tmp_path / "parts" / "checkpoints" / "step-00000003").exists())
+    ranks.kill()
+    ranks.run(1, *words_of(config, tmp_path / "parts"))
+    assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+
+
+@pytest.mark.parametrize("method", ["forward", "grpo"])
+def test_two_processes_are_one(method, ranks, whole, tmp_path):  # noqa: F811
+    """Within 1e-4 of the adapter's largest number: gradients are summed in another order, and Adam divides by them."""
+    config, undisturbed = whole[method]
+    ranks.run(2, *words_of(dataclasses.replace(config, accumulate=1), tmp_path))
+    one, two = weights_of(undisturbed), weights_of(tmp_path)
+    largest = max(value.abs().max() for value in one.values())
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4 * largest.item())
+    assert any(value.abs().max() > 1e-4 for name, value in one.items() if "lora_B" in name)
+
+
+def test_a_reward_is_served_from_the_command_line(ranks, tmp_path):  # noqa: F811
+    ranks.start(1, "reward", "serve", "geneval", "--port", "0")
+    ranks.until(lambda: "http://" in ranks.log.read_text())
+    remote = RemoteReward(re.search(r"http://\S+", ranks.log.read_text())[0])
+    assert judges.preflight([remote])[remote.name] == (1, 0)
+    ranks.kill()
+
+
+def test_the_adapter_is_what_was_trained(small, tiny_folder, tmp_path):
+    """Merged from the exported folder, the plain model draws what the run's average draws."""
+    run = start(small("forward", "optimizer.lr=1e-2"), tmp_path)
+    final = run.fit()
+    inputs = torch.randn(2, 4, 16, 16), torch.randn(2, 16, 32), torch.tensor([900.0, 100.0])
+    merged = load_pipeline(tiny_folder, "cpu", lora=final).transformer
+    with torch.no_grad(), run.averaged():
+        expected, found = run.stage.model(*inputs).sample, merged(*inputs).sample
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        with run.stage.policy(run.stage.reference()):
+            plain = load_pipeline(tiny_folder, "cpu").transformer(*inputs).sample
+            assert torch.equal(run.stage.model(*inputs).sample, plain)
+    assert (found - plain).abs().max() > 1e-4
+    adapter = LoraConfig.from_pretrained(final)
+    assert (adapter.r, adapter.lora_alpha) == (4, 8) and {"attn.to_q", "ff.net.2"} <= set(adapter.target_modules)
+    names = set(load_file(final / "adapter_model.safetensors"))
+    assert "base_model.model.block_groups.0.0.attn.add_k_proj.lora_B.weight" in names
+    only = small("forward", "adapter.targets=attention")
+    assert not any(".mlp." in name for name in start(only, tmp_path / "attention").stage.adapter)
+
+
+def test_positive_only_learns_from_the_better_half(small, tmp_path):
+    engine = start(small("positive", "forward.reference_weight=0"), tmp_path)
+    losses = engine.stage.losses(0, 0)["transformer"]["loss"].view(4, -1)  # (B, times)
+    advantages = engine.stage.rollout["advantage"][:4]
+    assert ((losses != 0).all(1) == (advantages > 0)).all() and (advantages > 0).any()
+    assert math.isfinite(engine.step()["gradient_norm"])
+
+
+def test_it_reports_and_every_field_is_read(small, tmp_path, monkeypatch, tiny_folder):
+    """A hyper-parameter that nothing reads is a lie, see `test_train.py`."""
+    read, own = {}, ("dataclasses", "nitro_e_lite.config", "pydantic._internal._dataclasses")
+    classes = [settings.RewardConfig, settings.AdapterConfig, settings.ForwardConfig, settings.GrpoConfig]
+
+    def spy(cls):
+        def get(self, name):
+            frame = sys._getframe(1)
+            if frame.f_globals["__name__"] not in own or frame.f_code.co_name == "check":
+                read.setdefault(cls.__name__, set()).add(name)
+            return object.__getattribute__(self, name)
+
+        return get
+
+    for name, look in LOOKS.items():
+        monkeypatch.setattr(Rewards, name, look)
+    for cls in classes:
+        monkeypatch.setattr(cls, "__getattribute__", spy(cls))
+    changes = ["steps=3", "validate_every=3", "sample_every=3", "batch_size=2", "group=2", "rollout_steps=3"]
+    for method in ("forward", "grpo"):
+        train_rewards(small(method, *changes), tmp_path / method, device="cpu")
+    for cls in classes:
+        fields = {field.name for field in dataclasses.fields(cls)} - {"preset", "max_skipped"}
+        if cls is settings.RewardConfig:
+            fields -= {"stage"}  # read by the launcher
+        assert fields <= read[cls.__name__], fields - read[cls.__name__]
+    rows = list(read_jsonl(tmp_path / "forward" / "metrics.jsonl"))
+    assert {"reward", "reward_redness", "flat_groups", "group_distance", "old_distance"} <= rows[0].keys()
+    assert "geneval" in {key for row in rows for key in row}
+    assert list((tmp_path / "grpo" / "samples").glob("*.png"))
+
+
+def test_words_of_a_run_are_its_configuration():
+    config = override(preset("rewards", "full"), ["method=grpo", "grpo.kl=0.04", "rewards=[[geneval, 1.0]]"])
+    words = train_arguments(config, "runs/rewards", True, None)
+    sets = [words[k + 1] for k, word in enumerate(words) if word == "--set"]
+    assert override(preset("rewards", "full"), sets) == config and words[:2] == ["train", "rewards"]
+    assert run_name(config) == "rewards" and run_name(preset("base", "lite")) == "transformer"
+    for scale in settings.SCALES:
+        preset("rewards", scale).check()
+    with pytest.raises(TypeError, match="RunConfig describes no run"):
+        run_name(settings.RunConfig())
