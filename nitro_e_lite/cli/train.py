@@ -86,6 +86,23 @@ def train_finetune(
     run_stage("finetune", preset, overrides, run_dir, resume, device, processes, nodes)
 
 
+@command(train_app, "distill")
+def train_distill(
+    preset: Preset = "lite",
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    device: Device = None,
+) -> None:
+    """Teach a student to draw in four steps without guidance (stage 4), from pictures of `nitro-e data draw`."""
+    from nitro_e_lite import config
+    from nitro_e_lite.stages import distill
+
+    chosen = config.override(distill.distill_preset(preset), overrides or [])
+    with stoppable():
+        finish(distill.distill(chosen, run_dir or Path("runs") / f"distill-{preset}", resume, device))
+
+
 @command(train_app, "autoencoder")
 def train_autoencoder(
     overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = False, device: Device = None

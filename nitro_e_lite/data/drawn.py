@@ -190,6 +190,7 @@ class Drawing:
             "arrays": arrays,
             "features": {"text": self.encoders.fingerprint if self.text else None, "vision": None},
             "kind": KIND,
+            "encoders": self.encoders.fingerprint,
             "prompts": f"scene grammar, seed {self.prompts.seed}" if grammar else digest.hexdigest(),
             "teacher": teacher_hash(self.pipeline.transformer),
             "sampler": {**self.sampler.arguments(), "sigma_grid": self.pipeline.config.sigma_grid},
@@ -339,13 +340,15 @@ class DrawnSet:
         self.card, self.levels = self.data.card, self.data.card.get("levels", [])
         if self.card.get("kind") != KIND:
             raise InvalidValue(f"{self.data.folders[0]}: was not drawn by a teacher; nitro-e data draw makes such sets")
+        if self.card["encoders"] != encoders.fingerprint:
+            raise InvalidValue(f"{self.data.folders[0]}: the teacher read its captions with another language model")
         if len(self.levels) < 2:
             raise InvalidValue(
                 f"{self.data.folders[0]}: holds no states on the way; draw it for 2 or more student steps"
             )
         for folder in self.data.folders[1:]:
             other = read_card(folder)
-            for name in ("teacher", "sampler", "levels"):
+            for name in ("encoders", "teacher", "sampler", "levels"):
                 if other.get(name) != self.card[name]:
                     raise InvalidValue(
                         f"{folder}: {name} is another than in {self.data.folders[0]}; one teacher, one run"
