@@ -34,6 +34,8 @@ def teacher_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher") / "tiny"
     pipeline = build_tiny_pipeline()
     pipeline.register_to_config(max_text_length=32, default_shift=SHIFT)
+    with torch.no_grad():  # velocities that change with the state, so that long steps leave the road
+        pipeline.transformer.proj_out.weight.mul_(6.0)
     pipeline.save_pretrained(folder)
     (folder / "vae" / "latent_stats.json").write_text(pipeline.stats.to_json())
     return folder
@@ -322,7 +324,7 @@ def test_misaligned_pairs_count_as_fake_where_the_caption_differs(config):
 
 @pytest.mark.parametrize("without", ["adversarial_weight", "regression_weight"])
 def test_each_loss_alone(config, tmp_path, without):
-    run = replace(config, steps=6, regression_steps=2, validate_every=100, sample_every=100, **{without: 0.0})
+    run = replace(config, steps=6, regression_share=1 / 3, validate_every=100, sample_every=100, **{without: 0.0})
     engine = Engine(run, Distill, tmp_path, device="cpu")
     rows = [engine.step() for _ in range(4)]
     assert ("heads" in engine.learners) == (without == "regression_weight")
@@ -365,15 +367,15 @@ def test_a_student_learns_one_caption(teacher, teacher_folder, tmp_path):
     data = DrawnConfig(folders=(str(tmp_path / "set"),), encoders=str(teacher_folder), validation_rows=2)
     fast = OptimizerConfig(name="adamw", lr=2e-3, warmup_steps=0, decay_steps=0)
     config = replace(
-        distill_preset("smoke"), teacher=str(teacher_folder), data=data, optimizer=fast, steps=60, regression_steps=60
+        distill_preset("smoke"), teacher=str(teacher_folder), data=data, optimizer=fast, steps=30, regression_share=1.0
     )
     config = replace(config, ema_decay=0.0)
     engine = Engine(config, Distill, tmp_path / "run", device="cpu")
     before = engine.validate()
     assert before["distance"] == before["teacher_distance"]  # it starts as the teacher
-    losses = [engine.step()["student_loss"] for _ in range(60)]
+    losses = [engine.step()["student_loss"] for _ in range(30)]
     after = engine.validate()
-    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     assert after["distance"] < 0.5 * after["teacher_distance"]  # on noises it never trained on
 
 
@@ -383,7 +385,7 @@ def test_a_student_learns_one_caption(teacher, teacher_folder, tmp_path):
 @pytest.mark.parametrize("right, words", [(0.99, "too strong.*lower heads.lr"), (0.5, "too weak.*raise heads.lr")])
 def test_an_unbalanced_discriminator_stops_the_run(config, right, words):
     stage = stage_of(replace(config, gate_window=3))
-    for turn in range(3):
+    for _ in range(3):
         stage._check_balance()
         stage._note(right, 0)
     with pytest.raises(GateFailed, match=f"gate discriminator-balance, step 0: right on {right:.3f}.*{words}"):
@@ -394,7 +396,7 @@ def test_an_unbalanced_discriminator_stops_the_run(config, right, words):
 
 def test_a_student_below_its_teacher_stops_the_run(config, tmp_path):
     """From a quarter of the run on, and not before."""
-    spoiled = replace(config, optimizer=replace(config.optimizer, lr=1.0), regression_steps=8, validate_every=1)
+    spoiled = replace(config, optimizer=replace(config.optimizer, lr=1.0), gate_distance=1.0, validate_every=1)
     with pytest.raises(
         GateFailed, match="gate student-below-teacher, step 2: at 4 steps .* worse .* distance .* Look at"
     ):
@@ -437,7 +439,7 @@ def test_commands_draw_and_distil(config, teacher_folder, tmp_path):
     found = runner.invoke(app, [*words, "--batch", "6", "--device", "cpu", "--json"])
     assert found.exit_code == 0, found.output
     settings = [f"data.folders=[{tmp_path / 'set'}]", f"data.encoders={teacher_folder}", f"teacher={teacher_folder}"]
-    settings += ["steps=2", "regression_steps=2", "validate_every=100", "sample_every=100"]
+    settings += ["steps=2", "validate_every=100", "sample_every=100"]
     words = ["train", "distill", "--preset", "smoke", "--run-dir", str(tmp_path / "run"), "--device", "cpu"]
     found = runner.invoke(app, [*words, *(word for one in settings for word in ("--set", one))])
     assert found.exit_code == 0, found.output

@@ -5,7 +5,8 @@ pixels would have to decode every latent, and would learn from nothing what a pi
 blocks are features of a noisy latent *and* of the caption. So the latents are mixed with noise again, go through the
 frozen teacher, and at some depths a small head looks at every token:
 
-    x = (1 - t) x0 + t eps,    logit of a token l = head_k(block_k(x, text, t)),    real: softplus(-l), fake: softplus(l).
+    x = (1 - t) x0 + t eps,    logit of a token l = head_k(block_k(x, text, t)),
+    loss = softplus(-l) of what is real, softplus(l) of what is not.
 
 The noise level decides what is judged: much noise leaves the composition, little leaves the details. Since the features
 have read the caption, a picture of the teacher with another's caption can be told apart too, and counts as fake: a

@@ -117,7 +117,7 @@ class DistillConfig(RunConfig):
     guidance: NonNegativeNumber = 0.0  # of the finished student's sampler; it is trained without
     shift: Annotated[float, Field(ge=1)] = 3.0  # of its noise levels
     sigma_grid: SigmaGrid = "linear"  # of its noise levels; "scheduler" is the official weights' own
-    regression_steps: NonNegative = 1500  # phase 1; the other steps are phase 2
+    regression_share: Share = 0.75  # of the steps that are phase 1; the rest are phase 2
     adversarial_weight: NonNegativeNumber = 0.05  # 0: there is no discriminator
     regression_weight: NonNegativeNumber = 1.0
     own_rollouts: Share = 0.5  # share of the later inputs of phase 2 that come from the student's own steps
@@ -130,6 +130,7 @@ class DistillConfig(RunConfig):
     gate_high: Share = 0.95
     gate_window: Positive = 200  # in the mean over so many of its steps
     gate_prompts: NonNegative = 10  # GenEval-lite prompts of each category at each validation; 0: only distances
+    gate_distance: PositiveNumber = 1.0  # times the teacher's own distance: the student may not be farther away
     gate_margin: Share = 0.05  # by which the student's score may be below: so few prompts have an error
     gradient_checkpointing: bool = False  # computes activations again instead of keeping them
     data: DrawnConfig = dataclasses.field(default_factory=DrawnConfig)
@@ -144,22 +145,26 @@ class DistillConfig(RunConfig):
 
     def __post_init__(self):
         rules = {
-            "regression_steps": (self.regression_steps <= self.steps, f"at most steps={self.steps}"),
             "gate_low": (self.gate_low < self.gate_high, f"below gate_high={self.gate_high}"),
             "shift": (self.sigma_grid == "linear" or self.shift == 1, "1 with sigma_grid='scheduler'"),
         }
         for name, (holds, rule) in rules.items():
             if not holds:
                 raise InvalidValue(f"{name}={getattr(self, name)!r}: must be {rule}")
-        if self.adversarial_weight == 0 == self.regression_weight and self.regression_steps < self.steps:
+        if self.adversarial_weight == 0 == self.regression_weight and self.regression_share < 1:
             raise InvalidValue("regression_weight=0.0: must be > 0 with adversarial_weight=0, else nothing is learned")
+
+    @property
+    def regression_steps(self) -> int:
+        """Steps of phase 1."""
+        return round(self.regression_share * self.steps)
 
 
 PRESETS = {
     "smoke": DistillConfig(
         preset="smoke",
         steps=8,
-        regression_steps=4,
+        regression_share=0.5,
         batch_size=4,
         head_width=8,
         log_every=1,
@@ -168,13 +173,14 @@ PRESETS = {
         checkpoint_every=4,
         tracker="none",
         gate_prompts=0,
+        gate_distance=1000.0,  # a few steps on a few pictures: nothing to judge
         data=DrawnConfig(validation_rows=2),
     ),
     "lite": DistillConfig(),
     "full": DistillConfig(  # 20,000 iterations on 8 devices; what else is published of stage 4 is its learning rate
         preset="full",
         steps=20_000,
-        regression_steps=0,  # as published: adversary and regression from the start
+        regression_share=0.0,  # as published: adversary and regression from the start
         batch_size=512,
         precision="bf16",
         ema_decay=0.0,
@@ -290,10 +296,11 @@ class Distill(Stage):
             raise InvalidValue(
                 f"teacher={config.teacher!r}: {folder} was drawn by other weights; name those, or draw again"
             )
-        if not np.allclose(card["levels"], self.levels[:-1], atol=1e-6):
+        drawn, mine = card["levels"], self.levels[:-1]
+        if len(drawn) != len(mine) or not np.allclose(drawn, mine, atol=1e-6):
             raise InvalidValue(
-                f"sampler_steps={config.sampler_steps}: with this shift and grid they visit {self.levels[:-1]}, "
-                f"{folder} holds states at {card['levels']}; draw it again for these steps"
+                f"sampler_steps={config.sampler_steps}: with this shift and grid they visit {mine}, "
+                f"{folder} holds states at {drawn}; draw it again for these steps"
             )
         if self.rows < config.batch_size:
             raise InvalidValue(
@@ -439,7 +446,7 @@ class Distill(Stage):
             return
         if right > config.gate_high:
             advice = "it is too strong and teaches nothing: lower heads.lr or head_width, raise renoise_mean, or make "
-            advice += "phase 1 longer (regression_steps), so that the student's pictures are nearer to begin with"
+            advice += "phase 1 longer (regression_share), so that the student's pictures are nearer to begin with"
         else:
             advice = "it is too weak and says nothing: raise heads.lr or head_width, or lower adversarial_weight"
         raise GateFailed(
@@ -451,7 +458,7 @@ class Distill(Stage):
         if 4 * (self._step + 1) < self.config.steps:
             return
         problems = []
-        if found["distance"] > found["teacher_distance"]:
+        if found["distance"] > self.config.gate_distance * found["teacher_distance"]:
             problems.append("distance to the teacher's pictures {distance:.4f}, above its own {teacher_distance:.4f}")
         if "geneval" in found and found["geneval"] < found["teacher_geneval"] - self.config.gate_margin:
             problems.append("GenEval-lite {geneval:.3f}, below its {teacher_geneval:.3f}")
