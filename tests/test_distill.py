@@ -482,3 +482,20 @@ def test_plan_by_hand():
     words = ["plan", "--stage", "distill", "--preset", "smoke", "--hardware", "h100", "--mfu", "0.5", "--json"]
     printed = CliRunner().invoke(app, words)
     assert printed.exit_code == 0 and json.loads(printed.stdout)["pictures"] == 100
+
+
+def test_on_the_official_grid_in_bf16_and_the_official_layout(teacher_folder, config, tmp_path):
+    """Full scale in small: states between the teacher's nodes, stored text, half precision, a published file."""
+    pipeline = load_pipeline(teacher_folder, "cpu")
+    pipeline.register_to_config(sigma_grid="scheduler")
+    drawn.Drawing(pipeline, drawn.GrammarPrompts(0, 6), tmp_path / "set", steps=6, text=True, batch=6).run()
+    data = replace(config.data, folders=(str(tmp_path / "set"),))
+    config = replace(
+        config, data=data, shift=1.0, sigma_grid="scheduler", precision="bf16", steps=4, validate_every=100
+    )
+    final = distill(replace(config, sample_every=100, accumulate=2), tmp_path / "run", device="cpu")
+    student = load_pipeline(final, "cpu")
+    assert student.sampler() == student.sampler(4, 0.0, 1.0) and student.config.sigma_grid == "scheduler"
+    rows = list(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert (final / "nitro-e-512px-dist.safetensors").is_file()

@@ -85,7 +85,7 @@ from nitro_e_lite.training.optimizers import build_optimizers, hidden_matrices, 
 from nitro_e_lite.viz import image_grid
 
 SHORTEST = 0.05  # a segment counts as at least so long: the official grid ends with one of 0.001, all rounding
-OFFICIAL = "nitro-e-512px-dist.safetensors"  # the student in the published layout, where it has that shape
+OFFICIAL = "nitro-e-{size}px-dist.safetensors"  # the student in the published layout, where it has that shape
 
 
 @settings
@@ -555,7 +555,7 @@ class Distill(Stage):
         model.load_state_dict({**model.state_dict(), **averaged})
         model.save_pretrained(folder)
         if self.config.sigma_grid == "scheduler":
-            save_official(model, folder / OFFICIAL)
+            save_official(model, folder / OFFICIAL.format(size=32 * model.config.sample_size))
 
 
 @contextmanager
