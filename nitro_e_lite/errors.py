@@ -36,3 +36,7 @@ class Unusable(UserError, RuntimeError):
 
 class NotFinite(UserError, FloatingPointError):
     """Numbers became NaN or infinite; the message says where, and what to change."""
+
+
+class GateFailed(UserError, RuntimeError):
+    """A run is not worth going on with; the message names the gate, what was measured and what to look at."""

@@ -30,6 +30,7 @@ from nitro_e_lite.config import (
     REWARD_METHODS,
     REWARD_STAGES,
     SCALES,
+    SIGMA_GRIDS,
     STAGES,
     OptimizerConfig,
     RunConfig,
@@ -41,6 +42,8 @@ from nitro_e_lite.config import (
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.presets import PRESETS, assignments, preset
 from nitro_e_lite.stages.autoencoder import AutoencoderConfig
+from nitro_e_lite.stages.distill import PRESETS as DISTILL_PRESETS
+from nitro_e_lite.stages.distill import DistillConfig, distill_preset
 from nitro_e_lite.stages.language_model import LanguageModelConfig
 from nitro_e_lite.stages.vision import VisionConfig
 
@@ -146,6 +149,7 @@ def test_round_trip_refuses_unknown_fields():
 
 CONFIGS = {"-".join(key): config for key, config in PRESETS.items()}
 CONFIGS |= {cls.__name__: cls() for cls in (AutoencoderConfig, LanguageModelConfig, VisionConfig)}
+CONFIGS |= {f"distill-{name}": config for name, config in DISTILL_PRESETS.items()}
 
 
 def bad_values(kind, allowed=()):
@@ -203,6 +207,8 @@ def test_no_field_takes_what_it_does_not_declare(config):
                     continue  # override reads nothing as the empty text
                 if value == "1" and isinstance(getattr(section, field.name), float):
                     continue  # and "1e-3" as a number
+                if value == ("1",) and isinstance(getattr(section, field.name)[0], float):
+                    continue  # in a list too
                 with pytest.raises(ValueError, match=rf"^{re.escape(name)}[=\[]") as caught:
                     override(config, [f"{name}={yaml.safe_dump(value, default_flow_style=True)}"])
                 assert "\n" not in str(caught.value)
@@ -219,7 +225,7 @@ def test_a_field_that_declares_nothing_is_found(kind):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_the_words_of_the_declarations_are_the_vocabularies(config):
-    words = {STAGES, SCALES, PRECISIONS, QUALITIES, OPTIMIZERS, FACTS, MODULATIONS}
+    words = {STAGES, SCALES, PRECISIONS, QUALITIES, OPTIMIZERS, FACTS, MODULATIONS, SIGMA_GRIDS}
     words |= {REWARD_STAGES, REWARD_METHODS, NOISE_RULES, OLD_SCHEDULES, DEVIATIONS, ADAPTER_TARGETS}
     for _, section in sections(config):
         for kind in get_type_hints(type(section), include_extras=True).values():
@@ -314,3 +320,31 @@ def test_every_run_has_the_common_fields_and_encoders_train_as_they_did():
 def test_settings_need_no_torch():
     code = "import sys, nitro_e_lite.presets; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0
+
+
+@pytest.mark.parametrize("config", DISTILL_PRESETS.values(), ids=DISTILL_PRESETS)
+def test_distillation_round_trip(config):
+    assert from_dict(DistillConfig, to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("assignments", "said"),
+    [
+        (["gate_low=0.96"], "gate_low=0.96: must be below gate_high=0.95"),
+        (["sigma_grid=scheduler"], "shift=3.0: must be 1 with sigma_grid='scheduler'"),
+        (["sampler_steps=1"], "sampler_steps=1: must be >= 2"),
+        (["depths=[0.1, 1.5]"], "depths[1]=1.5: must be <= 1"),
+        (["data.folders=[]"], "data.folders=(): must be at least 1 long"),
+        (
+            ["adversarial_weight=0", "regression_weight=0"],
+            "regression_weight=0.0: must be > 0 with adversarial_weight=0",
+        ),
+        (["heads.lr=-1"], "heads.lr=-1.0: must be >= 0"),
+    ],
+)
+def test_distillation_settings_that_make_no_sense(assignments, said):
+    with pytest.raises(ValueError) as caught:
+        override(distill_preset("lite"), assignments)
+    assert str(caught.value).startswith(said) and "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="there are distill/smoke, distill/lite, distill/full"):
+        distill_preset("huge")

@@ -1,4 +1,4 @@
-"""The commands for training data: `nitro-e data encode`, `check` and `benchmark`."""
+"""The commands for training data: `nitro-e data encode`, `draw`, `check` and `benchmark`."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from nitro_e_lite.cli.terminal import Device, Dtype, Json, command, console, errors, output, show_table
+from nitro_e_lite.cli.terminal import (
+    Device,
+    Dtype,
+    Guidance,
+    Json,
+    Model,
+    Shift,
+    Steps,
+    command,
+    console,
+    errors,
+    output,
+    show_table,
+)
 
 app = typer.Typer(help="Training data: encode, check, measure.", no_args_is_help=True)
 
@@ -75,6 +88,45 @@ def encode(
             line += f"{result['rows_per_second']:,.1f} a second"
             if result["skipped"]:
                 line += f"; {result['skipped']:,} items gave no row, `nitro-e data check {out}` says why"
+            console.print(line, markup=False, soft_wrap=True)
+
+
+@command(app, "draw")
+def draw(
+    out: Annotated[Path, typer.Argument(help="Folder of the data set; an unfinished one is continued.")],
+    count: Annotated[int, typer.Option(help="Pictures, for prompts of the scene grammar.")] = 10_000,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File of prompts (.txt, .jsonl, .parquet) in place of the grammar.")
+    ] = None,
+    model: Model = "lite",
+    steps: Steps = None,
+    guidance: Guidance = None,
+    shift: Shift = None,
+    student_steps: Annotated[int, typer.Option(help="Steps of the student, whose states on the way are kept.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of scenes and noises.")] = 0,
+    text: Annotated[bool, typer.Option("--text", help="Store text features too.")] = False,
+    batch: Annotated[int, typer.Option(help="Pictures at once.")] = 50,
+    shard_rows: Annotated[int, typer.Option(help="Pictures in one shard.")] = 500,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Have a teacher draw what a student of few steps learns from; continue and share it as `encode`."""
+    with output(json) as result:
+        from nitro_e_lite.data import drawn, sources
+        from nitro_e_lite.inference.loading import load_pipeline
+
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        teacher = load_pipeline(model, local_device(device), dtype)
+        chosen = drawn.GrammarPrompts(seed, count) if prompts is None else sources.read_prompts(prompts)
+        options = {"steps": steps, "guidance": guidance, "shift": shift, "student_steps": student_steps, "seed": seed}
+        options |= {"text": text, "batch": batch, "shard_rows": shard_rows}
+        drawing = drawn.Drawing(teacher, chosen, out, rank=rank, world=world, **options)
+        result |= {"out": str(out), "rank": rank, "world": world} | drawing.run()
+        if not json:
+            line = f"Process {rank} of {world}: {result['rows']:,} pictures in {result['seconds']:.1f} s, "
+            line += f"{result['rows_per_second']:,.2f} a second"
+            line += f"; {result['skipped']:,} prompts gave none" if result["skipped"] else ""
             console.print(line, markup=False, soft_wrap=True)
 
 

@@ -100,6 +100,23 @@ def train_rewards(
     run_stage("rewards", preset, overrides, run_dir, resume, device, processes, nodes)
 
 
+@command(train_app, "distill")
+def train_distill(
+    preset: Preset = "lite",
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    device: Device = None,
+) -> None:
+    """Teach a student to draw in four steps without guidance (stage 4), from pictures of `nitro-e data draw`."""
+    from nitro_e_lite import config
+    from nitro_e_lite.stages import distill
+
+    chosen = config.override(distill.distill_preset(preset), overrides or [])
+    with stoppable():
+        finish(distill.distill(chosen, run_dir or Path("runs") / f"distill-{preset}", resume, device))
+
+
 @command(train_app, "autoencoder")
 def train_autoencoder(
     overrides: Overrides = None, run_dir: RunDir = None, resume: Resume = False, device: Device = None
@@ -245,7 +262,7 @@ def reproduce_command(
 @command(app, "plan")
 def plan_command(
     preset: Preset = "full",
-    stage: Annotated[str, typer.Option(help="base or finetune.")] = "base",
+    stage: Annotated[str, typer.Option(help="base, finetune or distill (the drawing of its pictures too).")] = "base",
     hardware: Annotated[str, typer.Option(help="mi300x, h100, h200, a100, rtx4090 or cpu.")] = "mi300x",
     devices: Annotated[int, typer.Option(help="How many of them.")] = 8,
     mfu: Annotated[float | None, typer.Option(help="Utilisation; that of the published run when not given.")] = None,
@@ -255,6 +272,8 @@ def plan_command(
     json: Json = False,
 ) -> None:
     """Say what a training stage needs, before it is started: memory, hours, disk; nothing is trained."""
+    if stage == "distill":
+        return plan_distillation(preset, hardware, devices, mfu, peak_tflops, pictures, overrides, json)
     with output(json) as result:
         import dataclasses
 
@@ -287,6 +306,28 @@ def plan_command(
         typer.echo(f"Peak: {source}. MFU that the published 1.5 days on 8 MI300X imply, {bounds}.")
         if found.needed > found.capacity:
             typer.echo("It does not fit: set accumulate, or gradient_checkpointing=true (not modelled here).")
+
+
+def plan_distillation(preset, hardware, devices, mfu, peak_tflops, pictures, overrides, json) -> None:
+    """The plan of stage 4: the teacher's pictures, and the training on them."""
+    with output(json) as result:
+        import dataclasses
+
+        from nitro_e_lite import config, presets
+        from nitro_e_lite.experiments.plan_distill import plan_distill
+        from nitro_e_lite.stages.distill import distill_preset
+
+        chosen, teacher = config.override(distill_preset(preset), overrides or []), presets.preset("base", preset)
+        found = plan_distill(chosen, teacher, hardware, devices, mfu, peak_tflops, pictures)
+        result |= {"stage": "distill", "preset": preset, "hardware": hardware, "devices": devices}
+        result |= dataclasses.asdict(found)
+        if json:
+            return
+        rows = [["pictures", f"{found.pictures:,}"], ["a picture, TFLOP", f"{found.picture_flops / 1e12:.4f}"]]
+        rows += [[f"a sample of {name}, TFLOP", f"{x / 1e12:.4f}"] for name, x in found.sample_flops.items()]
+        rows += [[f"hours: {name}", f"{hours:,.2f}"] for name, hours in found.hours.items()]
+        rows += [[f"disk: {name}, GB", f"{size / 1e9:,.3f}"] for name, size in found.disk.items()]
+        show_table(f"distill/{preset} on {devices} x {hardware}, at {found.mfu:.1%} of its peak", ["", ""], rows)
 
 
 def finish(final: Path) -> None:

@@ -16,7 +16,6 @@ JSON file of the shard it would have gone into.
 from __future__ import annotations
 
 import inspect
-import json
 import sys
 import time
 import warnings
@@ -32,11 +31,10 @@ from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HfHubHTTPError
 from tqdm.auto import tqdm
 
-from nitro_e_lite.data.shard_writer import ShardWriter
-from nitro_e_lite.data.shards import CARD, SHARD_ROWS, SHARDS, LatentBatch, array_shapes, bad_rows, read_card, sidecars
+from nitro_e_lite.data.shard_writer import ShardWriter, keep_card
+from nitro_e_lite.data.shards import SHARD_ROWS, SHARDS, LatentBatch, array_shapes, bad_rows, sidecars
 from nitro_e_lite.data.sources import FLUX, SA1B, Folder, JourneyDB, Problem, Prompts, Record, Source, square
 from nitro_e_lite.errors import InvalidValue
-from nitro_e_lite.files import write_atomically
 from nitro_e_lite.inference.encoders import CaptionCut, Encoders
 from nitro_e_lite.inference.hub import EncoderUnavailable
 from nitro_e_lite.inference.vision import GRID
@@ -95,7 +93,7 @@ class Encoding:
         self.parts = parts[rank::world]
         card = self._card(parts)
         self.shapes = array_shapes(card)
-        self._write_card(card)
+        keep_card(self.out, card)
         self.rows, self.skipped, self.seconds = 0, 0, 0.0
         self._bar = tqdm(
             desc="encoding", unit=" pictures", disable=rank > 0, mininterval=1 if sys.stderr.isatty() else 30
@@ -120,21 +118,6 @@ class Encoding:
             **self.source.describe(),
             "parts": len(parts),
         }
-
-    def _write_card(self, card: dict[str, Any]) -> None:
-        """Writes the card, or compares it with the one of the run that is continued; only new parts may be added."""
-        if (self.out / CARD).is_file():
-            before = read_card(self.out)
-            for name, value in card.items():
-                if name != "parts" and before.get(name) != value:
-                    raise InvalidValue(
-                        f"{self.out}: {name} was {before.get(name)!r} and is {value!r} now; continue with what it was, "
-                        "or name another folder"
-                    )
-            if before == card:
-                return
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.out / CARD, json.dumps(card, indent=1) + "\n")
 
     def run(self) -> dict[str, Any]:
         """Encodes this process's parts; returns what it did: rows, skipped items, seconds, rows a second."""

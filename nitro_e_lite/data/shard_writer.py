@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from datasets.arrow_writer import ArrowWriter
 
-from nitro_e_lite.data.shards import ARRAYS, CARD, SHARD_ROWS, SHARDS, LatentBatch
+from nitro_e_lite.data.shards import ARRAYS, CARD, SHARD_ROWS, SHARDS, LatentBatch, read_card
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.files import sha256_file, write_atomically
 
@@ -89,6 +89,28 @@ class ShardWriter:
         write_atomically(self._path.with_suffix(".json"), json.dumps(state, ensure_ascii=False) + "\n")
         for leftover in self._path.parent.glob(f"{self._path.stem}.*.partial"):  # of a run that was killed
             leftover.unlink(missing_ok=True)
+
+
+def keep_card(folder: Path, card: dict[str, Any]) -> None:
+    """Writes the card of a data set that is begun, or compares it with the one of the run that is continued.
+
+    Only parts may be added to what is there.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    if (folder / CARD).is_file():
+        before = read_card(folder)
+        for name, value in card.items():
+            if name != "parts" and before.get(name) != value:
+                raise InvalidValue(
+                    f"{folder}: {name} was {before.get(name)!r} and is {value!r} now; continue with what it was, "
+                    "or name another folder"
+                )
+        if before == card:
+            return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / CARD, json.dumps(card, indent=1) + "\n")
 
 
 def write_latents(

@@ -11,6 +11,7 @@ latents    float16 (C * h * w): normalised latents
 captions   strings, at least one
 text       float16 (L * Dc), optional: features of the first caption
 vision     float16 (P * Dv), optional: features of the image for REPA
+states     float16 (K * C * h * w), optional: where a teacher was on its way, see `drawn.py`
 source     where the image is from, such as `sa1b`
 key        its name there, so that a picture can be found again
 =========  ============================================================================================
@@ -43,7 +44,7 @@ from nitro_e_lite.errors import InvalidValue, MissingFile
 from nitro_e_lite.files import append_jsonl, read_jsonl
 
 CARD, SHARDS, QUARANTINE = "card.json", "shards", "quarantine.jsonl"
-ARRAYS = ("latents", "text", "vision")  # columns of float16 numbers
+ARRAYS = ("latents", "text", "vision", "states")  # columns of float16 numbers
 SHARD_ROWS = 10_000
 LARGEST_FINITE = 0x7BFF  # bits of the largest finite float16, sign left out
 
@@ -52,14 +53,16 @@ LARGEST_FINITE = 0x7BFF  # bits of the largest finite float16, sign left out
 class LatentBatch:
     """`latents` float32 (B, C, h, w) and the captions of each image (at least one).
 
-    `text` (B, L, Dc) and `vision` (B, P, Dv) are float16, or None when the data set has none. `sources` and
-    `keys` are for writing; a reader leaves them None.
+    `text` (B, L, Dc), `vision` (B, P, Dv) and `states` (B, K, C, h, w) are float16, or None when the data set has none.
+    `sources` and `keys` are for writing; a reader leaves them None, but gives the keys of drawn pictures, which are the
+    seeds of their noise.
     """
 
     latents: Tensor
     captions: list[list[str]]
     text: Tensor | None = None
     vision: Tensor | None = None
+    states: Tensor | None = None
     sources: list[str] | None = None
     keys: list[str] | None = None
 
@@ -95,6 +98,7 @@ class Chunk:
     arrays: dict[str, np.ndarray] | None = None  # float16 (rows, n) by column
     captions: Any = None  # Arrow column of lists of strings
     sources: Any = None  # Arrow column of strings, or None
+    keys: Any = None  # likewise
 
 
 class LatentDataset:
@@ -186,6 +190,7 @@ class LatentDataset:
             raise IndexError(f"indices: between {min(rows)} and {max(rows)}; there are {len(self)} rows")
         arrays = {name: np.empty((len(rows), prod(shape)), np.float16) for name, shape in self.shapes.items()}
         captions: list[list[str]] = [[]] * len(rows)
+        keys: list[str] | None = [""] * len(rows) if "states" in self.shapes else None
         places = range(len(rows))
         for attempt in range(100):
             for place in places:
@@ -193,10 +198,12 @@ class LatentDataset:
                 for name, array in arrays.items():
                     array[place] = chunk.arrays[name][within]
                 captions[place] = read_captions(chunk.captions[within])
+                if keys is not None:
+                    keys[place] = chunk.keys[within].as_py()
             places = self._bad(places, arrays, captions, rows, attempt)
             if not places:
                 tensors = {name: torch.from_numpy(x).unflatten(1, self.shapes[name]) for name, x in arrays.items()}
-                return LatentBatch(tensors.pop("latents").float(), captions, **tensors)
+                return LatentBatch(tensors.pop("latents").float(), captions, keys=keys, **tensors)
         raise InvalidValue(f"{self.folders[0]}: row {rows[places[0]]} and 99 others are bad; run `nitro-e data check`")
 
     def _locate(self, row: int, attempt: int) -> tuple[Chunk, int]:
@@ -300,8 +307,8 @@ def _chunks(table: Any, shard: Shard, shapes: dict[str, tuple[int, ...]]) -> lis
                 )
             values = column.values.to_numpy(zero_copy_only=True)
             arrays[name] = values[column.offset * width :][: len(column) * width].reshape(-1, width)
-        sources = batch.column("source") if "source" in batch.schema.names else None
-        chunks.append(Chunk(shard, first, len(batch), arrays, batch.column("captions"), sources))
+        named = [batch.column(name) if name in batch.schema.names else None for name in ("source", "key")]
+        chunks.append(Chunk(shard, first, len(batch), arrays, batch.column("captions"), *named))
         first += len(batch)
     return chunks
 

@@ -358,6 +358,34 @@ class Folder(JsonLines):
         return record(str(path), self.file.parent / path, texts)
 
 
+def read_prompts(path: str | Path, column: str | None = None) -> Sequence[str]:
+    """A list of prompts, read from disk as it is asked for.
+
+    Args:
+        path: `.txt` (a prompt a line), `.jsonl` (field `prompt`) or `.parquet`, or a folder of one of them,
+            which are read in the order of their names.
+        column: field that holds the prompt; None finds `prompt`, `re_caption`, `caption` or `text`.
+
+    Raises:
+        ValueError: another kind of file, several kinds in a folder, or no such column.
+    """
+    kinds = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
+    files = sorted(p for p in Path(path).iterdir() if p.suffix in kinds) if Path(path).is_dir() else [Path(path)]
+    found = {file.suffix for file in files}
+    if len(found) != 1 or not found <= kinds.keys():
+        raise InvalidValue(
+            f"path={str(path)!r}: must be a file that ends in {', '.join(kinds)}, or a folder of one kind"
+        )
+    kind = kinds[found.pop()]
+    options = {"encoding": "utf-8-sig"} if kind == "text" else {}
+    rows = datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
+    known = [column] if column else ["prompt", "re_caption", "caption", "text"]
+    column = next((name for name in known if name in rows.column_names), None)
+    if column is None:
+        raise InvalidValue(f"column: {path} has {', '.join(rows.column_names)}, none of {', '.join(known)}")
+    return rows[column]
+
+
 class Prompts(Source):
     """Pictures drawn from a list of prompts: how FLUXDB was made. The prompt is the caption.
 
@@ -389,21 +417,7 @@ class Prompts(Source):
         seed: int = 0,
         generator: str = "",
     ):
-        kinds = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
-        files = sorted(p for p in Path(path).iterdir() if p.suffix in kinds) if Path(path).is_dir() else [Path(path)]
-        found = {file.suffix for file in files}
-        if len(found) != 1 or not found <= kinds.keys():
-            raise InvalidValue(
-                f"path={str(path)!r}: must be a file that ends in {', '.join(kinds)}, or a folder of one kind"
-            )
-        kind = kinds[found.pop()]
-        options = {"encoding": "utf-8-sig"} if kind == "text" else {}
-        rows = datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
-        known = [column] if column else ["prompt", "re_caption", "caption", "text"]
-        column = next((name for name in known if name in rows.column_names), None)
-        if column is None:
-            raise InvalidValue(f"column: {path} has {', '.join(rows.column_names)}, none of {', '.join(known)}")
-        self._prompts: Sequence[str] = rows[column]
+        self._prompts = read_prompts(path, column)
         self._pipeline, self._settings, self._batch, self._seed = pipeline, settings, batch, seed
         self._generator = generator
         digests = b"".join(

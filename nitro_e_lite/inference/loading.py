@@ -58,8 +58,9 @@ def load_pipeline(
 
     Args:
         source: "lite" or another name of weights shipped in the package; a pipeline folder; a training run or its
-            `final/` (the encoders, guidance and shift are then those of the run); another folder with a transformer
-            alone (the rest is then that of "lite"); or an official Nitro-E `.safetensors` file.
+            `final/` (the encoders, guidance and shift are then those of the run, and the steps of a student); another
+            folder with a transformer alone (the rest is then that of "lite"); or an official Nitro-E `.safetensors`
+            file.
         device: where to run; the accelerator when there is one.
         dtype: "float32", "bfloat16" or "float16"; float32 on the CPU, bfloat16 on a GPU that has it and with FP8.
         text_encoder: folder or hub id of another text encoder with its tokenizer; official weights use
@@ -158,6 +159,8 @@ def _trained_pipeline(path: Path, parts: dict, dtype: torch.dtype) -> NitroEPipe
     source, given = trained["data"]["encoders"], "vae" in parts or "text_encoder" in parts
     parts = {"transformer": EMMDiTTransformer2DModel.from_pretrained(path, dtype=dtype), **parts}
     parts |= {f"default_{name}": trained[name] for name in ("guidance", "shift") if name in trained}
+    few = {"default_steps": "sampler_steps", "sigma_grid": "sigma_grid"}  # of a student, which has steps of its own
+    parts |= {name: trained[field] for name, field in few.items() if field in trained}
     if "vae" in parts:  # without statistics of its own it has the published scaling factor, not lite's statistics
         parts = {"latents_mean": None, "latents_std": None, **parts}
     if source == "lite":

@@ -52,7 +52,7 @@ from nitro_e_lite.runtime import generator
 from nitro_e_lite.scenes.geneval import CATEGORIES, Prompt, load_prompts, score, training_prompt, verify
 from nitro_e_lite.scenes.grammar import Stream
 from nitro_e_lite.training.distributed import fill_rows
-from nitro_e_lite.training.engine import Placement, Stage, Trained
+from nitro_e_lite.training.engine import Placement, Stage, Trainable
 from nitro_e_lite.training.optimizers import build_optimizers, learning_rate_scale
 from nitro_e_lite.viz import image_grid
 
@@ -207,7 +207,7 @@ class Rewards(Stage):
         self.adapter = self._adapt()
         optimizers = partial(build_optimizers, matrices=set(self.adapter), config=config.optimizer)
         schedule = partial(learning_rate_scale, steps=config.steps, config=config.optimizer)
-        self.modules = {"transformer": Trained(self.model, optimizers, schedule, config.optimizer.clip)}
+        self.modules = {"transformer": Trainable(self.model, optimizers, schedule, config.optimizer.clip)}
         self.sigmas = self._grid()  # (K + 1) numbers from 1 to 0
         self.rollout: dict[str, Tensor] = {}
         self.rollout_step, self.asked, self.report = -1, [], {}

@@ -1,0 +1,501 @@
+"""Four steps from twenty: the teacher's drawn set, the discriminator, the stage, and the folder that it leaves."""
+
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import build_tiny_pipeline
+
+from nitro_e_lite.cli.app import app
+from nitro_e_lite.config import OptimizerConfig
+from nitro_e_lite.data import drawn
+from nitro_e_lite.data.shards import read_card, sidecars
+from nitro_e_lite.errors import GateFailed
+from nitro_e_lite.files import read_jsonl
+from nitro_e_lite.inference.encoders import load_encoders
+from nitro_e_lite.inference.loading import load_pipeline
+from nitro_e_lite.model import flow
+from nitro_e_lite.scenes.captions import is_reserved
+from nitro_e_lite.scenes.grammar import is_held_out, sample_scene
+from nitro_e_lite.stages import discriminator
+from nitro_e_lite.stages.distill import Distill, DrawnConfig, distill, distill_preset
+from nitro_e_lite.training.engine import Engine
+
+ROWS, TEACHER_STEPS, SHIFT = 14, 8, 3.0
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory):
+    """A tiny teacher with its encoders, as a folder that both `load_pipeline` and `load_encoders` read."""
+    folder = tmp_path_factory.mktemp("teacher") / "tiny"
+    pipeline = build_tiny_pipeline()
+    pipeline.register_to_config(max_text_length=32, default_shift=SHIFT)
+    with torch.no_grad():  # velocities that change with the state, so that long steps leave the road
+        pipeline.transformer.proj_out.weight.mul_(6.0)
+    pipeline.save_pretrained(folder)
+    (folder / "vae" / "latent_stats.json").write_text(pipeline.stats.to_json())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(teacher_folder):
+    return load_pipeline(teacher_folder, "cpu")
+
+
+def draw(teacher, out, count=ROWS, **options):
+    options = {"steps": TEACHER_STEPS, "guidance": 3.0, "batch": 3, "shard_rows": 5} | options
+    return drawn.Drawing(teacher, drawn.GrammarPrompts(0, count), out, **options)
+
+
+@pytest.fixture(scope="module")
+def cache(teacher, tmp_path_factory):
+    """The drawn set that all tests read."""
+    folder = tmp_path_factory.mktemp("drawn") / "set"
+    draw(teacher, folder).run()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(teacher_folder, cache):
+    """The smoke preset on the tiny teacher."""
+    data = DrawnConfig(folders=(str(cache),), encoders=str(teacher_folder), validation_rows=2)
+    fast = OptimizerConfig(name="adamw", lr=1e-3, warmup_steps=0, decay_steps=0)
+    smoke = distill_preset("smoke")
+    return replace(smoke, teacher=str(teacher_folder), data=data, optimizer=fast, heads=fast, gate_window=100)
+
+
+def files_of(folder):
+    """What the shards hold, without what is about the writing of them."""
+    return {path.name: path.read_bytes() for path in sorted((folder / "shards").iterdir())}
+
+
+# -- the drawn set
+
+
+def test_a_drawn_row_is_the_teachers_own_picture(teacher, teacher_folder, cache):
+    """Seed, prompt and settings of a row draw its latents again; its states lie on the teacher's grid."""
+    found = drawn.DrawnSet(cache, load_encoders(teacher_folder))
+    assert len(found) == ROWS and found.levels == [1.0, 0.9, 0.75, 0.5]
+    batch = found.batch([7])
+    walk = []
+    again = teacher(
+        batch.captions,
+        num_inference_steps=TEACHER_STEPS,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(drawn.noise_seed(0, 7)),
+        output_type="latent",
+        callback_on_step_end=lambda p, k, t, values: walk.append(values["latents"]) or {},
+    ).images
+    near = {"rtol": 2e-3, "atol": 2e-3}  # float16
+    torch.testing.assert_close(batch.states[:, -1], again, **near)
+    torch.testing.assert_close(batch.states[:, 0], drawn.noise_of([str(drawn.noise_seed(0, 7))], again.shape[1:]))
+    for place, step in ((1, 2), (2, 4), (3, 6)):  # every second node of eight
+        torch.testing.assert_close(batch.states[:, place], walk[step - 1], **near)
+
+
+def test_states_lie_on_the_teachers_polygon():
+    walk = [torch.full((1, 1, 1, 1), value) for value in (0.0, 1.0, 3.0, 4.0)]
+    found = drawn.states_at([1.0, 0.9, 0.6, 0.3, 0.0], walk, [1.0, 0.6, 0.2, 0.0]).flatten().tolist()
+    assert found == pytest.approx([0.0, 0.25, 1.0, 2.5, 4.0])
+    with pytest.raises(ValueError, match="levels=.*outside"):
+        drawn.states_at([1.2], walk, [1.0, 0.6, 0.2, 0.0])
+
+
+def test_levels_are_those_of_both_samplers(teacher):
+    for steps in (2, 4):
+        teacher.scheduler.set_timesteps(**teacher._levels(teacher.sampler(steps, 1.0, SHIFT)))
+        mine = drawn.sampler_levels(steps, SHIFT, "linear")
+        torch.testing.assert_close(torch.tensor(mine), teacher.scheduler.sigmas[:-1])
+    official = drawn.sampler_levels(4, 1.0, "scheduler")
+    assert official == pytest.approx([1.0, 0.667, 0.334, 0.001], abs=1e-6)
+
+
+def test_prompts_are_neither_reserved_nor_held_out():
+    prompts = drawn.GrammarPrompts(3, 300)
+    assert not any(is_reserved(prompts[row]) for row in range(300))
+    assert not any(is_held_out(sample_scene(3, row).objects) for row in range(300))
+
+
+def test_a_killed_drawing_goes_on_and_two_processes_are_one(teacher, cache, tmp_path, monkeypatch):
+    whole = files_of(cache)
+    assert len(whole) == 6
+    shared = tmp_path / "shared"
+    for rank in (1, 0):
+        draw(teacher, shared, rank=rank, world=2).run()
+    assert files_of(shared) == whole and read_card(shared) == read_card(cache)
+    killed, calls = draw(teacher, tmp_path / "killed"), []
+    honest = killed.draw
+
+    def dies(prompts):
+        calls.append(prompts)
+        if len(calls) == 4:  # within the second shard
+            raise KeyboardInterrupt
+        return honest(prompts)
+
+    monkeypatch.setattr(killed, "draw", dies)
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    assert len(sidecars(tmp_path / "killed")) == 1
+    assert draw(teacher, tmp_path / "killed").run()["rows"] == ROWS - 5
+    left = {name: value for name, value in files_of(tmp_path / "killed").items() if "partial" not in name}
+    assert left == whole
+    assert draw(teacher, tmp_path / "killed").run()["rows"] == 0  # all is there
+    with pytest.raises(ValueError, match="seed was 0 and is 1 now"):
+        draw(teacher, tmp_path / "killed", seed=1)
+
+
+def test_prompts_from_a_file_text_stored_and_empty_lines_left_out(teacher, teacher_folder, tmp_path):
+    prompts = ["a red circle", "  ", "two blue stars"]
+    drawn.Drawing(teacher, prompts, tmp_path / "set", steps=4, text=True, batch=2).run()
+    (state,) = sidecars(tmp_path / "set").values()
+    assert state["rows"] == 2 and state["skipped"] == [["prompt 1", "prompt is empty", 1]]
+    batch = drawn.DrawnSet(tmp_path / "set", load_encoders(teacher_folder)).batch([0, 1])
+    assert batch.captions == ["a red circle", "two blue stars"]
+    features = load_encoders(teacher_folder).encode_text(batch.captions)
+    torch.testing.assert_close(batch.text.float(), features, rtol=2e-3, atol=2e-3)
+    assert len(drawn.DrawnSet([tmp_path / "set"] * 2, load_encoders(teacher_folder))) == 4
+
+
+# -- the discriminator
+
+
+def test_blocks_at_the_depths_of_both_models():
+    depths = (0.1, 0.4, 0.7, 0.95)
+    assert discriminator.chosen_blocks(24, depths) == [2, 9, 16, 22]
+    assert discriminator.chosen_blocks(10, depths) == [1, 4, 7, 9]
+    assert discriminator.chosen_blocks(3, (0.0, 0.5, 0.6, 1.0)) == [0, 1, 2]
+
+
+def test_features_are_those_of_the_blocks_and_know_their_paths(teacher):
+    features = discriminator.FrozenFeatures(teacher.transformer, (0.0, 0.3, 0.9))
+    latents, text, t = torch.randn(2, 4, 16, 16), torch.randn(2, 32, 32), torch.tensor([300.0, 700.0])
+    heard = features(latents, text, t)
+    assert features.blocks == [0, 1, 3] and features.paths == [[256], [64, 16], [256]]
+    assert [x.shape[1] for x in heard] == [sum(sizes) for sizes in features.paths]
+    velocity = teacher.transformer.proj_out(teacher.transformer.norm_out(heard[-1])).mT.unflatten(2, (16, 16))
+    torch.testing.assert_close(velocity, teacher.transformer(latents, text, t).sample)
+    assert not any(block._forward_hooks for group in teacher.transformer.groups for block in group)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8, 11, 16])
+def test_local_batch_norm_takes_any_batch(batch):
+    """Groups of at most eight are each brought to mean 0 and spread 1: torch's own norm, group by group."""
+    norm = discriminator.LocalBatchNorm(4)
+    tokens = 3 + 2 * torch.randn(batch, 4, 9, generator=torch.Generator().manual_seed(batch))
+    found = norm(tokens).tensor_split(math.ceil(batch / 8))
+    assert max(map(len, found)) <= 8
+    for group, given in zip(found, tokens.tensor_split(math.ceil(batch / 8)), strict=True):
+        expected = torch.nn.functional.batch_norm(given, None, None, training=True)
+        torch.testing.assert_close(group, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_ring_does_not_mix_the_two_compressed_pictures(teacher):
+    features = discriminator.FrozenFeatures(teacher.transformer, (0.3,))
+    heads = discriminator.Heads(features, 8).eval()
+    tokens = torch.randn(2, 80, 32)
+    changed = torch.cat([tokens[:, :64], torch.randn(2, 16, 32)], dim=1)
+    (before,), (after,) = heads([tokens]), heads([changed])
+    assert torch.equal(before[:, :64], after[:, :64]) and not torch.allclose(before[:, 64:], after[:, 64:])
+    head = heads.heads[0]
+    rolled = head(tokens[:, :64].roll(5, dims=1))  # within a picture the ring is closed
+    torch.testing.assert_close(rolled, head(tokens[:, :64]).roll(5, dims=1), rtol=1e-4, atol=1e-5)
+
+
+def test_logistic_loss_is_a_cross_entropy_and_every_depth_counts_the_same():
+    logits = [torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, 0.1, 3.0]])]
+    for real in (True, False):
+        cross = [
+            torch.nn.functional.binary_cross_entropy_with_logits(x, torch.full_like(x, float(real))) for x in logits
+        ]
+        torch.testing.assert_close(discriminator.logistic_loss(logits, real), torch.stack(cross).mean()[None])
+    assert discriminator.verdict(logits).item() == pytest.approx((-0.5 + 1.2) / 2)
+
+
+# -- the stage
+
+
+def stage_of(config, rows=4):
+    placement = SimpleNamespace(
+        device=torch.device("cpu"), dtype=torch.float32, microbatches=(range(rows),), rows=range(rows)
+    )
+    return Distill(config, placement)
+
+
+def test_a_student_that_knows_the_road_has_no_loss(config):
+    """Closed forms: with the true velocities all losses but the adversary's are zero, up to float16."""
+    stage = stage_of(replace(config, own_rollouts=0.0))
+    batch = stage._batch(0, 0)
+    assert set(batch.level.tolist()) <= {0, 1, 2, 3}
+    states, which = batch.states, torch.arange(4)
+    step = stage._levels[batch.level] - stage._levels[batch.level + 1]
+    road = (states[which, batch.level] - states[which, batch.level + 1]) / flow.expand_like(step, states[:, 0])
+    stage._velocity = lambda model, x, text, t: road
+    assert stage._segment_loss(batch)["loss"].max() < 1e-10
+    stage._velocity = lambda model, x, text, t: states[:, 0] - states[:, -1]
+    losses = stage._student_loss(batch)
+    assert losses["regression"].max() < 1e-10
+    torch.testing.assert_close(losses["loss"], config.adversarial_weight * losses["adversarial"])
+
+
+def test_segments_cost_what_their_velocity_misses(config):
+    stage = stage_of(config)
+    batch = replace(stage._batch(0, 0), level=torch.tensor([0, 1, 2, 3]))
+    which, level = torch.arange(4), batch.level
+    missed = torch.randn_like(batch.states[:, 0])
+    step = flow.expand_like(stage._levels[level] - stage._levels[level + 1], missed)
+    road = (batch.states[which, level] - batch.states[which, level + 1]) / step
+    stage._velocity = lambda model, x, text, t: road + missed
+    found = stage._segment_loss(batch)["loss"]
+    torch.testing.assert_close(found, missed.square().flatten(1).mean(1), rtol=1e-4, atol=1e-5)
+
+
+def test_roll_outs_are_the_sampler(config, teacher):
+    """The student's walk to the end is what the pipeline draws from the same noise; its later inputs lie on it."""
+    stage = stage_of(config)
+    batch = replace(stage._batch(0, 0), level=torch.tensor([3, 0, 2, 1]), own=torch.tensor([True, True, True, False]))
+    ends = stage.walk(stage.student, batch.states[:, 0], batch.text, torch.full((4,), 4))
+    passed = {}
+    pipeline_latents = stage.pipeline()(
+        prompt_embeds=batch.text,
+        latents=batch.states[:, 0],
+        output_type="latent",
+        callback_on_step_end=lambda p, k, t, values: passed.update({k: values["latents"]}) or {},
+    ).images
+    torch.testing.assert_close(ends, pipeline_latents, rtol=1e-4, atol=1e-4)
+    asked = []
+    stage._velocity = lambda model, x, text, t: (asked.append((x, t)), model(x, text, 1000 * t).sample)[1]
+    stage._guess(batch)
+    x_t, t = asked[-1]
+    torch.testing.assert_close(t, torch.tensor([0.5, 1.0, 0.75, 0.9]))
+    torch.testing.assert_close(x_t[0], passed[2][0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x_t[2], passed[1][2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x_t[1], batch.states[1, 0])
+    torch.testing.assert_close(x_t[3], torch.lerp(batch.states[3, -1], batch.states[3, 0], 0.9))
+
+
+def test_gradients_reach_only_their_own_side(config, tmp_path):
+    engine = Engine(config, Distill, tmp_path, device="cpu")
+    stage, kept = engine.stage, engine.stage.heads.kept()
+    teacher = {name: value.clone() for name, value in stage.teacher.state_dict().items()}
+    for step, (learning, resting) in enumerate(
+        [("student", "heads")] * 4 + [("heads", "student"), ("student", "heads")]
+    ):
+        before = {name: p.detach().clone() for name, p in engine.learners[resting].masters.items()}
+        own = {name: p.detach().clone() for name, p in engine.learners[learning].masters.items()}
+        memory = {name: value.clone() for name, value in kept.items()}
+        row = engine.step()
+        assert all(torch.equal(before[name], p) for name, p in engine.learners[resting].masters.items())
+        assert all(p.grad is None for p in engine.learners[resting].masters.values())
+        assert not all(torch.equal(own[name], p) for name, p in engine.learners[learning].masters.items())
+        moved = not all(torch.equal(memory[name], value) for name, value in stage.heads.kept().items())
+        assert moved == (learning == "heads"), step
+        assert not any(name.startswith(resting) for name in row)
+    assert {"student_adversarial", "student_regression"} <= row.keys()
+    assert all(torch.equal(value, teacher[name]) for name, value in stage.teacher.state_dict().items())
+    assert all(p.grad is None for p in stage.teacher.parameters())
+
+
+def test_misaligned_pairs_count_as_fake_where_the_caption_differs(config):
+    stage = stage_of(replace(config, misaligned=1.0))
+    batch = stage._batch(5, 0)
+    assert batch.differs.any()
+    batch = replace(batch, differs=torch.tensor([True, False, True, True]))
+    asked = []
+    stage.heads.eval()
+    honest = stage._judge
+
+    def judge(latents, text, one):
+        asked.append((latents, text))
+        return honest(latents, text, one)
+
+    stage._judge = judge
+    loss = stage._heads_loss(batch, 0)["loss"]
+    (real, text), (fake, _), (again, wrong) = asked
+    assert again is real and wrong is batch.wrong and text is batch.text
+    as_real = discriminator.logistic_loss(honest(real, batch.text, batch), True)
+    as_wrong = discriminator.logistic_loss(honest(real, batch.wrong, batch), False)
+    as_fake = discriminator.logistic_loss(honest(fake, batch.text, batch), False)
+    torch.testing.assert_close(loss, as_real + torch.where(batch.differs, as_wrong, as_fake))
+
+
+@pytest.mark.parametrize("without", ["adversarial_weight", "regression_weight"])
+def test_each_loss_alone(config, tmp_path, without):
+    run = replace(config, steps=6, regression_share=1 / 3, validate_every=100, sample_every=100, **{without: 0.0})
+    engine = Engine(run, Distill, tmp_path, device="cpu")
+    rows = [engine.step() for _ in range(4)]
+    assert ("heads" in engine.learners) == (without == "regression_weight")
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+def weights_of(run):
+    return load_file(run / "final" / "diffusion_pytorch_model.safetensors")
+
+
+def test_killed_and_resumed_it_has_the_same_bits_and_its_folder_draws_in_four_steps(config, tmp_path):
+    run = replace(config, validate_every=100, sample_every=8)
+    final = distill(run, tmp_path / "whole", device="cpu")
+    killed = Engine(run, Distill, tmp_path / "parts", device="cpu")
+    for step in range(7):  # the checkpoint is within phase 2, two steps are lost
+        killed.step()
+        if step == 5:
+            killed.save()
+    resumed = Engine(run, Distill, tmp_path / "parts", resume=True, device="cpu")
+    assert resumed.global_step == 6 and resumed.stage._turns == 1
+    resumed.fit()
+    one, two = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    rows = list(read_jsonl(tmp_path / "whole" / "metrics.jsonl"))
+    assert {"distance", "teacher_distance"} <= rows[-1].keys()
+    assert (tmp_path / "whole" / "samples" / "step-00000008.png").is_file()
+    pipeline = load_pipeline(final, "cpu")
+    assert pipeline.sampler() == pipeline.sampler(4, 0.0, SHIFT)
+    asked = []
+    pipeline.transformer.register_forward_pre_hook(lambda module, given: asked.append(len(given[0])))
+    pipeline("a red circle", generator=torch.Generator().manual_seed(0))
+    assert asked == [1] * 4  # four forward passes, none without the caption
+    about = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert about["drawn"]["levels"] == [1.0, 0.9, 0.75, 0.5] and about["drawn"]["pictures"] == ROWS
+
+
+def test_a_students_folder_beside_the_shipped_encoders(shipped, tmp_path):
+    """Encoders "lite": the rest of the pipeline is the shipped one, the sampler the student's."""
+    load_pipeline("lite", "cpu").transformer.save_pretrained(tmp_path / "final")
+    settings = {"guidance": 0.0, "shift": 3.0, "sampler_steps": 4, "sigma_grid": "linear", "data": {"encoders": "lite"}}
+    (tmp_path / "config.json").write_text(json.dumps({"config": settings}))
+    for name in (tmp_path, tmp_path / "final"):
+        pipeline = load_pipeline(name, "cpu")
+        assert pipeline.sampler() == pipeline.sampler(4, 0.0, 3.0) and pipeline.config.sigma_grid == "linear"
+
+
+def test_a_student_learns_one_caption(teacher, teacher_folder, tmp_path):
+    """Toy: one caption, a few noises. The segments' loss falls, and four steps end nearer to the teacher's pictures."""
+    drawn.Drawing(teacher, ["a red circle"] * 6, tmp_path / "set", steps=TEACHER_STEPS, guidance=3.0, batch=6).run()
+    data = DrawnConfig(folders=(str(tmp_path / "set"),), encoders=str(teacher_folder), validation_rows=2)
+    fast = OptimizerConfig(name="adamw", lr=2e-3, warmup_steps=0, decay_steps=0)
+    config = replace(
+        distill_preset("smoke"), teacher=str(teacher_folder), data=data, optimizer=fast, steps=30, regression_share=1.0
+    )
+    config = replace(config, ema_decay=0.0)
+    engine = Engine(config, Distill, tmp_path / "run", device="cpu")
+    before = engine.validate()
+    assert before["distance"] == before["teacher_distance"]  # it starts as the teacher
+    losses = [engine.step()["student_loss"] for _ in range(30)]
+    after = engine.validate()
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert after["distance"] < 0.8 * after["teacher_distance"]  # on noises it never trained on
+
+
+# -- the gates
+
+
+@pytest.mark.parametrize("right, words", [(0.99, "too strong.*lower heads.lr"), (0.5, "too weak.*raise heads.lr")])
+def test_an_unbalanced_discriminator_stops_the_run(config, right, words):
+    stage = stage_of(replace(config, gate_window=3))
+    for _ in range(3):
+        stage._check_balance()
+        stage._note(right, 0)
+    with pytest.raises(GateFailed, match=f"gate discriminator-balance, step 0: right on {right:.3f}.*{words}"):
+        stage.losses(0, 0)
+    stage._right.fill_(0.8)
+    stage._check_balance()
+
+
+def test_a_student_below_its_teacher_stops_the_run(config, tmp_path):
+    """From a quarter of the run on, and not before."""
+    spoiled = replace(config, optimizer=replace(config.optimizer, lr=1.0), gate_distance=1.0, validate_every=1)
+    with pytest.raises(
+        GateFailed, match="gate student-below-teacher, step 2: at 4 steps .* worse .* distance .* Look at"
+    ):
+        Engine(spoiled, Distill, tmp_path, device="cpu").fit()
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl") if "distance" in row] == [1]
+
+
+# -- what does not belong together
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"sampler_steps": 2}, r"sampler_steps=2: .*visit \[1.0, 0.75\].*holds states at"),
+        ({"shift": 1.0}, "sampler_steps=4: with this shift"),
+        ({"batch_size": 13}, "batch_size=13: only 12 of 14"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(config, changes, words):
+    with pytest.raises(ValueError, match=words):
+        stage_of(replace(config, **changes))
+
+
+def test_another_teacher_is_refused(config, teacher, teacher_folder, tmp_path):
+    other = build_tiny_pipeline().transformer
+    with torch.no_grad():
+        other.proj_out.weight.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="drawn by other weights"):
+        stage_of(replace(config, teacher=str(tmp_path / "other")))
+    started = stage_of(replace(config, start_from=str(tmp_path / "other")))  # a student may start from anything
+    assert torch.equal(started.student.proj_out.weight, other.proj_out.weight)
+
+
+def test_commands_draw_and_distil(config, teacher_folder, tmp_path):
+    from typer.testing import CliRunner
+
+    runner = CliRunner()
+    words = ["data", "draw", str(tmp_path / "set"), "--model", str(teacher_folder), "--count", "6", "--steps", "4"]
+    found = runner.invoke(app, [*words, "--batch", "6", "--device", "cpu", "--json"])
+    assert found.exit_code == 0, found.output
+    settings = [f"data.folders=[{tmp_path / 'set'}]", f"data.encoders={teacher_folder}", f"teacher={teacher_folder}"]
+    settings += ["steps=2", "validate_every=100", "sample_every=100"]
+    words = ["train", "distill", "--preset", "smoke", "--run-dir", str(tmp_path / "run"), "--device", "cpu"]
+    found = runner.invoke(app, [*words, *(word for one in settings for word in ("--set", one))])
+    assert found.exit_code == 0, found.output
+    assert (tmp_path / "run" / "final" / "config.json").is_file()
+    wrong = runner.invoke(app, ["train", "distill", "--preset", "huge"])
+    assert wrong.exit_code == 2
+
+
+def test_plan_by_hand():
+    """Counts of forward passes, from the essay of the module."""
+    from typer.testing import CliRunner
+
+    from nitro_e_lite.experiments.plan import forward_flops, frozen_encoders
+    from nitro_e_lite.experiments.plan_distill import plan_distill
+    from nitro_e_lite.presets import preset
+
+    chosen, base = distill_preset("smoke"), preset("base", "smoke")
+    found = plan_distill(chosen, base, "h100", devices=2, mfu=0.5, pictures=100)
+    one, caption = forward_flops(base), frozen_encoders(base)["text"].flops
+    assert found.picture_flops == pytest.approx(40 * one + caption)
+    assert found.sample_flops["phase 1"] == pytest.approx(3 * one)
+    assert found.sample_flops["phase 2"] == pytest.approx((3 + 0.75 + 2 + 1 + 0.75 + 3) / 2 * one)
+    speed = 2 * 0.5 * found.peak
+    assert found.hours["draw"] == pytest.approx(100 * found.picture_flops / speed / 3600)
+    assert found.hours["phase 1"] == pytest.approx(4 * 4 * (3 * one + caption) / speed / 3600)
+    assert found.disk == {"latents": 100 * 2 * 8 * 256, "states": 3 * 100 * 2 * 8 * 256}
+    for wrong in ({"hardware": "abacus"}, {"devices": 0}, {"pictures": 0}, {"mfu": 2.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            plan_distill(chosen, base, **wrong)
+    words = ["plan", "--stage", "distill", "--preset", "smoke", "--hardware", "h100", "--mfu", "0.5", "--json"]
+    printed = CliRunner().invoke(app, words)
+    assert printed.exit_code == 0 and json.loads(printed.stdout)["pictures"] == 100
+
+
+def test_on_the_official_grid_in_bf16_and_the_official_layout(teacher_folder, config, tmp_path):
+    """Full scale in small: states between the teacher's nodes, stored text, half precision, a published file."""
+    pipeline = load_pipeline(teacher_folder, "cpu")
+    pipeline.register_to_config(sigma_grid="scheduler")
+    drawn.Drawing(pipeline, drawn.GrammarPrompts(0, 6), tmp_path / "set", steps=6, text=True, batch=6).run()
+    data = replace(config.data, folders=(str(tmp_path / "set"),))
+    config = replace(
+        config, data=data, shift=1.0, sigma_grid="scheduler", precision="bf16", steps=4, validate_every=100
+    )
+    final = distill(replace(config, sample_every=100, accumulate=2), tmp_path / "run", device="cpu")
+    student = load_pipeline(final, "cpu")
+    assert student.sampler() == student.sampler(4, 0.0, 1.0) and student.config.sigma_grid == "scheduler"
+    rows = list(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert (final / "nitro-e-512px-dist.safetensors").is_file()
