@@ -37,7 +37,8 @@ LAYERS = [
 ]
 LAYER = {name: depth for depth, line in enumerate(LAYERS) for name in line.split()}
 MAX_MODULE, MAX_FUNCTION = 300, 40  # lines of code: no blank lines, comments or docstrings
-IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
+IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}
+IMPORT_NAMES |= {"huggingface-hub": "huggingface_hub", "jupyter-server": "jupyter_server"}
 
 
 def tree(path: Path) -> ast.Module:
