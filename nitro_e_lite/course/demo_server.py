@@ -26,6 +26,7 @@ import threading
 import time
 import webbrowser
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -234,42 +235,44 @@ def _run_voila(worker: WorkerProcess, host: str, port: int, browser: bool, say: 
 
     logging.getLogger("tornado.general").setLevel(logging.ERROR)
     Page.clear_instance()
-    config = Config(
-        {
-            "Voila": {
-                "ip": host,
-                "port": port,
-                "port_retries": 0,
-                "open_browser": True,
-                "log_level": logging.ERROR,
-                "tornado_settings": {
-                    "allow_remote_access": not is_loopback(host),
-                    "log_function": lambda handler: None,
-                    # A page that closes says so without a cookie, which a page laid out in advance does not have. Who
-                    # would end a stranger's kernel has to guess its random name.
-                    "disable_check_xsrf": True,
-                },
-            },
-            "VoilaConfiguration": {
-                "preheat_kernel": True,
-                "default_pool_size": 1,
-                "allow_template_override": "NO",
-                "allow_theme_override": "NO",
-                "extension_allowlist": ["@voila-dashboards/widgets-manager8", "@jupyter-widgets/jupyterlab-manager"],
-                "multi_kernel_manager_class": _kernels(),
-                "show_tracebacks": False,
-            },
-            "KernelSpecManager": {"kernel_dirs": []},
-            "MappingKernelManager": {
-                "cull_idle_timeout": IDLE_MINUTES * 60,
-                "cull_interval": 20,
-                "cull_connected": True,
-            },
-        }
-    )
-    app = Page.instance(config=config)
+    app = Page.instance(config=Config(_settings(host, port)))
     app.initialize([str(DATA / "page.ipynb")])
     app.start()
+
+
+def _settings(host: str, port: int) -> dict[str, Any]:
+    """What voila and Jupyter's server are told."""
+    return {
+        "Voila": {
+            "ip": host,
+            "port": port,
+            "port_retries": 0,
+            "open_browser": True,
+            "log_level": logging.ERROR,
+            "tornado_settings": {
+                "allow_remote_access": not is_loopback(host),
+                "log_function": lambda handler: None,
+                # A page that closes says so without a cookie, which a page laid out in advance does not have. Who
+                # would end a stranger's kernel has to guess its random name.
+                "disable_check_xsrf": True,
+            },
+        },
+        "VoilaConfiguration": {
+            "preheat_kernel": True,
+            "default_pool_size": 1,
+            "allow_template_override": "NO",
+            "allow_theme_override": "NO",
+            "extension_allowlist": ["@voila-dashboards/widgets-manager8", "@jupyter-widgets/jupyterlab-manager"],
+            "multi_kernel_manager_class": _kernels(),
+            "show_tracebacks": False,
+        },
+        "KernelSpecManager": {"kernel_dirs": []},
+        "MappingKernelManager": {
+            "cull_idle_timeout": IDLE_MINUTES * 60,
+            "cull_interval": 20,
+            "cull_connected": True,
+        },
+    }
 
 
 def _watch(worker: WorkerProcess, say: Callable[[str], None], give_up: Callable[[], None]) -> None:
@@ -288,7 +291,6 @@ def _watch(worker: WorkerProcess, say: Callable[[str], None], give_up: Callable[
 
 def _kernels() -> type:
     """Voila's keeper of kernels, with a bound on how many there are and an end for those whose page is gone."""
-    from jupyter_server._tz import utcnow
     from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
     from tornado.ioloop import IOLoop
     from tornado.web import HTTPError
@@ -303,7 +305,7 @@ def _kernels() -> type:
 
         async def cull_kernel_if_idle(self, kernel_id: str) -> None:
             """Also ends a kernel whose page nobody opened; voila does not ask about the one it keeps warm."""
-            idle = (utcnow() - self._kernels[kernel_id].last_activity).total_seconds()
+            idle = (datetime.now(UTC) - self._kernels[kernel_id].last_activity).total_seconds()
             if idle > UNSEEN_SECONDS and not self._kernel_connections.get(kernel_id, 0):
                 await self.shutdown_kernel(kernel_id, now=True)
             else:

@@ -253,27 +253,20 @@ class Drawing:
         """Pictures by row; None for no prompts. On the CPU, float32."""
         if not prompts:
             return None
-        walk: list[Tensor] = []
-
-        def keep(pipeline: NitroEPipeline, step: int, timestep: Tensor, values: dict[str, Tensor]) -> dict:
-            walk.append(values["latents"].float().cpu())
-            return {}
-
         keys = [str(noise_seed(self.seed, row)) for row in prompts]
         noise = noise_of(keys, self.shapes["latents"])
-        bar = getattr(self.pipeline, "_progress_bar_config", {})
-        self.pipeline.set_progress_bar_config(disable=True)
         features = self.pipeline.encode_prompt(list(prompts.values()))  # (B, L, Dc)
-        self.pipeline(
+        steps = self.pipeline.steps(
             prompt_embeds=features,
             negative_prompt_embeds=self.pipeline.encode_prompt([""] * len(prompts)),
             **self.sampler.arguments(),
             latents=noise,
-            output_type="latent",
-            callback_on_step_end=keep,
         )
-        self.pipeline.set_progress_bar_config(**bar)
-        states = states_at(self.levels, [noise, *walk], self.pipeline.scheduler.sigmas.tolist())
+        walk, sigmas = [noise], []
+        for step in steps:
+            walk.append(step.latents.float().cpu())
+            sigmas.append(step.sigma)
+        states = states_at(self.levels, walk, [*sigmas, 0.0])
         return LatentBatch(
             walk[-1],
             [[prompt] for prompt in prompts.values()],
