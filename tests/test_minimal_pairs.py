@@ -28,10 +28,10 @@ def facts(scene):
 def test_same_pair_everywhere():
     pair = minimal_pair(0, 0)
     assert pair == minimal_pair(0, 0) != minimal_pair(1, 0)
-    assert pair.fact == "places"
+    assert pair.fact == "shapes"
     assert pair.captions(0) == (
-        "an illustration of a heart that is placed above a star",
-        "an illustration of a heart that is underneath a star",
+        "a photo of a yellow star underneath a pink heart on a plain background",
+        "a photo of a yellow heart underneath a pink star on a plain background",
     )
     with pytest.raises(ValueError, match="index=-1"):
         minimal_pair(0, -1)
@@ -57,10 +57,13 @@ def test_the_scenes_differ_in_one_fact_and_share_the_rest():
             assert len({o.shape for o in second.objects}) == len(pairs)
         else:
             assert places[0] == places[1]
-            assert pair.fact in ("shape", "color", "colors")
-            assert (one.shape != other.shape, one.color != other.color) == (pair.fact == "shape", pair.fact != "shape")
-            if pair.fact == "colors":
-                assert sorted(o.color for o in first.objects) == sorted(o.color for o in second.objects)
+            about = {"shape": "shape", "shapes": "shape", "color": "color", "colors": "color"}[pair.fact]
+            assert (one.shape != other.shape, one.color != other.color) == (about == "shape", about == "color")
+            if pair.fact in ("shapes", "colors"):
+                assert sorted(getattr(o, about) for o in first.objects) == sorted(
+                    getattr(o, about) for o in second.objects
+                )
+                assert all(len(set(scene)) == len(scene) for scene in names), "two objects became the same"
 
 
 def test_every_scene_is_a_training_scene():
@@ -83,6 +86,21 @@ def test_captions_tell_the_scenes_apart_and_share_the_template():
             first, second = pair.captions(variant)
             assert first != second and not is_reserved(first) and not is_reserved(second)
             assert abs(len(words(first)) - len(words(second))) <= 3  # "left of", "on the left side of"
+
+
+def test_exchanged_shapes_are_told_by_their_colours():
+    """Without colours "a star and a heart" and "a heart and a star" are two strings that say the same."""
+    chosen = [pair for pair in PAIRS if pair.fact == "shapes"]
+    for pair in chosen:
+        for variant in range(8):
+            said = [words(caption) for caption in pair.captions(variant)]
+            for scene, text in zip(pair.scenes, said, strict=True):
+                for o in scene.objects[:2]:
+                    assert (o.color, o.shape) in zip(text, text[1:], strict=False), (o.color, o.shape, text)
+            shapes = {o.shape for o in pair.scenes[0].objects}
+            assert [w for w in said[0] if w not in shapes | {"a", "an"}] == [
+                w for w in said[1] if w not in shapes | {"a", "an"}
+            ]
 
 
 def test_the_verifier_sees_the_change():
@@ -138,11 +156,18 @@ def test_runs_on_other_scenes_validate_on_the_same_ones(config, encoders):
     assert one.local(0).captions != other.local(0).captions
 
 
+def test_pairs_cached_before_a_fact_was_added_are_not_taken(config, encoders, monkeypatch):
+    """A fact more changes which pair has which number: old latents would meet new facts."""
+    before = Batches(config, encoders).training.folders[0]
+    monkeypatch.setattr("nitro_e_lite.data.scene_latents.FACTS", (*FACTS, "sizes"))
+    assert Batches(config, encoders).training.folders[0] != before
+
+
 def test_only_the_facts_asked_for(config, encoders):
-    places = dataclasses.replace(config, batch_size=2, data=dataclasses.replace(config.data, pairs=("places",)))
-    chosen = Batches(places, encoders).sources[0].rows
+    shapes = dataclasses.replace(config, batch_size=2, data=dataclasses.replace(config.data, pairs=("shapes",)))
+    chosen = Batches(shapes, encoders).sources[0].rows
     facts = [minimal_pair(config.data.seed, index).fact for index in range(config.data.scenes // 2)]
-    assert chosen.tolist() == [[2 * k, 2 * k + 1] for k, fact in enumerate(facts) if fact == "places"] != []
+    assert chosen.tolist() == [[2 * k, 2 * k + 1] for k, fact in enumerate(facts) if fact == "shapes"] != []
 
 
 def test_an_unknown_fact_is_refused_before_anything_is_encoded(config, encoders, monkeypatch):

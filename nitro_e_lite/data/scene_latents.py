@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from nitro_e_lite.config import DataConfig, to_dict
+from nitro_e_lite.config import FACTS, DataConfig, to_dict
 from nitro_e_lite.data.shard_writer import write_latents
 from nitro_e_lite.data.shards import LatentBatch, LatentDataset
 from nitro_e_lite.files import cache_dir
@@ -59,7 +59,7 @@ def cached_scenes(encoders: Encoders, data: DataConfig, split: str) -> LatentDat
     start, count = (0, data.scenes) if split == "train" else (VALIDATION_START, data.validation_scenes)
     if split == "validation":
         data = replace(data, pairs=(), seed=VALIDATION_SEED)
-    kind = "minimal-pairs" if data.pairs else "scenes"
+    kind = f"minimal-pairs-of-{len(FACTS)}-facts" if data.pairs else "scenes"  # another fact, other pairs
     name = f"{kind}-{encoders.image_fingerprint[:12]}-seed{data.seed}-{start}-{count}x{data.captions}"
     folder = cache_dir() / "latents" / name
     if not folder.exists():

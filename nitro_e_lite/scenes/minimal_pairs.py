@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from nitro_e_lite.config import Fact
-from nitro_e_lite.scenes.captions import caption_stream, describe, is_reserved
+from nitro_e_lite.scenes.captions import caption_stream, describe, is_reserved, words
 from nitro_e_lite.scenes.grammar import (
     COLORS,
     EXTENT,
@@ -40,8 +40,8 @@ _CHANGES = 2**33  # names the streams that choose a change
 class MinimalPair:
     """Two scenes that differ in one of `config.FACTS`.
 
-    They are: exchanged places or colours of two objects, the shape of one of them ("partner"), the number of equal
-    objects, and shape or colour of one or of all equal objects.
+    They are: exchanged places, colours or shapes of two objects, the shape of one of them ("partner"), the number of
+    equal objects, and shape or colour of one or of all equal objects.
     """
 
     scenes: tuple[Scene, Scene]
@@ -55,16 +55,21 @@ class MinimalPair:
         """
         for attempt in range(1000):
             first, second = (describe(s, caption_stream(self.scenes[0], variant, attempt)) for s in self.scenes)
-            if first != second and not is_reserved(first) and not is_reserved(second):
+            if first != second and not is_reserved(first) and not is_reserved(second) and self._says(first):
                 return first, second
         raise RuntimeError("no caption tells the two scenes apart")  # probability below 1e-30
+
+    def _says(self, text: str) -> bool:
+        """Whether a caption names the fact: without colours "a star and a heart" is "a heart and a star"."""
+        return self.fact != "shapes" or not COLORS.keys().isdisjoint(words(text))
 
 
 def minimal_pair(seed: int, index: int) -> MinimalPair:
     """Draws pair `index` of the endless data set `seed`: a training scene and the same with one fact changed.
 
-    Of two or more different objects the first two exchange their places, or the second gets another shape, or they
-    exchange their colours. Of three or four equal objects the last is taken away. Else shape or colour is another.
+    Of two or more different objects the first two exchange their shapes or their places, or the second gets another
+    shape, or they exchange their colours. Of three or four equal objects the last is taken away. Else shape or colour
+    is another.
 
     Raises:
         ValueError: for a negative index.
@@ -82,6 +87,10 @@ def _changes(scene: Scene, stream: Stream) -> Iterator[tuple[Fact, Scene]]:
     """Facts and the scene with that one changed, the preferred one first."""
     if scene.kind in ("pair", "mixed"):
         first, second = scene.objects[:2]
+        mixed = {(first.shape, second.color), (second.shape, first.color)}  # what the first two are after an exchange
+        differ = mixed.isdisjoint((one.shape, one.color) for one in scene.objects)
+        if differ and stream.random() < 0.5:
+            yield "shapes", _with(scene, _exchange(first, second, "shape"))
         two = _exchange(first, second, "x", "y")
         if scene.relation and stream.random() < 0.5 and all(map(_fits, two)):
             yield "places", _with(scene, two)
@@ -89,7 +98,7 @@ def _changes(scene: Scene, stream: Stream) -> Iterator[tuple[Fact, Scene]]:
         if stream.random() < 0.5 and len(shapes) == len(scene.objects):  # of equal shapes captions name the colours
             partner = replace(second, shape=stream.choice([s for s in SHAPES if s not in shapes]))
             yield "partner", _with(scene, (first, partner))
-        if first.color != second.color and first.shape != second.shape:  # of equal shapes it would be the places
+        if differ:
             yield "colors", _with(scene, _exchange(first, second, "color", "tint"))
     elif len(scene.objects) > 2 and stream.random() < 0.7:
         yield "number", replace(scene, objects=scene.objects[:-1])
