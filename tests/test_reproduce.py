@@ -73,7 +73,7 @@ def test_what_cannot_be_reproduced_is_refused(tmp_path, monkeypatch):
         reproduce.Chain("smoke", tmp_path, devices=0)
     with pytest.raises(ValueError, match="unknown field"):
         reproduce.Chain("smoke", tmp_path, overrides=["step=2"])
-    monkeypatch.setattr(notebooks.runtime, "repo_root", lambda: None)
+    monkeypatch.setattr(notebooks.files, "repo_root", lambda: None)
     with pytest.raises(FileNotFoundError, match="checkout"):
         reproduce.Chain("lite", tmp_path)
 
@@ -104,7 +104,7 @@ def test_a_stopped_execution_takes_down_what_the_notebook_had_started(tmp_path):
     cell = "import subprocess, pathlib\nchild = subprocess.Popen(['sleep', '600'])\n"
     cell += "pathlib.Path('pid').write_text(str(child.pid))\nchild.wait()\nraise SystemExit"
     _one_cell(tmp_path / "waits.ipynb", cell)
-    script = f"from nitro_e_lite.notebooks import *; execute(Path({str(tmp_path / 'waits.ipynb')!r}))"
+    script = f"from nitro_e_lite.course.notebooks import *; execute(Path({str(tmp_path / 'waits.ipynb')!r}))"
     parent = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
     for _ in range(600):
         if (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text():
