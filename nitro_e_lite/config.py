@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 # -- the words that settings choose from
 
-StageName = Literal["base", "finetune"]  # of the transformer
+StageName = Literal["base", "finetune", "1024px"]  # of the transformer
 RewardStageName = Literal["rewards"]  # of an adapter on it
 Scale = Literal["smoke", "lite", "full"]
 Precision = Literal["fp32", "bf16"]  # of the computation
@@ -151,13 +151,20 @@ class RunConfig:
     batch_size: Positive = 16  # global: over all processes and accumulated parts
     accumulate: Positive = 1  # parts in which each process works its rows off, to save memory
     precision: Precision = "fp32"  # of the computation; master weights are float32 either way
+    reduction: Precision = "fp32"  # in which gradients travel between processes
     ema_decay: Decay = 0.0  # of the average of the weights, per step; 0: the average is the weights
     log_every: Positive = 20  # steps, like the next three
     validate_every: Positive = 1000
     sample_every: Positive = 1000
     checkpoint_every: Positive = 200
     keep_checkpoints: Positive = 1
-    max_skipped: NonNegative = 0  # non-finite steps before the run stops
+    checkpoint_minutes: NonNegativeNumber = 0.0  # a checkpoint is due after this long too; 0: by steps alone
+    snapshot_every: NonNegative = 0  # steps between copies of the average, in bf16, that stay; 0: none
+    milestones: tuple[Positive, ...] = ()  # steps at which the average is judged, see `training/milestones.py`
+    validation_share: Share = 1.0  # of the run's time that validation may take; what would take more is left out
+    max_skipped: NonNegative = 0  # steps left out in a row before the run saves and gives up
+    spike_factor: NonNegativeNumber = 0.0  # a loss this many times its running mean is left out; 0: none is
+    patience: PositiveNumber = 10.0  # minutes that processes wait for one another once training has begun
     compile: AnyText = ""  # back end of torch.compile, such as "inductor"; "" computes as written
     tracker: Name = "none"  # "tensorboard", "wandb", ... or "none"; "auto" is tensorboard when it is installed
     peak_tflops: NonNegativeNumber = 0.0  # of one device in bf16, for the utilisation; 0 looks it up in `flops.py`
@@ -204,6 +211,7 @@ class DataConfig:
     scenes: Positive = 40_000  # distinct training scenes
     captions: Positive = 8  # paraphrases cached with each scene
     validation_scenes: Positive = 512  # the same ones for every seed
+    validation_rows: Positive = 8192  # the first ones that are validated on, of scenes and of folders
     seed: Seed = 0  # names the endless data set of `sample_scene`
     encoders: Name = "lite"  # "lite", a pipeline folder or "full" (hub ids): autoencoder and language model
 

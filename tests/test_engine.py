@@ -148,11 +148,11 @@ def test_a_non_finite_gradient_of_one_player_stops_nobody_for_good(tmp_path):
     handle = engine.stage.critic[0].weight.register_hook(lambda gradient: gradient * float("nan"))
     engine.step()
     handle.remove()
-    assert engine.skipped == 1
+    assert engine.health.skipped == 1
     assert all(torch.equal(before[name], p) for name, p in engine.learners["critic"].masters.items())
     engine.step()
     engine.step()
-    assert engine.skipped == 1 and engine.global_step == 3
+    assert engine.health.skipped == 1 and engine.global_step == 3
 
 
 SCRIPT = """

@@ -443,7 +443,7 @@ def test_a_non_finite_gradient_changes_nothing_and_many_end_the_run(tmp_path):
     before = {name: p.detach().clone() for name, p in masters(run).items()}
     run.stage.model.proj_out.weight.register_hook(lambda gradient: gradient * float("nan"))
     run.step()
-    assert run.skipped == 1 and run.global_step == 1
+    assert run.health.skipped == 1 and run.global_step == 1
     assert_same(before, {name: p.detach() for name, p in masters(run).items()})
     with pytest.raises(FloatingPointError, match="2 steps had non-finite gradients"):
         run.step()

@@ -45,6 +45,7 @@ from nitro_e_lite.model import flow
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.flops import model_flops
 from nitro_e_lite.training import weights
+from nitro_e_lite.training.distributed import fill_rows
 from nitro_e_lite.training.engine import Engine, Placement, Stage, Trainable
 from nitro_e_lite.training.optimizers import build_optimizers, hidden_matrices, learning_rate_scale
 from nitro_e_lite.viz import image_grid
@@ -60,6 +61,8 @@ class Pretrain(Stage):
         config: settings of the run.
         placement: see there.
 
+    All processes validate together, each on its part of the rows.
+
     Attributes:
         model: the transformer.
         encoders: the frozen encoders.
@@ -69,6 +72,8 @@ class Pretrain(Stage):
         FileNotFoundError: a folder of `config.data` holds no shards.
         ValueError: model and encoders do not fit, or `start_from` is missing.
     """
+
+    validates_together = True
 
     def __init__(self, config: TrainConfig, placement: Placement):
         self.config, self.placement = config, placement
@@ -136,7 +141,8 @@ class Pretrain(Stage):
 
     def losses(self, step: int, part: int) -> dict[str, dict[str, Tensor]]:
         """The loss of each sample (B,); with REPA also its two terms."""
-        batch = self.batches.microbatch(step, part, len(self.placement.microbatches))
+        with self.placement.clock.measure("data"):
+            batch = self.batches.microbatch(step, part, len(self.placement.microbatches))
         flow_loss, projected = self._flow_loss(batch)
         if projected is None:
             return {"transformer": {"loss": flow_loss}}
@@ -166,8 +172,12 @@ class Pretrain(Stage):
 
     def validate(self) -> dict[str, float]:
         """Flow loss on fixed pictures, captions, timesteps and noise: overall, and by range of t."""
-        found = [(self._flow_loss(batch)[0].cpu(), batch.t) for batch in self.batches.validation_batches()]
-        losses, times = (torch.cat(values) for values in zip(*found, strict=True))
+        place, found = self.placement, [torch.empty(0, 2)]
+        for batch in self.batches.validation_batches(place.rank, place.world):
+            found.append(torch.stack([self._flow_loss(batch)[0].cpu(), batch.t], dim=1))
+        mine = [row for rows in self.batches.validation_rows(place.rank, place.world) for row in rows]
+        rows = fill_rows(torch.cat(found).to(place.device), mine, self.batches.validation_rows()[-1].stop)
+        losses, times = rows.cpu().T.contiguous()  # (N,) each
         result = {"validation_loss": losses.mean().item()}
         for k in range(LOSS_BINS):
             inside = (times >= k / LOSS_BINS) & (times < (k + 1) / LOSS_BINS)
@@ -181,6 +191,21 @@ class Pretrain(Stage):
         pipeline = NitroEPipeline(self.model, scheduler=scheduler, default_shift=self.config.shift, **parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def quality(self) -> tuple[dict[str, float], Image]:
+        """Eight fixed captions from one noise: how much is in a picture, and how much captions change."""
+        captions, shape = self.batches.validation_captions(8), self.batches.validation.shape
+        one = torch.randn(1, *shape, generator=torch.Generator().manual_seed(self.config.seed))
+        drawn = self.pipeline()(
+            captions,
+            num_inference_steps=20,
+            guidance_scale=self.config.guidance,
+            latents=one.repeat(len(captions), 1, 1, 1),
+            output_type="np",
+        )
+        pictures = drawn.images  # (B, H, W, 3)
+        numbers = {"contrast": float(pictures.std((1, 2)).mean()), "spread": float(pictures.std(0).mean())}
+        return numbers, image_grid((255 * pictures).round().astype("uint8"), columns=4, labels=captions)
 
     def picture(self) -> Image:
         """A grid of eight pictures, of fixed validation captions."""

@@ -19,6 +19,8 @@ from nitro_e_lite.config import OptimizerConfig
 from nitro_e_lite.model.cpu_kernels import multiply
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 
+FUSED = ("cuda", "xpu")  # devices for which torch has one kernel for all of AdamW; ROCm is "cuda"
+
 
 def orthogonalize(matrices: Tensor, coefficients=(3.4445, -4.7750, 2.0315), steps: int = 5) -> Tensor:
     """Moves the singular values of each matrix `(K, rows, columns)` to about 0.7 ... 1.2 by Newton-Schulz iterations.
@@ -89,11 +91,8 @@ def build_optimizers(masters: dict[str, Tensor], matrices: set[str], config: Opt
     """
     chosen = matrices if config.name == "muon" else set()
     rest = [p for name, p in masters.items() if name not in chosen]
-    optimizers = {
-        "adamw": torch.optim.AdamW(
-            rest, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, foreach=True
-        )
-    }
+    settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    optimizers = {"adamw": adamw(rest, **settings, foreach=True)}
     if chosen:
         optimizers["muon"] = Muon(
             [p for name, p in masters.items() if name in chosen],
@@ -102,6 +101,14 @@ def build_optimizers(masters: dict[str, Tensor], matrices: set[str], config: Opt
             weight_decay=config.weight_decay,
         )
     return optimizers
+
+
+def adamw(parameters: Iterable[Tensor], **settings) -> torch.optim.AdamW:
+    """AdamW: on an accelerator one fused kernel, which leaves a step out without asking the host, see `health.py`."""
+    parameters = list(parameters)
+    if parameters[0].device.type in FUSED:
+        settings |= {"fused": True, "foreach": False}
+    return torch.optim.AdamW(parameters, **settings)
 
 
 def hidden_matrices(model: EMMDiTTransformer2DModel) -> set[str]:
