@@ -9,6 +9,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: threads of one would wait on those of another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.pop("COLUMNS", None)  # rich would keep the width that it finds when it is imported
 
 import pytest
 from tiny import build_tiny_pipeline
