@@ -27,6 +27,7 @@ from nitro_e_lite.config import (
     OPTIMIZERS,
     PRECISIONS,
     QUALITIES,
+    REDUCTIONS,
     REWARD_METHODS,
     REWARD_STAGES,
     SCALES,
@@ -225,7 +226,7 @@ def test_a_field_that_declares_nothing_is_found(kind):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_the_words_of_the_declarations_are_the_vocabularies(config):
-    words = {STAGES, SCALES, PRECISIONS, QUALITIES, OPTIMIZERS, FACTS, MODULATIONS, SIGMA_GRIDS}
+    words = {STAGES, SCALES, PRECISIONS, REDUCTIONS, QUALITIES, OPTIMIZERS, FACTS, MODULATIONS, SIGMA_GRIDS}
     words |= {REWARD_STAGES, REWARD_METHODS, NOISE_RULES, OLD_SCHEDULES, DEVIATIONS, ADAPTER_TARGETS}
     for _, section in sections(config):
         for kind in get_type_hints(type(section), include_extras=True).values():

@@ -17,11 +17,11 @@ from nitro_e_lite.config import RunConfig
 from nitro_e_lite.errors import InvalidValue, Unusable
 from nitro_e_lite.runtime import pick_device
 from nitro_e_lite.training.metrics import tracker_name
+from nitro_e_lite.training.precision import PRECISIONS
 
 BUCKET = 2**25  # numbers after which a bucket of gradients is full: 128 MB
 PATIENCE = timedelta(hours=6)  # the first run of several processes encodes all scenes in one: an hour on two cores
 RECORDED = 2000  # collectives that the flight recorder remembers
-REDUCTIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Variables by which accelerate would train in another way, in another precision or elsewhere than the settings say,
 # and that no argument of ours overrules.
@@ -151,7 +151,7 @@ def average_gradients(parameters: Sequence[Tensor], reduction: str = "fp32") -> 
             buckets.append([])
         buckets[-1].append(parameter.grad)
     for bucket in buckets:
-        flat = torch.cat([gradient.flatten() for gradient in bucket]).to(REDUCTIONS[reduction])
+        flat = torch.cat([gradient.flatten() for gradient in bucket]).to(PRECISIONS[reduction])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
         pieces = flat.split([gradient.numel() for gradient in bucket])

@@ -57,9 +57,8 @@ from nitro_e_lite.training.health import Health
 from nitro_e_lite.training.metrics import Progress
 from nitro_e_lite.training.milestones import Milestones, halve
 from nitro_e_lite.training.optimizers import FUSED
+from nitro_e_lite.training.precision import PRECISIONS, settle_precision
 from nitro_e_lite.training.weights import MasterWeights
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -256,6 +255,7 @@ class Engine:
             raise FileThere(f"run_dir={self.run_dir}: holds a run already; resume it or name another folder")
         self.accelerator = start_accelerator(config, self.run_dir, device)
         self.device = self.accelerator.device
+        self.config = config = settle_precision(config, self.run_dir, resume, self.accelerator)
         self.clock, self.health = Clock(self.device), Health(config, self.device)
         place = self.accelerator.process_index, self.accelerator.num_processes
         placement = Placement(self.device, PRECISIONS[config.precision], self._microbatches(), self.clock, *place)
