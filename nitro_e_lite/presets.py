@@ -2,9 +2,10 @@
 
 `preset("base", "lite")` is the recipe of the lite model; what trained the shipped weights is written beside them, in
 `weights/lite/transformer/training.json`. Stage "base" learns from everything, stage "finetune" continues on the better
-part of the data with a lower learning rate and a longer average; stage "rewards" moves a model towards what rewards
-like. The full presets are the paper's: 100,000 and 50,000 steps of 2048 pictures, 2,000 roll-outs. What a field means
-and what it may hold is in `config.py`.
+part of the data with a lower learning rate and a longer average; stage "1024px" goes on from there with pictures of
+twice the side; stage "rewards" moves a model towards what rewards like. The full presets are the paper's: 100,000 and
+50,000 steps of 2048 pictures, 2,000 roll-outs; of "1024px" the shape alone is published. What a field means and what it
+may hold is in `config.py`.
 """
 
 from __future__ import annotations
@@ -57,11 +58,16 @@ _FULL = TrainConfig(  # stage 1 of the paper, 8 x 256 pictures a step
     batch_size=2048,
     precision="bf16",
     ema_decay=0.0,  # averaging begins with stage 2
-    log_every=50,
+    log_every=20,  # on an accelerator a request to stop is heard then too
     validate_every=2000,
+    validation_share=0.02,
     sample_every=5000,
     checkpoint_every=1000,
+    checkpoint_minutes=10.0,
     keep_checkpoints=3,
+    snapshot_every=10_000,
+    milestones=(5000, 20_000, 50_000, 100_000),
+    spike_factor=2.0,
     guidance=4.5,
     model=ModelConfig(
         in_channels=32,
@@ -150,11 +156,25 @@ _REWARDS_FULL = RewardConfig(
     grpo=GrpoConfig(clip=1e-5),
 )
 
+_FINETUNE_SMOKE = _finetune(_SMOKE, _THIRD, {"quality": "readable"})
+_FINETUNE_FULL = _finetune(
+    _FULL, {"lr": 1e-4, "clip": 1.0}, {"folders": ("data/journeydb", "data/fluxdb")}, steps=50_000, ema_decay=0.9999
+)
+
+
+def _larger(stage: TrainConfig, *names: str, **changes: Any) -> TrainConfig:
+    """Stage 2 once more at twice the side, on the folders of these names; the shape is the published one."""
+    folders = [f"data/1024px/{name}" for name in names]
+    data = dataclasses.replace(stage.data, folders=tuple(folders), validation_folders=("data/1024px/validation",))
+    model = dataclasses.replace(stage.model, sample_size=32, attention_pattern=((1, 1),))
+    return dataclasses.replace(stage, stage="1024px", data=data, model=model, **changes)
+
+
 PRESETS: dict[tuple[str, str], TrainConfig | RewardConfig] = {
     ("base", "smoke"): _SMOKE,
     ("base", "lite"): _LITE,
     ("base", "full"): _FULL,
-    ("finetune", "smoke"): _finetune(_SMOKE, _THIRD, {"quality": "readable"}),
+    ("finetune", "smoke"): _FINETUNE_SMOKE,
     ("finetune", "lite"): _finetune(
         _LITE,
         {"lr": 6e-4, "muon_lr": 6e-3, "warmup_steps": 50, "decay_steps": 1000, "whiten_text_input": True},
@@ -163,9 +183,10 @@ PRESETS: dict[tuple[str, str], TrainConfig | RewardConfig] = {
         steps=3000,
         ema_decay=0.999,
     ),
-    ("finetune", "full"): _finetune(
-        _FULL, {"lr": 1e-4, "clip": 1.0}, {"folders": ("data/journeydb", "data/fluxdb")}, steps=50_000, ema_decay=0.9999
-    ),
+    ("finetune", "full"): _FINETUNE_FULL,
+    ("1024px", "smoke"): _larger(_FINETUNE_SMOKE, "scenes"),
+    # A quarter of the pictures a step are as many tokens; steps, batch and rate are ours.
+    ("1024px", "full"): _larger(_FINETUNE_FULL, "journeydb", "fluxdb", batch_size=512, start_from="runs/finetune-full"),
     ("rewards", "smoke"): _REWARDS_SMOKE,
     ("rewards", "lite"): _REWARDS,
     ("rewards", "full"): _REWARDS_FULL,

@@ -86,6 +86,20 @@ def train_finetune(
     run_stage("finetune", preset, overrides, run_dir, resume, device, processes, nodes)
 
 
+@command(train_app, "1024px")
+def train_1024px(
+    preset: Annotated[str, typer.Option(help="smoke or full.")] = "full",
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    device: Device = None,
+    processes: Processes = 1,
+    nodes: Nodes = 1,
+) -> None:
+    """Teach a 512 px model pictures of twice the side; `--set start_from=FOLDER` names it."""
+    run_stage("1024px", preset, overrides, run_dir, resume, device, processes, nodes)
+
+
 @command(train_app, "rewards")
 def train_rewards(
     preset: Preset = "lite",
@@ -262,7 +276,9 @@ def reproduce_command(
 @command(app, "plan")
 def plan_command(
     preset: Preset = "full",
-    stage: Annotated[str, typer.Option(help="base, finetune or distill (the drawing of its pictures too).")] = "base",
+    stage: Annotated[
+        str, typer.Option(help="base, finetune, 1024px or distill (and the drawing of its pictures).")
+    ] = "base",
     hardware: Annotated[str, typer.Option(help="mi300x, h100, h200, a100, rtx4090 or cpu.")] = "mi300x",
     devices: Annotated[int, typer.Option(help="How many of them.")] = 8,
     mfu: Annotated[float | None, typer.Option(help="Utilisation; that of the published run when not given.")] = None,

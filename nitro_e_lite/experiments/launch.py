@@ -37,6 +37,7 @@ NOTEBOOK_SETTINGS = ("MPLBACKEND", "JPY_PARENT_PID", "FORCE_COLOR", "CLICOLOR_FO
 TORCHRUN_SAYS = "failed (exitcode"  # where torchrun's own report of a failure begins; what counts stands before it
 LAST_LINES = 25  # of the output that a failure repeats
 PORT = 29500
+RESTARTS = 3  # on accelerators: a process that hangs is ended by its neighbours' patience, and all go on from there
 
 
 class LaunchError(RuntimeError):
@@ -140,6 +141,8 @@ def torchrun_words(words: Sequence[str], processes: int, nodes: int = 1, rank: i
         address: `host:port` of machine 0; needed for more than one.
     """
     place = ["--standalone"]
+    if torch.accelerator.is_available() and nodes == 1:
+        place += ["--max-restarts", str(RESTARTS)]
     if nodes > 1:
         host, _, port = address.partition(":")
         place = ["--nnodes", str(nodes), "--node_rank", str(rank), "--rdzv_backend", "static"]

@@ -46,6 +46,10 @@ def run_name(config: RunConfig) -> str:
 def main(request: str) -> None:
     """Trains what the file `request` asks for; the main process writes its outcome to the file named in it."""
     asked = json.loads(Path(request).read_text(encoding="utf-8"))
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun starts a run again that hung or crashed
+        if Path(asked["outcome"]).is_file():
+            raise SystemExit(2)  # over a mistake, which would be made again
+        asked["resume"] = True
     kind, train = RUNS[asked["run"]]
     config = from_dict(kind, asked["config"])
     try:
