@@ -224,12 +224,16 @@ def sample(
     prompt_switch: Annotated[
         bool, typer.Option("--prompt-switch", help="With --fp8: portraits, text and logos in 16 bit.")
     ] = False,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="One picture and one part of the model at a time; large ones in tiles.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Draw captions and save PNG files that hold prompt, seed and settings in their text chunks."""
     with output(json) as result:
         from nitro_e_lite import load_pipeline, viz
         from nitro_e_lite.inference.arguments import as_integer, seeded_generators
+        from nitro_e_lite.inference.low_memory import draw_one_by_one
 
         as_integer("num", num, 1)
         prompts = [caption for caption in captions for _ in range(num)]
@@ -237,6 +241,8 @@ def sample(
         paths, generators = picture_paths(out, prompts, seeds), seeded_generators(seeds)
         if prompt_switch and not fp8:
             raise InvalidValue("prompt_switch: chooses between FP8 and 16 bit; give --fp8 as well")
+        if low_memory and fp8:
+            raise InvalidValue("low_memory: draws in 16 or 32 bit; leave --fp8 out")
         parts = {"text_encoder": text_encoder, "vae": vae, "lora": lora, "variant": variant}
         if prompt_switch:
             from nitro_e_lite.inference.fp8_pipeline import PromptSwitch
@@ -244,20 +250,18 @@ def sample(
             pipeline = load_pipeline(model, device, dtype or "bfloat16", **parts)
             draw = PromptSwitch(pipeline)
         else:
-            draw = pipeline = load_pipeline(model, device, dtype, **parts, quantization="fp8" if fp8 else None)
+            parts |= {"quantization": "fp8" if fp8 else None, "low_memory": low_memory}
+            draw = pipeline = load_pipeline(model, device, dtype, **parts)
         pipeline.set_progress_bar_config(disable=None)
         sampler = pipeline.sampler(steps, guidance, shift)
         if len(pipeline.tokenizer) < LITE_VOCABULARY:
             warn_unknown_words([*captions, negative or ""])
         start = time.perf_counter()
-        images = draw(
-            prompts,
-            **sampler.arguments(),
-            negative_prompt=negative,
-            height=height,
-            width=width,
-            generator=generators,
-        ).images
+        call = sampler.arguments() | {"negative_prompt": negative, "height": height, "width": width}
+        if low_memory:
+            images = list(draw_one_by_one(pipeline, prompts, generators, **call))
+        else:
+            images = draw(prompts, **call, generator=generators).images
         seconds, facts = time.perf_counter() - start, settings(pipeline, model, sampler)
         exact = draw.drawn if prompt_switch else [None] * len(prompts)
         for image, path, prompt, own_seed, rule in zip(images, paths, prompts, seeds, exact, strict=True):

@@ -22,7 +22,9 @@ from nitro_e_lite.errors import UserError
 
 console, errors = Console(), Console(stderr=True)
 
-Model = Annotated[str, typer.Option(help="Shipped name, folder, training run or official .safetensors file.")]
+Model = Annotated[
+    str, typer.Option(help="Shipped name, folder, training run, official .safetensors file or amd/Nitro-E.")
+]
 Steps = Annotated[int | None, typer.Option(help="Sampler steps; the model's own default when not given.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance; up to 1 switches it off.")]
 Shift = Annotated[float | None, typer.Option(help="How far the noise levels lean towards noise; 1: even steps.")]

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from nitro_e_lite.files import append_jsonl, read_jsonl
 
-FLAT, ALIKE = 0.05, 0.02  # the lite model at its end: 0.16 and 0.12; random weights: 0.10 and below 0.01
+FLAT, ALIKE = 0.05, 0.02  # contrast and spread of the lite model are 0.104 and 0.058, of random weights 0.081 and 0.002
 
 
 def concerns(found: Mapping[str, float], before: Mapping[str, float] | None) -> list[str]:
