@@ -11,12 +11,16 @@ import torch
 from safetensors.torch import load_file
 from test_engine import RUN, TwoPlayers
 
-from nitro_e_lite.config import RunConfig, override
+from nitro_e_lite.config import RunConfig, override, to_dict
 from nitro_e_lite.data.batches import Batches
+from nitro_e_lite.data.shard_writer import write_latents
+from nitro_e_lite.data.shards import LatentBatch
 from nitro_e_lite.errors import NotFinite
 from nitro_e_lite.experiments import launch, worker
 from nitro_e_lite.files import read_jsonl
 from nitro_e_lite.inference.encoders import load_encoders
+from nitro_e_lite.inference.loading import load_pipeline, load_transformer
+from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.presets import preset
 from nitro_e_lite.stages.pretrain import Pretrain, pretrain
 from nitro_e_lite.training import checkpoints, engine, optimizers
@@ -165,8 +169,6 @@ def operated(tmp_path_factory):
 
 
 def test_milestones_and_snapshots_of_the_average(operated):
-    from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
-
     rows = list(read_jsonl(operated / "milestones.jsonl"))
     assert [row["step"] for row in rows] == [2]
     assert all({"validation_loss", "contrast", "spread", "concerns"} <= row.keys() for row in rows)
@@ -225,6 +227,32 @@ def test_validation_keeps_to_its_share_of_the_time(tmp_path, monkeypatch):
     assert run._validate_in_time(must=True) == {"validation_loss": 1.0}
     run.progress.seconds = 99.0
     assert run._validate_in_time(must=False) == {"validation_loss": 1.0}
+
+
+def test_a_snapshot_is_drawn_from_with_the_settings_of_its_run(operated):
+    pipeline = load_pipeline(operated / "snapshots" / "step-00000002", "cpu")
+    assert (pipeline.config.default_guidance, pipeline.shift) == (SMOKE.guidance, SMOKE.shift)
+
+
+def test_1024_px_goes_on_from_a_smaller_grid(operated, tmp_path):
+    """All weights are taken over; the table of positions in the file is also that of the larger grid."""
+    encoders = load_encoders("lite")
+    latents = torch.randn(16, encoders.latent_channels, 32, 32, generator=torch.Generator().manual_seed(0)).half()
+    rows = LatentBatch(latents, [[f"scene number {k}"] for k in range(16)])
+    write_latents(tmp_path / "large", [rows], encoders.image_fingerprint)
+    folders = [f"data.folders=[{tmp_path / 'large'}]", f"data.validation_folders=[{tmp_path / 'large'}]"]
+    config = override(preset("1024px", "smoke"), [*folders, "steps=1", "sample_every=9", f"start_from={operated}"])
+    with pytest.raises(ValueError, match="start_from=''"):
+        Engine(override(config, ["start_from="]), Pretrain, tmp_path / "run", device="cpu")
+    run = Engine(config, Pretrain, tmp_path / "run", device="cpu")
+    model, small = run.stage.model, load_transformer(operated)
+    fresh = EMMDiTTransformer2DModel(**to_dict(config.model))
+    assert torch.equal(model.positions, fresh.positions)
+    assert all(torch.equal(value, small.state_dict()[name]) for name, value in model.state_dict().items())
+    assert {tuple(block.attention.pattern) for group in model.groups for block in group} == {(1, 1)}
+    assert math.isfinite(run.step()["loss"])
+    full = preset("1024px", "full")
+    assert (full.model.sample_size, full.model.attention_pattern) == (32, ((1, 1),)) and full.start_from
 
 
 # -- who is slow, and what is started again

@@ -17,7 +17,7 @@ one is compared with token n of the other.
 
 "base" (stage 1) learns from everything, "finetune" (stage 2) goes on from its weights: better data, a lower rate, an
 average (at full scale) or a longer one (at lite scale). "1024px" goes on from there once more with four times the
-tokens, at positions of a grid of its own, and with full attention in every block, as the published 1024 px model has.
+tokens, twice as far from corner to corner, and with full attention in every block, as the published 1024 px model has.
 
 Source: Nitro-E training recipe (stage 1: REPA with weight 0.5 after group 1; stage 2: EMA); REPA arXiv 2410.06940; the
 target and the timestep density are those of `flow.py`.
@@ -127,7 +127,7 @@ class Pretrain(Stage):
         self._vision_width = self._open_vision() if config.repa.weight else None
         model = EMMDiTTransformer2DModel(**self._model_arguments())
         if config.start_from:
-            model.load_state_dict(_starting_from(load_transformer(config.start_from), model))
+            model.load_state_dict(_with_projector(model, load_transformer(config.start_from).state_dict()))
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if config.optimizer.whiten_text_input:
@@ -247,15 +247,10 @@ class Pretrain(Stage):
         model.save_pretrained(folder)
 
 
-def _starting_from(start: EMMDiTTransformer2DModel, model: EMMDiTTransformer2DModel) -> dict[str, Tensor]:
-    """The weights of `start` for `model`, which keeps its own fresh projector, and the positions of another size."""
-    other_size = start.config.sample_size != model.config.sample_size
-
-    def its_own(name: str) -> bool:
-        return name.startswith(PROJECTOR) or (other_size and name == "positions")
-
-    state = {name: value for name, value in start.state_dict().items() if not its_own(name)}
-    return {name: value for name, value in model.state_dict().items() if its_own(name)} | state
+def _with_projector(model: EMMDiTTransformer2DModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` to start from, with the model's own fresh projector in place of any that it has."""
+    state = {name: value for name, value in state.items() if not name.startswith(PROJECTOR)}
+    return {n: v for n, v in model.state_dict().items() if n.startswith(PROJECTOR)} | state
 
 
 def repa_loss(projected: Tensor, target: Tensor) -> Tensor:
