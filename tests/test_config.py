@@ -208,7 +208,7 @@ def test_no_field_takes_what_it_does_not_declare(config):
                     continue  # override reads nothing as the empty text
                 if value == "1" and isinstance(getattr(section, field.name), float):
                     continue  # and "1e-3" as a number
-                if value == ("1",) and isinstance(getattr(section, field.name)[0], float):
+                if value == ("1",) and isinstance(next(iter(getattr(section, field.name)), None), float):
                     continue  # in a list too
                 with pytest.raises(ValueError, match=rf"^{re.escape(name)}[=\[]") as caught:
                     override(config, [f"{name}={yaml.safe_dump(value, default_flow_style=True)}"])
@@ -285,7 +285,7 @@ def test_a_bad_value_is_refused_wherever_it_comes_from():
         OptimizerConfig(lr=-1.0)
     with pytest.raises(ValueError, match="^lrr: unknown field; there are name, lr, "):
         OptimizerConfig(lrr=1.0)
-    with pytest.raises(ValueError, match="^stage='foo': must be one of base, finetune$"):
+    with pytest.raises(ValueError, match="^stage='foo': must be one of base, finetune, 1024px$"):
         TrainConfig(stage="foo")
     with pytest.raises(ValueError, match=r"^optimizer\.lr=-1\.0: must be >= 0$"):
         from_dict(TrainConfig, {"optimizer": {"lr": -1}})
