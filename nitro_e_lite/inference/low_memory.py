@@ -6,9 +6,9 @@ are drawn one after the other; and large ones are decoded in overlapping tiles, 
 from a whole decode. On an accelerator the parts lie in the computer's memory and visit the device in turn, which is
 diffusers' `enable_model_cpu_offload`.
 
-Peak memory of drawing at the size of the full model in bf16, in GB without the libraries' 0.6. The language model weighs
-2.5, the transformer and the autoencoder 0.6 each. On a CPU all three are loaded before anything is drawn, which is then
-the peak; an accelerator holds one at a time.
+Peak memory of drawing at the size of the full model in bf16, in GB without the libraries' 0.6. The language model
+weighs 2.5, the transformer and the autoencoder 0.6 each. On a CPU all three are loaded before anything is drawn, which
+is then the peak; an accelerator holds one at a time.
 
 | pictures | as usual | in little memory | how it was found |
 |---|---|---|---|
