@@ -55,7 +55,7 @@ _LITE = TrainConfig(
     timestep_std=1.2,
     shift=3.0,
     # Two objects and counts are what lite models fail at. Half of the steps teach which words tell one scene from
-    # another, and captions without colours come often enough to learn that "a star and a heart" are not two of one kind.
+    # another; captions without colours come often enough to learn that "a star and a heart" are not two of one kind.
     data=DataConfig(
         scenes=32_000, pairs=("partner", "number", "places", "colors", "shapes"), pairs_every=2, colorless=0.5
     ),
