@@ -67,7 +67,7 @@ def test_a_failure_is_raised_with_its_last_lines(tmp_path):
     script.write_text("print('so far so good', flush=True)\nraise SystemExit('the disk is on fire')\n")
     lines = []
     with pytest.raises(LaunchError, match=r"(?s)1 processes: torchrun ended with code 1.*the disk is on fire"):
-        run_processes([str(script)], 1, child_environment(1, "cpu"), lines.append)
+        run_processes([str(script)], 1, child_environment(1, "cpu"), lines.append, nodes=1)
     assert "so far so good" in lines and any("the disk is on fire" in line for line in lines)
 
 

@@ -1,14 +1,17 @@
-"""One process of a training run with several: what `launch` starts through torchrun.
+"""One process of a training run: what `launch` starts, through torchrun where there are several.
 
 It reads the run from a JSON file (stage, configuration, folder, device), trains, and writes how it ended into another:
-the launcher never reads meaning out of printed lines. `RUNS` says which stages there are.
+the launcher never reads meaning out of printed lines. `RUNS` says which stages there are. Nothing is ever written to
+its standard input; when that closes, the launcher is gone and the run asks itself to stop.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,8 +46,20 @@ def run_name(config: RunConfig) -> str:
     raise InvalidType(f"config: {type(config).__name__} describes no run; there are {known}")
 
 
+def stop_without_launcher() -> None:
+    """From now on, SIGTERM to this process when its standard input closes: a run finishes its step, saves and ends."""
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main(request: str) -> None:
     """Trains what the file `request` asks for; the main process writes its outcome to the file named in it."""
+    stop_without_launcher()
     asked = json.loads(Path(request).read_text(encoding="utf-8"))
     kind, train = RUNS[asked["run"]]
     config = from_dict(kind, asked["config"])
@@ -54,7 +69,7 @@ def main(request: str) -> None:
         outcome = {"stopped": str(stopped)}
     except UserError as error:
         outcome = {"mistake": str(error)}
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" and Path(asked["outcome"]).parent.is_dir():  # gone with the launcher
         Path(asked["outcome"]).write_text(json.dumps(outcome) + "\n", encoding="utf-8")
     if "mistake" in outcome:
         print(f"Error: {outcome['mistake']}", file=sys.stderr)

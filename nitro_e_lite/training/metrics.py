@@ -26,7 +26,7 @@ from nitro_e_lite.config import RunConfig
 from nitro_e_lite.errors import InvalidValue, NotWritten
 from nitro_e_lite.files import read_jsonl
 from nitro_e_lite.model.flops import TRAINING_PASSES, find_peak
-from nitro_e_lite.runtime import device_name
+from nitro_e_lite.runtime import device_name, memory_used
 
 
 def tracker_name(asked: str) -> str | None:
@@ -103,6 +103,7 @@ class Progress:
         self._interval, self._values = [0, 0.0], {}
         speed = steps * self.config.batch_size / seconds
         row = {"seconds": round(self.seconds, 3), "samples_per_second": round(speed, 2), "skipped": skipped, **row}
+        row["memory"] = round(memory_used(self.accelerator.device) / 1e9, 4)  # GB of the main process
         if self._share_of_peak:
             row["mfu"] = speed * self._share_of_peak
         losses = {name: f"{value:.3f}" for name, value in row.items() if name.endswith("loss")}
