@@ -27,7 +27,7 @@ import psutil
 from nitro_e_lite.config import RunConfig
 from nitro_e_lite.data.shards import QUARANTINE
 from nitro_e_lite.errors import InvalidValue
-from nitro_e_lite.experiments import launch, worker
+from nitro_e_lite.experiments import launch
 from nitro_e_lite.files import read_jsonl
 from nitro_e_lite.model.flops import (
     HARDWARE,
@@ -212,7 +212,7 @@ def _kill_at(metrics: Path, step: int) -> None:
         time.sleep(0.05)
     for process in psutil.Process().children(recursive=True):
         try:
-            if worker.__name__ in process.cmdline():
+            if launch.WORKER in process.cmdline():
                 process.kill()
         except psutil.NoSuchProcess:
             pass

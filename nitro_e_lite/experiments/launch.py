@@ -9,8 +9,8 @@ accelerate would otherwise make a separate run of every process; the engine chec
 
 **Stops.** SIGTERM, Ctrl-C or a closed terminal is passed on to the training processes themselves, not to torchrun,
 which would kill them after half a minute. They save and end well, and so does torchrun. A launcher that is killed
-outright, as the kernel of a notebook is when papermill goes, cannot pass anything on: so each process holds the end of a
-pipe whose other end is here. When it closes, the process asks itself to stop, and saves (`worker.py`). A start that
+outright, as the kernel of a notebook is when papermill goes, cannot pass anything on: so each process holds the end of
+a pipe whose other end is here. When it closes, the process asks itself to stop, and saves (`worker.py`). A start that
 comes too soon waits for the last run to be gone.
 
 Several machines need a scheduler or a person on each: `torchrun_commands` and `slurm_script` print what to run.
@@ -36,7 +36,6 @@ import torch
 
 from nitro_e_lite.config import RewardConfig, RunConfig, TrainConfig, to_dict
 from nitro_e_lite.errors import InvalidValue, Unusable
-from nitro_e_lite.experiments import worker
 from nitro_e_lite.files import run_lock
 from nitro_e_lite.presets import assignments
 from nitro_e_lite.runtime import RunStopped, StopRequest
@@ -44,6 +43,7 @@ from nitro_e_lite.runtime import RunStopped, StopRequest
 NOTEBOOK_SETTINGS = ("MPLBACKEND", "JPY_PARENT_PID", "FORCE_COLOR", "CLICOLOR_FORCE")
 TORCHRUN_SAYS = "failed (exitcode"  # where torchrun's own report of a failure begins; what counts stands before it
 LAST_LINES = 25  # of the output that a failure repeats
+WORKER = "nitro_e_lite.experiments.worker"  # what each process runs; it imports every stage, this module none
 LOOK = 0.1  # seconds between looks at what the processes have written
 PATIENCE = 180  # seconds that a start waits for the run before it to save and end
 PORT = 29500
@@ -89,16 +89,18 @@ def launch(
         RunStopped: the run was asked to stop and has saved.
     """
     check_processes(processes, device)
-    name = worker.run_name(config)
     if resume:
         _wait_for_the_run_before(Path(run_dir), on_line)
     if processes == 1 and not apart:
-        return worker.RUNS[name][1](config, run_dir, resume, device)
+        from nitro_e_lite.experiments import worker
+
+        return worker.RUNS[worker.run_name(config)][1](config, run_dir, resume, device)
     with tempfile.TemporaryDirectory() as folder:
         request, outcome = Path(folder) / "request.json", Path(folder) / "outcome.json"
-        asked = {"run": name, "config": to_dict(config), "run_dir": str(run_dir), "resume": resume, "device": device}
-        request.write_text(json.dumps(asked | {"outcome": str(outcome)}), encoding="utf-8")
-        words = ["-m", worker.__name__, str(request)]
+        asked = {"settings": type(config).__name__, "config": to_dict(config), "outcome": str(outcome)}
+        asked |= {"run_dir": str(run_dir), "resume": resume, "device": device}
+        request.write_text(json.dumps(asked), encoding="utf-8")
+        words = ["-m", WORKER, str(request)]
         try:
             environment = child_environment(processes, device)
             run_processes(words, processes, environment, on_line, log=Path(run_dir) / "console.log")

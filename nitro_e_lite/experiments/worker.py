@@ -33,17 +33,18 @@ RUNS: dict[str, tuple[type[RunConfig], Callable[..., Path]]] = {  # each called 
 }
 
 
-def run_name(config: RunConfig) -> str:
-    """The name in `RUNS` of what `config` is for.
+def run_name(settings: RunConfig | str) -> str:
+    """The name in `RUNS` of what these settings, or settings of the class of this name, are for.
 
     Raises:
         TypeError: there is none.
     """
+    wanted = settings if isinstance(settings, str) else type(settings).__name__
     for name, (kind, _) in RUNS.items():
-        if type(config) is kind:
+        if kind.__name__ == wanted:
             return name
     known = ", ".join(kind.__name__ for kind, _ in RUNS.values())
-    raise InvalidType(f"config: {type(config).__name__} describes no run; there are {known}")
+    raise InvalidType(f"config: {wanted} describes no run; there are {known}")
 
 
 def stop_without_launcher() -> None:
@@ -61,9 +62,9 @@ def main(request: str) -> None:
     """Trains what the file `request` asks for; the main process writes its outcome to the file named in it."""
     stop_without_launcher()
     asked = json.loads(Path(request).read_text(encoding="utf-8"))
-    kind, train = RUNS[asked["run"]]
-    config = from_dict(kind, asked["config"])
     try:
+        kind, train = RUNS[run_name(asked["settings"])]
+        config = from_dict(kind, asked["config"])
         outcome = {"final": str(train(config, asked["run_dir"], asked["resume"], asked["device"]))}
     except RunStopped as stopped:
         outcome = {"stopped": str(stopped)}
