@@ -47,6 +47,7 @@ WORKER = "nitro_e_lite.experiments.worker"  # what each process runs; it imports
 LOOK = 0.1  # seconds between looks at what the processes have written
 PATIENCE = 180  # seconds that a start waits for the run before it to save and end
 PORT = 29500
+RETRIES = 5  # times that a Slurm job which failed goes back into the queue
 
 
 class LaunchError(RuntimeError):
@@ -276,9 +277,10 @@ def torchrun_commands(words: Sequence[str], nodes: int, processes: int, address:
 def slurm_script(words: Sequence[str], nodes: int, processes: int, hours: int = 48, port: int = PORT) -> str:
     """A batch script for Slurm: one task for each accelerator, told its rank by Slurm itself.
 
-    Ten minutes before the time limit the tasks get SIGTERM, save and end; submitting the script again continues,
-    because it always resumes. When one task fails, Slurm ends the others, which would wait for it for hours. The run
-    folder must be on storage that all machines share.
+    Ten minutes before the time limit the tasks get SIGTERM, save and end; the job then puts itself back into the queue,
+    and goes on there, because it always resumes. So it does after a failure, of a node or of its own, while it has
+    been there fewer than `RETRIES` times: what fails every time is not repeated for ever. When one task fails, Slurm
+    ends the others, which would wait for it for hours. The run folder must be on storage that all machines share.
 
     Args:
         words: arguments of `nitro-e`, such as those of `train_arguments`.
@@ -288,6 +290,7 @@ def slurm_script(words: Sequence[str], nodes: int, processes: int, hours: int = 
         port: at which the first machine listens.
     """
     words = [*words] + ["--resume"] * ("--resume" not in words)
+    final = shlex.quote(f"{words[words.index('--run-dir') + 1]}/final") if "--run-dir" in words else "final"
     ranks = "RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE="
     return f"""#!/bin/bash
 #SBATCH --job-name=nitro-e
@@ -297,6 +300,15 @@ def slurm_script(words: Sequence[str], nodes: int, processes: int, hours: int = 
 #SBATCH --cpus-per-task=8
 #SBATCH --time={hours}:00:00
 #SBATCH --signal=TERM@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT={port}
+export OMP_NUM_THREADS=${{SLURM_CPUS_PER_TASK:-8}}
 srun --kill-on-bad-exit=1 bash -c '{ranks}{processes} exec nitro-e "$@"' nitro-e {shlex.join(words)}
+code=$?
+# not finished: stopped in good order, or failed; again, but not for ever
+if [ ! -d {final} ] && {{ [ $code -eq 0 ] || [ "${{SLURM_RESTART_COUNT:-0}}" -lt {RETRIES} ]; }}; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code
 """
