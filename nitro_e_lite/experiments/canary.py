@@ -41,7 +41,7 @@ from nitro_e_lite.training.checkpoints import list_checkpoints
 
 STEPS = 500
 REPEATED = {"cpu": 1e-5, "accelerator": 0.02}  # of a loss: an accelerator may sum in another order
-STEADY = 0.5  # of the median speed, for the slowest interval but those that validate or start
+STEADY = {"cpu": 0.2, "accelerator": 0.5}  # of the median speed, for the slowest interval; a CPU is shared
 PUBLISHED_SHARE = 0.5  # of the published run's speed, by peak and number of devices
 ROOM = 0.9  # of the memory
 GROWTH = 0.05  # of the memory, from the middle to the end
@@ -175,7 +175,7 @@ def judge(
         Band("steps skipped", rows[-1].get("skipped", 0), high=0),
         Band("repeated steps, loss differs by", apart, high=REPEATED[kind]),
         Band("speed, median", speed, low=least, unit="samples/s"),
-        Band("slowest interval / median", min(steady) / speed, low=STEADY),
+        Band("slowest interval / median", min(steady) / speed, low=STEADY[kind]),
         Band(
             "memory of a process, peak",
             max(memory, default=math.nan),

@@ -66,7 +66,9 @@ def preflight(
         device: "cpu", "cuda" or None for the best there is.
         made_before: its first weights (`start_from`) come from a run that is yet to be made.
     """
-    found = [*_devices(config, processes, device), *_exchange(processes, device), *_start(config, made_before)]
+    found = [*_devices(config, processes, device)]
+    found += _exchange(processes, device) if all(one.fine for one in found) else []
+    found += _start(config, made_before)
     if isinstance(config, TrainConfig):
         found += [*_data(config), *_encoders(config), *_memory(config, processes, device)]
     return [*found, *_disk(config, Path(run_dir))]
