@@ -107,7 +107,7 @@ def test_nohup_stays_in_force_and_the_handlers_come_back():
 def test_a_mistake_found_by_the_processes_is_one_here_too(tmp_path):
     config = override(preset("base", "smoke"), ["model.in_channels=3"])
     with pytest.raises(UserError, match="model.in_channels=3: the encoders in use give 8"):
-        launch(config, tmp_path / "run", processes=2, device="cpu", on_line=lambda line: None)
+        launch(config, tmp_path / "run", device="cpu", on_line=lambda line: None, apart=True)
 
 
 def test_in_place_and_refusals(tmp_path):
