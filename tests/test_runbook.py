@@ -157,7 +157,7 @@ def test_preflight_names_all_that_the_full_run_lacks_here(tmp_path, monkeypatch)
     )
     assert "must" not in missing and "'' is no folder" in missing["weights to start from"]
     assert "accept its licence" in missing["encoder: meta-llama/Llama-3.2-1B"]  # tests are offline
-    assert missing["disk"] == "9 GB free, 21.3 for 4 checkpoints"
+    assert missing["disk"] == "9 GB free, 21.4 for 4 checkpoints"
     (data,) = [one for one in found if one.name == "disk for data"]
     assert not data.fine and not data.must and "text 7.29" in data.says
     with pytest.raises(Unusable, match="the run cannot start: accelerators: none here"):

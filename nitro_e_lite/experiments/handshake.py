@@ -10,6 +10,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import sys
 import time
 from datetime import timedelta
 
@@ -23,7 +24,7 @@ SAYS = "handshake "  # what the line of the first process begins with
 
 def main() -> None:
     """Meets the others, adds, and prints what was found as one line of JSON."""
-    faulthandler.dump_traceback_later(LIMIT, exit=True)
+    faulthandler.dump_traceback_later(LIMIT, exit=True, file=sys.__stderr__)
     rank, begin = int(os.environ["LOCAL_RANK"]), time.perf_counter()
     device = torch.device("cpu")
     if torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_CPU") != "true":

@@ -26,7 +26,7 @@ from nitro_e_lite.config import RunConfig, TrainConfig
 from nitro_e_lite.data.shards import array_shapes, read_card, sidecars
 from nitro_e_lite.errors import Unusable, UserError
 from nitro_e_lite.experiments import handshake, launch
-from nitro_e_lite.experiments.plan import PICTURES, checkpoint_bytes, plan
+from nitro_e_lite.experiments.plan import PICTURES, checkpoint_bytes, frozen_encoders, plan
 from nitro_e_lite.files import find_weights
 from nitro_e_lite.inference.hub import FULL_AUTOENCODER, FULL_TEXT_ENCODER, HUB_REVISIONS
 from nitro_e_lite.inference.vision import VISION_FILES, VISION_REVISIONS
@@ -232,7 +232,7 @@ def _disk(config: RunConfig, run_dir: Path) -> Iterator[Finding]:
     yield Finding("disk", free > wanted, says)
     missing = [folder for folder in config.data.folders if not sidecars(Path(folder))]
     if count := sum(PICTURES.get(Path(folder).name, 0) for folder in missing):
-        more = plan(config, pictures=count).disk
+        more = {name: count * encoder.stored for name, encoder in frozen_encoders(config).items()}
         size = ", ".join(f"{name} {bytes_ / 1e12:.2f}" for name, bytes_ in more.items())
         says = f"{free / 1e12:.2f} TB free; {', '.join(missing)} will take {size} TB, as far as they are stored"
         yield Finding("disk for data", free > sum(more.values()), says, must=False)
