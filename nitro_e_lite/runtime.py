@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch.nn.attention import SDPBackend
 
@@ -178,16 +179,31 @@ def device_name(device: torch.device) -> str:
         return platform.processor() or platform.machine()
 
 
+def memory_used(device: torch.device) -> int:
+    """Bytes: the most that this process ever had on the accelerator, or what it has in main memory on a CPU."""
+    if device.type in ("cuda", "xpu"):
+        return torch.accelerator.max_memory_reserved(device)
+    return psutil.Process().memory_info().rss
+
+
+def memory_there(device: torch.device) -> int:
+    """Bytes of the accelerator's memory, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
+
+
 class RunStopped(Exception):
     """A run was asked to stop and has written its checkpoint; the message says how to continue."""
 
 
 class StopRequest:
-    """Listens for SIGTERM and SIGINT while a run lasts; `name` is the signal's name once one came.
+    """Listens for SIGTERM, SIGINT and SIGHUP while a run lasts; `name` is the signal's name once one came.
 
     The signal only leaves a note: the step in progress is finished, then the loop sees the note and saves. Signals that
-    follow are ignored, because a launcher and a terminal may both send one. Outside of the main thread, where Python
-    delivers no signals, nothing is listened for.
+    follow are ignored, because a launcher and a terminal may both send one. A closed terminal sends SIGHUP; under
+    `nohup`, which ignores it, it stays ignored. Outside of the main thread, where Python delivers no signals, nothing
+    is listened for.
 
     Args:
         action: also called when the first signal comes.
@@ -200,7 +216,10 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self._before = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+            heard = [signal.SIGTERM, signal.SIGINT]
+            heard += [hangup] if hangup and signal.getsignal(hangup) is not signal.SIG_IGN else []
+            for number in heard:
                 self._before[number] = signal.signal(number, self._note)
         return self
 

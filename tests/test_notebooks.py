@@ -143,7 +143,8 @@ def test_says_how_to_run_at_full_scale(name):
     text = "\n".join(source(cell) for cell in between(name, "Full scale", "Exercises"))
     missing = [word for word in ("memory", "not run") if word not in text.lower()]
     assert missing == [], "say what it needs and whether it was run"
-    assert f"papermill notebooks/{name}.ipynb runs/{name}.ipynb -f notebooks/params/{name}.full.yaml" in text
+    command = f"papermill notebooks/{name}.ipynb runs/{name}.ipynb -f notebooks/params/{name}.full.yaml"
+    assert f"mkdir -p runs && {command}" in text, "a fresh clone has no folder runs"
 
 
 @every_notebook
@@ -258,7 +259,7 @@ def two_steps(name: str, scale: str) -> dict:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_both_parameter_files_of_a_stage_are_the_same_run_at_smoke_size(name):
-    """So that running one of them is running both: 17 below, 09 and 10 in test_reproduce.py."""
+    """So that running one of them is running both: the full one as it is printed, in test_runbook.py."""
     lite, full = two_steps(name, "lite"), two_steps(name, "full")
     assert {key: value for key, value in lite.items() if parameters(name)[key] != value} == {
         key: value for key, value in full.items() if parameters(name)[key] != value
@@ -266,11 +267,15 @@ def test_both_parameter_files_of_a_stage_are_the_same_run_at_smoke_size(name):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_is_trained_by_as_many_processes_as_asked_for(name):
+def test_a_stage_looks_first_and_trains_with_as_many_processes_as_asked_for(name):
     """Without accelerators all three once started one process, whatever `devices` said."""
-    launches = re.findall(r"launch\.launch\((.+)\)", "\n".join(source(cell) for cell in cells(name)))
-    trained = [call for call in launches if "processes" in call]
-    assert trained and all("processes=devices" in call for call in trained)
+    code = [source(cell) for cell in cells(name)]
+    made = [
+        call for text in code for call in re.findall(r"= stage_run\.StageRun\((.+)\)", text) if '"stage1"' not in call
+    ]
+    assert made and all(re.search(r"(processes=|, )devices\b", call) for call in made)
+    looks = next(k for k, text in enumerate(code) if "stage_run.prepare(" in text)
+    assert "save_figure" not in "".join(code[: looks + 1]), "a demonstration comes before the preflight"
 
 
 @pytest.mark.parametrize("scale", ["lite", "full"])
@@ -281,34 +286,6 @@ def test_stage_2_goes_on_from_stage_1(scale):
     assert stage_2["base"] == f"{stage_1['run_dir']}/training"
     assert stage_1["vision"] == presets.preset("base", scale).repa.vision
     assert stage_1["encoders"] == stage_2["encoders"] == presets.preset("finetune", scale).data.encoders
-
-
-@pytest.mark.slow
-def test_parameter_files_of_the_full_run_train_two_steps_and_change_nothing(tmp_path):
-    values = two_steps("17_full_run_8x_mi300x", "full") | {"run_dir": str(tmp_path / "run")}
-    (tmp_path / "two_steps.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    before = (ROOT / "figures" / "ledger.json").read_bytes()
-    run = notebooks.execute(FOLDER / "17_full_run_8x_mi300x.ipynb", tmp_path / "two_steps.yaml")
-    assert "seed 5" in printed(run["cells"])
-    assert [o for cell in run["cells"] for o in cell.get("outputs", []) if o["output_type"] == "error"] == []
-    assert [*(tmp_path / "run").glob("**/final/config.json")]
-    assert (ROOT / "figures" / "ledger.json").read_bytes() == before
-    assert (tmp_path / "run" / "figures" / "ledger.json").is_file()
-
-
-@pytest.mark.slow
-def test_stage_2_does_at_smoke_size_all_that_it_does_at_lite_scale(tmp_path):
-    """White text and minimal pairs, which the smoke preset leaves out, once failed here after hours of training."""
-    lite = presets.preset("finetune", "lite")
-    flags = {f"data.{name}": getattr(lite.data, name) for name in ("pairs", "pairs_every", "colorless", "quality")}
-    flags["optimizer.whiten_text_input"] = lite.optimizer.whiten_text_input
-    overrides = ["steps=2", *(f"{name}={json.dumps(value)}" for name, value in flags.items())]
-    values = two_steps("10_fine_tuning_ema", "lite") | {"overrides": overrides, "run_dir": str(tmp_path / "run")}
-    (tmp_path / "lite_at_smoke_size.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    text = printed(
-        notebooks.execute(FOLDER / "10_fine_tuning_ema.ipynb", tmp_path / "lite_at_smoke_size.yaml")["cells"]
-    )
-    assert "stage 2, average" in text and "ours agree on the first 32" in text
 
 
 def notebook_of(*sources: str) -> str:

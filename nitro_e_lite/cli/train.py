@@ -26,11 +26,14 @@ train_app = typer.Typer(help="Train one of the models of the course.", no_args_i
 app.add_typer(train_app, name="train")
 Preset = Annotated[str, typer.Option(help="smoke, lite or full.")]
 Processes = Annotated[int, typer.Option(help="Processes on a machine, one for each accelerator.")]
+Canary = Annotated[
+    bool, typer.Option("--canary", help="Only the first 500 steps, one kill, one resume: GO (0) or STOP (1).")
+]
 Nodes = Annotated[int, typer.Option(help="Machines; for more than one the commands are printed, not run.")]
 
 
-def run_stage(stage, preset, overrides, run_dir, resume, device, processes, nodes) -> None:
-    """Trains one stage, or prints how to start it on several machines."""
+def run_stage(stage, preset, overrides, run_dir, resume, device, processes, nodes, canary=False) -> None:
+    """Trains one stage, tries its first steps, or prints how to start it on several machines."""
     from nitro_e_lite import config, presets
     from nitro_e_lite.experiments import launch
 
@@ -43,6 +46,11 @@ def run_stage(stage, preset, overrides, run_dir, resume, device, processes, node
         typer.echo("\n".join(lines))
         return
     with stoppable():
+        if canary:
+            from nitro_e_lite.experiments.canary import canary as run_canary
+
+            bands = run_canary(chosen, run_dir, processes, device, typer.echo)
+            raise typer.Exit(0 if all(band.fine for band in bands) else 1)
         finish(launch.launch(chosen, run_dir, processes=processes, resume=resume, device=device, on_line=typer.echo))
 
 
@@ -67,9 +75,10 @@ def train_base(
     device: Device = None,
     processes: Processes = 1,
     nodes: Nodes = 1,
+    canary: Canary = False,
 ) -> None:
     """Train the text-to-image transformer (stage 1); `RUN_DIR/final` holds the weights at the end."""
-    run_stage("base", preset, overrides, run_dir, resume, device, processes, nodes)
+    run_stage("base", preset, overrides, run_dir, resume, device, processes, nodes, canary)
 
 
 @command(train_app, "finetune")
@@ -81,9 +90,10 @@ def train_finetune(
     device: Device = None,
     processes: Processes = 1,
     nodes: Nodes = 1,
+    canary: Canary = False,
 ) -> None:
     """Fine-tune a base model on the better part of the data (stage 2); `--set start_from=FOLDER` names the base."""
-    run_stage("finetune", preset, overrides, run_dir, resume, device, processes, nodes)
+    run_stage("finetune", preset, overrides, run_dir, resume, device, processes, nodes, canary)
 
 
 @command(train_app, "1024px")
@@ -109,9 +119,10 @@ def train_rewards(
     device: Device = None,
     processes: Processes = 1,
     nodes: Nodes = 1,
+    canary: Canary = False,
 ) -> None:
     """Learn from rewards (stage 3): `RUN_DIR/final` is an adapter for `--lora`; `--set method=grpo` is Flow-GRPO."""
-    run_stage("rewards", preset, overrides, run_dir, resume, device, processes, nodes)
+    run_stage("rewards", preset, overrides, run_dir, resume, device, processes, nodes, canary)
 
 
 @command(train_app, "distill")
@@ -283,9 +294,11 @@ def plan_command(
     stage: Annotated[
         str, typer.Option(help="base, finetune, 1024px or distill (and the drawing of its pictures).")
     ] = "base",
-    hardware: Annotated[str, typer.Option(help="mi300x, h100, h200, a100, rtx4090 or cpu.")] = "mi300x",
+    hardware: Annotated[
+        str, typer.Option(help="mi250, mi300x, mi325x, mi355x, h100, h200, a100, rtx4090, cpu.")
+    ] = "mi300x",
     devices: Annotated[int, typer.Option(help="How many of them.")] = 8,
-    mfu: Annotated[float | None, typer.Option(help="Utilisation; that of the published run when not given.")] = None,
+    mfu: Annotated[float | None, typer.Option(help="Utilisation; a range of stated ones when not given.")] = None,
     peak_tflops: Annotated[float | None, typer.Option(help="Of one device, instead of the data sheet's.")] = None,
     pictures: Annotated[int | None, typer.Option(help="In the data set; those of its folders when not given.")] = None,
     overrides: Overrides = None,
@@ -304,6 +317,11 @@ def plan_command(
         found = plan.plan(chosen, hardware, devices, mfu, peak_tflops, pictures)
         result |= {"stage": stage, "preset": preset, "hardware": hardware, "devices": devices}
         result |= dataclasses.asdict(found) | {"published_mfu": plan.published_mfu()}
+        asked = [] if mfu is None else [plan.Utilisation(mfu, "asked for", "--mfu")]
+        outlooks = plan.outlook(chosen, found, devices, asked)
+        result["outlook"] = [dataclasses.asdict(one) for one in outlooks]
+        result["checkpoint"] = {"bytes": plan.checkpoint_bytes(chosen), "hours": plan.checkpoint_hours(chosen)}
+        result["drawing_days"] = plan.drawing_days(chosen, devices, found.peak)
         if json:
             return
         rows = [["parameters", f"{found.parameters:,}"], ["forward pass, TFLOP", f"{found.forward_flops / 1e12:.4f}"]]
@@ -312,20 +330,47 @@ def plan_command(
         rows.append(["memory in all / of the device, GB", f"{found.needed / 1e9:.1f} / {found.capacity / 1e9:.0f}"])
         rows += [[f"disk: {name}, GB", f"{size / 1e9:,.1f}"] for name, size in found.disk.items()]
         show_table(f"{stage}/{preset} on {devices} x {hardware}", ["", ""], rows)
-        columns = ["", "TFLOP a sample", "samples/s", "hours"]
-        rows = [
-            [way, f"{flops / 1e12:.3f}", f"{found.samples_per_second[way]:,.4g}", f"{found.hours[way]:,.1f}"]
-            for way, flops in found.sample_flops.items()
-        ]
-        show_table(f"at {found.mfu:.1%} of {found.peak / 1e12:,.4g} TFLOP/s a device", columns, rows)
-        saved = found.sample_flops["latents stored"] / found.sample_flops["all stored"]
-        size = sum(bytes_ for name, bytes_ in found.disk.items() if name != "latents")
-        typer.echo(f"Storing more than latents divides the arithmetic by {saved:.2f} and takes {size / 1e12:.3g} TB.")
+        show_outlook(stage, chosen, found, devices, outlooks)
         source, published = HARDWARE[hardware].source, plan.published_mfu()
         bounds = "; ".join(f"{way}: {value:.1%}" for way, value in published.items())
         typer.echo(f"Peak: {source}. MFU that the published 1.5 days on 8 MI300X imply, {bounds}.")
         if found.needed > found.capacity:
             typer.echo("It does not fit: set accumulate, or gradient_checkpointing=true (not modelled here).")
+
+
+def show_outlook(stage, chosen, found, devices, outlooks) -> None:
+    """A stage at a range of utilisations: hours of its steps and of what comes with them."""
+    from nitro_e_lite.experiments import plan
+
+    rows = [
+        [f"{way}, {flops / 1e12:.3f} TFLOP a sample", *(f"{one.hours[way]:,.1f}" for one in outlooks)]
+        for way, flops in found.sample_flops.items()
+    ]
+    for way, flops in found.sample_flops.items():
+        speeds = [f"{devices * found.peak * one.mfu.share / flops:,.4g}" for one in outlooks]
+        rows.append([f"samples/s, {way}", *speeds])
+    rows += [
+        [f"GB/s to read, {way}", *(f"{one.reading[way] / 1e9:.2f}" for one in outlooks)]
+        for way in ("all stored", "latents stored")
+    ]
+    rows.append(["hours of validation", *(f"{one.validation:.2f}" for one in outlooks)])
+    rows.append(["hours to encode all pictures once", *(f"{one.encoding:,.1f}" for one in outlooks)])
+    columns = [f"{one.mfu.share:.1%} ({one.mfu.whose})" for one in outlooks]
+    title = f"hours of {stage} at this share of {found.peak / 1e12:,.4g} TFLOP/s a device"
+    show_table(title, ["", *columns], rows)
+    for one in outlooks:
+        typer.echo(f"{one.mfu.share:.1%}, {one.mfu.whose}: {one.mfu.why}.")
+    size, hours = plan.checkpoint_bytes(chosen), plan.checkpoint_hours(chosen)
+    typer.echo(
+        f"Checkpoints: {size / 1e9:.3g} GB each, {hours:.2g} h in all at {plan.DISK / 1e9:g} GB/s (ours), "
+        "unless they are written beside the training."
+    )
+    if days := plan.drawing_days(chosen, devices, found.peak):
+        speed = f"{plan.DRAWN_PER_SECOND} pictures/s on an MI300X (published)"
+        typer.echo(f"Drawing {plan.DRAWN} first: {days:.1f} days of these {devices} devices at {speed}.")
+    size = sum(bytes_ for name, bytes_ in found.disk.items() if name != "latents")
+    saved = found.sample_flops["latents stored"] / found.sample_flops["all stored"]
+    typer.echo(f"Storing more than latents divides the arithmetic by {saved:.2f} and takes {size / 1e12:.3g} TB.")
 
 
 def plan_distillation(preset, hardware, devices, mfu, peak_tflops, pictures, overrides, json) -> None:

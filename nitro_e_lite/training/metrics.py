@@ -31,7 +31,7 @@ from nitro_e_lite.config import RunConfig
 from nitro_e_lite.errors import InvalidValue, NotWritten
 from nitro_e_lite.files import read_jsonl
 from nitro_e_lite.model.flops import TRAINING_PASSES, find_peak
-from nitro_e_lite.runtime import device_name
+from nitro_e_lite.runtime import device_name, memory_used
 from nitro_e_lite.training.clock import Clock, Heartbeat, step_times, straggler
 
 
@@ -116,6 +116,7 @@ class Progress:
         times = step_times(self.clock.take(), seconds, steps, self.accelerator.device)
         speed = steps * self.config.batch_size / seconds
         row = {"seconds": round(self.seconds, 3), "samples_per_second": round(speed, 2), **row}
+        row["memory"] = round(memory_used(self.accelerator.device) / 1e9, 4)  # GB of the main process
         row |= {f"{name}_seconds": sum(each) / len(each) for name, each in times.items()}
         by_rank = {}
         if self.accelerator.num_processes > 1:
