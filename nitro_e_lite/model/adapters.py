@@ -132,7 +132,7 @@ def _own_config(config: Config | None) -> Config | None:
     return config and {name.removeprefix("transformer."): value for name, value in config.items()}
 
 
-def _fetch(source: str | Path | dict, options: dict[str, Any]) -> tuple[dict[str, Tensor], Config | None]:
+def fetch(source: str | Path | dict, options: dict[str, Any]) -> tuple[dict[str, Tensor], Config | None]:
     """Tensors and configuration from wherever diffusers reads adapters; takes what concerns that out of `options`."""
     where = {name: options.pop(name) for name in _FETCH if name in options}
     config = options.pop("metadata", None)
@@ -166,6 +166,9 @@ def to_own_names(weights: dict[str, Tensor], config: Config | None) -> tuple[dic
     found: dict[str, dict[int, dict[str, Tensor]]] = {}
     foreign = {key for key in weights if place(key.split(".lora")[0])[0] != key.split(".lora")[0]}
     if not foreign:
+        targets = (config or {}).get("target_modules")
+        if isinstance(targets, (list, set, tuple)) and any(_own_target(one)[0] != one for one in targets):
+            config = own_targets(LoraConfig(**config)).to_dict()
         return weights, config
     check_plain(config)
     own = {}
@@ -199,6 +202,13 @@ def _fuse(pairs: dict[int, dict], count: int) -> tuple[Tensor, Tensor]:
     return torch.cat([pairs[k]["A"] for k in order]), fused
 
 
+def _own_target(target: str) -> tuple[str, int, int]:
+    """As `place`, of a full name or the end of one."""
+    found = place(target)
+    ends = [part for name, part in _PARTS.items() if target in (name, name.removeprefix("attn."))]
+    return ends[0] if ends and found[0] == target else found
+
+
 def own_targets(config: LoraConfig) -> LoraConfig:
     """A configuration whose `target_modules` are matrices that are here: `to_q to_k to_v` are one, `to_out.0` another.
 
@@ -210,10 +220,7 @@ def own_targets(config: LoraConfig) -> LoraConfig:
     found: dict[tuple[str, int], set[str]] = {}
     kept = set()
     for target in config.target_modules:
-        own, _, count = place(target)
-        if own == target:  # no full name of a block: perhaps the end of one
-            ends = [part for name, part in _PARTS.items() if name == target or name.removeprefix("attn.") == target]
-            own, _, count = ends[0] if ends else (target, 0, 1)
+        own, _, count = _own_target(target)
         if own == target:
             kept.add(target)
         else:
@@ -247,7 +254,7 @@ class AdapterMixin(PeftAdapterMixin):
         self, source: str | Path | dict, prefix: str | None = "transformer", hotswap: bool = False, **options: Any
     ) -> None:
         """As in diffusers; also PEFT folders, and adapters by the names of the published code."""
-        weights, config = _fetch(source, options)
+        weights, config = fetch(source, options)
         mine = {key: value for key, value in weights.items() if _is_mine(key, prefix)}
         if not mine:  # says so in its own words
             return super().load_lora_adapter(weights, prefix=prefix, hotswap=hotswap, metadata=config, **options)
