@@ -235,6 +235,15 @@ class RepaConfig:
 
 
 @settings
+class LoraConfig:
+    """A LoRA to train in place of the whole model: `W + alpha / rank * B A`."""
+
+    rank: NonNegative = 0  # 0: the whole model
+    alpha: PositiveNumber = 16.0
+    targets: AdapterTargets = "attention"
+
+
+@settings
 class TrainConfig(RunConfig):
     """One training run of the transformer."""
 
@@ -260,6 +269,7 @@ class TrainConfig(RunConfig):
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     repa: RepaConfig = dataclasses.field(default_factory=RepaConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
     def __post_init__(self):
         if self.data.pairs:

@@ -109,13 +109,15 @@ def read_adapter(source: str | Path) -> tuple[dict[str, Tensor], Config | None]:
     """Tensors and configuration of an adapter on this disk.
 
     Args:
-        source: A folder that PEFT, `save_lora_adapter` or `save_lora_weights` wrote, or the safetensors file in it.
+        source: A folder that PEFT, `save_lora_adapter` or `save_lora_weights` wrote, the safetensors file in it, or a
+            run that trained an adapter.
 
     Raises:
         FileNotFoundError, ValueError: There is none, or it is damaged.
     """
     source = Path(source)
-    files = [source] if source.is_file() else [source / name for name in (PEFT_FILES[1], _DIFFUSERS_FILE)]
+    names = (PEFT_FILES[1], _DIFFUSERS_FILE)
+    files = [source] if source.is_file() else [at / name for at in (source, source / "final") for name in names]
     path = next((one for one in files if one.is_file()), None)
     if path is None:
         raise MissingFile(f"lora: {source} holds neither {PEFT_FILES[1]} nor {_DIFFUSERS_FILE}")
