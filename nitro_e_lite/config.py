@@ -273,7 +273,8 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self):
         if self.data.pairs:
-            _require(not self.data.folders, "data.folders", self.data.folders, "empty with data.pairs")
+            hint = "empty with data.pairs, which are of scenes (--set data.pairs=[] to train on folders)"
+            _require(not self.data.folders, "data.folders", self.data.folders, hint)
             _require(self.batch_size % 2 == 0, "batch_size", self.batch_size, "even with data.pairs")
             _require(self.data.scenes % 2 == 0, "data.scenes", self.data.scenes, "even with data.pairs")
         if not self.data.folders:

@@ -9,6 +9,9 @@ off-loading are the library's (`conventions.py`, `schedules.py`). Ours are the c
 generator a picture) and the grid of noise levels. For the models of this project that grid is `linspace(1, 1/K, K)`,
 shifted towards noise where a model draws better so (`flow.shift_sigmas`). Differs: the official weights use the
 scheduler's own grid, whose last step goes from 0.001 to 0 and does nothing; `sigma_grid="scheduler"` keeps it.
+
+After `import nitro_e_lite.inference.pipeline`, `diffusers.DiffusionPipeline.from_pretrained(folder)` and
+`diffusers.AutoModel` know the classes of this project.
 """
 
 import inspect
@@ -19,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderDC, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -470,10 +474,13 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
             if call.interrupted:
                 return
             start, call.timestep = time.perf_counter(), timestep
+            exact = timestep  # DPM-Solver and UniPC round it
+            if not timestep.is_floating_point():
+                exact = torch.full_like(timestep, flow.TIMESTEP_SCALE * sigma, dtype=torch.float32)
             guided = call.guidance > 1 and len(call.features) > count
             features = call.features if guided else call.features[-count:]  # (B or 2B, L, D)
             batch = latents.repeat(1 + guided, 1, 1, 1).to(self.transformer.dtype)  # (B or 2B, C, h, w)
-            velocity = self.transformer(batch, features, timestep, **options).sample.float()
+            velocity = self.transformer(batch, features, exact, **options).sample.float()
             if guided:
                 unconditional, conditional = velocity.chunk(2)  # (B, C, h, w) each
                 velocity = flow.guide(conditional, unconditional, call.guidance)
@@ -488,3 +495,10 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
     def _check_finite(part: str, values: Tensor) -> None:
         if not values.isfinite().all():
             raise NotFinite(f"{part}: gave NaN or infinity; if it runs in half precision, load it with dtype='float32'")
+
+
+for _class in (
+    NitroEPipeline,
+    EMMDiTTransformer2DModel,
+):  # there `DiffusionPipeline.from_pretrained` and `AutoModel` look
+    setattr(diffusers, _class.__name__, _class)

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nitro_e_lite.errors import InvalidValue, MissingFile
+from nitro_e_lite.model import fp8
 from nitro_e_lite.model.official_names import official_names
 
 Config = dict[str, Any]  # fields of a `peft.LoraConfig`
@@ -256,9 +257,13 @@ class AdapterMixin(PeftAdapterMixin):
         self, source: str | Path | dict, prefix: str | None = "transformer", hotswap: bool = False, **options: Any
     ) -> None:
         """As in diffusers; also PEFT folders, and adapters by the names of the published code."""
+        if fp8.is_quantized(self):
+            raise InvalidValue("lora: this model is in FP8; load_pipeline(lora=, quantization='fp8') merges it first")
         weights, config = fetch(source, options)
         mine = {key: value for key, value in weights.items() if _is_mine(key, prefix)}
-        if not mine:  # says so in its own words
+        if not mine and any(parse_key(key) for key in weights):
+            raise InvalidValue(f"lora: made for another model: nothing here is called {min(weights)!r}")
+        if not mine:  # diffusers says so in its own words
             return super().load_lora_adapter(weights, prefix=prefix, hotswap=hotswap, metadata=config, **options)
         mine, config = to_own_names(mine, config)
         super().load_lora_adapter(mine, prefix=None, hotswap=hotswap, metadata=config, **options)

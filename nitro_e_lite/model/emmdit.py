@@ -152,6 +152,8 @@ class EMMDiTTransformer2DModel(AdapterMixin, ModelMixin, ConfigMixin):
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """As in diffusers; a model in FP8 is written as codes and scales, see `fp8.save`."""
         if fp8.is_quantized(self):
+            if options.get("push_to_hub"):
+                raise InvalidValue("push_to_hub: a model in FP8 is saved to a folder; upload that folder")
             fp8.save(self, save_directory)
         else:
             super().save_pretrained(save_directory, **options)
@@ -162,6 +164,8 @@ class EMMDiTTransformer2DModel(AdapterMixin, ModelMixin, ConfigMixin):
         folder = Path(pretrained_model_name_or_path, options.get("subfolder") or "")
         if not fp8.holds_fp8(folder):
             return super().from_pretrained(pretrained_model_name_or_path, **options)
+        if options.get("quantization_config") is not None:
+            raise InvalidValue(f"quantization_config: {folder} is in FP8 already")
         with torch.device("meta"):
             model = cls.from_config(cls.load_config(folder))
         fp8.load(model, folder, options.get("dtype") or options.get("torch_dtype"))
