@@ -19,6 +19,7 @@ from nitro_e_lite.inference.loading import load_pipeline
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.model import flow, fp8
 from nitro_e_lite.model.adapters import own_targets
+from nitro_e_lite.model.emmdit import EMMDiTOutput
 from nitro_e_lite.model.official_weights import merge_lora
 
 STAR = "a red star"
@@ -258,14 +259,21 @@ FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
     ],
     ids=["heun", "dpm", "unipc"],
 )
-def test_other_flow_schedulers_find_the_same_picture(pipeline, tiny_pipeline, scheduler, steps):
-    options = {"guidance_scale": 1.0, "shift": 2.0}
-    many, ten = (draw(tiny_pipeline, num_inference_steps=count, **options) for count in (40, 10))
-    limit = many + (many - ten) / 3  # Euler's error is in proportion to the step
-    pipeline.scheduler = scheduler
-    found = draw(pipeline, num_inference_steps=10, **options)
+def test_other_flow_schedulers_solve_the_same_flow(pipeline, monkeypatch, scheduler, steps):
+    """Of data with deviation 0.5 around zero the flow is known: noise ends at half of itself."""
+
+    def velocity(x, text, timestep):
+        t, variance = timestep / 1000, 0.25
+        return EMMDiTOutput(x * (t - (1 - t) * variance) / ((1 - t) ** 2 * variance + t**2))
+
+    monkeypatch.setattr(pipeline.transformer, "forward", velocity)
+    noise, found = torch.randn(1, 4, 16, 16), []
+    for one in (pipeline.scheduler, scheduler):
+        pipeline.scheduler = one
+        found.append(draw(pipeline, num_inference_steps=10, guidance_scale=1.0, latents=noise))
+    euler, other = ((latents - noise / 2).norm() for latents in found)
     assert pipeline.num_timesteps == steps
-    assert (found - limit).norm() < 0.5 * (ten - limit).norm()  # they are of second order
+    assert other < 0.5 * euler
 
 
 @pytest.mark.parametrize("by", ["scheduler", "default_shift", "both", "call", "heun"])

@@ -19,6 +19,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,7 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
             size = text_encoder.config.hidden_size
             raise InvalidValue(f"text_encoder: features of width {size}, but the transformer takes {width}")
 
+    @wraps(DiffusionPipeline.save_pretrained, assigned=())
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """As in diffusers, without the path this pipeline was loaded from, which belongs to one machine."""
         for part in (self, self.transformer, self.vae):

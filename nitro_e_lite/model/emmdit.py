@@ -13,7 +13,7 @@ latents need not be square, and the query, key and value projections of a stream
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,7 @@ class EMMDiTTransformer2DModel(AdapterMixin, ModelMixin, ConfigMixin):
     def _attentions(self) -> list[JointAttention]:
         return [module for module in self.modules() if isinstance(module, JointAttention)]
 
+    @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines read in its signature what it takes, such as `variant`
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """As in diffusers; a model in FP8 is written as codes and scales, see `fp8.save`."""
         if fp8.is_quantized(self):
