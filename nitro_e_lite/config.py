@@ -245,6 +245,15 @@ class RepaConfig:
 
 
 @settings
+class LoraConfig:
+    """A LoRA to train in place of the whole model: `W + alpha / rank * B A`."""
+
+    rank: NonNegative = 0  # 0: the whole model
+    alpha: PositiveNumber = 16.0
+    targets: AdapterTargets = "attention"
+
+
+@settings
 class TrainConfig(RunConfig):
     """One training run of the transformer."""
 
@@ -270,10 +279,12 @@ class TrainConfig(RunConfig):
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     repa: RepaConfig = dataclasses.field(default_factory=RepaConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
     def __post_init__(self):
         if self.data.pairs:
-            _require(not self.data.folders, "data.folders", self.data.folders, "empty with data.pairs")
+            hint = "empty with data.pairs, which are of scenes (--set data.pairs=[] to train on folders)"
+            _require(not self.data.folders, "data.folders", self.data.folders, hint)
             _require(self.batch_size % 2 == 0, "batch_size", self.batch_size, "even with data.pairs")
             _require(self.data.scenes % 2 == 0, "data.scenes", self.data.scenes, "even with data.pairs")
         if not self.data.folders:

@@ -121,7 +121,7 @@ def test_forward_mode_equals_finite_differences():
 
 def test_plain_operations_differentiate_twice():
     module = attention()
-    module.backend = "math"
+    module.kernel = "math"
     streams = [x.requires_grad_() for x in inputs(batch=1, image=4, text=4)]
     with cpu_kernels.plain_operations():
         assert torch.autograd.gradgradcheck(lambda *x: module(*x)[0], streams, fast_mode=True)

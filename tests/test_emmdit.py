@@ -115,7 +115,7 @@ def test_backends_have_the_same_gradients(backend):
     model = tiny().double()
     arguments = inputs(dtype=torch.double)
     expected = gradients(model, *arguments)
-    model.set_attention_backend(backend)
+    model.set_attention_kernel(backend)
     with cpu_kernels.plain_operations():
         torch.testing.assert_close(gradients(model, *arguments), expected, rtol=1e-7, atol=1e-9)
 
@@ -213,5 +213,5 @@ def test_bad_inputs_are_refused(change, message):
     arguments = [new if new is not None else old for new, old in zip(change, inputs(), strict=False)]
     with pytest.raises(ValueError, match=message):
         tiny()(*arguments, 10.0)
-    with pytest.raises(ValueError, match="backend must be one of"):
-        tiny().set_attention_backend("flash")
+    with pytest.raises(ValueError, match="kernel must be one of"):
+        tiny().set_attention_kernel("flash")

@@ -48,8 +48,8 @@ def calls(tiny_pipeline):
 @torch.no_grad()
 def test_sampler_equals_the_loop_written_out(tiny_pipeline):
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
-    conditional = tiny_pipeline.encode_prompt(PROMPTS[:1])
-    unconditional = tiny_pipeline.encode_prompt([""])
+    conditional = tiny_pipeline.encode_captions(PROMPTS[:1])
+    unconditional = tiny_pipeline.encode_captions([""])
     x, steps, guidance = noise, 4, 2.5
     for k in range(steps):
         t, t_next = 1 - k / steps, 1 - (k + 1) / steps
@@ -184,13 +184,13 @@ def test_given_latents_replace_the_noise(tiny_pipeline):
 
 
 def test_embeddings_equal_text(tiny_pipeline):
-    features = tiny_pipeline.encode_prompt(PROMPTS[:2])
+    features = tiny_pipeline.encode_captions(PROMPTS[:2])
     assert features.shape == (2, 16, 32)
     by_text = latents_of(tiny_pipeline, PROMPTS[:2], negative_prompt="a star", generator=seeded(0, 1))
     by_features = latents_of(
         tiny_pipeline,
         prompt_embeds=features,
-        negative_prompt_embeds=tiny_pipeline.encode_prompt(["a star"] * 2),
+        negative_prompt_embeds=tiny_pipeline.encode_captions(["a star"] * 2),
         generator=seeded(0, 1),
     )
     torch.testing.assert_close(by_text, by_features)
@@ -204,7 +204,7 @@ def test_negative_prompt_steers_and_defaults_to_the_empty_text(tiny_pipeline):
 
 
 def test_without_a_text_encoder_embeddings_are_needed(tiny_pipeline):
-    features = tiny_pipeline.encode_prompt(PROMPTS[:1])
+    features = tiny_pipeline.encode_captions(PROMPTS[:1])
     parts = tiny_pipeline.components | {"text_encoder": None, "tokenizer": None}
     bare = type(tiny_pipeline)(**parts, **tiny_pipeline.parameters)
     bare.set_progress_bar_config(disable=True)

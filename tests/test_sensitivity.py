@@ -20,7 +20,7 @@ def test_pairs_differ_in_the_fact_asked_for():
 
 def test_a_model_that_does_not_look_at_the_text_rises_by_nothing():
     pipeline = build_tiny_pipeline()
-    pipeline.encode_prompt = lambda texts: torch.zeros(len(texts), 16, pipeline.transformer.config.caption_channels)
+    pipeline.encode_captions = lambda texts: torch.zeros(len(texts), 16, pipeline.transformer.config.caption_channels)
     for reading in caption_sensitivity(pipeline, 3, times=(0.5, 0.9), batch_size=4):
         assert reading.rise == reading.margin == 0 and reading.loss > 0
 
@@ -47,7 +47,7 @@ def test_it_is_the_loss_with_one_caption_minus_that_with_the_other():
                 x0 = (x0 - mean) / std
                 x_t, target, losses = 0.3 * x0 + 0.7 * eps, eps - x0, []
                 for text in (captions[k], captions[1 - k]):
-                    features = tiny_pipeline.encode_prompt([text])
+                    features = tiny_pipeline.encode_captions([text])
                     v = tiny_pipeline.transformer(x_t, features, torch.tensor([700.0])).sample
                     losses.append((v - target).square().mean().item())
             both.append(losses[1] - losses[0])
@@ -73,7 +73,7 @@ def test_the_change_of_the_text_is_a_share_of_its_length():
     def length(text):  # a number for each colour
         return 1 + next(k for k, color in enumerate(COLORS) if color in text.split())
 
-    pipeline.encode_prompt = lambda texts: torch.stack([length(text) * features for text in texts])
+    pipeline.encode_captions = lambda texts: torch.stack([length(text) * features for text in texts])
     pairs = [[length(text) for text in pair.captions(0)] for pair in pairs_of("color", 3)]
     (reading,) = caption_sensitivity(pipeline, 3, times=(0.5,), facts=("color",))
     assert reading.text == pytest.approx(np.median([abs(one - other) / one for one, other in pairs]))

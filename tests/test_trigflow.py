@@ -152,7 +152,7 @@ def test_tangent_agrees_with_finite_differences(backend):
         block_groups=(1, 2, 1),
         attention_pattern=((1, 1), (4, 1), (4, 1), (1, 1)),
     ).double()
-    model.set_attention_backend(backend)
+    model.set_attention_kernel(backend)
     timestep = torch.tensor([3.0, 500.0])
     library, model.time_embed.sinusoid = model.time_embed.sinusoid, Waves()
     torch.testing.assert_close(library(timestep).double(), Waves()(timestep.double()), rtol=0, atol=1e-4)

@@ -132,7 +132,7 @@ def _draw_eight(
         sampler = pipeline.sampler(steps, guidance, shift)
         pipeline.set_progress_bar_config(disable=None)  # None: shown on a terminal only
         clock.append(time.perf_counter())
-        features = pipeline.encode_prompt([""] * count + captions)
+        features = pipeline.encode_captions([""] * count + captions)
         clock.append(time.perf_counter())
         latents = pipeline(
             **sampler.arguments(),

@@ -38,7 +38,7 @@ def times(artist: Artist, rounds: int = 5) -> list[float]:
 
     def run(lane: Lane) -> Callable[[], object]:
         pipeline = artist.pipelines[lane.model]
-        told, untold = pipeline.encode_prompt([order.caption]), pipeline.encode_prompt([""])
+        told, untold = pipeline.encode_captions([order.caption]), pipeline.encode_captions([""])
         text = {"prompt_embeds": told, "negative_prompt_embeds": untold}
         return lambda: list(pipeline.steps(None, lane.steps, order.guidance_of(lane), **text))
 

@@ -255,10 +255,10 @@ class Drawing:
             return None
         keys = [str(noise_seed(self.seed, row)) for row in prompts]
         noise = noise_of(keys, self.shapes["latents"])
-        features = self.pipeline.encode_prompt(list(prompts.values()))  # (B, L, Dc)
+        features = self.pipeline.encode_captions(list(prompts.values()))  # (B, L, Dc)
         steps = self.pipeline.steps(
             prompt_embeds=features,
-            negative_prompt_embeds=self.pipeline.encode_prompt([""] * len(prompts)),
+            negative_prompt_embeds=self.pipeline.encode_captions([""] * len(prompts)),
             **self.sampler.arguments(),
             latents=noise,
         )

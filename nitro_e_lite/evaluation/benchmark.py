@@ -56,8 +56,8 @@ def time_pipeline(
     rows, sampler = [], sampler or pipeline.sampler()
     for batch in batch_sizes:
         prompts = [CAPTION] * as_integer("batch_sizes", batch, 1)
-        features = pipeline.encode_prompt(prompts)
-        negative = pipeline.encode_prompt([""] * batch)
+        features = pipeline.encode_captions(prompts)
+        negative = pipeline.encode_captions([""] * batch)
         draw = partial(pipeline, **sampler.arguments())
         sample = partial(draw, prompt_embeds=features, negative_prompt_embeds=negative, output_type="latent")
         latents = sample().images
@@ -67,7 +67,7 @@ def time_pipeline(
                 "batch": batch,
                 "seconds": seconds,
                 "images_per_second": batch / seconds,
-                "text_seconds": median_seconds(partial(pipeline.encode_prompt, [CAPTION, ""]), repeats),
+                "text_seconds": median_seconds(partial(pipeline.encode_captions, [CAPTION, ""]), repeats),
                 "sampling_seconds": median_seconds(sample, repeats),
                 "decoding_seconds": median_seconds(partial(pipeline.decode, latents, "np"), repeats),
             }

@@ -88,7 +88,7 @@ def caption_sensitivity(
     readings = []
     for fact in facts:
         chosen = pairs_of(fact, pairs)
-        text = [pipeline.encode_prompt([pair.captions(0)[k] for pair in chosen]).float().flatten(1) for k in (0, 1)]
+        text = [pipeline.encode_captions([pair.captions(0)[k] for pair in chosen]).float().flatten(1) for k in (0, 1)]
         change = ((text[0] - text[1]).norm(dim=1) / text[0].norm(dim=1)).median().item()
         right, other = _losses(pipeline, chosen, times, batch_size)
         for k, t in enumerate(times):
@@ -108,7 +108,7 @@ def _losses(
     captions = [pair.captions(0) for pair in pairs]
     results = []
     for texts in ([c for pair in captions for c in pair], [c for pair in captions for c in reversed(pair)]):
-        text = pipeline.encode_prompt(texts)
+        text = pipeline.encode_captions(texts)
         levels = [_velocity_losses(pipeline.transformer, x0.float(), noise, text, t, batch_size) for t in times]
         results.append(torch.stack(levels))
     return results[0], results[1]

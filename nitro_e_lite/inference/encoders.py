@@ -22,6 +22,7 @@ any other token. Source: the published Nitro-E code; DC-AE arXiv 2410.10733.
 import html
 import json
 import re
+import threading
 import unicodedata
 import warnings
 from collections.abc import Sequence
@@ -32,7 +33,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderDC
-from torch import Tensor
+from diffusers.hooks.group_offloading import _get_group_onload_device, _is_group_offload_enabled
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nitro_e_lite.errors import InvalidType, InvalidValue
@@ -82,6 +84,14 @@ class LatentStats:
         return tuple(like.new_tensor(x).view(1, -1, 1, 1) for x in (self.mean, self.std))
 
 
+def execution_device(model: nn.Module) -> torch.device:
+    """Where a model computes; off-loading makes that another place than where its weights rest."""
+    for module in model.modules():
+        if (device := getattr(getattr(module, "_hf_hook", None), "execution_device", None)) is not None:
+            return torch.device(device)
+    return _get_group_onload_device(model) if _is_group_offload_enabled(model) else model.device
+
+
 # -----------------------------------------------------------------------------------------------------------
 # Encoding
 # -----------------------------------------------------------------------------------------------------------
@@ -118,7 +128,7 @@ def encode_images(vae: AutoencoderDC, images: np.ndarray | Tensor, stats: Latent
     Raises:
         ValueError: for images of another type, shape or size.
     """
-    images = images_to_tensor(images).to(vae.device, vae.dtype)
+    images = images_to_tensor(images).to(execution_device(vae), vae.dtype)
     ratio = vae.spatial_compression_ratio
     if images.shape[2] % ratio or images.shape[3] % ratio:
         raise InvalidValue(f"images: {tuple(images.shape[2:])} pixels; both must be divisible by {ratio}")
@@ -134,10 +144,13 @@ def decode_latents(vae: AutoencoderDC, latents: Tensor, stats: LatentStats) -> T
     Raises:
         ValueError: when the channel count does not fit `stats`.
     """
-    latents = latents.to(vae.device, vae.dtype)
+    latents = latents.to(execution_device(vae), vae.dtype)
     mean, std = stats.tensors(latents)
     latents = (latents * std + mean).contiguous(memory_format=torch.channels_last)
     return vae.decode(latents).sample.clamp(-1, 1).contiguous()
+
+
+_TOKENIZING = threading.Lock()  # a fast tokenizer keeps padding and truncation of a call for the next
 
 
 class CaptionCut(UserWarning):
@@ -172,12 +185,15 @@ def encode_text(
     if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
         raise InvalidType(f"captions: expected a list of strings, got {captions!r}")
     texts = [clean_caption(c) for c in captions]
-    for text, tokens in zip(texts, tokenizer(texts, verbose=False)["input_ids"], strict=True):
-        if len(tokens) > max_length:
-            warnings.warn(f"caption cut to {max_length} of {len(tokens)} tokens: {text!r}", CaptionCut, stacklevel=2)
     padding = {"padding": "max_length", "truncation": True, "max_length": max_length}
-    batch = tokenizer(texts, return_tensors="pt", **padding)
-    tokens, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)  # (B, L)
+    with _TOKENIZING:
+        counts = [len(tokens) for tokens in tokenizer(texts, verbose=False)["input_ids"]]
+        batch = tokenizer(texts, return_tensors="pt", **padding)
+    for text, count in zip(texts, counts, strict=True):
+        if count > max_length:
+            warnings.warn(f"caption cut to {max_length} of {count} tokens: {text!r}", CaptionCut, stacklevel=2)
+    device = execution_device(model)
+    tokens, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)  # (B, L)
     return model(input_ids=tokens, attention_mask=mask).last_hidden_state  # (B, L, D)
 
 

@@ -71,7 +71,8 @@ def load_pipeline(
             Llama-3.2-1B when none is given.
         vae: folder or hub id of another autoencoder; official weights use DC-AE f32c32. Its `latent_stats.json`, if
             it has one, comes with it.
-        lora: a PEFT LoRA folder in the official naming, merged into the transformer.
+        lora: a LoRA to merge into the transformer: a PEFT folder, what `save_lora_adapter` or `save_lora_weights`
+            wrote, or a run that trained one; `pipeline.load_lora_weights` keeps it apart instead.
         variant: which of `VARIANTS` an official file is, since neither its names nor its shapes say so; when not given
             the `config.json` of the transformer beside it decides, or it is guessed from the name of the file, and a
             warning says what was guessed. Of the hub's files it says which; "512px" when not given.
@@ -120,7 +121,7 @@ def load_pipeline(
             if official:
                 pipeline = _official_pipeline(parts, variant or _published_as(path))
             elif (path / DiffusionPipeline.config_name).is_file():
-                pipeline = NitroEPipeline.from_pretrained(path, dtype=dtype, **parts)
+                pipeline = NitroEPipeline.from_pretrained(path, dtype=dtype, **_stored_variant(path), **parts)
             else:
                 pipeline = _trained_pipeline(path, parts, dtype)
     except SafetensorError as error:
@@ -162,6 +163,12 @@ def _find(source: str | Path, variant: str | None = None) -> Path:
         return find_weights(source, DiffusionPipeline.config_name, weights, f"transformer/{weights}")
     except FileNotFoundError as error:
         raise InvalidValue(f"model: {error}, and no official .safetensors file") from None
+
+
+def _stored_variant(path: Path) -> dict[str, str]:
+    """The argument for a folder that `save_pretrained(variant="fp16")` wrote, which holds no other weights."""
+    names = {file.name for file in (path / "transformer").glob("diffusion_pytorch_model*.safetensors")}
+    return {"variant": "fp16"} if names and all(".fp16" in name for name in names) else {}
 
 
 def _trained_pipeline(path: Path, parts: dict, dtype: torch.dtype) -> NitroEPipeline:

@@ -4,29 +4,37 @@ The sampler walks the straight line of rectified flow from noise (sigma = 1) to 
 Euler steps; at each the transformer is asked for the velocity at `1000 sigma`. Classifier-free guidance asks
 twice, in one batch, with and without the caption, and goes further in the direction in which the two differ.
 
-The class is a diffusers pipeline: `from_pretrained`, `save_pretrained`, progress bar, callbacks and
-off-loading are the library's. Ours are the checks (`arguments.py`), the noise (one generator a picture) and the
-grid of noise levels. For the models of this project that grid is `linspace(1, 1/K, K)`, shifted towards noise where
-a model draws better so (`flow.shift_sigmas`). Differs: the official weights use the scheduler's own grid, whose last
-step goes from 0.001 to 0 and does nothing; `sigma_grid="scheduler"` keeps it.
+The class is a diffusers pipeline: `from_pretrained`, `save_pretrained`, progress bar, callbacks, LoRA, schedulers and
+off-loading are the library's (`conventions.py`, `schedules.py`). Ours are the checks (`arguments.py`), the noise (one
+generator a picture) and the grid of noise levels. For the models of this project that grid is `linspace(1, 1/K, K)`,
+shifted towards noise where a model draws better so (`flow.shift_sigmas`). Differs: the official weights use the
+scheduler's own grid, whose last step goes from 0.001 to 0 and does nothing; `sigma_grid="scheduler"` keeps it.
+
+After `import nitro_e_lite.inference.pipeline`, `diffusers.DiffusionPipeline.from_pretrained(folder)` and
+`diffusers.AutoModel` know the classes of this project.
 """
 
-import copy
+import inspect
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderDC, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderDC, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nitro_e_lite.config import SIGMA_GRIDS
 from nitro_e_lite.errors import InvalidType, InvalidValue, NotFinite
+from nitro_e_lite.inference import schedules
 from nitro_e_lite.inference.arguments import (
     OUTPUT_TYPES,
     as_generators,
@@ -38,29 +46,12 @@ from nitro_e_lite.inference.arguments import (
     as_tensor,
     draw_noise,
 )
+from nitro_e_lite.inference.conventions import Call, Conventions
 from nitro_e_lite.inference.encoders import LatentStats, decode_latents, encode_text
+from nitro_e_lite.inference.schedules import Sampler, started
 from nitro_e_lite.model import flow
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """The settings of a sampler, all of them known; `NitroEPipeline.sampler` fills in and checks.
-
-    Attributes:
-        steps: number of steps `K`.
-        guidance: strength of classifier-free guidance; up to 1 it is off.
-        shift: how far the noise levels lean towards noise; 1: even steps.
-    """
-
-    steps: int
-    guidance: float
-    shift: float
-
-    def arguments(self) -> dict[str, Any]:
-        """The same as arguments of a call of the pipeline."""
-        return {"num_inference_steps": self.steps, "guidance_scale": self.guidance, "shift": self.shift}
 
 
 @dataclass
@@ -86,14 +77,14 @@ class SamplerStep:
     seconds: float
 
 
-class NitroEPipeline(DiffusionPipeline):
+class NitroEPipeline(Conventions, DiffusionPipeline):
     """Text to image with E-MMDiT.
 
     Args:
         transformer: predicts the velocity.
         vae: turns latents into pictures.
         text_encoder, tokenizer: turn captions into features; None when only `prompt_embeds` are used.
-        scheduler: the Euler sampler, shift 1.
+        scheduler: the Euler sampler, shift 1, or another flow scheduler of diffusers, see `schedules.py`.
         latents_mean, latents_std: statistics that latents were normalised with, one number a channel; None:
             the autoencoder's scaling factor.
         max_text_length: tokens a caption is padded to.
@@ -101,13 +92,16 @@ class NitroEPipeline(DiffusionPipeline):
         default_steps, default_guidance, default_shift: what a call without `num_inference_steps`, `guidance_scale`,
             `shift` uses.
 
+    Parts can be None for a pipeline that only encodes captions, or only draws. Parts that another pipeline drew with
+    (`NitroEPipeline(**pipeline.components)`) keep its settings when none are given.
+
     Raises:
         ValueError: when the parts do not fit together.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _optional_components = ["text_encoder", "tokenizer"]
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds"]
 
     def __init__(
         self,
@@ -125,55 +119,79 @@ class NitroEPipeline(DiffusionPipeline):
         default_shift: float = 1.0,
     ):
         super().__init__()
-        if sigma_grid not in SIGMA_GRIDS:
-            raise InvalidValue(f"sigma_grid: {sigma_grid!r} is not one of {', '.join(SIGMA_GRIDS)}")
-        channels = transformer.config.in_channels
-        if (latents_mean is None) != (latents_std is None):
+        settings = {
+            "latents_mean": latents_mean,
+            "latents_std": latents_std,
+            "max_text_length": as_integer("max_text_length", max_text_length, 1),
+            "sigma_grid": sigma_grid,
+            "default_steps": as_integer("default_steps", default_steps, 1),
+            "default_guidance": as_number("default_guidance", default_guidance, 0.0),
+            "default_shift": as_number("default_shift", default_shift, 1.0),
+        }
+        settings = self._kept_settings(transformer, vae, settings)
+        self._check_parts(transformer, vae, text_encoder, settings)
+        self.register_modules(
+            transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler
+        )
+        self.register_to_config(**settings)
+        self.stats, self.vae_scale_factor = None, 32
+        if settings["latents_mean"] is not None:
+            self.stats = LatentStats(tuple(settings["latents_mean"]), tuple(settings["latents_std"]))
+        if vae is not None:
+            if self.stats is None:
+                self.stats = LatentStats.from_scaling_factor(vae.config.scaling_factor, vae.config.latent_channels)
+            self.vae_scale_factor = vae.spatial_compression_ratio
+            vae._group_offload_block_modules = ["encoder", "decoder"]  # they are called, the whole never is
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def _kept_settings(cls, transformer: nn.Module | None, vae: nn.Module | None, settings: dict) -> dict:
+        """`settings`, or where none were given those of the pipeline that had the same two parts before."""
+        if transformer is None or vae is None:
+            return settings
+        parameters = inspect.signature(NitroEPipeline.__init__).parameters
+        vae_of, kept = getattr(transformer, "_drawn_with", (None, None))
+        if vae_of is not None and vae_of() is vae and all(settings[k] == parameters[k].default for k in settings):
+            settings = kept
+        transformer._drawn_with = (weakref.ref(vae), settings)
+        return settings
+
+    @staticmethod
+    def _check_parts(transformer, vae, text_encoder, settings: dict) -> None:
+        if settings["sigma_grid"] not in SIGMA_GRIDS:
+            raise InvalidValue(f"sigma_grid: {settings['sigma_grid']!r} is not one of {', '.join(SIGMA_GRIDS)}")
+        mean, std = settings["latents_mean"], settings["latents_std"]
+        if (mean is None) != (std is None):
             raise InvalidValue("latents_mean, latents_std: give both or neither")
-        sizes = {"vae": vae.config.latent_channels}
-        if latents_mean is not None:
-            sizes |= {"latents_mean": len(latents_mean), "latents_std": len(latents_std)}
+        if transformer is None:
+            return
+        channels, width = transformer.config.in_channels, transformer.config.caption_channels
+        sizes = {} if vae is None else {"vae": vae.config.latent_channels}
+        if mean is not None:
+            sizes |= {"latents_mean": len(mean), "latents_std": len(std)}
         for name, size in sizes.items():
             if size != channels:
                 raise InvalidValue(f"{name}: {size} latent channels, but the transformer has {channels}")
-        width = transformer.config.caption_channels
         if text_encoder is not None and text_encoder.config.hidden_size != width:
             size = text_encoder.config.hidden_size
             raise InvalidValue(f"text_encoder: features of width {size}, but the transformer takes {width}")
-        self.register_modules(
-            transformer=transformer,
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            scheduler=scheduler,
-        )
-        self.register_to_config(
-            latents_mean=latents_mean,
-            latents_std=latents_std,
-            max_text_length=as_integer("max_text_length", max_text_length, 1),
-            sigma_grid=sigma_grid,
-            default_steps=as_integer("default_steps", default_steps, 1),
-            default_guidance=as_number("default_guidance", default_guidance, 0.0),
-            default_shift=as_number("default_shift", default_shift, 1.0),
-        )
-        if latents_mean is None:
-            self.stats = LatentStats.from_scaling_factor(vae.config.scaling_factor, channels)
-        else:
-            self.stats = LatentStats(tuple(latents_mean), tuple(latents_std))
-        self.vae_scale_factor = vae.spatial_compression_ratio
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
+    @wraps(DiffusionPipeline.save_pretrained, assigned=())
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """As in diffusers, without the path this pipeline was loaded from, which belongs to one machine."""
         for part in (self, self.transformer, self.vae):
-            part.register_to_config(_name_or_path="")
+            if part is not None:
+                part.register_to_config(_name_or_path="")
         super().save_pretrained(save_directory, **options)
 
     @property
     def shift(self) -> float:
-        """How far the noise levels of a call that names no shift lean towards noise."""
-        own = self.config.sigma_grid == "scheduler"
-        return self.scheduler.config.shift if own else self.config.default_shift
+        """How far the noise levels of a call that names no shift lean towards noise.
+
+        It is the scheduler's, where that was built with one or makes the grid, else `default_shift`.
+        """
+        own = schedules.own_shift(self.scheduler)
+        return own if self.config.sigma_grid == "scheduler" or own != 1 else self.config.default_shift
 
     def sampler(self, steps: int | None = None, guidance: float | None = None, shift: float | None = None) -> Sampler:
         """The sampler of a call with these settings; what is not given is the pipeline's own.
@@ -191,7 +209,7 @@ class NitroEPipeline(DiffusionPipeline):
             raise InvalidValue(f"shift: {settings.shift:g} differs from {own}")
         return settings
 
-    def encode_prompt(self, prompts: list[str]) -> Tensor:
+    def encode_captions(self, captions: list[str]) -> Tensor:
         """Text features `(B, L, D)` of captions; equal captions are encoded once.
 
         Raises:
@@ -201,13 +219,45 @@ class NitroEPipeline(DiffusionPipeline):
             raise InvalidValue(
                 "prompt: this pipeline has no text encoder; pass prompt_embeds (and negative_prompt_embeds)"
             )
-        unique = list(dict.fromkeys(prompts))
+        unique = list(dict.fromkeys(captions))
         features = encode_text(self.tokenizer, self.text_encoder, unique, self.config.max_text_length)
         self._check_finite("text_encoder", features)
-        return features[[unique.index(prompt) for prompt in prompts]]  # (B, L, D)
+        return features[[unique.index(caption) for caption in captions]]  # (B, L, D)
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None = None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int | None = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        max_sequence_length: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Text features of prompts and of what to steer away from, as in other diffusers pipelines.
+
+        Args:
+            device: where to put them; where the pipeline runs when not given.
+            do_classifier_free_guidance: False leaves the negative ones out.
+            **: else as in `__call__`.
+
+        Returns:
+            `(B, L, D)` each, `B` being prompts times `num_images_per_prompt`; None for the second without guidance.
+        """
+        self._check_length(max_sequence_length)
+        repeats = 1 if num_images_per_prompt is None else as_integer("num_images_per_prompt", num_images_per_prompt, 1)
+        given = (prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
+        texts = self._check_texts(*given, guided=do_classifier_free_guidance)
+        *negative, positive = (self._features(text, repeats, device) for text in texts)
+        prompt_embeds, negative_prompt_embeds = positive, negative[0] if negative else None
+        return prompt_embeds, negative_prompt_embeds
 
     def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
         """Normalised latents `(B, C, h, w)` to pictures: PIL images, or an array or tensor in [0, 1]."""
+        if self.vae is None:
+            raise InvalidValue("vae: this pipeline has none, so it can only draw latents (output_type='latent')")
         images = decode_latents(self.vae, latents, self.stats)  # (B, 3, H, W)
         self._check_finite("vae", images)
         return self.image_processor.postprocess(images.float(), output_type=output_type)
@@ -224,11 +274,13 @@ class NitroEPipeline(DiffusionPipeline):
         width: int | None = None,
         shift: float | None = None,
         sigmas: list[float] | None = None,
-        num_images_per_prompt: int = 1,
+        num_images_per_prompt: int | None = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
+        max_sequence_length: int | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict | None] | None = None,
@@ -250,13 +302,16 @@ class NitroEPipeline(DiffusionPipeline):
             generator: one generator for all pictures or a list with one each, see `arguments.as_generators`.
             latents: starting noise `(B, C, h, w)` in place of drawing it.
             prompt_embeds, negative_prompt_embeds: text features `(prompts, L, D)` in place of text.
+            max_sequence_length: the tokens the model was trained with, or None; there is no other choice.
+            attention_kwargs: `{"scale": s}` multiplies what LoRA adapters add by `s`.
             output_type: "pil", "np" `(B, H, W, 3)` or "pt" `(B, 3, H, W)` in [0, 1], or "latent"
                 (normalised).
             return_dict: False gives a tuple.
             callback_on_step_end: called as `f(pipeline, step, timestep, {"latents": ...})` after each step;
-                may return a dict with new `latents`.
-            callback_on_step_end_tensor_inputs: as in other diffusers pipelines; only "latents" is on offer, and
-                given when None.
+                may return a dict with new `latents` or `prompt_embeds`. It may set `pipeline._interrupt = True`, which
+                ends the walk, and `pipeline._guidance_scale`.
+            callback_on_step_end_tensor_inputs: as in other diffusers pipelines; "latents", given when None, and
+                "prompt_embeds": with guidance `(2B, L, D)`, negative first.
 
         Returns:
             `ImagePipelineOutput` with `.images`.
@@ -268,8 +323,10 @@ class NitroEPipeline(DiffusionPipeline):
         """
         if output_type not in OUTPUT_TYPES:
             raise InvalidValue(f"output_type: {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        walk = self.steps(
+        latents, call, scheduler = self._start(
             prompt,
             num_inference_steps,
             guidance_scale,
@@ -283,24 +340,39 @@ class NitroEPipeline(DiffusionPipeline):
             latents=latents,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
+            max_sequence_length=max_sequence_length,
+            attention_kwargs=attention_kwargs,
         )
-        with self.progress_bar(total=0) as bar:
-            for step in walk:
-                bar.total = step.total
+        self._begin(call)
+        with self.progress_bar(total=call.total) as bar:
+            for step in self._walk(latents, call, scheduler):
                 if callback_on_step_end is not None:
-                    given = {"latents": step.latents}
-                    changed = callback_on_step_end(self, step.index, step.timestep, given) or {}
-                    latents = as_tensor(
-                        "callback_on_step_end: latents", changed.get("latents", step.latents), step.latents.shape
-                    )
-                    step.latents = latents.to(step.latents)
+                    self._ask(callback_on_step_end, callback_on_step_end_tensor_inputs, step, call)
                 bar.update()
         latents = step.latents
         images = latents if output_type == "latent" else self.decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def steps(
+    def steps(self, *arguments: Any, **options: Any) -> Iterator[SamplerStep]:
+        """Draws step by step: `__call__` without the decoder, at the pace of whoever asks for the next step.
+
+        Arguments are checked, the caption is read and the noise is drawn at once; the transformer runs when a step is
+        asked for. Walks do not share anything that changes, so several may take turns on one pipeline.
+
+        Args:
+            *: `prompt`, `num_inference_steps` and `guidance_scale`, as in `__call__`.
+            **: as there, without callbacks and what concerns the output.
+
+        Yields:
+            A `SamplerStep` after each step; `decode(step.x0)` shows what the model believes in.
+
+        Raises:
+            TypeError, ValueError, FloatingPointError: as in `__call__`.
+        """
+        return self._walk(*self._start(*arguments, **options))
+
+    def _start(
         self,
         prompt: str | list[str] | None = None,
         num_inference_steps: int | None = None,
@@ -311,34 +383,25 @@ class NitroEPipeline(DiffusionPipeline):
         width: int | None = None,
         shift: float | None = None,
         sigmas: list[float] | None = None,
-        num_images_per_prompt: int = 1,
+        num_images_per_prompt: int | None = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-    ) -> Iterator[SamplerStep]:
-        """Draws step by step: `__call__` without the decoder, at the pace of whoever asks for the next step.
-
-        Arguments are checked, the caption is read and the noise is drawn at once; the transformer runs when a step is
-        asked for. Walks do not share anything that changes, so several may take turns on one pipeline.
-
-        Args:
-            **: as in `__call__`.
-
-        Yields:
-            A `SamplerStep` after each step; `decode(step.x0)` shows what the model believes in.
-
-        Raises:
-            TypeError, ValueError, FloatingPointError: as in `__call__`.
-        """
+        max_sequence_length: int | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Call, SchedulerMixin]:
+        """Checks the arguments of a call and makes what `_walk` goes on with."""
         sampler = self.sampler(num_inference_steps, guidance_scale, shift)
-        guidance = sampler.guidance
         if sigmas is not None and shift is not None:
             raise InvalidValue("shift, sigmas: give one of the two")
-        levels = self._levels(sampler) if sigmas is None else {"sigmas": as_sigmas(sigmas, num_inference_steps)}
-        repeats = as_integer("num_images_per_prompt", num_images_per_prompt, 1)
+        sigmas = None if sigmas is None else as_sigmas(sigmas, num_inference_steps)
+        scheduler = started(self.scheduler, self.config.sigma_grid, sampler, sigmas, self._execution_device)
+        self._check_length(max_sequence_length)
+        repeats = 1 if num_images_per_prompt is None else as_integer("num_images_per_prompt", num_images_per_prompt, 1)
         grid = as_grid(height, width, self.transformer.config, self.vae_scale_factor)
-        texts = self._check_texts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, guided=guidance > 1)
+        given = (prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
+        texts = self._check_texts(*given, guided=sampler.guidance > 1)
         count = len(texts[0]) * repeats
         shape = (self.transformer.config.in_channels, *grid)
         if latents is None:
@@ -346,9 +409,24 @@ class NitroEPipeline(DiffusionPipeline):
         latents = as_tensor("latents", latents, (count, *shape)).to(self._execution_device, torch.float32)
         with torch.no_grad():
             features = torch.cat([self._features(text, repeats) for text in texts])  # (B or 2B, L, D)
-        scheduler = copy.deepcopy(self.scheduler)  # it counts steps
-        scheduler.set_timesteps(**levels, device=self._execution_device)
-        return self._walk(latents, features, guidance, scheduler)
+        call = Call(sampler.guidance, features, len(scheduler.timesteps), attention_kwargs)
+        return latents, call, scheduler
+
+    def _ask(self, callback: Callable, names: Iterable[str] | None, step: SamplerStep, call: Call) -> None:
+        """Lets a callback look at a step, and takes over what it changed."""
+        offer = {"latents": step.latents, "prompt_embeds": call.features}
+        given = {name: offer[name] for name in (["latents"] if names is None else names)}
+        changed = callback(self, step.index, step.timestep, given) or {}
+        latents = changed.get("latents", step.latents)
+        latents = as_tensor("callback_on_step_end: latents", latents, step.latents.shape)
+        step.latents = latents.to(step.latents)
+        features, count = changed.get("prompt_embeds", call.features), len(step.latents)
+        name = "callback_on_step_end: prompt_embeds"
+        features = as_tensor(name, features, (None, *call.features.shape[1:]))
+        if len(features) not in (count, 2 * count):
+            rule = f"expected {count}, or {2 * count} with guidance"
+            raise InvalidValue(f"{name}: {len(features)} rows for {count} pictures; {rule}")
+        call.features = features.to(call.features)
 
     def _check_callback(self, callback: object, names: object) -> None:
         if callback is not None and not callable(callback):
@@ -365,7 +443,8 @@ class NitroEPipeline(DiffusionPipeline):
             raise InvalidValue("prompt, prompt_embeds: give exactly one of the two")
         if negative is not None and negative_embeds is not None:
             raise InvalidValue("negative_prompt, negative_prompt_embeds: give one of the two")
-        shape = (self.config.max_text_length, self.transformer.config.caption_channels)
+        width = self.transformer.config.caption_channels if self.transformer else self.text_encoder.config.hidden_size
+        shape = (self.config.max_text_length, width)
         if prompt is not None:
             positive = as_prompts("prompt", prompt)
         else:
@@ -376,34 +455,41 @@ class NitroEPipeline(DiffusionPipeline):
             negative = as_prompts("negative_prompt", "" if negative is None else negative, len(positive))
         return [negative, positive] if guided else [positive]
 
-    def _features(self, text: list[str] | Tensor, repeats: int) -> Tensor:
-        """Text or features to features in the transformer's number type, each repeated for its pictures."""
-        features = text if isinstance(text, Tensor) else self.encode_prompt(text)
-        return features.to(self._execution_device, self.transformer.dtype).repeat_interleave(repeats, dim=0)
+    def _check_length(self, tokens: object) -> None:
+        own = self.config.max_text_length
+        if tokens is not None and as_integer("max_sequence_length", tokens, 1) != own:
+            raise InvalidValue(f"max_sequence_length: {tokens}, but the model was trained with {own} tokens a caption")
 
-    def _levels(self, sampler: Sampler) -> dict[str, Any]:
-        """What the scheduler is told: the noise levels, or for its own grid how many."""
-        if self.config.sigma_grid == "linear":
-            return {"sigmas": flow.shift_sigmas(flow.linear_sigmas(sampler.steps), sampler.shift)}
-        return {"num_inference_steps": sampler.steps}
+    def _features(self, text: list[str] | Tensor, repeats: int, device: torch.device | None = None) -> Tensor:
+        """Text or features to features in the transformer's number type, each repeated for its pictures."""
+        features = text if isinstance(text, Tensor) else self.encode_captions(text)
+        dtype = features.dtype if self.transformer is None else self.transformer.dtype
+        return features.to(device or self._execution_device, dtype).repeat_interleave(repeats, dim=0)
 
     @torch.no_grad()
-    def _walk(
-        self, latents: Tensor, features: Tensor, guidance: float, scheduler: FlowMatchEulerDiscreteScheduler
-    ) -> Iterator[SamplerStep]:
+    def _walk(self, latents: Tensor, call: Call, scheduler: SchedulerMixin) -> Iterator[SamplerStep]:
         """Walks `latents` `(B, C, h, w)`, float32, down the scheduler's grid."""
-        copies, total = len(features) // len(latents), len(scheduler.timesteps)
+        count, options = len(latents), {}
+        if call.attention_kwargs:
+            options["attention_kwargs"] = call.attention_kwargs
         for index, (timestep, sigma) in enumerate(zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False)):
-            start = time.perf_counter()
-            batch = latents.repeat(copies, 1, 1, 1).to(self.transformer.dtype)  # (B or 2B, C, h, w)
-            velocity = self.transformer(batch, features, timestep).sample.float()
-            if copies == 2:
+            if call.interrupted:
+                return
+            start, call.timestep = time.perf_counter(), timestep
+            exact = timestep  # DPM-Solver and UniPC round it
+            if not timestep.is_floating_point():
+                exact = torch.full_like(timestep, flow.TIMESTEP_SCALE * sigma, dtype=torch.float32)
+            guided = call.guidance > 1 and len(call.features) > count
+            features = call.features if guided else call.features[-count:]  # (B or 2B, L, D)
+            batch = latents.repeat(1 + guided, 1, 1, 1).to(self.transformer.dtype)  # (B or 2B, C, h, w)
+            velocity = self.transformer(batch, features, exact, **options).sample.float()
+            if guided:
                 unconditional, conditional = velocity.chunk(2)  # (B, C, h, w) each
-                velocity = flow.guide(conditional, unconditional, guidance)
+                velocity = flow.guide(conditional, unconditional, call.guidance)
             self._check_finite("transformer", velocity)  # also waits for the accelerator, so that the seconds are true
             x0 = flow.euler_step(latents, velocity, sigma, 0.0)  # one step all the way down
             latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
-            step = SamplerStep(index, total, timestep, sigma, latents, x0, time.perf_counter() - start)
+            step = SamplerStep(index, call.total, timestep, sigma, latents, x0, time.perf_counter() - start)
             yield step
             latents = step.latents
 
@@ -411,3 +497,10 @@ class NitroEPipeline(DiffusionPipeline):
     def _check_finite(part: str, values: Tensor) -> None:
         if not values.isfinite().all():
             raise NotFinite(f"{part}: gave NaN or infinity; if it runs in half precision, load it with dtype='float32'")
+
+
+for _class in (
+    NitroEPipeline,
+    EMMDiTTransformer2DModel,
+):  # there `DiffusionPipeline.from_pretrained` and `AutoModel` look
+    setattr(diffusers, _class.__name__, _class)

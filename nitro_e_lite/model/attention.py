@@ -19,13 +19,14 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from torch import Tensor, nn
 
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.model import cpu_kernels
-from nitro_e_lite.model.cpu_kernels import Linear
+from nitro_e_lite.model.cpu_kernels import Linear, RMSNorm
 
-BACKENDS = ("auto", "sdpa", "math")
+KERNELS = ("auto", "sdpa", "math")
 EPS = 1e-6  # of the RMS norm of queries and keys
 
 
@@ -72,20 +73,27 @@ def joint_attention_probabilities(query: Tensor, key: Tensor) -> Tensor:
     return torch.softmax((query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2), dim=-1)
 
 
-def scaled_attention(query: Tensor, key: Tensor, value: Tensor, backend: str = "auto") -> Tensor:
+def scaled_attention(
+    query: Tensor, key: Tensor, value: Tensor, kernel: str = "auto", backend: AttentionBackendName | None = None
+) -> Tensor:
     """Softmax attention.
 
     Args:
         query: `(B, M, S, E)`.
         key: `(B, M, S', E)`.
         value: `(B, M, S', E)`.
-        backend: "sdpa" is torch's fused kernel; "math" is two matrix products and a softmax, which forward-mode and
+        kernel: "sdpa" is torch's fused kernel; "math" is two matrix products and a softmax, which forward-mode and
             double differentiation need; "auto" is the faster of the two that works.
+        backend: one of diffusers' attention backends instead; None: that of its context manager `attention_backend`, or
+            of the environment, where it names another than torch's own.
 
     Returns:
         `(B, M, S, E)`.
     """
-    if backend == "math" or (backend == "auto" and _math_is_better(query)):
+    if backend is not None or _AttentionBackendRegistry.get_active_backend()[0] != AttentionBackendName.NATIVE:
+        query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))  # (B, S, M, E)
+        return dispatch_attention_fn(query, key, value, backend=backend).transpose(1, 2)
+    if kernel == "math" or (kernel == "auto" and _math_is_better(query)):
         return joint_attention_probabilities(query, key) @ value
     return F.scaled_dot_product_attention(query, key, value)
 
@@ -161,11 +169,11 @@ class JointAttention(nn.Module):
         super().__init__()
         dim = num_heads * head_dim
         self.heads, self.pattern, self.context_pre_only = (num_heads, head_dim), pattern, context_pre_only
-        self.backend = "auto"
+        self.kernel, self.backend = "auto", None  # see `scaled_attention`
         self.qkv = Linear(dim, 3 * dim)
         self.qkv_context = Linear(dim, 3 * dim)
-        self.norm_q, self.norm_k = nn.RMSNorm(head_dim, eps=EPS), nn.RMSNorm(head_dim, eps=EPS)
-        self.norm_q_context, self.norm_k_context = nn.RMSNorm(head_dim, eps=EPS), nn.RMSNorm(head_dim, eps=EPS)
+        self.norm_q, self.norm_k = RMSNorm(head_dim, eps=EPS), RMSNorm(head_dim, eps=EPS)
+        self.norm_q_context, self.norm_k_context = RMSNorm(head_dim, eps=EPS), RMSNorm(head_dim, eps=EPS)
         self.out = Linear(dim, dim)
         self.out_context = None if context_pre_only else Linear(dim, dim)
 
@@ -177,8 +185,8 @@ class JointAttention(nn.Module):
         qkv = self.qkv(image).unflatten(-1, (3, *self.heads))  # (B, N, 3, M, E)
         qkv_context = self.qkv_context(text).unflatten(-1, (3, *self.heads))  # (B, L, 3, M, E)
         weights = (
-            torch.stack([self.norm_q.weight, self.norm_k.weight]),
-            torch.stack([self.norm_q_context.weight, self.norm_k_context.weight]),
+            torch.stack([self.norm_q(), self.norm_k()]),
+            torch.stack([self.norm_q_context(), self.norm_k_context()]),
         )
         return join_heads(qkv, qkv_context, weights, *self.pattern)
 
@@ -193,7 +201,7 @@ class JointAttention(nn.Module):
             `(B, N, D)` and `(B, L, D)`, or None for the text when `context_pre_only`.
         """
         query, key, value = self.joint_heads(image, text)
-        mixed = scaled_attention(query, key, value, self.backend).transpose(1, 2).flatten(2)  # (B*s, S, D)
+        mixed = scaled_attention(query, key, value, self.kernel, self.backend).transpose(1, 2).flatten(2)  # (B*s, S, D)
         border = image.shape[1] // self.pattern[0]
         mixed_image, mixed_text = mixed.tensor_split([border], dim=1)
         image = self.out(subregion_merge(mixed_image, *self.pattern).contiguous())

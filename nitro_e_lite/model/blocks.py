@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from nitro_e_lite.model import cpu_kernels
 from nitro_e_lite.model.attention import JointAttention
-from nitro_e_lite.model.cpu_kernels import Linear
+from nitro_e_lite.model.cpu_kernels import LayerNorm, Linear
 
 
 class TimeEmbedding(nn.Module):
@@ -107,7 +107,7 @@ class Stream(nn.Module):
 
     def __init__(self, dim: int, hidden: int, modulation: str):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.modulation = Modulation(dim, modulation)
         self.mlp = FeedForward(dim, hidden)
@@ -115,8 +115,9 @@ class Stream(nn.Module):
     def before_attention(self, tokens: Tensor, six: Tensor) -> Tensor:
         """Normalised and modulated tokens `(B, N, D)`."""
         shift, scale = six[:, 0], 1 + six[:, 1]  # (B, D)
-        shift = torch.addcmul(shift, self.norm1.bias, scale)  # the norm's own scale and shift join the modulation
-        return cpu_kernels.modulated_norm(tokens, self.norm1.weight * scale, shift, self.norm1.eps)
+        weight, bias = self.norm1()  # the norm's own scale and shift join the modulation
+        shift = torch.addcmul(shift, bias, scale)
+        return cpu_kernels.modulated_norm(tokens, weight * scale, shift, self.norm1.eps)
 
     def after_attention(self, tokens: Tensor, mixed: Tensor, six: Tensor) -> Tensor:
         """Gated residuals of attention and MLP: `(B, N, D)`."""

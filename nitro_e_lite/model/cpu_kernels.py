@@ -299,6 +299,27 @@ class Linear(nn.Linear):
         return linear(rows, self.weight, self.bias)
 
 
+class LayerNorm(nn.LayerNorm):
+    """`torch.nn.LayerNorm` whose scale and shift another step can fold in: called without tokens, it hands them out.
+
+    Off-loading brings weights in when a module is called: those that are read past it would stay where they are.
+    """
+
+    def forward(self, tokens: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """`(..., D)` to `(..., D)`; without tokens weight and bias, `(D,)` each."""
+        if tokens is None:
+            return self.weight.view_as(self.weight), self.bias.view_as(self.bias)
+        return super().forward(tokens)
+
+
+class RMSNorm(nn.RMSNorm):
+    """The same of `torch.nn.RMSNorm`, which has no shift."""
+
+    def forward(self, tokens: Tensor | None = None) -> Tensor:
+        """`(..., D)` to `(..., D)`; without tokens the weight `(D,)`."""
+        return self.weight.view_as(self.weight) if tokens is None else super().forward(tokens)
+
+
 def speed_up(module: nn.Module) -> None:
     """Has every plain Linear layer of a module multiply by `linear`; weights, names and files stay the same."""
     for layer in module.modules():

@@ -13,21 +13,22 @@ latents need not be square, and the query, key and value projections of a stream
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import Tensor, nn
 
 from nitro_e_lite.config import MODULATIONS
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.model import fp8
-from nitro_e_lite.model.attention import BACKENDS, JointAttention
+from nitro_e_lite.model.adapters import AdapterMixin
+from nitro_e_lite.model.attention import KERNELS, JointAttention
 from nitro_e_lite.model.blocks import JointBlock, TimeEmbedding
 from nitro_e_lite.model.cpu_kernels import Linear
 from nitro_e_lite.model.tokens import (
@@ -54,7 +55,7 @@ class EMMDiTOutput(BaseOutput):
     features: Tensor | None = None
 
 
-class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class EMMDiTTransformer2DModel(AdapterMixin, ModelMixin, ConfigMixin):
     """Efficient multimodal diffusion transformer. The defaults are the published 512 px model.
 
     Args:
@@ -80,6 +81,8 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["JointBlock"]
+    _repeated_blocks = ["JointBlock"]
+    _group_offload_block_modules = ["groups"]
 
     @register_to_config
     def __init__(
@@ -120,21 +123,38 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = Linear(dim, patch_size * patch_size * in_channels)
 
-    def set_attention_backend(self, backend: str) -> None:
-        """Choose how attention is computed: "auto", "sdpa" or "math", see `attention.scaled_attention`.
+    def set_attention_kernel(self, kernel: str) -> None:
+        """Choose how attention is computed where no backend is set: "auto", "sdpa" or "math", see `scaled_attention`.
 
         Raises:
             ValueError: Another name.
         """
-        if backend not in BACKENDS:
-            raise InvalidValue(f"backend must be one of {BACKENDS}, got {backend!r}")
-        for module in self.modules():
-            if isinstance(module, JointAttention):
-                module.backend = backend
+        if kernel not in KERNELS:
+            raise InvalidValue(f"kernel must be one of {KERNELS}, got {kernel!r}")
+        for module in self._attentions():
+            module.kernel = kernel
 
+    def set_attention_backend(self, backend: str) -> None:
+        """As in diffusers: "native", "flash", "_native_math", ..."""
+        super().set_attention_backend(backend)
+        for module in self._attentions():
+            module.backend = AttentionBackendName(backend.lower())
+
+    def reset_attention_backend(self) -> None:
+        """As in diffusers: back to the kernel of `set_attention_kernel`."""
+        super().reset_attention_backend()
+        for module in self._attentions():
+            module.backend = None
+
+    def _attentions(self) -> list[JointAttention]:
+        return [module for module in self.modules() if isinstance(module, JointAttention)]
+
+    @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines read in its signature what it takes, such as `variant`
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """As in diffusers; a model in FP8 is written as codes and scales, see `fp8.save`."""
         if fp8.is_quantized(self):
+            if options.get("push_to_hub"):
+                raise InvalidValue("push_to_hub: a model in FP8 is saved to a folder; upload that folder")
             fp8.save(self, save_directory)
         else:
             super().save_pretrained(save_directory, **options)
@@ -145,6 +165,8 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         folder = Path(pretrained_model_name_or_path, options.get("subfolder") or "")
         if not fp8.holds_fp8(folder):
             return super().from_pretrained(pretrained_model_name_or_path, **options)
+        if options.get("quantization_config") is not None:
+            raise InvalidValue(f"quantization_config: {folder} is in FP8 already")
         with torch.device("meta"):
             model = cls.from_config(cls.load_config(folder))
         fp8.load(model, folder, options.get("dtype") or options.get("torch_dtype"))
@@ -173,12 +195,15 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 image, text = block(image, text, time)
         return image, text
 
+    @apply_lora_scale("attention_kwargs")
     def forward(
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         timestep: Tensor | float,
         return_dict: bool = True,
+        *,
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> EMMDiTOutput | tuple:
         """Predict the velocity.
 
@@ -187,6 +212,7 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             encoder_hidden_states: Text features `(B, L, Dc)`; padding is attended to.
             timestep: Noise level in [0, 1000], `(B,)` or one for all.
             return_dict: False gives a plain tuple.
+            attention_kwargs: `{"scale": s}` multiplies what LoRA adapters add by `s`.
 
         Returns:
             `EMMDiTOutput` with `sample` `(B, C, H, W)` and `features` (see there).
@@ -194,6 +220,8 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Raises:
             ValueError: A shape the model cannot take.
         """
+        if attention_kwargs:  # the decorator took the scale out
+            raise InvalidValue(f"attention_kwargs: {sorted(attention_kwargs)} unknown; only 'scale' is")
         self._check_inputs(hidden_states, encoder_hidden_states)
         batch, size = len(hidden_states), self.config.patch_size
         height, width = (side // size for side in hidden_states.shape[2:])

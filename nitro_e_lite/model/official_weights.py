@@ -14,12 +14,13 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from nitro_e_lite.errors import InvalidValue
+from nitro_e_lite.model.adapters import check_plain, parse_key, place, read_adapter, read_safetensors, scale_of
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.model.official_names import official_names
 
 REFERENCE_CONFIG = {
     "sample_size": 16,
@@ -42,52 +43,7 @@ REFERENCE_CONFIG = {
 """Constructor arguments of the published code and their defaults. `interpolation_scale` and `repa_depth` change
 nothing, there or here; `num_layers` is the number of blocks in the file, which the published code fixes at 24."""
 
-# Our name (regular expression) -> official names (one, or three for a fused matrix).
-_BLOCK = r"groups\.(\d+)\.(\d+)\."
-_OFFICIAL_BLOCK = r"block_groups.\1.\2."
-_RULES = [
-    (r"positions", ["pos_embed.pos_embed"]),
-    (r"patch_embed\.(\w+)", [r"pos_embed.proj.\1"]),
-    (r"text_embed\.(\w+)", [r"context_embedder.\1"]),
-    (r"time_embed\.embed\.(.+)", [r"adaln_single.emb.timestep_embedder.\1"]),
-    (r"time_embed\.project\.(\w+)", [r"adaln_single.linear.\1"]),
-    (_BLOCK + r"attention\.qkv\.(\w+)", [_OFFICIAL_BLOCK + rf"attn.to_{x}.\3" for x in "qkv"]),
-    (_BLOCK + r"attention\.qkv_context\.(\w+)", [_OFFICIAL_BLOCK + rf"attn.add_{x}_proj.\3" for x in "qkv"]),
-    (_BLOCK + r"attention\.norm_([qk])\.weight", [_OFFICIAL_BLOCK + r"attn.norm_\3.weight"]),
-    (_BLOCK + r"attention\.norm_([qk])_context\.weight", [_OFFICIAL_BLOCK + r"attn.norm_added_\3.weight"]),
-    (_BLOCK + r"attention\.out\.(\w+)", [_OFFICIAL_BLOCK + r"attn.to_out.0.\3"]),
-    (_BLOCK + r"attention\.out_context\.(\w+)", [_OFFICIAL_BLOCK + r"attn.to_add_out.\3"]),
-    (_BLOCK + r"image\.norm1\.(\w+)", [_OFFICIAL_BLOCK + r"norm1.\3"]),
-    (_BLOCK + r"text\.(?:norm1\.)?(weight|bias)", [_OFFICIAL_BLOCK + r"norm1_context.\3"]),
-    (_BLOCK + r"image\.modulation\.(\w+)", [_OFFICIAL_BLOCK + r"scale_shift_\3"]),
-    (_BLOCK + r"text\.modulation\.(\w+)", [_OFFICIAL_BLOCK + r"scale_shift_\3_c"]),
-    (_BLOCK + r"image\.mlp\.up\.(\w+)", [_OFFICIAL_BLOCK + r"ff.net.0.proj.\3"]),
-    (_BLOCK + r"image\.mlp\.down\.(\w+)", [_OFFICIAL_BLOCK + r"ff.net.2.\3"]),
-    (_BLOCK + r"text\.mlp\.up\.(\w+)", [_OFFICIAL_BLOCK + r"ff_context.net.0.proj.\3"]),
-    (_BLOCK + r"text\.mlp\.down\.(\w+)", [_OFFICIAL_BLOCK + r"ff_context.net.2.\3"]),
-    (r"(compressor|reconstructor)\.paths\.0\.0\.(\w+)", [r"token\1.0.0.body2x.1.\2"]),
-    (r"(compressor|reconstructor)\.paths\.0\.2\.(\w+)", [r"token\1.0.0.body2x.3.\2"]),
-    (r"(compressor|reconstructor)\.paths\.1\.0\.(\w+)", [r"token\1.0.0.body4x.1.\2"]),
-    (r"(compressor|reconstructor)\.paths\.1\.2\.(\w+)", [r"token\1.0.0.body4x.3.\2"]),
-    (r"reconstructor\.merge\.(.+)", [r"tokenreconstructor.0.0.mergers.\1"]),
-    (r"projector\.(.+)", [r"projectors.0.\1"]),
-    (r"proj_out\.(\w+)", [r"proj_out.\1"]),
-]
-
 _ADAPTED = re.compile(r"groups\.\d+\.\d+\.(attention\.(qkv|out)(_context)?|(image|text)\.mlp\.(up|down))")
-_LORA_KEY = re.compile(r"(?:base_model\.model\.)?(block_groups\.\d+\.\d+\..+)\.lora_([AB])\.weight")
-
-
-def official_names(name: str) -> list[str]:
-    """The official names of one entry of our state dict: one, or three for a fused matrix.
-
-    Raises:
-        ValueError: The official layout has no place for it.
-    """
-    for pattern, templates in _RULES:
-        if match := re.fullmatch(pattern, name):
-            return [match.expand(template) for template in templates]
-    raise InvalidValue(f"the official layout has no place for {name!r}")
 
 
 def _from_official(name: str, parts: list[Tensor]) -> Tensor:
@@ -145,14 +101,6 @@ def _model_config(config: dict, weights: dict[str, Tensor]) -> dict:
     }  # fmt: skip
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file."""
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise InvalidValue(f"{path} is damaged or no safetensors file: {error}") from None
-
-
 def load_official(path: str | Path, **config) -> EMMDiTTransformer2DModel:
     """Read an official Nitro-E safetensors file.
 
@@ -168,7 +116,7 @@ def load_official(path: str | Path, **config) -> EMMDiTTransformer2DModel:
         ValueError: An argument the reference does not know, a damaged file, or one whose names or shapes do not fit
             the model; the message lists every name missing or left over.
     """
-    weights = _read(path)
+    weights = read_safetensors(path)
     with torch.device("meta"):
         model = EMMDiTTransformer2DModel(**_model_config(config, weights))
     state, missing, misfits = {}, [], []
@@ -214,64 +162,49 @@ def save_official(model: EMMDiTTransformer2DModel, path: str | Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def _lora_scale(config: dict) -> float:
-    """`alpha / r` (or `alpha / sqrt(r)`), refusing what is not a plain LoRA."""
-    plain = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "modules_to_save": None,
-             "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False}  # fmt: skip
-    for field, value in plain.items():
-        if config.get(field) and config[field] != value:
-            raise InvalidValue(f"adapter_config.json: only plain LoRA can be merged, got {field}={config[field]!r}")
-    rank = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
-    return config["lora_alpha"] / rank
-
-
-def _lora_targets(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By official module name: the rows of our matrix that an adapter there belongs to."""
-    targets = {}
-    for name, weight in parameters.items():
-        if name.endswith(".weight") and _ADAPTED.fullmatch(name.removesuffix(".weight")):
-            names = official_names(name)
-            rows = weight.chunk(len(names))
-            targets |= {n.removesuffix(".weight"): part for n, part in zip(names, rows, strict=True)}
-    return targets
-
-
 @torch.no_grad()
-def merge_lora(model: EMMDiTTransformer2DModel, folder: str | Path) -> EMMDiTTransformer2DModel:
-    """Merge a PEFT LoRA folder in the official naming into the weights, in place.
+def merge_lora(model: EMMDiTTransformer2DModel, source: str | Path) -> EMMDiTTransformer2DModel:
+    """Merge a LoRA into the weights, in place.
 
     Args:
         model: The base model.
-        folder: Holds `adapter_config.json` and `adapter_model.safetensors`; adapters sit on `to_q to_k to_v to_out.0
-            add_q_proj add_k_proj add_v_proj to_add_out` under `block_groups.G.I.attn`, and on `ff` and `ff_context`.
+        source: What `adapters.read_adapter` reads: a PEFT folder, or a file of `save_lora_adapter` or
+            `save_lora_weights`, by the names of the published code (`to_q ... to_out.0 add_q_proj ... to_add_out` under
+            `block_groups.G.I.attn`, and `ff`, `ff_context`) or by ours.
 
     Returns:
         The same model.
 
     Raises:
+        FileNotFoundError: Nothing is there.
         ValueError: A damaged file, no adapters, keys that fit nowhere, half a pair, a wrong shape, or a kind of LoRA
             other than the plain one. The model is unchanged then.
     """
-    scale = _lora_scale(json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8")))
-    targets, pairs, unknown = _lora_targets(dict(model.named_parameters())), {}, []
-    for key, tensor in _read(Path(folder) / "adapter_model.safetensors").items():
-        if (match := _LORA_KEY.fullmatch(key)) is None or match[1] not in targets:
+    weights, config = read_adapter(source)
+    check_plain(config)
+    parameters, pairs, unknown = dict(model.named_parameters()), {}, []
+    for key, tensor in weights.items():
+        module, side = parse_key(key) or (key, "")
+        name, k, count = place(module)
+        matrix = parameters.get(f"{name}.weight")
+        if not side or matrix is None or matrix.ndim != 2:
             unknown.append(key)
-        else:
-            pairs.setdefault(match[1], {"rows": targets[match[1]]})[match[2]] = tensor
-    halves = sorted(name for name, pair in pairs.items() if len(pair) < 3)
+            continue
+        start = {"rows": matrix.chunk(count)[k], "scale": scale_of(config, module)}
+        pairs.setdefault(module, start)[side] = tensor
+    halves = sorted(name for name, pair in pairs.items() if len(pair) < 4)
     misfits = sorted(
         name
         for name, pair in pairs.items()
-        if len(pair) == 3 and (len(pair["B"]), pair["A"].shape[1]) != tuple(pair["rows"].shape)
+        if len(pair) == 4 and (len(pair["B"]), pair["A"].shape[1]) != tuple(pair["rows"].shape)
     )
     if unknown or halves or misfits or not pairs:
         raise InvalidValue(
-            f"{folder} cannot be merged: {len(pairs)} adapters found; keys that fit nowhere {unknown}; "
+            f"{source} cannot be merged: {len(pairs)} adapters found; keys that fit nowhere {unknown}; "
             f"only one of A and B {halves}; wrong shape {misfits}"
         )
     for pair in pairs.values():
-        pair["rows"].copy_(pair["rows"].float() + scale * (pair["B"].float() @ pair["A"].float()))
+        pair["rows"].copy_(pair["rows"].float() + pair["scale"] * (pair["B"].float() @ pair["A"].float()))
     return model
 
 

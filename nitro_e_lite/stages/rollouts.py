@@ -211,7 +211,7 @@ class Rewards(Stage):
         self.sigmas = self._grid()  # (K + 1) numbers from 1 to 0
         self.rollout: dict[str, Tensor] = {}
         self.rollout_step, self.asked, self.report = -1, [], {}
-        self.no_text = self.pipeline.encode_prompt([""])  # (1, L, Dc)
+        self.no_text = self.pipeline.encode_captions([""])  # (1, L, Dc)
 
     def _adapt(self) -> dict[str, Tensor]:
         """Puts a fresh adapter on the model, `B` zero, and freezes everything else."""
@@ -320,7 +320,7 @@ class Rewards(Stage):
 
     def _ask(self, prompts: Sequence[Prompt | FilePrompt]) -> None:
         self.asked = list(prompts)
-        self.features = self.pipeline.encode_prompt([one.text for one in prompts]).to(self.placement.device)
+        self.features = self.pipeline.encode_captions([one.text for one in prompts]).to(self.placement.device)
 
     def _roll_out(self, step: int) -> None:
         """Draws and judges; each process its own rows, in the very parts in which it will learn from them."""
