@@ -5,9 +5,11 @@ What every other module needs and none should decide for itself.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.metadata
+import os
 import platform
 import random
 import signal
@@ -119,6 +121,25 @@ def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dt
     return dtype
 
 
+def rank_and_world() -> tuple[int, int]:
+    """The number of this process and how many there are, as torchrun tells them; 0 of 1 without a launcher.
+
+    Raises:
+        ValueError: one was told without the other, or they make no sense: a part of the work would be left undone.
+    """
+    told = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
+    if told in (["", ""], ["", "1"]):
+        return 0, 1
+    with contextlib.suppress(ValueError):
+        rank, world = (int(text) for text in told)
+        if 0 <= rank < world:
+            return rank, world
+    raise InvalidValue(
+        f"RANK={told[0]}, WORLD_SIZE={told[1]}: torchrun sets both, RANK from 0 to WORLD_SIZE - 1; unset them for one "
+        "process"
+    )
+
+
 def git_commit() -> str | None:
     """Short hash of the checkout's commit, None outside a checkout or without git."""
     root = repo_root()
@@ -183,11 +204,12 @@ class RunStopped(Exception):
 
 
 class StopRequest:
-    """Listens for SIGTERM and SIGINT while a run lasts; `name` is the signal's name once one came.
+    """Listens for SIGTERM, SIGINT and SIGHUP while a run lasts; `name` is the signal's name once one came.
 
     The signal only leaves a note: the step in progress is finished, then the loop sees the note and saves. Signals that
     follow are ignored, because a launcher and a terminal may both send one. Outside of the main thread, where Python
-    delivers no signals, nothing is listened for.
+    delivers no signals, nothing is listened for. SIGHUP, of a terminal that is closed, stays ignored under `nohup`, and
+    Windows has none.
 
     Args:
         action: also called when the first signal comes.
@@ -200,7 +222,9 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self._before = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            hangup = getattr(signal, "SIGHUP", None)
+            ignored = hangup is None or signal.getsignal(hangup) == signal.SIG_IGN
+            for number in (signal.SIGTERM, signal.SIGINT, *(() if ignored else (hangup,))):
                 self._before[number] = signal.signal(number, self._note)
         return self
 

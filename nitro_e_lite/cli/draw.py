@@ -31,9 +31,12 @@ from nitro_e_lite.cli.terminal import (
 )
 from nitro_e_lite.course.demo_protocol import LITE_VOCABULARY
 from nitro_e_lite.errors import InvalidValue
+from nitro_e_lite.files import check_output
 
 app = typer.Typer()
 
+MAX_PICTURES = 100_000  # of one caption in one command
+AT_ONCE = 64  # pictures
 OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 DEMO_CAPTIONS = (
@@ -74,10 +77,14 @@ def demo(
     loading = {"text_encoder": text_encoder, "vae": vae, "device": device, "dtype": dtype}
     of_page = {"port": port, "lane": lane, **loading, "model": model if model != "lite" else None}
     of_picture = {"out": out, "steps": steps, "guidance": guidance, "shift": shift, "json": json or None}
-    for name, value in (of_picture if web else of_page).items():
+    if web and teaser:
+        raise InvalidValue("web, teaser: two forms of the demo; name one")
+    for name, value in (
+        (of_picture if web else {}) | (of_page if not web else {}) | (of_picture if teaser else {})
+    ).items():
         if value is not None:
             only = "the page has its own dials for that" if web else "only --web takes it"
-            raise InvalidValue(f"{name}: {only}")
+            raise InvalidValue(f"{name}: {'the teaser is always drawn alike' if teaser else only}")
     if web:
         _serve_page(model, lane, port, host, browser, loading)
     elif teaser:
@@ -128,6 +135,7 @@ def _draw_eight(
 
         captions, count = list(DEMO_CAPTIONS), len(DEMO_CAPTIONS)
         [out] = picture_paths(out, ["demo"], [seed])
+        generators = seeded_generators(range(seed, seed + count))
         pipeline = load_pipeline("lite")
         sampler = pipeline.sampler(steps, guidance, shift)
         pipeline.set_progress_bar_config(disable=None)  # None: shown on a terminal only
@@ -136,7 +144,7 @@ def _draw_eight(
         clock.append(time.perf_counter())
         latents = pipeline(
             **sampler.arguments(),
-            generator=seeded_generators(range(seed, seed + count)),
+            generator=generators,
             negative_prompt_embeds=features[:count],
             prompt_embeds=features[count:],
             output_type="latent",
@@ -183,13 +191,18 @@ def picture_paths(out: Path, prompts: list[str], seeds: list[int]) -> list[Path]
 
     Raises:
         ValueError: `out` is a picture of another format than PNG.
+        OSError: nothing can be written there.
     """
     if out.suffix.lower() in OTHER_PICTURES:
         rule = "prompt and settings are kept in PNG text chunks; name a .png file or a folder"
         raise InvalidValue(f"out: {out.name!r} is no PNG; {rule}")
     if out.suffix.lower() == ".png":
         count = len(prompts)
-        return [out] if count == 1 else [out.with_stem(f"{out.stem}-{index}") for index in range(count)]
+        paths = [out] if count == 1 else [out.with_stem(f"{out.stem}-{index}") for index in range(count)]
+        for path in (paths[0], paths[-1]):
+            check_output(path, "file")
+        return paths
+    check_output(out, "folder")
     names = [re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture" for prompt in prompts]
     paths: list[Path] = []
     for name, seed in zip(names, seeds, strict=True):
@@ -199,6 +212,19 @@ def picture_paths(out: Path, prompts: list[str], seeds: list[int]) -> list[Path]
             path = out / f"{name}-{seed}-{repeat}.png"
         paths.append(path)
     return paths
+
+
+def claim(path: Path) -> Path:
+    """The first free name like `path`, taken at once: two runs in one folder never choose the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, repeat = path, 1
+    while True:
+        try:
+            path.touch(exist_ok=False)
+            return path
+        except FileExistsError:
+            repeat += 1
+            path = first.with_stem(f"{first.stem}-{repeat}")
 
 
 @command(app, "sample")
@@ -231,7 +257,7 @@ def sample(
         from nitro_e_lite import load_pipeline, viz
         from nitro_e_lite.inference.arguments import as_integer, seeded_generators
 
-        as_integer("num", num, 1)
+        as_integer("num", num, 1, MAX_PICTURES)
         prompts = [caption for caption in captions for _ in range(num)]
         seeds = [seed + index for _ in captions for index in range(num)]
         paths, generators = picture_paths(out, prompts, seeds), seeded_generators(seeds)
@@ -249,22 +275,26 @@ def sample(
         sampler = pipeline.sampler(steps, guidance, shift)
         if len(pipeline.tokenizer) < LITE_VOCABULARY:
             warn_unknown_words([*captions, negative or ""])
-        start = time.perf_counter()
-        images = draw(
-            prompts,
-            **sampler.arguments(),
-            negative_prompt=negative,
-            height=height,
-            width=width,
-            generator=generators,
-        ).images
-        seconds, facts = time.perf_counter() - start, settings(pipeline, model, sampler)
-        exact = draw.drawn if prompt_switch else [None] * len(prompts)
-        for image, path, prompt, own_seed, rule in zip(images, paths, prompts, seeds, exact, strict=True):
-            own = {"prompt": prompt, "negative prompt": negative or "", "seed": own_seed}
-            viz.save_image(image, path, own | ({"16 bit": rule} if rule else {}) | facts)
-            if not json:
-                console.print(str(path), markup=False, soft_wrap=True)
+        facts, seconds, exact = settings(pipeline, model, sampler), 0.0, []
+        for first in range(0, len(prompts), AT_ONCE):  # what is drawn is saved before more is drawn or anything said
+            some = slice(first, first + AT_ONCE)
+            start = time.perf_counter()
+            images = draw(
+                prompts[some],
+                **sampler.arguments(),
+                negative_prompt=negative,
+                height=height,
+                width=width,
+                generator=generators[some],
+            ).images
+            seconds += time.perf_counter() - start
+            exact += draw.drawn if prompt_switch else [None] * len(images)
+            for k, image in enumerate(images, start=first):
+                own = {"prompt": prompts[k], "negative prompt": negative or "", "seed": seeds[k]}
+                paths[k] = paths[k] if out.suffix.lower() == ".png" else claim(paths[k])
+                viz.save_image(image, paths[k], own | ({"16 bit": exact[k]} if exact[k] else {}) | facts)
+        for path in () if json else paths:
+            console.print(str(path), markup=False, soft_wrap=True)
         rows = zip(paths, prompts, seeds, strict=True)
         result |= {"images": [{"path": str(a), "prompt": b, "seed": c} for a, b, c in rows]}
         result |= {"seconds": round(seconds, 3)} | facts

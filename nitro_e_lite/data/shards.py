@@ -27,7 +27,6 @@ its number alone: the length and the place of every other row stay as they are, 
 from __future__ import annotations
 
 import contextlib
-import json
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -41,11 +40,12 @@ import torch
 from torch import Tensor
 
 from nitro_e_lite.errors import InvalidValue, MissingFile
-from nitro_e_lite.files import append_jsonl, read_jsonl
+from nitro_e_lite.files import append_jsonl, read_json, read_jsonl
 
 CARD, SHARDS, QUARANTINE = "card.json", "shards", "quarantine.jsonl"
 ARRAYS = ("latents", "text", "vision", "states")  # columns of float16 numbers
 SHARD_ROWS = 10_000
+LARGEST_ROW = 2**31  # numbers; a card that says more is damaged, and nothing is made room for
 LARGEST_FINITE = 0x7BFF  # bits of the largest finite float16, sign left out
 
 
@@ -249,7 +249,18 @@ def read_card(folder: Path) -> dict[str, Any]:
     path = folder / CARD
     if not path.is_file():
         raise MissingFile(f"{folder}: no latent data set ({CARD} is missing)")
-    return json.loads(path.read_text(encoding="utf-8"))
+    card = read_json(path)
+    if not isinstance(card.get("fingerprint"), str) or not isinstance(card.get("features", {}), dict):
+        raise InvalidValue(f"{path}: is no card of a data set; needs a fingerprint (a string)")
+    arrays = card.get("arrays", {})
+    for name, shape in {
+        "shape": card.get("shape"),
+        **(arrays if isinstance(arrays, dict) else {"arrays": arrays}),
+    }.items():
+        whole = isinstance(shape, list) and all(type(side) is int and side > 0 for side in shape)
+        if not whole or not 1 <= prod(shape) <= LARGEST_ROW or (name == "shape" and len(shape) != 3):
+            raise InvalidValue(f"{path}: {name}={shape!r} is no shape of at most {LARGEST_ROW:,} numbers a row")
+    return card
 
 
 def array_shapes(card: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -263,7 +274,9 @@ def sidecars(folder: Path, names: str = "*") -> dict[str, dict[str, Any] | None]
     found = {}
     for path in sorted((folder / SHARDS).glob(f"{names}.json")):
         try:
-            found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+            state = read_json(path)
+            whole = all(type(state.get(name)) is int and state[name] >= 0 for name in ("rows", "bytes"))
+            found[path.stem] = {"end": True, "next": 0, **state} if whole else None
         except ValueError:
             found[path.stem] = None
     return found

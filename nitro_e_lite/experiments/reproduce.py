@@ -34,6 +34,7 @@ from nitro_e_lite.evaluation.geneval_lite import evaluate
 from nitro_e_lite.experiments.compare import spread_prompts
 from nitro_e_lite.experiments.launch import check_processes
 from nitro_e_lite.experiments.ship import ship
+from nitro_e_lite.files import check_output, read_json, run_lock, write_atomically
 from nitro_e_lite.inference.loading import load_pipeline
 from nitro_e_lite.scenes.geneval import load_prompts
 from nitro_e_lite.stages.autoencoder import AutoencoderConfig, train_autoencoder
@@ -80,13 +81,14 @@ class Chain:
         notebooks.notebooks_dir()
         check_processes(devices, None)
         for stage in ("base", "finetune"):  # now, and not after the encoders
-            configuration.override(presets.preset(stage, preset), list(overrides))
+            configuration.override(presets.preset(stage, preset), [*overrides, f"seed={seed}"])
+        check_output(Path(run_dir), "folder")
         self.preset, self.seed, self.devices = preset, seed, devices
         self.overrides, self.run_dir = list(overrides), Path(run_dir).resolve()
         self.report = {"settings": {"preset": preset, "seed": seed, "overrides": self.overrides}, "steps": {}}
         self._file = self.run_dir / "reproduce.json"
         if self._file.is_file():
-            before = json.loads(self._file.read_text(encoding="utf-8"))
+            before = read_json(self._file)
             if before["settings"] != self.report["settings"]:
                 raise InvalidValue(f"run_dir={run_dir}: holds a chain with {before['settings']}; name another folder")
             self.report = before
@@ -106,16 +108,16 @@ class Chain:
 
     def run(self) -> Iterator[tuple[Step, float | None]]:
         """Works through the chain; yields each step with its seconds, or None where its result was there already."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        for step in self.steps():
-            seconds = None
-            if step.name not in self.report["steps"] or not (self.run_dir / step.result).exists():
-                begin = time.perf_counter()
-                step.work()
-                seconds = time.perf_counter() - begin
-                self.report["steps"][step.name] = {"seconds": round(seconds, 1), "result": step.result}
-                self._file.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
-            yield step, seconds
+        with run_lock(self.run_dir):
+            for step in self.steps():
+                seconds = None
+                if step.name not in self.report["steps"] or not (self.run_dir / step.result).exists():
+                    begin = time.perf_counter()
+                    step.work()
+                    seconds = time.perf_counter() - begin
+                    self.report["steps"][step.name] = {"seconds": round(seconds, 1), "result": step.result}
+                    write_atomically(self._file, json.dumps(self.report, indent=1) + "\n")
+                yield step, seconds
 
     def _settings(self, cls: type, name: str) -> Any:
         small = _SMALL[name] if self.preset == "smoke" else []

@@ -10,6 +10,7 @@ folder. Differs: the published adapter sits on attention alone; ours may sit on 
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nitro_e_lite.errors import InvalidValue
+from nitro_e_lite.files import read_json
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 
 REFERENCE_CONFIG = {
@@ -221,6 +223,10 @@ def _lora_scale(config: dict) -> float:
     for field, value in plain.items():
         if config.get(field) and config[field] != value:
             raise InvalidValue(f"adapter_config.json: only plain LoRA can be merged, got {field}={config[field]!r}")
+    for field in ("r", "lora_alpha"):
+        value = config.get(field)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise InvalidValue(f"adapter_config.json: {field}={value!r}: must be a number above 0")
     rank = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
     return config["lora_alpha"] / rank
 
@@ -252,7 +258,7 @@ def merge_lora(model: EMMDiTTransformer2DModel, folder: str | Path) -> EMMDiTTra
         ValueError: A damaged file, no adapters, keys that fit nowhere, half a pair, a wrong shape, or a kind of LoRA
             other than the plain one. The model is unchanged then.
     """
-    scale = _lora_scale(json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8")))
+    scale = _lora_scale(read_json(Path(folder) / "adapter_config.json"))
     targets, pairs, unknown = _lora_targets(dict(model.named_parameters())), {}, []
     for key, tensor in _read(Path(folder) / "adapter_model.safetensors").items():
         if (match := _LORA_KEY.fullmatch(key)) is None or match[1] not in targets:
