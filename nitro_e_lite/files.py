@@ -81,6 +81,7 @@ def check_output(path: Path, kind: Literal["file", "folder"]) -> None:
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 MANIFEST = "SHA256SUMS"
+WINDOWS = os.name == "nt"
 
 
 def weights_dir() -> Path:
@@ -297,9 +298,9 @@ except ImportError:  # Windows
 
 def _fsync(path: Path) -> None:
     """Flushes a file or folder to the disk. Windows opens no folders; there the rename is flushed by itself."""
-    if os.name == "nt" and path.is_dir():
+    if WINDOWS and path.is_dir():
         return
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes only what it may write
+    handle = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)  # Windows flushes only what it may write
     try:
         os.fsync(handle)
     finally:

@@ -85,6 +85,8 @@ def encode(
                 if value:
                     raise InvalidValue(f"{name}: {kind} has pictures of its own; only fluxdb is drawn")
             source = precompute.open_source(kind, path, captions)
+        if out.resolve() == path.resolve():
+            raise InvalidValue(f"out={out}: is the folder of the raw data; name another")
         models = load_encoders(encoders, device, number_type)
         eyes = load_vision(vision, device, number_type) if vision else None
         options = {"size": size, "batch": batch, "shard_rows": shard_rows, "threads": threads}

@@ -24,8 +24,8 @@ from nitro_e_lite.cli.terminal import (
     Variant,
     command,
     console,
-    errors,
     output,
+    say,
     settings,
     show_table,
 )
@@ -79,12 +79,15 @@ def demo(
     of_picture = {"out": out, "steps": steps, "guidance": guidance, "shift": shift, "json": json or None}
     if web and teaser:
         raise InvalidValue("web, teaser: two forms of the demo; name one")
-    for name, value in (
-        (of_picture if web else {}) | (of_page if not web else {}) | (of_picture if teaser else {})
-    ).items():
+    if web:
+        refused, why = of_picture, "the page has its own dials for that"
+    elif teaser:
+        refused, why = of_picture | of_page, "the teaser is always drawn alike"
+    else:
+        refused, why = of_page, "only --web takes it"
+    for name, value in refused.items():
         if value is not None:
-            only = "the page has its own dials for that" if web else "only --web takes it"
-            raise InvalidValue(f"{name}: {'the teaser is always drawn alike' if teaser else only}")
+            raise InvalidValue(f"{name}: {why}")
     if web:
         _serve_page(model, lane, port, host, browser, loading)
     elif teaser:
@@ -103,18 +106,15 @@ def _serve_page(
     if len(lanes) > demo_protocol.MAX_LANES:
         raise InvalidValue(f"lane: {len(lanes)} lanes; {demo_protocol.MAX_LANES} fit beside each other")
     if not demo_server.is_loopback(host):
-        errors.print(
-            f"Warning: --host {host} lets everyone who reaches this machine draw on it; there is no password.",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
+        say(
+            f"Warning: --host {host} lets everyone who reaches this machine draw on it; there is no password.", "yellow"
         )
 
-    def say(text: str) -> None:
+    def tell(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
     port = demo_server.PORT if port is None else port
-    demo_server.serve(lanes, port=port, host=host, browser=browser, say=say, **loading)
+    demo_server.serve(lanes, port=port, host=host, browser=browser, say=tell, **loading)
 
 
 def _draw_teaser(seed: int) -> None:
@@ -174,13 +174,11 @@ def warn_unknown_words(prompts: list[str]) -> None:
 
     unknown = dict.fromkeys(word for prompt in prompts for word in unknown_words(prompt))
     if unknown:
-        errors.print(
+        say(
             f"Note: the lite model was trained on pictures of simple shapes and has never read: "
-            f"{', '.join(unknown)}. It knows {', '.join(grammar.SHAPES)}; {', '.join(grammar.COLORS)}; "
+            f"{', '.join(unknown)[:500]}. It knows {', '.join(grammar.SHAPES)}; {', '.join(grammar.COLORS)}; "
             f"{', '.join(grammar.SIZES)}; one to four of a kind; {', '.join(grammar.RELATIONS)}.",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
+            "yellow",
         )
 
 

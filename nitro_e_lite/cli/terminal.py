@@ -22,6 +22,7 @@ from rich.table import Table
 from nitro_e_lite.errors import UserError
 
 console, errors = Console(), Console(stderr=True)
+LONG = 2000  # characters of a line that are shown
 NO_ROOM = [getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS")]  # Windows has not all
 
 Model = Annotated[str, typer.Option(help="Shipped name, folder, training run or official .safetensors file.")]
@@ -69,7 +70,7 @@ def command(group: typer.Typer, name: str) -> Callable:
                 message = explain(error)
                 if os.environ.get("NITRO_E_DEBUG") or message is None:
                     raise
-                errors.print(f"Error: {message}", style="bold red", markup=False, soft_wrap=True)
+                say(f"Error: {message}", "bold red")
                 raise typer.Exit(2) from None
             except KeyboardInterrupt:
                 raise typer.Exit(130) from None
@@ -91,7 +92,14 @@ def explain(error: UserError | OSError) -> str | None:
 
 def show_warning(message: Warning | str, *origin: Any, **more: Any) -> None:
     """A warning as one line, without the place in the code that it came from."""
-    errors.print(f"Warning: {message}", style="yellow", markup=False, soft_wrap=True)
+    say(f"Warning: {message}", "yellow")
+
+
+def say(text: str, style: str) -> None:
+    """A line on standard error; of what fills screens, such as an endless caption, the beginning and the end."""
+    if len(text) > LONG:
+        text = f"{text[: LONG // 2]} ... {text[-LONG // 4 :]}"
+    errors.print(text, style=style, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -253,10 +253,8 @@ def read_card(folder: Path) -> dict[str, Any]:
     if not isinstance(card.get("fingerprint"), str) or not isinstance(card.get("features", {}), dict):
         raise InvalidValue(f"{path}: is no card of a data set; needs a fingerprint (a string)")
     arrays = card.get("arrays", {})
-    for name, shape in {
-        "shape": card.get("shape"),
-        **(arrays if isinstance(arrays, dict) else {"arrays": arrays}),
-    }.items():
+    named = arrays if isinstance(arrays, dict) else {"arrays": arrays}
+    for name, shape in {"shape": card.get("shape"), **named}.items():
         whole = isinstance(shape, list) and all(type(side) is int and side > 0 for side in shape)
         if not whole or not 1 <= prod(shape) <= LARGEST_ROW or (name == "shape" and len(shape) != 3):
             raise InvalidValue(f"{path}: {name}={shape!r} is no shape of at most {LARGEST_ROW:,} numbers a row")
@@ -276,15 +274,22 @@ def sidecars(folder: Path, names: str = "*") -> dict[str, dict[str, Any] | None]
         try:
             state = read_json(path)
             whole = all(type(state.get(name)) is int and state[name] >= 0 for name in ("rows", "bytes"))
-            found[path.stem] = {"end": True, "next": 0, **state} if whole else None
+            found[path.stem] = {"end": True, "next": 0, "sha256": "", **state} if whole else None
         except ValueError:
             found[path.stem] = None
     return found
 
 
-def open_shards(folder: Path, card: dict[str, Any]) -> list[Chunk]:
-    """All shards of one folder, good and bad; checks sizes and layout, not every byte (`nitro-e data check` does)."""
-    listed = {line["shard"]: line["reason"] for line in read_quarantine(folder) if line["row"] is None}
+def open_shards(folder: Path, card: dict[str, Any], fresh: bool = False) -> list[Chunk]:
+    """All shards of one folder, good and bad; checks sizes and layout, not every byte (`nitro-e data check` does).
+
+    Args:
+        folder: of the data set.
+        card: its card.
+        fresh: looks again at shards that are in quarantine.
+    """
+    held = [] if fresh else read_quarantine(folder)
+    listed = {line["shard"]: line["reason"] for line in held if line["row"] is None}
     chunks: list[Chunk] = []
     for name, state in sidecars(folder).items():
         path, rows = folder / SHARDS / f"{name}.arrow", state["rows"] if state else 0

@@ -398,14 +398,14 @@ def read_prompts(path: str | Path, column: str | None = None) -> Sequence[str]:
             read; the message names file and line.
     """
     path, kinds = Path(path), (".txt", ".jsonl", ".parquet")
-    if not path.exists():
-        raise MissingFile(f"{path}: no such file of prompts")
     files = sorted(p for p in path.iterdir() if p.suffix in kinds) if path.is_dir() else [path]
     found = {file.suffix for file in files}
     if len(found) != 1 or not found <= set(kinds):
         raise InvalidValue(
             f"path={str(path)!r}: must be a file that ends in {', '.join(kinds)}, or a folder of one kind"
         )
+    if not path.exists():
+        raise MissingFile(f"{path}: no such file of prompts")
     columns = [column] if column else ["prompt", "re_caption", "caption", "text"]
     if found == {".parquet"}:
         return _parquet_column(path, files, columns)

@@ -65,9 +65,7 @@ def ship(
         default_guidance=usual["guidance"] if guidance is None else guidance,
         default_shift=usual["shift"] if shift is None else shift,
     )
-    with tempfile.TemporaryDirectory(
-        dir=folder.parent, prefix=".ship-"
-    ) as temporary:  # a full disk spoils nothing here
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".ship-") as temporary:  # a full disk spoils nothing
         new = Path(temporary) / "new"
         pipeline.save_pretrained(new)
         parts = [file for part in ("transformer", "scheduler") for file in (new / part).iterdir()]
