@@ -188,9 +188,9 @@ def check_manifest(folder: str | Path, *parts: str) -> dict[str, str]:
     if not path.is_file():
         raise MissingFile(f"{path}: checksum file is missing")
     sums = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="backslashreplace").splitlines():
         digest, separator, name = line.partition("  ")
-        if not separator or len(digest) != 64:
+        if not separator or len(digest) != 64 or "\0" in name:
             raise InvalidValue(f"{path}: cannot read the line {line!r}; expected '<sha256>  <file>'")
         if parts and name.split("/")[0] not in parts:
             continue

@@ -326,9 +326,24 @@ def _chunks(table: Any, shard: Shard, shapes: dict[str, tuple[int, ...]]) -> lis
             values = column.values.to_numpy(zero_copy_only=True)
             arrays[name] = values[column.offset * width :][: len(column) * width].reshape(-1, width)
         named = [batch.column(name) if name in batch.schema.names else None for name in ("source", "key")]
+        for column in (batch.column("captions"), *named):
+            _check_places(column)
         chunks.append(Chunk(shard, first, len(batch), arrays, batch.column("captions"), *named))
         first += len(batch)
     return chunks
+
+
+def _check_places(column: Any) -> None:
+    """Whether all texts of an Arrow column lie within it: reading one that does not would end the process."""
+    if column is None or not len(column):
+        return
+    inner, places = getattr(column, "values", None), column.buffers()[1]  # lists have values, texts have bytes
+    kind = np.int64 if str(column.type).startswith("large") else np.int32
+    ends = np.frombuffer(places, kind, len(column) + 1, column.offset * np.dtype(kind).itemsize)
+    size = len(inner) if inner is not None else column.buffers()[2].size if column.buffers()[2] else 0
+    if ends[0] < 0 or ends[-1] > size or (ends[1:] < ends[:-1]).any():
+        raise InvalidValue("a text leads out of the file")
+    _check_places(inner)
 
 
 def read_quarantine(folder: Path) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ import functools
 import hashlib
 import io
 import itertools
+import os
 import tarfile
 import unicodedata
 import warnings
@@ -374,7 +375,7 @@ class Folder(JsonLines):
             return Problem(_printable(str(name)), "file_name is missing or leads out of the folder")
         fields = ("text", "caption", "captions")
         texts = next((entry[field] for field in fields if entry.get(field) is not None), None)
-        if not (self.file.parent / path).is_file():
+        if not os.path.isfile(self.file.parent / path):  # False for a name that is too long, too
             path = PurePosixPath(self._spellings.get(_plain_name(str(path)), path))
         return record(str(path), self.file.parent / path, texts)
 

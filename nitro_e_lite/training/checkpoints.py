@@ -128,6 +128,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
         ValueError: when a file is missing or differs from its sha256.
     """
     state = read_json(path / STATE)
+    if not isinstance(state.get("sha256"), dict):
+        raise InvalidValue(f"{path / STATE}: names no files")
     for name, digest in state["sha256"].items():
         if not (path / name).is_file() or sha256_file(path / name) != digest:
             raise InvalidValue(f"{path / name}: missing or damaged (its sha256 is not the one in {STATE})")
