@@ -416,8 +416,21 @@ def override(config: T, assignments: list[str]) -> T:
         path, sign, text = assignment.partition("=")
         if not sign:
             raise InvalidValue(f"{assignment!r}: must read field=value")
-        config = _replace(config, path.strip().split("."), yaml.safe_load(text), path.strip())
+        config = _replace(config, path.strip().split("."), read_value(path.strip(), text), path.strip())
     return config
+
+
+def read_value(name: str, text: str) -> Any:
+    """What a person wrote behind "name=", as YAML.
+
+    Raises:
+        ValueError: it is no YAML, or asks for an object of Python.
+    """
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = getattr(error, "problem", None) or "brackets within brackets, too deep to read"
+        raise InvalidValue(f"{name}={text[:60]}: cannot be read ({reason}); put a text in quotes") from None
 
 
 def differences(before: T, now: T) -> list[str]:

@@ -5,9 +5,11 @@ What every other module needs and none should decide for itself.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.metadata
+import os
 import platform
 import random
 import signal
@@ -100,6 +102,8 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise NotImplementedError("its tensors hold no numbers")
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise InvalidValue(f"device: {name!r} is not usable on this machine ({reason}); try 'cpu'") from None
@@ -118,6 +122,25 @@ def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dt
     if dtype not in DTYPES.values():
         raise InvalidValue(f"dtype: {name!r} is not one of {', '.join(DTYPES)}")
     return dtype
+
+
+def rank_and_world() -> tuple[int, int]:
+    """The number of this process and how many there are, as torchrun tells them; 0 of 1 without a launcher.
+
+    Raises:
+        ValueError: one was told without the other, or they make no sense: a part of the work would be left undone.
+    """
+    told = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
+    if told in (["", ""], ["", "1"]):
+        return 0, 1
+    with contextlib.suppress(ValueError):
+        rank, world = (int(text) for text in told)
+        if 0 <= rank < world:
+            return rank, world
+    raise InvalidValue(
+        f"RANK={told[0]}, WORLD_SIZE={told[1]}: torchrun sets both, RANK from 0 to WORLD_SIZE - 1; unset them for one "
+        "process"
+    )
 
 
 def git_commit() -> str | None:
@@ -202,8 +225,8 @@ class StopRequest:
 
     The signal only leaves a note: the step in progress is finished, then the loop sees the note and saves. Signals that
     follow are ignored, because a launcher and a terminal may both send one. A closed terminal sends SIGHUP; under
-    `nohup`, which ignores it, it stays ignored. Outside of the main thread, where Python delivers no signals, nothing
-    is listened for.
+    `nohup`, which ignores it, it stays ignored, and Windows has none. Outside of the main thread, where Python delivers
+    no signals, nothing is listened for.
 
     Args:
         action: also called when the first signal comes.

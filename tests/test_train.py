@@ -335,7 +335,7 @@ def test_sigint_in_place_saves_and_says_so(uninterrupted, tmp_path):
 
 
 def test_two_trainings_in_one_folder_are_refused(tmp_path):
-    with run_lock(tmp_path), pytest.raises(RuntimeError, match="another process is training there"):
+    with run_lock(tmp_path), pytest.raises(RuntimeError, match="another process is writing there"):
         pretrain(SMOKE, tmp_path, device="cpu")
     assert not (tmp_path / "metrics.jsonl").exists()
     with run_lock(tmp_path), run_lock(tmp_path, writes=False):  # the other processes of a run

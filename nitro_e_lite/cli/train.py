@@ -39,6 +39,8 @@ def run_stage(stage, preset, overrides, run_dir, resume, device, processes, node
 
     chosen = config.override(presets.preset(stage, preset), overrides or [])
     run_dir = run_dir or Path("runs") / f"{stage}-{preset}"
+    if nodes < 1 or processes < 1:
+        raise InvalidValue(f"processes={processes}, nodes={nodes}: must be >= 1")
     if nodes > 1:
         words = launch.train_arguments(chosen, run_dir, True, device)
         lines = ["# On each machine, HOST being the first:", *launch.torchrun_commands(words, nodes, processes)]
@@ -221,10 +223,14 @@ def compare_command(
     """Train variants of a stage on the same batches, over several seeds, and measure them along the way."""
     with output(json) as result:
         from nitro_e_lite.experiments import compare
+        from nitro_e_lite.inference.arguments import as_integer
         from nitro_e_lite.scenes import geneval
 
         chosen = transformer_run(stage, preset, overrides)
         variants = dict(compare.read_variant(text) for text in variant)
+        if len(variants) < len(variant):
+            raise InvalidValue(f"variant: {len(variant)} variants with {len(variants)} names; give each its own")
+        as_integer("prompts", prompts, 0)
         steps, numbers = whole_numbers("points", points), whole_numbers("seeds", seeds)
         drawn = compare.spread_prompts(geneval.load_prompts(), prompts)
         folder = run_dir or Path("runs/comparison")

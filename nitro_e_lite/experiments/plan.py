@@ -23,6 +23,7 @@ Not modelled: gradient checkpointing, the allocator's fragmentation, work space 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -260,7 +261,7 @@ def plan(
     Raises:
         ValueError: unknown hardware, a number outside of its range, or a folder of which nothing is known.
     """
-    _check(config, hardware, devices, mfu)
+    _check(config, hardware, devices, mfu, peak_tflops)
     model = _model_arguments(config)
     encoders = frozen_encoders(config)
     forward = forward_flops(config)
@@ -289,7 +290,13 @@ def plan(
     )
 
 
-def _check(config: TrainConfig, hardware: str, devices: int, mfu: float | None) -> None:
+def check_peak(peak_tflops: float | None) -> None:
+    """The peak that a person names is a number above 0."""
+    if peak_tflops is not None and not 0 < peak_tflops < math.inf:
+        raise InvalidValue(f"peak_tflops={peak_tflops}: must be a number above 0")
+
+
+def _check(config: TrainConfig, hardware: str, devices: int, mfu: float | None, peak_tflops: float | None) -> None:
     if hardware not in HARDWARE:
         raise InvalidValue(f"hardware={hardware!r}: not one of {', '.join(HARDWARE)}")
     if devices < 1 or config.batch_size % (devices * config.accumulate):
@@ -299,6 +306,7 @@ def _check(config: TrainConfig, hardware: str, devices: int, mfu: float | None) 
         )
     if mfu is not None and not 0 < mfu <= 1:
         raise InvalidValue(f"mfu={mfu}: must be in (0, 1]")
+    check_peak(peak_tflops)
 
 
 def sample_flops(forward: float, encoders: dict[str, Encoder]) -> dict[str, float]:

@@ -36,7 +36,7 @@ from nitro_e_lite.evaluation.geneval_lite import evaluate
 from nitro_e_lite.experiments.compare import spread_prompts
 from nitro_e_lite.experiments.launch import check_processes
 from nitro_e_lite.experiments.ship import ship
-from nitro_e_lite.files import read_jsonl
+from nitro_e_lite.files import check_output, read_json, read_jsonl, run_lock, write_atomically
 from nitro_e_lite.inference.loading import load_pipeline
 from nitro_e_lite.scenes.geneval import load_prompts
 from nitro_e_lite.stages.autoencoder import AutoencoderConfig, train_autoencoder
@@ -92,13 +92,14 @@ class Chain:
         notebooks.notebooks_dir()
         check_processes(devices, None)
         for stage in ("base", "finetune"):  # now, and not after the encoders
-            configuration.override(presets.preset(stage, preset), list(overrides))
+            configuration.override(presets.preset(stage, preset), [*overrides, f"seed={seed}"])
+        check_output(Path(run_dir), "folder")
         self.preset, self.seed, self.devices, self.say = preset, seed, devices, say
         self.overrides, self.run_dir = list(overrides), Path(run_dir).resolve()
         self.report = {"settings": {"preset": preset, "seed": seed, "overrides": self.overrides}, "steps": {}}
         self._file = self.run_dir / "reproduce.json"
         if self._file.is_file():
-            before = json.loads(self._file.read_text(encoding="utf-8"))
+            before = read_json(self._file)
             if before["settings"] != self.report["settings"]:
                 raise InvalidValue(f"run_dir={run_dir}: holds a chain with {before['settings']}; name another folder")
             self.report = before
@@ -118,20 +119,20 @@ class Chain:
 
     def run(self) -> Iterator[tuple[Step, float | None]]:
         """Works through the chain; yields each step with the seconds of all attempts, or None where it was done."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        for step in self.steps():
-            cost = self.report["steps"].setdefault(step.name, {"seconds": 0.0})
-            if "result" in cost and (self.run_dir / step.result).exists():
-                yield step, None
-                continue
-            begin, before = time.perf_counter(), cost["seconds"]
-            try:
-                step.work()
-                cost["result"] = step.result
-            finally:  # a step that was stopped has cost something too
-                cost["seconds"] = round(before + time.perf_counter() - begin, 1)
-                self._file.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
-            yield step, cost["seconds"]
+        with run_lock(self.run_dir):
+            for step in self.steps():
+                cost = self.report["steps"].setdefault(step.name, {"seconds": 0.0})
+                if "result" in cost and (self.run_dir / step.result).exists():
+                    yield step, None
+                    continue
+                begin, before = time.perf_counter(), cost["seconds"]
+                try:
+                    step.work()
+                    cost["result"] = step.result
+                finally:  # a step that was stopped has cost something too
+                    cost["seconds"] = round(before + time.perf_counter() - begin, 1)
+                    write_atomically(self._file, json.dumps(self.report, indent=1) + "\n")
+                yield step, cost["seconds"]
 
     def _settings(self, cls: type, name: str) -> Any:
         small = _SMALL[name] if self.preset == "smoke" else []

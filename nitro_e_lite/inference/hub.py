@@ -178,6 +178,18 @@ def fetch_official(variant: str) -> Path:
     return path
 
 
+@contextmanager
+def one_line(source: str | Path, name: str = "model") -> Iterator[None]:
+    """Whatever libraries raise on a folder that is damaged, or is none of ours, as one error; its cause is kept."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InvalidValue(f"{name}: {source} cannot be loaded ({type(error).__name__}: {reason})") from error
+
+
 def attempt(source: str | Path, option: str, load, **arguments):
     """Calls a `from_pretrained`; whatever the hub answers, or a damaged file, ends in one readable error.
 

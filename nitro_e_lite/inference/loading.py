@@ -4,18 +4,16 @@ Everything that draws pictures starts with `load_pipeline`. It never falls back:
 file whose checksum differs or an encoder that is not there is an error that says what to do.
 """
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from safetensors import SafetensorError
 
 from nitro_e_lite import runtime
 from nitro_e_lite.errors import InvalidType, InvalidValue
-from nitro_e_lite.files import find_weights
+from nitro_e_lite.files import find_weights, read_json
 from nitro_e_lite.inference.encoders import Encoders, LatentStats, load_encoders
 from nitro_e_lite.inference.fp8_pipeline import quantize_pipeline
 from nitro_e_lite.inference.hub import (
@@ -26,6 +24,7 @@ from nitro_e_lite.inference.hub import (
     fetch_official,
     load_autoencoder,
     load_text_encoder,
+    one_line,
     quiet_loading,
 )
 from nitro_e_lite.inference.low_memory import save_memory
@@ -116,16 +115,14 @@ def load_pipeline(
         if (Path(vae) / "latent_stats.json").is_file():
             stats = LatentStats.load(vae)
             parts |= {"latents_mean": list(stats.mean), "latents_std": list(stats.std)}
-    try:
-        with quiet_loading(path.parent):
-            if official:
-                pipeline = _official_pipeline(parts, variant or _published_as(path))
-            elif (path / DiffusionPipeline.config_name).is_file():
-                pipeline = NitroEPipeline.from_pretrained(path, dtype=dtype, **_stored_variant(path), **parts)
-            else:
-                pipeline = _trained_pipeline(path, parts, dtype)
-    except SafetensorError as error:
-        raise InvalidValue(f"{path}: a weight file below it is damaged ({error})") from None
+    with one_line(path), quiet_loading(path.parent):
+        if official:
+            pipeline = _official_pipeline(parts, variant or _published_as(path))
+        elif (path / DiffusionPipeline.config_name).is_file():
+            stored_as = _stored_variant(path)
+            pipeline = NitroEPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True, **stored_as, **parts)
+        else:
+            pipeline = _trained_pipeline(path, parts, dtype)
     if lora is not None:
         merge_lora(pipeline.transformer, lora)
     if quantization or stored:
@@ -149,7 +146,8 @@ def load_transformer(source: str | Path) -> EMMDiTTransformer2DModel:
         path = path / "transformer"
     if fp8.holds_fp8(path):
         raise InvalidValue(f"{path}: is in FP8, rounded for drawing; name the 16-bit weights it was made from")
-    return EMMDiTTransformer2DModel.from_pretrained(path)
+    with one_line(path):
+        return EMMDiTTransformer2DModel.from_pretrained(path, use_safetensors=True)
 
 
 def _find(source: str | Path, variant: str | None = None) -> Path:
@@ -175,17 +173,17 @@ def _trained_pipeline(path: Path, parts: dict, dtype: torch.dtype) -> NitroEPipe
     """A transformer alone, drawn with what it was trained with as far as its run says, else with the rest of "lite"."""
     parents = {"final": path.parent, "snapshots": path.parent.parent}  # of what a run has written
     file = parents.get(path.name, parents.get(path.parent.name, path)) / "config.json"
-    run = json.loads(file.read_text(encoding="utf-8")) if file.parent != path and file.is_file() else {}
+    run = read_json(file) if file.parent != path and file.is_file() else {}
     trained = run.get("config", {"data": {"encoders": "lite"}})
     source, given = trained["data"]["encoders"], "vae" in parts or "text_encoder" in parts
-    parts = {"transformer": EMMDiTTransformer2DModel.from_pretrained(path, dtype=dtype), **parts}
+    parts = {"transformer": EMMDiTTransformer2DModel.from_pretrained(path, dtype=dtype, use_safetensors=True), **parts}
     parts |= {f"default_{name}": trained[name] for name in ("guidance", "shift") if name in trained}
     few = {"default_steps": "sampler_steps", "sigma_grid": "sigma_grid"}  # of a student, which has steps of its own
     parts |= {name: trained[field] for name, field in few.items() if field in trained}
     if "vae" in parts:  # without statistics of its own it has the published scaling factor, not lite's statistics
         parts = {"latents_mean": None, "latents_std": None, **parts}
     if source == "lite":
-        pipeline = NitroEPipeline.from_pretrained(_find("lite"), dtype=dtype, **parts)
+        pipeline = NitroEPipeline.from_pretrained(_find("lite"), dtype=dtype, use_safetensors=True, **parts)
     else:
         parts = {"max_text_length": text_length(source), **parts}
         if "vae" not in parts or "text_encoder" not in parts:
@@ -222,7 +220,7 @@ def _published_as(path: Path) -> str:
 def _config_beside(path: Path) -> dict[str, Any]:
     """The configuration of the transformer in the folder of an official file; nothing when there is none."""
     file = path.parent / "config.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = read_json(file) if file.is_file() else {}
     return found if found.get("_class_name") == EMMDiTTransformer2DModel.__name__ else {}
 
 

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
 
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 
@@ -55,12 +54,12 @@ def draw_one_by_one(
         **settings: further arguments of a call of the pipeline.
     """
     with torch.no_grad():
-        features: Tensor = pipeline.encode_prompt([negative_prompt or "", *prompts])  # (1 + B, L, D)
+        features, _ = pipeline.encode_prompt([negative_prompt or "", *prompts], do_classifier_free_guidance=False)
     pipeline.register_modules(text_encoder=None, tokenizer=None)
     for number, generator in enumerate(generators, start=1):
         yield pipeline(
             prompt_embeds=features[number : number + 1],
-            negative_prompt_embeds=features[:1],
+            negative_prompt_embeds=features[:1],  # (1 + B, L, D)
             generator=generator,
             **settings,
         ).images[0]

@@ -36,6 +36,7 @@ from nitro_e_lite.config import SIGMA_GRIDS
 from nitro_e_lite.errors import InvalidType, InvalidValue, NotFinite
 from nitro_e_lite.inference import schedules
 from nitro_e_lite.inference.arguments import (
+    MAX_STEPS,
     OUTPUT_TYPES,
     as_generators,
     as_grid,
@@ -200,7 +201,7 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
             TypeError, ValueError: a setting of the wrong type or value, named as the argument of a call.
         """
         settings = Sampler(
-            as_integer("num_inference_steps", self.config.default_steps if steps is None else steps, 1),
+            as_integer("num_inference_steps", self.config.default_steps if steps is None else steps, 1, MAX_STEPS),
             as_number("guidance_scale", self.config.default_guidance if guidance is None else guidance, 0.0),
             as_number("shift", self.shift if shift is None else shift, 1.0),
         )

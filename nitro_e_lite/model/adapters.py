@@ -11,6 +11,7 @@ adapter for `to_q to_k to_v` is one of rank `3r` for the same reason, and its sc
 
 import copy
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nitro_e_lite.errors import InvalidValue, MissingFile
+from nitro_e_lite.files import read_json
 from nitro_e_lite.model import fp8
 from nitro_e_lite.model.official_names import official_names
 
@@ -79,7 +81,10 @@ def scale_of(config: Config | None, module: str) -> float:
     numbers = []
     for field, patterns in (("r", config.get("rank_pattern")), ("lora_alpha", config.get("alpha_pattern"))):
         patterns = patterns or {}
-        numbers.append(patterns.get(get_pattern_key(patterns.keys(), module), config[field]))
+        value = patterns.get(get_pattern_key(patterns.keys(), module), config.get(field))
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise InvalidValue(f"adapter_config.json: {field}={value!r}: must be a number above 0")
+        numbers.append(value)
     rank, alpha = numbers
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
@@ -124,7 +129,7 @@ def read_adapter(source: str | Path) -> tuple[dict[str, Tensor], Config | None]:
         raise MissingFile(f"lora: {source} holds neither {PEFT_FILES[1]} nor {_DIFFUSERS_FILE}")
     weights, beside = read_safetensors(path), path.with_name(PEFT_FILES[0])
     if path.name == PEFT_FILES[1] and beside.is_file():
-        return weights, json.loads(beside.read_text(encoding="utf-8"))
+        return weights, read_json(beside)
     with safe_open(path, "pt") as file:
         text = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
     return weights, None if text is None else _own_config(json.loads(text))

@@ -102,13 +102,15 @@ def count_flops(config: Mapping[str, Any], batch: int = 1, text_tokens: int = FU
         text_tokens: length of the text.
 
     Raises:
-        TypeError, ValueError: for a batch or number of text tokens that is no integer or below 1.
+        TypeError, ValueError: for a batch or number of text tokens that is no integer, below 1 or above a million.
     """
     for name, value in (("batch", batch), ("text_tokens", text_tokens)):
         if not isinstance(value, Integral):
             raise InvalidType(f"{name}: expected an integer, got {value!r}")
         if value < 1:
             raise InvalidValue(f"{name}: {value} is below 1")
+        if value > 1_000_000:
+            raise InvalidValue(f"{name}: {value} is above 1000000")
     model = build_on_meta(config)
     size = model.config
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nitro_e_lite.errors import InvalidValue
-from nitro_e_lite.files import _fsync, atomic_folder, sha256_file
+from nitro_e_lite.files import _fsync, atomic_folder, read_json, sha256_file
 
 STATE = "state.json"
 
@@ -196,7 +196,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     Raises:
         ValueError: when a file is missing or differs from its sha256.
     """
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    state = read_json(path / STATE)
+    if not isinstance(state.get("sha256"), dict):
+        raise InvalidValue(f"{path / STATE}: names no files")
     for name, digest in state["sha256"].items():
         if not (path / name).is_file() or sha256_file(path / name) != digest:
             raise InvalidValue(f"{path / name}: missing or damaged (its sha256 is not the one in {STATE})")
@@ -213,7 +215,7 @@ def load_latest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
     for path in reversed(there):
         try:
             return load_checkpoint(path)
-        except (ValueError, json.JSONDecodeError) as error:
+        except ValueError as error:
             warnings.warn(f"checkpoint skipped: {error}", stacklevel=2)
     if there:
         names = ", ".join(path.name for path in there)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nitro_e_lite.config import RunConfig
 from nitro_e_lite.errors import InvalidValue, Unusable
-from nitro_e_lite.runtime import pick_device
+from nitro_e_lite.runtime import pick_device, rank_and_world
 from nitro_e_lite.training.metrics import tracker_name
 from nitro_e_lite.training.precision import PRECISIONS
 
@@ -59,7 +59,7 @@ def start_accelerator(config: RunConfig, run_dir: Path, device: str | None) -> A
                 f"{name}={value}: a run is data-parallel, in the precision of its settings and on the device it is "
                 "told; unset it"
             )
-    chosen, asked = pick_device(device), int(os.environ.get("WORLD_SIZE", 1))
+    chosen, (_, asked) = pick_device(device), rank_and_world()
     cpu = chosen.type == "cpu"
     if chosen.index is not None and not cpu:
         if asked > 1:

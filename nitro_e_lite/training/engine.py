@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from nitro_e_lite.config import RunConfig, to_dict
 from nitro_e_lite.errors import FileThere, InvalidValue, NotFinite
-from nitro_e_lite.files import atomic_folder, run_lock
+from nitro_e_lite.files import atomic_folder, check_output, run_lock, write_atomically
 from nitro_e_lite.model.cpu_kernels import speed_up
 from nitro_e_lite.runtime import RunStopped, StopRequest, environment_report, tune_cpu
 from nitro_e_lite.training import checkpoints
@@ -253,6 +253,7 @@ class Engine:
         self.checkpoints = self.run_dir / "checkpoints"
         if not resume and (self.checkpoints.exists() or (self.run_dir / "final").exists()):
             raise FileThere(f"run_dir={self.run_dir}: holds a run already; resume it or name another folder")
+        check_output(self.run_dir, "folder")
         self.accelerator = start_accelerator(config, self.run_dir, device)
         self.device = self.accelerator.device
         self.config = config = settle_precision(config, self.run_dir, resume, self.accelerator)
@@ -518,7 +519,7 @@ class Engine:
             **self.stage.describe(),
         }
         if self.accelerator.is_main_process:
-            (self.run_dir / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+            write_atomically(self.run_dir / "config.json", json.dumps(about, indent=1) + "\n")
 
     def _due(self, *every: int) -> bool:
         return self.global_step == self.config.steps or any(self.global_step % one == 0 for one in every)
