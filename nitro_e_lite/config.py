@@ -37,7 +37,7 @@ T = TypeVar("T")
 StageName = Literal["base", "finetune"]  # of the transformer
 RewardStageName = Literal["rewards"]  # of an adapter on it
 Scale = Literal["smoke", "lite", "full"]
-Precision = Literal["fp32", "bf16"]  # of the computation
+Precision = Literal["fp32", "bf16", "auto"]  # of the computation
 Quality = Literal["all", "readable"]  # of training scenes
 OptimizerName = Literal["muon", "adamw"]
 Fact = Literal["places", "colors", "partner", "number", "shape", "color", "shapes"]  # what a minimal pair can differ in
@@ -150,7 +150,7 @@ class RunConfig:
     steps: Positive = 1000
     batch_size: Positive = 16  # global: over all processes and accumulated parts
     accumulate: Positive = 1  # parts in which each process works its rows off, to save memory
-    precision: Precision = "fp32"  # of the computation; master weights are float32 either way
+    precision: Precision = "fp32"  # of the computation, "auto" measures; masters are float32
     ema_decay: Decay = 0.0  # of the average of the weights, per step; 0: the average is the weights
     log_every: Positive = 20  # steps, like the next three
     validate_every: Positive = 1000

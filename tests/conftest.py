@@ -6,11 +6,21 @@ import shutil
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: threads of one would wait on those of another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.pop("COLUMNS", None)  # rich would keep the width that it finds when it is imported
 
 import pytest
 from tiny import build_tiny_pipeline
 
 from nitro_e_lite import files
+
+
+def pytest_xdist_auto_num_workers(config):
+    """All tests together: a process for each core, up to four. Named files: one, so that `-s` shows what they print."""
+    named = config.args_source is pytest.Config.ArgsSource.ARGS
+    return 0 if named else min(4, os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session")

@@ -263,11 +263,15 @@ def reproduce_command(
         from nitro_e_lite.experiments.reproduce import Chain
 
         folder = run_dir or Path("runs") / f"reproduce-{preset}"
-        chain = Chain(preset, folder, seed, processes, overrides or [])
+        chain = Chain(preset, folder, seed, processes, overrides or [], say=lambda line: typer.echo(line, err=True))
         for step, seconds in chain.run():
             took = "was there" if seconds is None else f"{seconds:,.1f} s"
             console.print(f"{step.name}: {took}, {folder / step.result}", markup=False, soft_wrap=True)
         result |= chain.report
+        rows = [[name, f"{cost['seconds'] / 60:,.1f}"] for name, cost in chain.report["steps"].items()]
+        total = sum(cost["seconds"] for cost in chain.report["steps"].values())
+        if not json:
+            show_table("what it cost", ["", "minutes"], [*rows, ["in all", f"{total / 60:,.1f}"]])
 
 
 @command(app, "plan")

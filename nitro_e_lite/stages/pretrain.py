@@ -80,7 +80,9 @@ class Pretrain(Stage):
         self.batches = Batches(config, self.encoders, placement.rows)
         self.vision = None
         self.model = self._build()
-        optimizers = partial(build_optimizers, matrices=hidden_matrices(self.model), config=config.optimizer)
+        optimizers = partial(
+            build_optimizers, matrices=hidden_matrices(self.model), config=config.optimizer, dtype=placement.dtype
+        )
         schedule = partial(learning_rate_scale, steps=config.steps, config=config.optimizer)
         self.modules = {"transformer": Trainable(self.model, optimizers, schedule, config.optimizer.clip)}
         self._no_text = self.encoders.encode_text([""]).to(placement.dtype)  # (1, L, Dc)

@@ -37,9 +37,8 @@ from nitro_e_lite.runtime import RunStopped, StopRequest, environment_report, tu
 from nitro_e_lite.training import checkpoints
 from nitro_e_lite.training.distributed import any_rank, average_gradients, check_together, start_accelerator
 from nitro_e_lite.training.metrics import Progress
+from nitro_e_lite.training.precision import PRECISIONS, settle_precision
 from nitro_e_lite.training.weights import MasterWeights
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -209,6 +208,7 @@ class Engine:
             raise FileThere(f"run_dir={self.run_dir}: holds a run already; resume it or name another folder")
         self.accelerator = start_accelerator(config, self.run_dir, device)
         self.device = self.accelerator.device
+        self.config = config = settle_precision(config, self.run_dir, resume, self.accelerator)
         placement = Placement(self.device, PRECISIONS[config.precision], self._microbatches())
         if torch.version.hip:
             torch.backends.cudnn.benchmark = False  # MIOpen would search for minutes
