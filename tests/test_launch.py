@@ -13,6 +13,7 @@ import torch
 
 from nitro_e_lite.config import override
 from nitro_e_lite.errors import UserError
+from nitro_e_lite.experiments import launch as launcher
 from nitro_e_lite.experiments.launch import (
     LaunchError,
     child_environment,
@@ -23,6 +24,7 @@ from nitro_e_lite.experiments.launch import (
     torchrun_words,
     train_arguments,
 )
+from nitro_e_lite.files import run_lock
 from nitro_e_lite.presets import assignments, preset
 from nitro_e_lite.runtime import RunStopped, StopRequest
 from nitro_e_lite.training.checkpoints import list_checkpoints
@@ -89,6 +91,21 @@ def test_a_closed_terminal_stops_a_run_in_processes_of_its_own(tmp_path, monkeyp
     (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")[-1:]
     assert f"after step {int(checkpoint.name.removeprefix('step-'))} of" in str(stopped.value)
     assert all(line in (tmp_path / "run" / "console.log").read_text() for line in lines)
+
+
+def test_a_start_waits_for_the_run_before_to_save(tmp_path, monkeypatch):
+    """An immediate restart met the orphans of the run before, and was refused or read a checkpoint too early."""
+    lock, lines, slept = run_lock(tmp_path), [], []
+    lock.__enter__()
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 2:
+            lock.__exit__(None, None, None)
+
+    monkeypatch.setattr(launcher.time, "sleep", sleep)
+    launcher._wait_for_the_run_before(tmp_path, lines.append)
+    assert slept == [1, 1] and lines == [f"{tmp_path}: the run before is still saving; waiting for it, 180 s at most"]
 
 
 def test_nohup_stays_in_force_and_the_handlers_come_back():

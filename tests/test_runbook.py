@@ -36,6 +36,14 @@ never = [f"{name}=100000" for name in ("steps", "validate_every", "sample_every"
 launch(override(preset("base", "smoke"), never), Path("run"), resume=True, device="cpu", apart=True)"""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """One latent cache for the whole file, away from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NITRO_E_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 # Signals
 
 
@@ -69,7 +77,7 @@ def test_a_signal_ends_in_a_checkpoint_without_orphans_and_the_same_command_cont
     """Papermill and its kernel die at once; the training once ran on for half a minute and died without saving."""
     run = clone / "run"
     saved = [int(path.name.removeprefix("step-")) for path in list_checkpoints(run / "checkpoints")]
-    environment = {**os.environ, "NITRO_E_CACHE": str(clone / "cache"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = ["papermill", "long.ipynb", "out.ipynb", "--no-progress-bar"]
     log = (clone / "papermill.log").open("w")
     papermill = subprocess.Popen(command, cwd=clone, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -203,8 +211,7 @@ def test_the_handshake_adds_and_says_how_fast(capsys, monkeypatch):
 # Runs in notebooks
 
 
-def test_a_stopped_run_goes_on_first_and_a_finished_one_is_left_or_made_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("NITRO_E_CACHE", str(tmp_path / "cache"))
+def test_a_stopped_run_goes_on_first_and_a_finished_one_is_left_or_made_again(tmp_path, capsys):
     config = override(preset("base", "smoke"), ["steps=4", "sample_every=100", "validate_every=100"])
     run = stage_run.StageRun(config, tmp_path / "run", device="cpu")
     stage_run.prepare(run, again=True)
@@ -241,7 +248,6 @@ def test_a_long_run_trains_apart(tmp_path, monkeypatch):
 
 def test_canary_kills_resumes_and_says_go(tmp_path, monkeypatch):
     """In this process: a run that is left in the middle of a step loses what a killed one loses."""
-    monkeypatch.setenv("NITRO_E_CACHE", str(tmp_path / "cache"))
     starts = []
 
     def start(config, folder, *, resume=False, device, on_line, **_):

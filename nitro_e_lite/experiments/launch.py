@@ -91,7 +91,7 @@ def launch(
         RunStopped: the run was asked to stop and has saved.
     """
     check_processes(processes, device)
-    if resume:
+    if resume and os.environ.get("RANK", "0") == "0":  # the others of a run that torchrun has started wait for this one
         _wait_for_the_run_before(Path(run_dir), on_line)
     if processes == 1 and not apart:
         from nitro_e_lite.experiments import worker
