@@ -290,7 +290,12 @@ def sample(
             for k, image in enumerate(images, start=first):
                 own = {"prompt": prompts[k], "negative prompt": negative or "", "seed": seeds[k]}
                 paths[k] = paths[k] if out.suffix.lower() == ".png" else claim(paths[k])
-                viz.save_image(image, paths[k], own | ({"16 bit": exact[k]} if exact[k] else {}) | facts)
+                try:
+                    viz.save_image(image, paths[k], own | ({"16 bit": exact[k]} if exact[k] else {}) | facts)
+                except OSError:
+                    if out.suffix.lower() != ".png":
+                        paths[k].unlink()  # the name that was taken
+                    raise
         for path in () if json else paths:
             console.print(str(path), markup=False, soft_wrap=True)
         rows = zip(paths, prompts, seeds, strict=True)
