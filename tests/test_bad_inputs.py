@@ -40,7 +40,7 @@ OUTPUTS = {  # command -> words, with PLACE for what it writes
     "train base": [[*SMALL, "--run-dir", "PLACE"]],
     "train finetune": [[*SMALL, "--run-dir", "PLACE"]],
     "train rewards": [[*SMALL, "--run-dir", "PLACE"]],
-    "train distill": [[*SMALL, "--set", "data=drawn", "--run-dir", "PLACE"]],
+    "train distill": [[*SMALL, "--run-dir", "PLACE"]],
     "train autoencoder": [["--run-dir", "PLACE"]],
     "train language-model": [["--run-dir", "PLACE"]],
     "train vision": [["--run-dir", "PLACE"]],
@@ -130,7 +130,7 @@ def sealed(folder: Path):
             real = getattr(os, name)
 
             def guarded(path, *rest, real=real, name=name, **more):
-                if str(path).startswith(str(folder)) and (name == "mkdir" or rest and rest[0] & os.O_CREAT):
+                if str(path).startswith(str(folder)) and (name == "mkdir" or rest and rest[0] & os.O_RDWR):
                     raise PermissionError(13, "Permission denied", str(path))
                 return real(path, *rest, **more)
 
