@@ -299,7 +299,12 @@ def sample(
             seconds += time.perf_counter() - start
             own = {"prompt": prompt, "negative prompt": negative or "", "seed": seeds[k]}
             paths[k] = paths[k] if out.suffix.lower() == ".png" else claim(paths[k])
-            viz.save_image(image, paths[k], own | ({"16 bit": rule} if rule else {}) | facts)
+            try:
+                viz.save_image(image, paths[k], own | ({"16 bit": rule} if rule else {}) | facts)
+            except OSError:
+                if out.suffix.lower() != ".png":
+                    paths[k].unlink()  # the name that was taken
+                raise
             exact.append(rule)
         for path in () if json else paths:
             console.print(str(path), markup=False, soft_wrap=True)

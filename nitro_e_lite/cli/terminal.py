@@ -122,7 +122,7 @@ def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     least = console.measure(table, options=console.options.update(max_width=10_000)).minimum
-    console.print(table, width=max(console.width, least), crop=False, no_wrap=least > console.width)
+    (console if least <= console.width else Console(width=least)).print(table)
 
 
 def settings(pipeline: Any, model: str, sampler: Any) -> dict[str, Any]:

@@ -205,7 +205,7 @@ class Drawing:
     def run(self) -> dict[str, Any]:
         """Draws this process's shards; returns what it did: pictures, prompts left out, seconds, pictures a second."""
         started, rows, skipped = time.perf_counter(), 0, 0
-        with run_lock(self.out, name="out", rank=self.rank), self._bar:
+        with self._bar, run_lock(self.out, name="out", rank=self.rank):
             for first in self.parts:
                 if not self._finished(first):
                     drawn = self._draw_shard(first)

@@ -133,7 +133,7 @@ class Encoding:
     def run(self) -> dict[str, Any]:
         """Encodes this process's parts; returns what it did: rows, skipped items, seconds, rows a second."""
         started = time.perf_counter()
-        with run_lock(self.out, name="out", rank=self.rank), self._bar:
+        with self._bar, run_lock(self.out, name="out", rank=self.rank):
             for part in self.parts:
                 self._encode_part(part)
         self.seconds = time.perf_counter() - started

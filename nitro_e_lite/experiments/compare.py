@@ -85,13 +85,13 @@ def compare(
     optimizer = dataclasses.replace(config.optimizer, decay_steps=0)
     config = dataclasses.replace(config, steps=points[-1], optimizer=optimizer, tracker="none")
     chosen = {name: override(config, list(changes)) for name, changes in variants.items()}
+    runs = [(name, dataclasses.replace(one, seed=seed)) for seed in seeds for name, one in chosen.items()]
     run_dir = Path(run_dir)
     check_output(run_dir, "folder")
-    for seed in seeds:
-        for name, one in chosen.items():
-            folder = run_dir / f"{places[name]}-seed{seed}"
-            with run_lock(folder):
-                _run(dataclasses.replace(one, seed=seed), points, folder, prompts, device, name)
+    for name, one in runs:
+        folder = run_dir / f"{places[name]}-seed{one.seed}"
+        with run_lock(folder):
+            _run(one, points, folder, prompts, device, name)
     about = {"points": list(points), "batch_size": config.batch_size, "prompts": len(prompts)}
     about |= {"variants": {name: list(changes) for name, changes in variants.items()}, "config": to_dict(config)}
     return _collect(run_dir, about)

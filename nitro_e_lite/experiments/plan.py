@@ -262,6 +262,9 @@ def plan(
         ValueError: unknown hardware, a number outside of its range, or a folder of which nothing is known.
     """
     _check(config, hardware, devices, mfu, peak_tflops)
+    count = count_pictures(config.data) if pictures is None else pictures
+    if count < 1:
+        raise InvalidValue(f"pictures={count}: must be at least 1")
     model = _model_arguments(config)
     encoders = frozen_encoders(config)
     forward = forward_flops(config)
@@ -271,9 +274,6 @@ def plan(
     speed = {way: devices * peak * mfu / cost for way, cost in flops.items()}
     activation = activation_bytes(model, _text_length(config), config.precision, on_cpu=hardware == "cpu")
     per_device = config.batch_size // (devices * config.accumulate)
-    count = count_pictures(config.data) if pictures is None else pictures
-    if count < 1:
-        raise InvalidValue(f"pictures={count}: must be at least 1")
     return Plan(
         parameters=sum(p.numel() for p in build_on_meta(model).parameters()),
         forward_flops=forward,

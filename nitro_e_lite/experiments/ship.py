@@ -12,8 +12,10 @@ import tempfile
 from pathlib import Path
 
 from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors import SafetensorError
 
 from nitro_e_lite.config import TrainConfig, to_dict
+from nitro_e_lite.errors import NotWritten
 from nitro_e_lite.files import MANIFEST, check_manifest, check_output, find_weights, read_json, write_manifest
 from nitro_e_lite.inference.encoders import load_encoders
 from nitro_e_lite.inference.loading import load_transformer
@@ -67,7 +69,10 @@ def ship(
     )
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".ship-") as temporary:  # a full disk spoils nothing
         new = Path(temporary) / "new"
-        pipeline.save_pretrained(new)
+        try:
+            pipeline.save_pretrained(new)
+        except SafetensorError as error:
+            raise NotWritten(f"{folder}: could not be written ({error}); what is there is intact") from error
         parts = [file for part in ("transformer", "scheduler") for file in (new / part).iterdir()]
         if trained:  # how it was trained travels with it
             (new / "transformer" / "training.json").write_text(json.dumps(trained, indent=1) + "\n", encoding="utf-8")
