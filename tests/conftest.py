@@ -8,7 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
-from tiny import build_tiny_pipeline
+from tiny import TEACHER_SHIFT, build_tiny_pipeline, draw
 
 from nitro_e_lite import files
 
@@ -34,3 +34,34 @@ def shipped(monkeypatch, tmp_path, tiny_folder):
     files.write_manifest(tmp_path / "lite")
     monkeypatch.setattr(files, "weights_dir", lambda: tmp_path)
     return tmp_path / "lite"
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory):
+    """A tiny teacher with its encoders, as a folder that both `load_pipeline` and `load_encoders` read."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("teacher") / "tiny"
+    pipeline = build_tiny_pipeline()
+    pipeline.register_to_config(max_text_length=32, default_shift=TEACHER_SHIFT)
+    with torch.no_grad():  # velocities that change with the state, so that long steps leave the road
+        pipeline.transformer.proj_out.weight.mul_(6.0)
+    pipeline.save_pretrained(folder)
+    (folder / "vae" / "latent_stats.json").write_text(pipeline.stats.to_json())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(teacher_folder):
+    """That teacher: do not change its weights."""
+    from nitro_e_lite.inference.loading import load_pipeline
+
+    return load_pipeline(teacher_folder, "cpu")
+
+
+@pytest.fixture(scope="session")
+def cache(teacher, tmp_path_factory):
+    """What it drew for students."""
+    folder = tmp_path_factory.mktemp("drawn") / "set"
+    draw(teacher, folder).run()
+    return folder

@@ -9,6 +9,10 @@ off-loading are the library's. Ours are the checks (`arguments.py`), the noise (
 grid of noise levels. For the models of this project that grid is `linspace(1, 1/K, K)`, shifted towards noise where
 a model draws better so (`flow.shift_sigmas`). Differs: the official weights use the scheduler's own grid, whose last
 step goes from 0.001 to 0 and does nothing; `sigma_grid="scheduler"` keeps it.
+
+With diffusers' `SCMScheduler` the same pipeline draws with a consistency model (`trigflow.py`): each step jumps to a
+picture and, but for the last, puts fresh noise back. There is no guidance then; a model that has learned several
+strengths is told which.
 """
 
 import copy
@@ -19,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderDC, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SCMScheduler
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
@@ -39,7 +43,7 @@ from nitro_e_lite.inference.arguments import (
     draw_noise,
 )
 from nitro_e_lite.inference.encoders import LatentStats, decode_latents, encode_text
-from nitro_e_lite.model import flow
+from nitro_e_lite.model import flow, trigflow
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH
 
@@ -93,7 +97,7 @@ class NitroEPipeline(DiffusionPipeline):
         transformer: predicts the velocity.
         vae: turns latents into pictures.
         text_encoder, tokenizer: turn captions into features; None when only `prompt_embeds` are used.
-        scheduler: the Euler sampler, shift 1.
+        scheduler: the Euler sampler, shift 1, or the sampler of consistency models.
         latents_mean, latents_std: statistics that latents were normalised with, one number a channel; None:
             the autoencoder's scaling factor.
         max_text_length: tokens a caption is padded to.
@@ -115,7 +119,7 @@ class NitroEPipeline(DiffusionPipeline):
         vae: AutoencoderDC,
         text_encoder: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        scheduler: FlowMatchEulerDiscreteScheduler,
+        scheduler: FlowMatchEulerDiscreteScheduler | SCMScheduler,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
         max_text_length: int = FULL_TEXT_LENGTH,
@@ -189,7 +193,13 @@ class NitroEPipeline(DiffusionPipeline):
         if self.config.sigma_grid == "scheduler" and settings.shift != self.shift:
             own = f"the {self.shift:g} of the scheduler, whose grid is used"
             raise InvalidValue(f"shift: {settings.shift:g} differs from {own}")
+        if self._consistency and settings.shift != 1:
+            raise InvalidValue(f"shift: {settings.shift:g}; a consistency model has times of its own, so it must be 1")
         return settings
+
+    @property
+    def _consistency(self) -> bool:
+        return isinstance(self.scheduler, SCMScheduler)
 
     def encode_prompt(self, prompts: list[str]) -> Tensor:
         """Text features `(B, L, D)` of captions; equal captions are encoded once.
@@ -335,19 +345,25 @@ class NitroEPipeline(DiffusionPipeline):
         guidance = sampler.guidance
         if sigmas is not None and shift is not None:
             raise InvalidValue("shift, sigmas: give one of the two")
+        if sigmas is not None and self._consistency:
+            raise InvalidValue("sigmas: a consistency model has times of its own; give num_inference_steps")
         levels = self._levels(sampler) if sigmas is None else {"sigmas": as_sigmas(sigmas, num_inference_steps)}
         repeats = as_integer("num_images_per_prompt", num_images_per_prompt, 1)
         grid = as_grid(height, width, self.transformer.config, self.vae_scale_factor)
-        texts = self._check_texts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, guided=guidance > 1)
+        guided = guidance > 1 and not self._consistency
+        texts = self._check_texts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, guided)
         count = len(texts[0]) * repeats
         shape = (self.transformer.config.in_channels, *grid)
+        generators = as_generators(generator, count) if latents is None or self._consistency else []
         if latents is None:
-            latents = draw_noise(as_generators(generator, count), shape)
+            latents = draw_noise(generators, shape)
         latents = as_tensor("latents", latents, (count, *shape)).to(self._execution_device, torch.float32)
         with torch.no_grad():
             features = torch.cat([self._features(text, repeats) for text in texts])  # (B or 2B, L, D)
         scheduler = copy.deepcopy(self.scheduler)  # it counts steps
         scheduler.set_timesteps(**levels, device=self._execution_device)
+        if self._consistency:
+            return self._jump(latents, features, guidance, scheduler, generators)
         return self._walk(latents, features, guidance, scheduler)
 
     def _check_callback(self, callback: object, names: object) -> None:
@@ -383,6 +399,9 @@ class NitroEPipeline(DiffusionPipeline):
 
     def _levels(self, sampler: Sampler) -> dict[str, Any]:
         """What the scheduler is told: the noise levels, or for its own grid how many."""
+        if self._consistency:
+            published = {"timesteps": trigflow.times(sampler.steps), "max_timesteps": None}
+            return {"num_inference_steps": sampler.steps, "intermediate_timesteps": None, **published}
         if self.config.sigma_grid == "linear":
             return {"sigmas": flow.shift_sigmas(flow.linear_sigmas(sampler.steps), sampler.shift)}
         return {"num_inference_steps": sampler.steps}
@@ -406,6 +425,30 @@ class NitroEPipeline(DiffusionPipeline):
             step = SamplerStep(index, total, timestep, sigma, latents, x0, time.perf_counter() - start)
             yield step
             latents = step.latents
+
+    @torch.no_grad()
+    def _jump(
+        self,
+        latents: Tensor,
+        features: Tensor,
+        guidance: float,
+        scheduler: SCMScheduler,
+        generators: list[torch.Generator],
+    ) -> Iterator[SamplerStep]:
+        """Jumps from `latents` `(B, C, h, w)`, float32, to pictures, from one time of the scheduler after the other."""
+        told = {"guidance": guidance} if self.transformer.config.guidance_embedding else {}
+        predict = trigflow.predictor(self.transformer, features, **told)
+        x_t, total = trigflow.SIGMA_DATA * latents, len(scheduler.timesteps) - 1
+        for index, t in enumerate(scheduler.timesteps[:-1]):
+            start = time.perf_counter()
+            velocity = trigflow.SIGMA_DATA * predict(x_t, t.expand(len(x_t)))
+            self._check_finite("transformer", velocity)
+            x_t, x0 = scheduler.step(velocity, t, x_t, generator=generators, return_dict=False)
+            s = trigflow.to_flow_time(t).item()
+            states = (x / trigflow.SIGMA_DATA for x in (x_t, x0))
+            step = SamplerStep(index, total, flow.TIMESTEP_SCALE * s, s, *states, time.perf_counter() - start)
+            yield step
+            x_t = trigflow.SIGMA_DATA * step.latents
 
     @staticmethod
     def _check_finite(part: str, values: Tensor) -> None:
