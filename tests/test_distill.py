@@ -14,9 +14,11 @@ from tiny import TEACHER_STEPS, build_tiny_pipeline, draw
 
 from nitro_e_lite.cli.app import app
 from nitro_e_lite.config import DrawnConfig, OptimizerConfig
+from nitro_e_lite.course import demo_protocol
 from nitro_e_lite.data import drawn
 from nitro_e_lite.data.shards import read_card, sidecars
 from nitro_e_lite.errors import GateFailed
+from nitro_e_lite.experiments.ship import ship_student
 from nitro_e_lite.files import read_jsonl
 from nitro_e_lite.inference.encoders import load_encoders
 from nitro_e_lite.inference.loading import load_pipeline
@@ -332,14 +334,34 @@ def test_killed_and_resumed_it_has_the_same_bits_and_its_folder_draws_in_four_st
     assert about["drawn"]["levels"] == [1.0, 0.9, 0.75, 0.5] and about["drawn"]["pictures"] == ROWS
 
 
-def test_a_students_folder_beside_the_shipped_encoders(shipped, tmp_path):
+def test_a_students_folder_beside_the_shipped_encoders_and_shipped_itself(shipped, tmp_path, monkeypatch):
     """Encoders "lite": the rest of the pipeline is the shipped one, the sampler the student's."""
+    from typer.testing import CliRunner
+
+    monkeypatch.chdir(tmp_path)
+    runner, words = CliRunner(), ["sample", "a red circle", "--model", "lite-4step", "--device", "cpu", "--json"]
+    early = runner.invoke(app, words)
+    assert early.exit_code == 2 and "nitro-e train distill" in early.output and "\n" not in early.output.strip()
     load_pipeline("lite", "cpu").transformer.save_pretrained(tmp_path / "final")
     settings = {"guidance": 0.0, "shift": 3.0, "sampler_steps": 4, "sigma_grid": "linear", "data": {"encoders": "lite"}}
     (tmp_path / "config.json").write_text(json.dumps({"config": settings}))
     for name in (tmp_path, tmp_path / "final"):
         pipeline = load_pipeline(name, "cpu")
         assert pipeline.sampler() == pipeline.sampler(4, 0.0, 3.0) and pipeline.config.sigma_grid == "linear"
+    with pytest.raises(ValueError, match="is no run of distill or sprint with encoders lite"):
+        ship_student(tmp_path, "lite-4step")
+    about = {"config": settings | {"stage": "distill", "data": {"encoders": "lite", "folders": ["/a/machine"]}}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    (tmp_path / "metrics.jsonl").write_text("")
+    folder = ship_student(tmp_path, "lite-4step")
+    assert "machine" not in (folder / "config.json").read_text()
+    found = runner.invoke(app, words)
+    assert found.exit_code == 0, found.output
+    drawn_ = json.loads(found.stdout)
+    assert (drawn_["steps"], drawn_["guidance"]) == (4, 0.0)
+    assert demo_protocol.default_lanes()[1] == demo_protocol.Lane("lite-4step", 4, 0.0)
+    weights = load_file(folder / "final" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float16}
 
 
 def test_a_student_learns_one_caption(teacher, teacher_folder, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from nitro_e_lite import files
 from nitro_e_lite.config import TrainConfig, to_dict
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.files import (
@@ -20,7 +21,6 @@ from nitro_e_lite.files import (
     atomic_folder,
     check_manifest,
     find_weights,
-    weights_dir,
     write_manifest,
 )
 from nitro_e_lite.inference.encoders import load_encoders
@@ -47,7 +47,7 @@ def ship_student(source: str | Path, name: str) -> Path:
     trained = about.get("config", {})
     if trained.get("stage") not in STUDENTS.values() or trained["data"]["encoders"] != "lite":
         raise InvalidValue(f"source={str(source)!r}: is no run of {' or '.join(STUDENTS.values())} with encoders lite")
-    folder = weights_dir() / name if name in STUDENTS else Path(name)
+    folder = files.weights_dir() / name if name in STUDENTS else Path(name)
     about |= {"config": trained | {"data": trained["data"] | {"folders": ["data/drawn"]}}}  # no paths of a machine
     with atomic_folder(folder, "the run is intact") as partial:
         load_transformer(source).half().save_pretrained(partial / "final")
