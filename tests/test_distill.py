@@ -206,7 +206,7 @@ def test_a_student_that_knows_the_road_has_no_loss(config):
     step = stage._levels[batch.level] - stage._levels[batch.level + 1]
     road = (states[which, batch.level] - states[which, batch.level + 1]) / flow.expand_like(step, states[:, 0])
     stage._velocity = lambda model, x, text, t: road
-    assert stage._segment_loss(batch)["loss"].max() < 1e-10
+    assert stage.segment_loss(batch)["loss"].max() < 1e-10
     stage._velocity = lambda model, x, text, t: states[:, 0] - states[:, -1]
     losses = stage._student_loss(batch)
     assert losses["regression"].max() < 1e-10
@@ -221,7 +221,7 @@ def test_segments_cost_what_their_velocity_misses(config):
     step = flow.expand_like(stage._levels[level] - stage._levels[level + 1], missed)
     road = (batch.states[which, level] - batch.states[which, level + 1]) / step
     stage._velocity = lambda model, x, text, t: road + missed
-    found = stage._segment_loss(batch)["loss"]
+    found = stage.segment_loss(batch)["loss"]
     torch.testing.assert_close(found, missed.square().flatten(1).mean(1), rtol=1e-4, atol=1e-5)
 
 

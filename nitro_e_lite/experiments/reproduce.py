@@ -170,10 +170,12 @@ class Chain:
         ship(self.run_dir / "stage2" / "training", str(self.run_dir / "weights"))
 
     def _draw(self) -> None:
-        """The teacher's pictures; a drawing that was killed goes on."""
-        prompts = GrammarPrompts(self.seed, DRAWN[self.preset])
-        done = Drawing(load_pipeline(self.run_dir / "weights"), prompts, self.run_dir / "drawn", seed=self.seed).run()
-        (self.run_dir / "drawn" / "done.json").write_text(json.dumps(done) + "\n", encoding="utf-8")
+        """The teacher's pictures, its states at the student's levels; a drawing that was killed goes on."""
+        student, out = presets.preset("distill", self.preset), self.run_dir / "drawn"
+        prompts, sampler = GrammarPrompts(self.seed, DRAWN[self.preset]), {"shift": student.shift}
+        sampler["student_steps"] = student.sampler_steps
+        done = Drawing(load_pipeline(self.run_dir / "weights"), prompts, out, seed=self.seed, **sampler).run()
+        (out / "done.json").write_text(json.dumps(done) + "\n", encoding="utf-8")
 
     def _student(self, stage: str) -> None:
         """Trains a student; its gate on the drawn set asks for what this chain's own model scores."""

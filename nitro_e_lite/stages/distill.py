@@ -129,7 +129,7 @@ class Distill(Student):
             self.balance.check(step)
         batch = self.batch(step, part)
         if step < self.config.regression_steps:
-            return {"student": self._segment_loss(batch)}
+            return {"student": self.segment_loss(batch)}
         if self.heads is not None and (step - self.config.regression_steps) % 2 == 0:
             with torch.no_grad():
                 guess = self._guess(batch)
@@ -139,7 +139,7 @@ class Distill(Student):
     def _velocity(self, model: nn.Module, x_t: Tensor, text: Tensor, t: Tensor) -> Tensor:
         return model(x_t.to(self.placement.dtype), text, flow.TIMESTEP_SCALE * t).sample.float()
 
-    def _segment_loss(self, batch: DistillBatch) -> dict[str, Tensor]:
+    def segment_loss(self, batch: DistillBatch) -> dict[str, Tensor]:
         """From each state of the teacher to its next, in one step; squared velocity error (B,)."""
         which, level = torch.arange(len(batch.level), device=batch.level.device), batch.level
         here, there = batch.states[which, level], batch.states[which, level + 1]  # (B, C, H, W)
