@@ -123,7 +123,7 @@ def test_a_student_begins_as_its_teacher_and_must_be_told_the_guidance(config):
     x_t = trigflow.interpolate(batch.states[:, -1], batch.start, batch.time)
     unguided = stage.direction(x_t, batch.text, batch.time, torch.ones(4))
     with torch.no_grad():
-        answer = stage._predict(batch.text, batch.guidance)(x_t, batch.time)
+        answer = stage.predict(batch.text, batch.guidance)(x_t, batch.time)
     torch.testing.assert_close(unguided, trigflow.SIGMA_DATA * answer, rtol=1e-4, atol=1e-4)
     guided = stage.direction(x_t, batch.text, batch.time, batch.guidance)
     with torch.no_grad():

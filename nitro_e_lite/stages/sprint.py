@@ -256,14 +256,15 @@ class Sprint(Student):
         velocity = unconditional + expand_like(guidance, x_s) * (conditional - unconditional)
         return SIGMA_DATA * trigflow.to_trig_velocity(x_s, velocity, s)
 
-    def _predict(self, text: Tensor, guidance: Tensor | float) -> trigflow.Predict:
+    def predict(self, text: Tensor, guidance: Tensor | float) -> trigflow.Predict:
+        """The student as a function of a point of the circle, told a caption and how strong a guidance."""
         told = {"guidance": guidance} if self.config.guidance_embedding else {}
         return trigflow.predictor(self.student, text, **told)
 
     def _consistency(self, batch: SprintBatch) -> dict[str, Tensor]:
         config, t = self.config, batch.time
         x_t = trigflow.interpolate(batch.states[:, -1], batch.start, t)
-        predict = self._predict(batch.text, batch.guidance)
+        predict = self.predict(batch.text, batch.guidance)
         dxdt = self.direction(x_t, batch.text, t, batch.guidance)
         before, slope = trigflow.tangent(predict, x_t, t, dxdt)
         r = min(1.0, (self.step - self.first) / config.warmup_steps)
@@ -275,7 +276,7 @@ class Sprint(Student):
     def _guess(self, batch: SprintBatch) -> Tensor:
         """The student's pictures from one jump (B, C, H, W)."""
         x_t = trigflow.interpolate(batch.states[:, -1], batch.start, batch.judged)
-        answer = self._predict(batch.text, batch.guidance)(x_t, batch.judged)
+        answer = self.predict(batch.text, batch.guidance)(x_t, batch.judged)
         return trigflow.to_data(x_t, answer, batch.judged) / SIGMA_DATA
 
     def _student_loss(self, batch: SprintBatch) -> dict[str, Tensor]:
@@ -297,7 +298,7 @@ class Sprint(Student):
         if teacher:
             s = torch.ones(len(noise), device=noise.device)
             return flow.to_data(noise, self._velocity(self.teacher, noise, text, s, NO_GUIDANCE), s)
-        predict = self._predict(text, self.config.guidance)
+        predict = self.predict(text, self.config.guidance)
         return trigflow.sample(predict, [noise], trigflow.times(1))
 
     def pipeline(self) -> NitroEPipeline:
