@@ -468,7 +468,7 @@ class SprintConfig(StudentConfig):
     guidances: Annotated[tuple[PositiveNumber, ...], Field(min_length=1)] = (2.0, 3.0, 4.0)  # that it learns
     guidance_embedding: bool = True  # the student is told which; False: it learns `guidance` alone
     dense_time: bool = True  # the network is told the noise level in [0, 1], not in [0, 1000]
-    finetune_steps: NonNegative = 1000  # phase 1: the teacher learns the new embedding; published: 5,000
+    finetune_share: Share = 0.125  # of the steps: phase 1, a new embedding is learned; published: 5,000 steps
     consistency_weight: NonNegativeNumber = 1.0
     adversarial_weight: NonNegativeNumber = 0.5
     tangent_warmup: Share = 0.3  # share of phase 2 in which the tangent is let in; published: 4,000 steps
@@ -488,7 +488,11 @@ class SprintConfig(StudentConfig):
         super().__post_init__()
         losses = self.consistency_weight + self.adversarial_weight
         _require(losses > 0, "consistency_weight", self.consistency_weight, "> 0 with adversarial_weight=0")
-        _require(self.finetune_steps < self.steps, "finetune_steps", self.finetune_steps, f"below steps={self.steps}")
+
+    @property
+    def finetune_steps(self) -> int:
+        """Steps of phase 1; without a new embedding there is nothing to do before phase 2."""
+        return round(self.finetune_share * self.steps) if self.dense_time else 0
 
     @property
     def warmup_steps(self) -> int:

@@ -235,7 +235,7 @@ def test_another_teacher_than_before_the_embedding_stops_the_run(config):
     stage._promote(stage.student.state_dict())
     error = stage.embedding_error()
     assert error > 0.001  # nothing was learned yet
-    with pytest.raises(GateFailed, match=rf"gate teacher-fine-tuned, step 3: .* {error:.3f} .*Raise finetune_steps"):
+    with pytest.raises(GateFailed, match=rf"gate teacher-fine-tuned, step 3: .* {error:.3f} .*Raise finetune_share"):
         stage.losses(3, 0)
     same = stage_of(replace(config, dense_time=False))
     assert same.embedding_error() == 0.0

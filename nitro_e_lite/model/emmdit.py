@@ -154,6 +154,14 @@ class EMMDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         fp8.load(model, folder, options.get("dtype") or options.get("torch_dtype"))
         return model.eval()
 
+    @classmethod
+    def like(cls, model: "EMMDiTTransformer2DModel", **changes: Any) -> "EMMDiTTransformer2DModel":
+        """A fresh model of the shape of another, but for some arguments.
+
+        `from_config` would drop those that the other's file was too old to name: diffusers takes them for defaults.
+        """
+        return cls(**{name: value for name, value in model.config.items() if not name.startswith("_")} | changes)
+
     def _check_inputs(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> None:
         config = self.config
         if hidden_states.ndim != 4 or hidden_states.shape[1] != config.in_channels:

@@ -159,7 +159,7 @@ class Sprint(Student):
     def _like_student(self) -> EMMDiTTransformer2DModel:
         torch.manual_seed(self.config.seed)
         named = {"dense_time": self.config.dense_time, "guidance_embedding": self.config.guidance_embedding}
-        return EMMDiTTransformer2DModel.from_config({**self.teacher.config, **named})
+        return EMMDiTTransformer2DModel.like(self.teacher, **named)
 
     # -- what a step reads
 
@@ -189,23 +189,18 @@ class Sprint(Student):
 
     # -- one step
 
-    @property
-    def first(self) -> int:
-        """The first step of phase 2; without a new embedding there is nothing to do before it."""
-        return self.config.finetune_steps if self.config.dense_time else 0
-
     def losses(self, step: int, part: int) -> dict[str, dict[str, Tensor]]:
         """Phase 1: the new embedding. Phase 2: in turn the heads and the student."""
         self.step = step
         if part == 0:
             self.balance.check(step)
         batch = self.batch(step, part)
-        if step < self.first:
+        if step < self.config.finetune_steps:
             return {"student": {"loss": self._embedding_loss(batch)}}
-        if step == self.first > 0 and part == 0:
+        if step == self.config.finetune_steps > 0 and part == 0:
             self._promote(self.student.state_dict())
             check_fine_tuned(self.embedding_error(), self.config)
-        if self.heads is not None and (step - self.first) % 2 == 0:
+        if self.heads is not None and (step - self.config.finetune_steps) % 2 == 0:
             with torch.no_grad():
                 guess = self._guess(batch)
             return {"heads": self.heads_loss(guess, batch, part, hinge_loss, verdict)}
@@ -267,7 +262,7 @@ class Sprint(Student):
         predict = self.predict(batch.text, batch.guidance)
         dxdt = self.direction(x_t, batch.text, t, batch.guidance)
         before, slope = trigflow.tangent(predict, x_t, t, dxdt)
-        r = min(1.0, (self.step - self.first) / config.warmup_steps)
+        r = min(1.0, (self.step - self.config.finetune_steps) / config.warmup_steps)
         constant = config.tangent_constant if config.normalize_tangent else None
         g, norm = tangent_target(before, slope, x_t, dxdt, t, r, constant)
         loss = consistency_loss(predict(x_t, t), before, g, t, self.model.uncertainty(t))
