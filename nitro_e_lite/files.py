@@ -84,6 +84,9 @@ MANIFEST = "SHA256SUMS"
 WINDOWS = os.name == "nt"
 
 
+STUDENTS = {"lite-4step": "distill", "lite-sprint": "sprint"}  # names of students, and the stages that make them
+
+
 def weights_dir() -> Path:
     """Folder of the weights shipped inside the package."""
     return PACKAGE_DIR / "weights"
@@ -105,13 +108,19 @@ def find_weights(source: str | Path, *parts: str) -> Path:
     """
     shipped = sorted(path.name for path in weights_dir().glob("*") if path.is_dir())
     name = str(source)
-    roots = [weights_dir() / name] if name in shipped else [Path(source), Path(source) / "final"]
-    if not parts and roots[0].is_dir():
+    root = weights_dir() / name if name in shipped else Path(source)
+    roots = [root, root / "final"]  # a student is shipped as its run
+    if not parts and root.is_dir():
         return roots[0]
     for file in (file for root in roots if root.is_dir() for part in parts for file in sorted(root.glob(part))):
         check_weights(file.parent)
         return file.parent
     looked_for = f" that holds {' or '.join(parts)}" if parts else ""
+    if name in STUDENTS:
+        raise MissingFile(
+            f"{name!r}: this student is not among the shipped weights ({', '.join(shipped) or 'none here'}) yet; train "
+            f"it (nitro-e train {STUDENTS[name]}) and name the folder of the run"
+        )
     if name in shipped:
         raise MissingFile(f"{name!r} is no name of shipped weights{looked_for}")
     known = ", ".join(shipped) or "none here"

@@ -1,5 +1,6 @@
 """Settings and fixtures every test shares. Tests run offline, on the CPU, without touching the checkout."""
 
+import json
 import os
 import shutil
 
@@ -12,9 +13,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: threads of o
     os.environ.pop("COLUMNS", None)  # rich would keep the width that it finds when it is imported
 
 import pytest
-from tiny import build_tiny_pipeline
+from tiny import TEACHER_SHIFT, build_tiny_pipeline, draw
 
 from nitro_e_lite import files
+
+NEW = ("dense_time", "guidance_embedding")  # arguments of the transformer that came after the first weights
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -44,3 +47,37 @@ def shipped(monkeypatch, tmp_path, tiny_folder):
     files.write_manifest(tmp_path / "lite")
     monkeypatch.setattr(files, "weights_dir", lambda: tmp_path)
     return tmp_path / "lite"
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory):
+    """A tiny teacher with its encoders, as a folder that both `load_pipeline` and `load_encoders` read."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("teacher") / "tiny"
+    pipeline = build_tiny_pipeline()
+    pipeline.register_to_config(max_text_length=32, default_shift=TEACHER_SHIFT)
+    with torch.no_grad():  # velocities that change with the state, so that long steps leave the road
+        pipeline.transformer.proj_out.weight.mul_(6.0)
+    pipeline.save_pretrained(folder)
+    (folder / "vae" / "latent_stats.json").write_text(pipeline.stats.to_json())
+    file = folder / "transformer" / "config.json"  # as old as the shipped one: it names no new argument
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps({name: known[name] for name in known if name not in NEW}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(teacher_folder):
+    """That teacher: do not change its weights."""
+    from nitro_e_lite.inference.loading import load_pipeline
+
+    return load_pipeline(teacher_folder, "cpu")
+
+
+@pytest.fixture(scope="session")
+def cache(teacher, tmp_path_factory):
+    """What it drew for students."""
+    folder = tmp_path_factory.mktemp("drawn") / "set"
+    draw(teacher, folder).run()
+    return folder

@@ -29,10 +29,13 @@ COURSE = [
     "08_emmdit_assembled",
     "09_repa_pretraining",
     "10_fine_tuning_ema",
+    "12_step_distillation",
+    "13_sana_sprint",
     "16_demo_20_vs_4_steps",
     "17_full_run_8x_mi300x",
 ]
-STAGES = ["09_repa_pretraining", "10_fine_tuning_ema", "17_full_run_8x_mi300x"]  # they train through the launcher
+STAGES = ["09_repa_pretraining", "10_fine_tuning_ema"]  # they train through the launcher, like the next
+STAGES += ["12_step_distillation", "13_sana_sprint", "17_full_run_8x_mi300x"]
 HEADINGS = ["able to", "Check", "Measure", "Full scale", "Exercises", "Solutions", "Recap"]
 COMMON = ["preset", "seed", "devices", "run_dir", "overrides"]
 MAX_CELLS, MAX_MEDIAN, MAX_LINES, MAX_IDEA_WORDS, MAX_FIGURE_BYTES = 35, 8, 30, 120, 250_000
@@ -253,7 +256,7 @@ def test_notebooks_link_to_the_next_one():
 def two_steps(name: str, scale: str) -> dict:
     """Every value of a parameter file but its size and what is not on this machine."""
     values = yaml.safe_load((FOLDER / "params" / f"{name}.{scale}.yaml").read_text(encoding="utf-8"))
-    values |= {key: value for key, value in parameters(name).items() if key in ("encoders", "vision", "base")}
+    values |= {key: value for key, value in parameters(name).items() if key in ("encoders", "vision", "base", "drawn")}
     return values | {"preset": "smoke", "devices": 1, "overrides": ["steps=2"], "seed": 5, "run_dir": "run"}
 
 

@@ -134,14 +134,25 @@ def train_distill(
     run_dir: RunDir = None,
     resume: Resume = False,
     device: Device = None,
+    processes: Processes = 1,
+    nodes: Nodes = 1,
 ) -> None:
     """Teach a student to draw in four steps without guidance (stage 4), from pictures of `nitro-e data draw`."""
-    from nitro_e_lite import config
-    from nitro_e_lite.stages import distill
+    run_stage("distill", preset, overrides, run_dir, resume, device, processes, nodes)
 
-    chosen = config.override(distill.distill_preset(preset), overrides or [])
-    with stoppable():
-        finish(distill.distill(chosen, run_dir or Path("runs") / f"distill-{preset}", resume, device))
+
+@command(train_app, "sprint")
+def train_sprint(
+    preset: Preset = "lite",
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    device: Device = None,
+    processes: Processes = 1,
+    nodes: Nodes = 1,
+) -> None:
+    """Teach one student to draw in 1, 2 and 4 steps (SANA-Sprint), from pictures of `nitro-e data draw`."""
+    run_stage("sprint", preset, overrides, run_dir, resume, device, processes, nodes)
 
 
 @command(train_app, "autoencoder")
@@ -386,9 +397,11 @@ def plan_distillation(preset, hardware, devices, mfu, peak_tflops, pictures, ove
 
         from nitro_e_lite import config, presets
         from nitro_e_lite.experiments.plan_distill import plan_distill
-        from nitro_e_lite.stages.distill import distill_preset
 
-        chosen, teacher = config.override(distill_preset(preset), overrides or []), presets.preset("base", preset)
+        chosen, teacher = (
+            config.override(presets.preset("distill", preset), overrides or []),
+            presets.preset("base", preset),
+        )
         found = plan_distill(chosen, teacher, hardware, devices, mfu, peak_tflops, pictures)
         result |= {"stage": "distill", "preset": preset, "hardware": hardware, "devices": devices}
         result |= dataclasses.asdict(found)
@@ -416,5 +429,8 @@ def ship(
 ) -> None:
     """Put a trained transformer into the package (or a folder), in float16 and with fresh checksums."""
     from nitro_e_lite.experiments import ship
+    from nitro_e_lite.files import STUDENTS
 
+    if name in STUDENTS:
+        return finish(ship.ship_student(source, name))
     finish(ship.ship(source, name, steps=steps, guidance=guidance, shift=shift))

@@ -31,7 +31,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -111,6 +111,7 @@ def states_at(levels: Sequence[float], walk: Sequence[Tensor], sigmas: Sequence[
 class GrammarPrompts:
     """Prompts of the scene grammar: one caption of each of `count` training scenes of the data set `seed`."""
 
+    NAME: ClassVar[str] = "scene grammar, seed "  # what a card says of them, before the seed
     seed: int
     count: int
 
@@ -192,7 +193,7 @@ class Drawing:
             "features": {"text": self.encoders.fingerprint if self.text else None, "vision": None},
             "kind": KIND,
             "encoders": self.encoders.fingerprint,
-            "prompts": f"scene grammar, seed {self.prompts.seed}" if grammar else digest.hexdigest(),
+            "prompts": f"{self.prompts.NAME}{self.prompts.seed}" if grammar else digest.hexdigest(),
             "teacher": teacher_hash(self.pipeline.transformer),
             "sampler": {**self.sampler.arguments(), "sigma_grid": self.pipeline.config.sigma_grid},
             "levels": self.levels,

@@ -34,7 +34,7 @@ from typing import TextIO
 import psutil
 import torch
 
-from nitro_e_lite.config import RewardConfig, RunConfig, TrainConfig, to_dict
+from nitro_e_lite.config import RunConfig, to_dict
 from nitro_e_lite.errors import InvalidValue, Unusable
 from nitro_e_lite.files import run_lock
 from nitro_e_lite.presets import assignments
@@ -55,9 +55,7 @@ class LaunchError(RuntimeError):
     """A process of the run failed; the message ends with the last lines of output."""
 
 
-def train_arguments(
-    config: TrainConfig | RewardConfig, run_dir: str | Path, resume: bool, device: str | None
-) -> list[str]:
+def train_arguments(config: RunConfig, run_dir: str | Path, resume: bool, device: str | None) -> list[str]:
     """The words after `nitro-e` that train `config`, for a person to type or a scheduler to run."""
     arguments = ["train", config.stage, "--preset", config.preset, "--run-dir", str(run_dir)]
     arguments += [word for assignment in assignments(config) for word in ("--set", assignment)]

@@ -17,11 +17,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nitro_e_lite.config import TrainConfig
+from nitro_e_lite.config import DistillConfig, TrainConfig
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.experiments.plan import check_peak, forward_flops, frozen_encoders, measured_peak, published_mfu
 from nitro_e_lite.model.flops import HARDWARE, PUBLISHED_HARDWARE, TRAINING_PASSES
-from nitro_e_lite.stages.distill import DistillConfig
 
 TEACHER_STEPS = 20
 PICTURES = {"smoke": 100, "lite": 10_000, "full": 1_000_000}  # of the full run nothing is published

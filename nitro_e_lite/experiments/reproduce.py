@@ -6,6 +6,9 @@
     notebooks/                            both notebooks as they were executed
     weights/                              encoders and transformer as a pipeline, for `nitro-e sample --model`
     evaluation.json, uncurated.png        GenEval-lite of these weights
+    drawn/                                what these weights drew for students
+    distill/, sprint/                     the students of four steps, and of 1, 2 and 4
+    students.json                         GenEval-lite of both, without guidance
     reproduce.json                        seconds of each step over all its attempts, and where its result is
 
 A step that came to its end is left out and a training goes on from its checkpoint, so the same command continues a
@@ -31,20 +34,22 @@ import yaml
 from nitro_e_lite import config as configuration
 from nitro_e_lite import presets
 from nitro_e_lite.course import notebooks
+from nitro_e_lite.data.drawn import Drawing, GrammarPrompts
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.evaluation.geneval_lite import evaluate
 from nitro_e_lite.experiments.compare import spread_prompts
-from nitro_e_lite.experiments.launch import check_processes
+from nitro_e_lite.experiments.launch import check_processes, launch
 from nitro_e_lite.experiments.ship import ship
 from nitro_e_lite.files import check_output, read_json, read_jsonl, run_lock, write_atomically
 from nitro_e_lite.inference.loading import load_pipeline
-from nitro_e_lite.scenes.geneval import load_prompts
+from nitro_e_lite.scenes.geneval import Prompt, load_prompts
 from nitro_e_lite.stages.autoencoder import AutoencoderConfig, train_autoencoder
 from nitro_e_lite.stages.language_model import LanguageModelConfig, train_language_model
 from nitro_e_lite.stages.vision import VisionConfig, train_vision
 
 SCALES = ("smoke", "lite")
 STAGES = {"stage1": "09_repa_pretraining", "stage2": "10_fine_tuning_ema"}
+DRAWN = {"smoke": 8, "lite": 10_000}  # pictures that students learn from
 _SMALL = {  # overrides of the encoders at smoke scale
     "autoencoder": ["steps=2", "batch_size=2"],
     "language_model": ["steps=2", "batch_size=4"],
@@ -115,6 +120,10 @@ class Chain:
             Step("stage 2, EMA", "notebooks/10_fine_tuning_ema.ipynb", lambda: self._stage("stage2")),
             Step("pipeline", "weights/SHA256SUMS", self._assemble),
             Step("evaluation", "evaluation.json", self._evaluate),
+            Step("drawn set", "drawn/done.json", self._draw),
+            Step("stage 4, distillation", "distill/final/config.json", lambda: self._student("distill")),
+            Step("SANA-Sprint", "sprint/final/config.json", lambda: self._student("sprint")),
+            Step("students' evaluation", "students.json", self._evaluate_students),
         ]
 
     def run(self) -> Iterator[tuple[Step, float | None]]:
@@ -178,10 +187,38 @@ class Chain:
         shutil.copytree(self.run_dir / "encoders", self.run_dir / "weights", dirs_exist_ok=True)
         ship(self.run_dir / "stage2" / "training", str(self.run_dir / "weights"))
 
+    def _draw(self) -> None:
+        """The teacher's pictures, its states at the student's levels; a drawing that was killed goes on."""
+        student, out = presets.preset("distill", self.preset), self.run_dir / "drawn"
+        prompts, sampler = GrammarPrompts(self.seed, DRAWN[self.preset]), {"shift": student.shift}
+        sampler["student_steps"] = student.sampler_steps
+        done = Drawing(load_pipeline(self.run_dir / "weights"), prompts, out, seed=self.seed, **sampler).run()
+        (out / "done.json").write_text(json.dumps(done) + "\n", encoding="utf-8")
+
+    def _student(self, stage: str) -> None:
+        """Trains a student; its gate on the drawn set asks for what this chain's own model scores."""
+        card = json.loads((self.run_dir / "evaluation.json").read_text(encoding="utf-8"))
+        encoders = str(self.run_dir / "encoders")
+        changes = [f"teacher={json.dumps(str(self.run_dir / 'weights'))}", f"gate_card={card['overall']}"]
+        changes += [
+            f"data.folders={json.dumps([str(self.run_dir / 'drawn')])}",
+            f"data.encoders={json.dumps(encoders)}",
+        ]
+        chosen = configuration.override(presets.preset(stage, self.preset), [f"seed={self.seed}", *changes])
+        launch(chosen, self.run_dir / stage, processes=self.devices, resume=True)
+
+    def _evaluate_students(self) -> None:
+        found = {}
+        for stage in ("distill", "sprint"):
+            prompts, seeds = self._prompts()
+            found[stage] = evaluate(load_pipeline(self.run_dir / stage), prompts, seeds=seeds).card
+        (self.run_dir / "students.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    def _prompts(self) -> tuple[list[Prompt], tuple[int, ...]]:
+        return (spread_prompts(load_prompts(), 1), (0,)) if self.preset == "smoke" else (load_prompts(), (0, 1))
+
     def _evaluate(self) -> None:
-        prompts, seeds = load_prompts(), (0, 1)
-        if self.preset == "smoke":
-            prompts, seeds = spread_prompts(prompts, 1), (0,)
+        prompts, seeds = self._prompts()
         found = evaluate(load_pipeline(self.run_dir / "weights"), prompts, seeds=seeds, keep_images=True)
         found.grid().save(self.run_dir / "uncurated.png")
         found.save(self.run_dir / "evaluation.json")

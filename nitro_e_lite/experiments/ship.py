@@ -14,13 +14,51 @@ from pathlib import Path
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError
 
+from nitro_e_lite import files
 from nitro_e_lite.config import TrainConfig, to_dict
-from nitro_e_lite.errors import NotWritten
-from nitro_e_lite.files import MANIFEST, check_manifest, check_output, find_weights, read_json, write_manifest
+from nitro_e_lite.errors import InvalidValue, NotWritten
+from nitro_e_lite.files import (
+    MANIFEST,
+    STUDENTS,
+    atomic_folder,
+    check_manifest,
+    check_output,
+    find_weights,
+    read_json,
+    write_manifest,
+)
 from nitro_e_lite.inference.encoders import load_encoders
 from nitro_e_lite.inference.loading import load_transformer
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.inference.vision import load_vision
+
+
+def ship_student(source: str | Path, name: str) -> Path:
+    """Puts a student of few steps beside the model whose encoders it shares, as its run without checkpoints.
+
+    Args:
+        source: a finished run of `nitro-e train distill` or `sprint`, trained with the encoders "lite".
+        name: of the shipped weights, or a folder.
+
+    Returns:
+        The folder: `config.json` says how it was trained and draws, `final/` holds the transformer in float16.
+
+    Raises:
+        ValueError: `source` is no such run.
+    """
+    run = Path(source) / "config.json"
+    about = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
+    trained = about.get("config", {})
+    if trained.get("stage") not in STUDENTS.values() or trained["data"]["encoders"] != "lite":
+        raise InvalidValue(f"source={str(source)!r}: is no run of {' or '.join(STUDENTS.values())} with encoders lite")
+    folder = files.weights_dir() / name if name in STUDENTS else Path(name)
+    about |= {"config": trained | {"data": trained["data"] | {"folders": ["data/drawn"]}}}  # no paths of a machine
+    with atomic_folder(folder, "the run is intact") as partial:
+        load_transformer(source).half().save_pretrained(partial / "final")
+        (partial / run.name).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        shutil.copyfile(run.with_name("metrics.jsonl"), partial / "metrics.jsonl")
+        write_manifest(partial)
+    return folder
 
 
 def ship(

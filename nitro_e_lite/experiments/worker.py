@@ -15,18 +15,22 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from nitro_e_lite.config import RewardConfig, RunConfig, TrainConfig, from_dict
+from nitro_e_lite.config import DistillConfig, RewardConfig, RunConfig, SprintConfig, TrainConfig, from_dict
 from nitro_e_lite.errors import InvalidType, UserError
 from nitro_e_lite.runtime import RunStopped
 from nitro_e_lite.stages.autoencoder import AutoencoderConfig, train_autoencoder
+from nitro_e_lite.stages.distill import distill
 from nitro_e_lite.stages.language_model import LanguageModelConfig, train_language_model
 from nitro_e_lite.stages.pretrain import pretrain
 from nitro_e_lite.stages.rewards_grpo import train_rewards
+from nitro_e_lite.stages.sprint import sprint
 from nitro_e_lite.stages.vision import VisionConfig, train_vision
 
 RUNS: dict[str, tuple[type[RunConfig], Callable[..., Path]]] = {  # each called with config, run_dir, resume, device
     "transformer": (TrainConfig, pretrain),
     "rewards": (RewardConfig, train_rewards),
+    "distill": (DistillConfig, distill),
+    "sprint": (SprintConfig, sprint),
     "autoencoder": (AutoencoderConfig, train_autoencoder),
     "language-model": (LanguageModelConfig, train_language_model),
     "vision": (VisionConfig, train_vision),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SCMScheduler
 
 from nitro_e_lite import runtime
 from nitro_e_lite.errors import InvalidType, InvalidValue
@@ -180,6 +180,8 @@ def _trained_pipeline(path: Path, parts: dict, dtype: torch.dtype) -> NitroEPipe
     parts |= {f"default_{name}": trained[name] for name in ("guidance", "shift") if name in trained}
     few = {"default_steps": "sampler_steps", "sigma_grid": "sigma_grid"}  # of a student, which has steps of its own
     parts |= {name: trained[field] for name, field in few.items() if field in trained}
+    if trained.get("stage") == "sprint":  # a consistency model
+        parts = {"scheduler": SCMScheduler(), "default_shift": 1.0, **parts}
     if "vae" in parts:  # without statistics of its own it has the published scaling factor, not lite's statistics
         parts = {"latents_mean": None, "latents_std": None, **parts}
     if source == "lite":
@@ -188,7 +190,7 @@ def _trained_pipeline(path: Path, parts: dict, dtype: torch.dtype) -> NitroEPipe
         parts = {"max_text_length": text_length(source), **parts}
         if "vae" not in parts or "text_encoder" not in parts:
             parts = {**_encoders_of(path, source, dtype), **parts}
-        pipeline = NitroEPipeline(scheduler=FlowMatchEulerDiscreteScheduler(1000, shift=1.0), **parts)
+        pipeline = NitroEPipeline(**{"scheduler": FlowMatchEulerDiscreteScheduler(1000, shift=1.0), **parts})
     found = Encoders(
         pipeline.vae, pipeline.tokenizer, pipeline.text_encoder, pipeline.stats, pipeline.config.max_text_length
     )
