@@ -187,7 +187,7 @@ def _draws_in_any_number_of_steps(final):
     assert isinstance(pipeline.scheduler, SCMScheduler) and pipeline.sampler() == pipeline.sampler(2, 3.0, 1.0)
     asked, model = [], pipeline.transformer
     model.register_forward_pre_hook(lambda module, given: asked.append(len(given[0])))
-    text = pipeline.encode_prompt(["a red circle", "two blue stars"])
+    text = pipeline.encode_captions(["a red circle", "two blue stars"])
     for steps in (1, 2, 4):
         generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
         drawn = pipeline(prompt_embeds=text, num_inference_steps=steps, generator=generators, output_type="latent")
