@@ -64,7 +64,6 @@ def stop_without_launcher() -> None:
 
 def main(request: str) -> None:
     """Trains what the file `request` asks for; the main process writes its outcome to the file named in it."""
-    stop_without_launcher()
     asked = json.loads(Path(request).read_text(encoding="utf-8"))
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun starts a run again that hung or crashed
         if Path(asked["outcome"]).is_file():
@@ -86,4 +85,5 @@ def main(request: str) -> None:
 
 
 if __name__ == "__main__":
+    stop_without_launcher()
     main(sys.argv[1])
