@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import typer
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from nitro_e_lite import files
@@ -41,6 +43,8 @@ OUTPUTS = {  # command -> words, with PLACE for what it writes
     "train finetune": [[*SMALL, "--run-dir", "PLACE"]],
     "train rewards": [[*SMALL, "--run-dir", "PLACE"]],
     "train distill": [[*SMALL, "--run-dir", "PLACE"]],
+    "train 1024px": [[*SMALL, "--run-dir", "PLACE"]],
+    "train sprint": [[*SMALL, "--run-dir", "PLACE"]],
     "train autoencoder": [["--run-dir", "PLACE"]],
     "train language-model": [["--run-dir", "PLACE"]],
     "train vision": [["--run-dir", "PLACE"]],
@@ -202,6 +206,7 @@ def test_mistakes_of_all_kinds(here):
     (here / "index").mkdir()
     (here / "index" / "model_index.json").write_text('{"_class_name": "NitroEPipeline", "vae": ["os", "system"]}')
     (here / "lora").mkdir()
+    save_file({"any": torch.zeros(1)}, here / "lora" / "adapter_model.safetensors")
     (here / "lora" / "adapter_config.json").write_text('{"r": 0, "lora_alpha": 4}')
     for words, said in [
         (["sample", "a star", "a \ud83d star"], "prompt[1]: 'a \\ud83d star' is no valid Unicode"),

@@ -34,8 +34,8 @@ COURSE = [
     "16_demo_20_vs_4_steps",
     "17_full_run_8x_mi300x",
 ]
-STAGES = ["09_repa_pretraining", "10_fine_tuning_ema"]  # they train through the launcher, like the next
-STAGES += ["12_step_distillation", "13_sana_sprint", "17_full_run_8x_mi300x"]
+STAGES = ["09_repa_pretraining", "10_fine_tuning_ema", "17_full_run_8x_mi300x"]  # they look before they train
+STUDENTS = ["12_step_distillation", "13_sana_sprint"]  # they train through the launcher, on what they have drawn
 HEADINGS = ["able to", "Check", "Measure", "Full scale", "Exercises", "Solutions", "Recap"]
 COMMON = ["preset", "seed", "devices", "run_dir", "overrides"]
 MAX_CELLS, MAX_MEDIAN, MAX_LINES, MAX_IDEA_WORDS, MAX_FIGURE_BYTES = 35, 8, 30, 120, 250_000
@@ -279,6 +279,12 @@ def test_a_stage_looks_first_and_trains_with_as_many_processes_as_asked_for(name
     assert made and all(re.search(r"(processes=|, )devices\b", call) for call in made)
     looks = next(k for k, text in enumerate(code) if "stage_run.prepare(" in text)
     assert "save_figure" not in "".join(code[: looks + 1]), "a demonstration comes before the preflight"
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_student_trains_with_as_many_processes_as_asked_for(name):
+    calls = [call for cell in cells(name) for call in re.findall(r"= launch\.launch\((.+)\)", source(cell))]
+    assert calls and all("processes=devices" in call for call in calls)
 
 
 @pytest.mark.parametrize("scale", ["lite", "full"])

@@ -263,7 +263,7 @@ def test_the_one_that_the_others_wait_for_is_named():
 
 
 def test_a_restarted_worker_goes_on_and_repeats_no_mistake(tmp_path, monkeypatch):
-    asked = {"run": "transformer", "config": {}, "run_dir": "r", "resume": False, "device": "cpu"}
+    asked = {"settings": type(SMOKE).__name__, "config": {}, "run_dir": "r", "resume": False, "device": "cpu"}
     request, outcome = tmp_path / "request.json", tmp_path / "outcome.json"
     request.write_text(json.dumps(asked | {"outcome": str(outcome)}))
     seen = []

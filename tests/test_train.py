@@ -373,6 +373,7 @@ def test_resuming_with_other_settings_or_encoders_is_said_or_refused(tmp_path, m
 
 def test_processes_that_did_not_find_each_other_are_refused(uninterrupted, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(RuntimeError, match="WORLD_SIZE=2, but accelerate sees 1"):
         engine(SMOKE, tmp_path)
 

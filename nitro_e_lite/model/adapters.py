@@ -81,16 +81,17 @@ def scale_of(config: Config | None, module: str) -> float:
     numbers = []
     for field, patterns in (("r", config.get("rank_pattern")), ("lora_alpha", config.get("alpha_pattern"))):
         patterns = patterns or {}
-        value = patterns.get(get_pattern_key(patterns.keys(), module), config.get(field))
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise InvalidValue(f"adapter_config.json: {field}={value!r}: must be a number above 0")
-        numbers.append(value)
+        numbers.append(patterns.get(get_pattern_key(patterns.keys(), module), config[field]))
     rank, alpha = numbers
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def check_plain(config: Config | None) -> None:
-    """Raises `ValueError` for what is not a plain LoRA."""
+    """Raises `ValueError` for what is not a plain LoRA, or has no rank or strength."""
+    for field in ("r", "lora_alpha") if config else ():
+        value = config.get(field)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise InvalidValue(f"adapter_config.json: {field}={value!r}: must be a number above 0")
     plain = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "modules_to_save": None, "lora_bias": False}
     for field, value in plain.items():
         if config and config.get(field) and config[field] != value:

@@ -103,7 +103,7 @@ def build_optimizers(
     Returns:
         name -> optimiser; every parameter is in exactly one.
     """
-    chosen = matrices if config.name == "muon" else set()
+    chosen = matrices & masters.keys() if config.name == "muon" else set()
     rest = [p for name, p in masters.items() if name not in chosen]
     settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
     optimizers = {"adamw": adamw(rest, **settings, foreach=True)}
