@@ -38,7 +38,7 @@ from nitro_e_lite.scenes.grammar import COLORS, RELATIONS, SHAPES, SIZES
 
 GALLERY = 12  # pictures
 ALONE = "on its own"
-SETTLE_SECONDS = 0.2  # after a click; a browser sends clicks at once but what was typed just before a moment later
+SETTLE_SECONDS = 0.5  # after a click; a browser sends clicks at once but what was typed just before a moment later
 SCALES = (0.5, 2.0, 1.0)  # of the lanes' steps, for "same seed, other steps"
 
 

@@ -19,7 +19,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,11 @@ class CheckpointWriter:
         """
         running, self._running = self._running, None
         return None if running is None else running.result()
+
+    def close(self) -> None:
+        """Until nothing is being written; what went wrong there has been raised by `wait` or matters less by now."""
+        if self._running is not None:
+            wait([self._running])
 
 
 FIXED = (

@@ -482,6 +482,7 @@ class Engine:
                 if main:
                     self.writer.wait()
         finally:
+            self.writer.close()  # whatever has ended the run, the checkpoint that is being written shall stand
             self.progress.close()
         if main:
             self.export()
