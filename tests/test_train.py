@@ -561,6 +561,29 @@ def test_fine_tuning_goes_on_from_the_base(uninterrupted, tmp_path):
     assert (tmp_path / "final" / "config.json").is_file()
 
 
+def test_an_adapter_learns_and_is_loaded_by_pipelines(uninterrupted, tmp_path):
+    plain = dataclasses.replace(SMOKE, steps=3, validate_every=3, sample_every=3, ema_decay=0.0)
+    plain = dataclasses.replace(plain, stage="finetune", start_from=str(uninterrupted))
+    config = override(plain, ["lora.rank=4", "lora.alpha=8", "repa.weight=0"])
+    run = engine(config, tmp_path / "run")
+    base = {name: p.clone() for name, p in run.stage.model.named_parameters() if ".lora_" not in name}
+    run.fit()
+    assert all(".lora_" in name for name in masters(run))
+    assert all(torch.equal(p, base[name]) for name, p in run.stage.model.named_parameters() if name in base)
+    rows = torch.randn(1, 8, 16, 16), torch.randn(1, 32, 256), torch.tensor([500.0])
+    untouched, kept, merged = (
+        load_pipeline(uninterrupted, "cpu", lora=lora) for lora in (None, None, tmp_path / "run")
+    )
+    kept.load_lora_weights(tmp_path / "run" / "final")
+    with torch.no_grad():
+        expected = run.stage.model.eval()(*rows).sample
+        for pipeline in (kept, merged):
+            torch.testing.assert_close(pipeline.transformer(*rows).sample, expected, rtol=0, atol=1e-5)
+        assert not torch.allclose(untouched.transformer(*rows).sample, expected, atol=1e-3)
+    with pytest.raises(ValueError, match="lora.rank=4: needs a model to adapt"):
+        engine(dataclasses.replace(config, stage="base", start_from=""), tmp_path / "other")
+
+
 def test_pictures_of_scenes_whose_latents_were_replaced_are_refused(tmp_path, monkeypatch):
     def with_a_bad_row(*arguments):
         for batch in encode_scenes(*arguments):

@@ -308,7 +308,7 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, tokens: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """`(..., D)` to `(..., D)`; without tokens weight and bias, `(D,)` each."""
         if tokens is None:
-            return self.weight.view_as(self.weight), self.bias.view_as(self.bias)
+            return self.weight.clone(), self.bias.clone()
         return super().forward(tokens)
 
 
@@ -317,7 +317,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, tokens: Tensor | None = None) -> Tensor:
         """`(..., D)` to `(..., D)`; without tokens the weight `(D,)`."""
-        return self.weight.view_as(self.weight) if tokens is None else super().forward(tokens)
+        return self.weight.clone() if tokens is None else super().forward(tokens)
 
 
 def speed_up(module: nn.Module) -> None:

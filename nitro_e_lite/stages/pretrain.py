@@ -86,7 +86,8 @@ class Pretrain(Stage):
         self.batches = Batches(config, self.encoders, placement.rows)
         self.vision = None
         self.model = self._build()
-        optimizers = partial(build_optimizers, matrices=hidden_matrices(self.model), config=config.optimizer)
+        matrices = set() if config.lora.rank else hidden_matrices(self.model)  # an adapter learns by AdamW
+        optimizers = partial(build_optimizers, matrices=matrices, config=config.optimizer)
         schedule = partial(learning_rate_scale, steps=config.steps, config=config.optimizer)
         self.modules = {"transformer": Trainable(self.model, optimizers, schedule, config.optimizer.clip)}
         self._no_text = self.encoders.encode_text([""]).to(placement.dtype)  # (1, L, Dc)
