@@ -34,10 +34,13 @@ T = TypeVar("T")
 
 # -- the words that settings choose from
 
-StageName = Literal["base", "finetune"]  # of the transformer
+StageName = Literal["base", "finetune", "1024px"]  # of the transformer
 RewardStageName = Literal["rewards"]  # of an adapter on it
+DistillStageName = Literal["distill"]  # of a student of few steps
+SprintStageName = Literal["sprint"]  # of one for any small number of steps
 Scale = Literal["smoke", "lite", "full"]
-Precision = Literal["fp32", "bf16"]  # of the computation
+Precision = Literal["fp32", "bf16", "auto"]  # of the computation
+Reduction = Literal["fp32", "bf16"]  # of gradients on their way
 Quality = Literal["all", "readable"]  # of training scenes
 OptimizerName = Literal["muon", "adamw"]
 Fact = Literal["places", "colors", "partner", "number", "shape", "color", "shapes"]  # what a minimal pair can differ in
@@ -51,8 +54,11 @@ AdapterTargets = Literal["attention", "attention_mlp"]  # matrices that a LoRA s
 
 STAGES: tuple[str, ...] = get_args(StageName)
 REWARD_STAGES: tuple[str, ...] = get_args(RewardStageName)
+DISTILL_STAGES: tuple[str, ...] = get_args(DistillStageName)
+SPRINT_STAGES: tuple[str, ...] = get_args(SprintStageName)
 SCALES: tuple[str, ...] = get_args(Scale)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 QUALITIES: tuple[str, ...] = get_args(Quality)
 OPTIMIZERS: tuple[str, ...] = get_args(OptimizerName)
 FACTS: tuple[str, ...] = get_args(Fact)
@@ -150,14 +156,21 @@ class RunConfig:
     steps: Positive = 1000
     batch_size: Positive = 16  # global: over all processes and accumulated parts
     accumulate: Positive = 1  # parts in which each process works its rows off, to save memory
-    precision: Precision = "fp32"  # of the computation; master weights are float32 either way
+    precision: Precision = "fp32"  # of the computation, "auto" measures; masters are float32
+    reduction: Reduction = "fp32"  # in which gradients travel between processes
     ema_decay: Decay = 0.0  # of the average of the weights, per step; 0: the average is the weights
     log_every: Positive = 20  # steps, like the next three
     validate_every: Positive = 1000
     sample_every: Positive = 1000
     checkpoint_every: Positive = 200
     keep_checkpoints: Positive = 1
-    max_skipped: NonNegative = 0  # non-finite steps before the run stops
+    checkpoint_minutes: NonNegativeNumber = 0.0  # a checkpoint is due after this long too; 0: by steps alone
+    snapshot_every: NonNegative = 0  # steps between copies of the average, in bf16, that stay; 0: none
+    milestones: tuple[Positive, ...] = ()  # steps at which the average is judged, see `training/milestones.py`
+    validation_share: Share = 1.0  # of the run's time that validation may take; what would take more is left out
+    max_skipped: NonNegative = 0  # steps left out in a row before the run saves and gives up
+    spike_factor: NonNegativeNumber = 0.0  # a loss this many times its running mean is left out; 0: none is
+    patience: PositiveNumber = 10.0  # minutes that processes wait for one another once training has begun
     compile: AnyText = ""  # back end of torch.compile, such as "inductor"; "" computes as written
     tracker: Name = "none"  # "tensorboard", "wandb", ... or "none"; "auto" is tensorboard when it is installed
     peak_tflops: NonNegativeNumber = 0.0  # of one device in bf16, for the utilisation; 0 looks it up in `flops.py`
@@ -204,6 +217,7 @@ class DataConfig:
     scenes: Positive = 40_000  # distinct training scenes
     captions: Positive = 8  # paraphrases cached with each scene
     validation_scenes: Positive = 512  # the same ones for every seed
+    validation_rows: Positive = 8192  # the first ones that are validated on, of scenes and of folders
     seed: Seed = 0  # names the endless data set of `sample_scene`
     encoders: Name = "lite"  # "lite", a pipeline folder or "full" (hub ids): autoencoder and language model
 
@@ -383,6 +397,130 @@ class RewardConfig(RunConfig):
             _require(grpo.window_range < self.rollout_steps, "grpo.window_range", grpo.window_range, last)
 
 
+@settings
+class DrawnConfig:
+    """What a student learns from: folders of `nitro-e data draw`."""
+
+    folders: Annotated[tuple[Name, ...], Field(min_length=1)] = ("data/drawn",)
+    encoders: Name = "lite"  # those of the teacher: "lite", a pipeline folder or "full"
+    validation_rows: Positive = 64  # the last pictures of the set are never trained on
+
+
+_HEADS = {"name": "adamw", "lr": 1e-3, "betas": (0.0, 0.99), "weight_decay": 0.0, "warmup_steps": 0, "decay_steps": 0}
+
+
+@settings
+class StudentConfig(RunConfig):
+    """What every student of few steps has: a teacher, its pictures, a discriminator and gates. Defaults: lite."""
+
+    preset: Scale = "lite"  # where the recipe began
+    steps: Positive = 2000
+    batch_size: Positive = 32
+    ema_decay: Decay = 0.995
+    validate_every: Positive = 250
+    sample_every: Positive = 500
+    checkpoint_every: Positive = 100
+    keep_checkpoints: Positive = 2
+    max_skipped: NonNegative = 20
+    tracker: Name = "auto"
+    teacher: Name = "lite"  # what drew the pictures: its features are the discriminator's
+    adversarial_weight: NonNegativeNumber = 0.05  # 0: there is no discriminator
+    misaligned: Share = 0.5  # share that pictures with another's caption have in what counts as fake
+    depths: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.1, 0.4, 0.7, 0.95)  # where heads look
+    head_width: Positive = 64
+    gate_low: Share = 0.55  # the discriminator is right on a share of pictures between these,
+    gate_high: Share = 0.95
+    gate_window: Positive = 200  # in the mean over so many of its steps
+    gate_pictures: NonNegative = 300  # of the drawn set are scored before the first step; 0: none
+    gate_card: Share = 0.84  # the teacher's own GenEval-lite: what is drawn may not score below
+    gate_prompts: NonNegative = 10  # GenEval-lite prompts of each category at each validation; 0: only distances
+    gate_distance: PositiveNumber = 1.0  # times the teacher's own distance: the student may not be farther away
+    gate_margin: Share = 0.05  # by which the student's score may be below: so few prompts have an error
+    gradient_checkpointing: bool = False  # computes activations again instead of keeping them
+    data: DrawnConfig = dataclasses.field(default_factory=DrawnConfig)
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=lambda: OptimizerConfig(name="adamw", lr=2e-4, warmup_steps=50, decay_steps=400)
+    )
+    heads: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(**_HEADS))
+
+    def __post_init__(self):
+        _require(self.gate_low < self.gate_high, "gate_low", self.gate_low, f"below gate_high={self.gate_high}")
+
+
+@settings
+class DistillConfig(StudentConfig):
+    """One distillation, see `stages/distill.py`. The defaults are meant for about an hour of two quiet cores."""
+
+    stage: DistillStageName = "distill"
+    start_from: AnyText = ""  # other weights that the student starts with; "": the teacher's
+    sampler_steps: Annotated[int, Field(ge=2)] = 4  # of the student
+    guidance: NonNegativeNumber = 0.0  # of the finished student's sampler; it is trained without
+    shift: Annotated[float, Field(ge=1)] = 3.0  # of its noise levels
+    sigma_grid: SigmaGrid = "linear"  # of its noise levels; "scheduler" is the official weights' own
+    regression_share: Share = 0.75  # of the steps that are phase 1; the rest are phase 2
+    regression_weight: NonNegativeNumber = 1.0
+    own_rollouts: Share = 0.5  # share of the later inputs of phase 2 that come from the student's own steps
+    renoise_mean: AnyNumber = 0.0  # logit-normal density of the noise level at which pictures are judged
+    renoise_std: PositiveNumber = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        even = self.sigma_grid == "linear" or self.shift == 1
+        _require(even, "shift", self.shift, "1 with sigma_grid='scheduler'")
+        learns = self.adversarial_weight > 0 or self.regression_weight > 0 or self.regression_share == 1
+        rule = "> 0 with adversarial_weight=0, else nothing is learned"
+        _require(learns, "regression_weight", self.regression_weight, rule)
+
+    @property
+    def regression_steps(self) -> int:
+        """Steps of phase 1."""
+        return round(self.regression_share * self.steps)
+
+
+@settings
+class SprintConfig(StudentConfig):
+    """One SANA-Sprint, see `stages/sprint.py`. The defaults are meant for a few hours of two quiet cores."""
+
+    stage: SprintStageName = "sprint"
+    steps: Positive = 8000
+    batch_size: Positive = 24
+    sampler_steps: Positive = 2  # of a call that names none; the student can draw in any small number
+    guidance: NonNegativeNumber = 3.0  # what a call without it tells the student
+    guidances: Annotated[tuple[PositiveNumber, ...], Field(min_length=1)] = (2.0, 3.0, 4.0)  # that it learns
+    guidance_embedding: bool = True  # the student is told which; False: it learns `guidance` alone
+    dense_time: bool = True  # the network is told the noise level in [0, 1], not in [0, 1000]
+    finetune_share: Share = 0.125  # of the steps: phase 1, a new embedding is learned; published: 5,000 steps
+    consistency_weight: NonNegativeNumber = 1.0
+    adversarial_weight: NonNegativeNumber = 0.5
+    tangent_warmup: Share = 0.3  # share of phase 2 in which the tangent is let in; published: 4,000 steps
+    tangent_constant: NonNegativeNumber = 0.1  # c of g / (|g| + c)
+    normalize_tangent: bool = True
+    consistency_mean: AnyNumber = 0.2  # of log sigma, where consistency is asked for
+    consistency_std: PositiveNumber = 1.6
+    judged_mean: AnyNumber = -0.6  # of log sigma, where the student draws for the discriminator, which looks there too
+    judged_std: PositiveNumber = 1.0
+    max_time: Share = 0.5  # share of what is drawn for the discriminator that begins at pure noise
+    gate_finetune: PositiveNumber = 0.1  # the fine-tuned teacher may be so far from before, of its own error
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=lambda: OptimizerConfig(name="adamw", lr=2e-4, clip=0.1, warmup_steps=100, decay_steps=1500)
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        losses = self.consistency_weight + self.adversarial_weight
+        _require(losses > 0, "consistency_weight", self.consistency_weight, "> 0 with adversarial_weight=0")
+
+    @property
+    def finetune_steps(self) -> int:
+        """Steps of phase 1; without a new embedding there is nothing to do before phase 2."""
+        return round(self.finetune_share * self.steps) if self.dense_time else 0
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of phase 2 in which the tangent is let in."""
+        return max(1, round(self.tangent_warmup * (self.steps - self.finetune_steps)))
+
+
 def _require(holds: bool, name: str, value, rule: str) -> None:
     if not holds:
         raise InvalidValue(f"{name}={value!r}: must be {rule}")
@@ -406,8 +544,21 @@ def override(config: T, assignments: list[str]) -> T:
         path, sign, text = assignment.partition("=")
         if not sign:
             raise InvalidValue(f"{assignment!r}: must read field=value")
-        config = _replace(config, path.strip().split("."), yaml.safe_load(text), path.strip())
+        config = _replace(config, path.strip().split("."), read_value(path.strip(), text), path.strip())
     return config
+
+
+def read_value(name: str, text: str) -> Any:
+    """What a person wrote behind "name=", as YAML.
+
+    Raises:
+        ValueError: it is no YAML, or asks for an object of Python.
+    """
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = getattr(error, "problem", None) or "brackets within brackets, too deep to read"
+        raise InvalidValue(f"{name}={text[:60]}: cannot be read ({reason}); put a text in quotes") from None
 
 
 def differences(before: T, now: T) -> list[str]:

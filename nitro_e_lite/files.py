@@ -6,10 +6,13 @@ The rule for anything that matters: written aside, flushed to the disk, renamed 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,18 +23,68 @@ from safetensors import SafetensorError
 from nitro_e_lite.errors import InvalidValue, MissingFile, NotWritten, Unusable
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all, also when the machine goes down."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a small file whole or not at all, also when the machine goes down; makes its folder.
+
+    Raises:
+        OSError: it could not be written, for example because the disk is full; what was there before is intact.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # a device or a pipe, which nothing can take the place of
+            path.write_bytes(content)
+            return
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise NotWritten(f"{path}: could not be written ({error.strerror or error})") from error
+
+
+def check_output(path: Path, kind: Literal["file", "folder"]) -> None:
+    """Refuses a place that cannot be written to, before hours of work are lost there. It is left as it was.
+
+    Args:
+        path: what will be written; it and its folders may be missing.
+        kind: what it will be.
+
+    Raises:
+        OSError: something else is there or in the way, or the system does not allow it.
+    """
+    try:
+        path.lstat()  # a name that is too long is found out here
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise NotWritten(f"{path}: cannot be written ({getattr(error, 'strerror', error)})") from None
+    if path.exists() and path.is_dir() == (kind == "file"):
+        raise NotWritten(f"{path}: is a {'folder; name a file' if kind == 'file' else 'file; name a folder'}")
+    place = path if kind == "folder" or path.exists() else path.parent
+    while not os.path.lexists(place):
+        place = place.parent
+    try:
+        if place == path and kind == "file":
+            open(path, "ab").close()
+        else:
+            tempfile.TemporaryFile(dir=place).close()
+    except NotADirectoryError:
+        raise NotWritten(f"{path}: cannot be written ({place} is a file)") from None
+    except OSError as error:
+        raise NotWritten(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 MANIFEST = "SHA256SUMS"
+WINDOWS = os.name == "nt"
+
+
+STUDENTS = {"lite-4step": "distill", "lite-sprint": "sprint"}  # names of students, and the stages that make them
 
 
 def weights_dir() -> Path:
@@ -55,13 +108,19 @@ def find_weights(source: str | Path, *parts: str) -> Path:
     """
     shipped = sorted(path.name for path in weights_dir().glob("*") if path.is_dir())
     name = str(source)
-    roots = [weights_dir() / name] if name in shipped else [Path(source), Path(source) / "final"]
-    if not parts and roots[0].is_dir():
+    root = weights_dir() / name if name in shipped else Path(source)
+    roots = [root, root / "final"]  # a student is shipped as its run
+    if not parts and root.is_dir():
         return roots[0]
     for file in (file for root in roots if root.is_dir() for part in parts for file in sorted(root.glob(part))):
         check_weights(file.parent)
         return file.parent
     looked_for = f" that holds {' or '.join(parts)}" if parts else ""
+    if name in STUDENTS:
+        raise MissingFile(
+            f"{name!r}: this student is not among the shipped weights ({', '.join(shipped) or 'none here'}) yet; train "
+            f"it (nitro-e train {STUDENTS[name]}) and name the folder of the run"
+        )
     if name in shipped:
         raise MissingFile(f"{name!r} is no name of shipped weights{looked_for}")
     known = ", ".join(shipped) or "none here"
@@ -84,9 +143,17 @@ def check_weights(folder: Path) -> None:
 
 
 def cache_dir() -> Path:
-    """Folder for what can be made again (latent caches); `NITRO_E_CACHE` moves it. Not created here."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("NITRO_E_CACHE") or Path(base) / "nitro-e-lite")
+    """Folder for what can be made again (latent caches); `NITRO_E_CACHE` moves it. Not created here.
+
+    A user without a home, as containers have, keeps it in the folder for temporary files.
+    """
+    if own := os.environ.get("NITRO_E_CACHE"):
+        return Path(own)
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        base = tempfile.gettempdir()
+    return Path(base) / "nitro-e-lite"
 
 
 def repo_root() -> Path | None:
@@ -107,7 +174,7 @@ def write_manifest(folder: str | Path) -> Path:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     lines = [f"{sha256_file(p)}  {p.relative_to(folder).as_posix()}\n" for p in files]
     path = folder / MANIFEST
-    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+    write_atomically(path, "".join(lines))
     return path
 
 
@@ -130,18 +197,33 @@ def check_manifest(folder: str | Path, *parts: str) -> dict[str, str]:
     if not path.is_file():
         raise MissingFile(f"{path}: checksum file is missing")
     sums = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="backslashreplace").splitlines():
         digest, separator, name = line.partition("  ")
-        if not separator or len(digest) != 64:
+        if not separator or len(digest) != 64 or "\0" in name:
             raise InvalidValue(f"{path}: cannot read the line {line!r}; expected '<sha256>  <file>'")
         if parts and name.split("/")[0] not in parts:
             continue
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):  # False for a name that is too long, too
             raise MissingFile(f"{folder / name}: listed in {MANIFEST} but missing; get the folder again")
         if sha256_file(folder / name) != digest:
             raise InvalidValue(f"{folder / name}: contents differ from {MANIFEST}; get the file again")
         sums[name] = digest
     return sums
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object that is all of a file.
+
+    Raises:
+        ValueError: it holds something else; the message names the file.
+    """
+    try:
+        found = read_json_line(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8))
+    except ValueError as error:
+        raise InvalidValue(f"{path}: {explain_json(error)}") from None
+    if found is None:
+        raise InvalidValue(f"{path}: is empty; must hold a JSON object")
+    return found
 
 
 def read_jsonl(
@@ -192,7 +274,10 @@ def read_json_line(line: bytes) -> dict[str, Any] | None:
     """
     if not line.strip():
         return None
-    row = json.loads(line.decode("utf-8"))
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except RecursionError:
+        raise InvalidValue("no JSON (brackets within brackets, too deep to read)") from None
     if not isinstance(row, dict):
         raise InvalidValue(f"must be a JSON object, is of type {type(row).__name__}")
     return row
@@ -215,11 +300,16 @@ def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:
 try:
     import fcntl
 except ImportError:  # Windows
+    import msvcrt
+
     fcntl = None
 
 
 def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Flushes a file or folder to the disk. Windows opens no folders; there the rename is flushed by itself."""
+    if WINDOWS and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)  # Windows flushes only what it may write
     try:
         os.fsync(handle)
     finally:
@@ -255,12 +345,14 @@ def atomic_folder(final: Path, otherwise: str) -> Iterator[Path]:
 
 
 @contextmanager
-def run_lock(run_dir: Path, writes: bool = True) -> Iterator[None]:
-    """Holds the folder of a run, which two trainings at once would spoil; a kill frees it too.
+def run_lock(run_dir: Path, writes: bool = True, name: str = "run_dir", rank: int = 0) -> Iterator[None]:
+    """Holds a folder that two processes at once would spoil; a kill frees it too.
 
     Args:
         run_dir: made when missing.
         writes: whether this process is the one that writes; the others of the run hold nothing.
+        name: what the folder is called in the message.
+        rank: of this process, where each writes its own files.
 
     Raises:
         RuntimeError: another run holds it.
@@ -269,12 +361,14 @@ def run_lock(run_dir: Path, writes: bool = True) -> Iterator[None]:
         yield
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".lock", "w") as file:
+    with open(run_dir / (f".lock-{rank}" if rank else ".lock"), "w") as file:
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Unusable(f"run_dir={run_dir}: another process is training there; stop it or let it end") from None
+            else:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except (BlockingIOError, PermissionError):  # of Linux and macOS; of Windows
+            raise Unusable(f"{name}={run_dir}: another process is writing there; stop it or let it end") from None
         except OSError:  # a file system without locks
             pass
         yield

@@ -2,9 +2,10 @@
 
 `preset("base", "lite")` is the recipe of the lite model; what trained the shipped weights is written beside them, in
 `weights/lite/transformer/training.json`. Stage "base" learns from everything, stage "finetune" continues on the better
-part of the data with a lower learning rate and a longer average; stage "rewards" moves a model towards what rewards
-like. The full presets are the paper's: 100,000 and 50,000 steps of 2048 pictures, 2,000 roll-outs. What a field means
-and what it may hold is in `config.py`.
+part of the data with a lower learning rate and a longer average; stage "1024px" goes on from there with pictures of
+twice the side; stage "rewards" moves a model towards what rewards like. The full presets are the paper's: 100,000 and
+50,000 steps of 2048 pictures, 2,000 roll-outs; of "1024px" the shape alone is published. What a field means and what it
+may hold is in `config.py`.
 """
 
 from __future__ import annotations
@@ -15,23 +16,27 @@ from typing import Any
 from nitro_e_lite.config import (
     AdapterConfig,
     DataConfig,
+    DistillConfig,
+    DrawnConfig,
     ForwardConfig,
     GrpoConfig,
     ModelConfig,
     OptimizerConfig,
     RepaConfig,
     RewardConfig,
+    RunConfig,
+    SprintConfig,
     TrainConfig,
     differences,
 )
 from nitro_e_lite.errors import InvalidValue
 
 # The published projector, 2048 wide, would cost more than the whole lite model.
-_NARROW = RepaConfig(hidden=256)
+_NARROW = 256
 
 _SMOKE = TrainConfig(
     preset="smoke",
-    repa=_NARROW,
+    repa=RepaConfig(hidden=_NARROW),
     steps=10,
     batch_size=8,
     precision="fp32",
@@ -46,10 +51,22 @@ _SMOKE = TrainConfig(
 )
 
 # Lite latents say little twice: where an object lies and what it is are decided above t = 0.75. The published density
-# draws 14 % of its t there, this one about half; with it the same samples teach far more. Sampling takes half of its
-# steps there too. Single precision: on a Xeon without AMX forward and backward take 1.9 times as long in bf16
-# (`nitro-e benchmark --transformer lite --batch 32`, with and without `--dtype bfloat16`).
-_LITE = TrainConfig(timestep_mean=1.2, timestep_std=1.2, shift=3.0, repa=_NARROW)
+# draws 14 % of its t there, this one nearly half; with it the same samples teach far more. Sampling takes half of its
+# steps there too. The rate does not fall in stage 1: stage 2 begins with a third of it and lets that fall to zero.
+_LITE = TrainConfig(
+    steps=9500,
+    precision="auto",
+    timestep_mean=1.1,
+    timestep_std=1.2,
+    shift=3.0,
+    # Two objects and counts are what lite models fail at. Half of the steps teach which words tell one scene from
+    # another; captions without colours come often enough to learn that "a star and a heart" are not two of one kind.
+    data=DataConfig(
+        scenes=32_000, pairs=("partner", "number", "places", "colors", "shapes"), pairs_every=2, colorless=0.5
+    ),
+    optimizer=OptimizerConfig(decay_steps=0, whiten_text_input=True),
+    repa=RepaConfig(weight=2.0, hidden=_NARROW),
+)
 
 _FULL = TrainConfig(  # stage 1 of the paper, 8 x 256 pictures a step
     preset="full",
@@ -57,11 +74,16 @@ _FULL = TrainConfig(  # stage 1 of the paper, 8 x 256 pictures a step
     batch_size=2048,
     precision="bf16",
     ema_decay=0.0,  # averaging begins with stage 2
-    log_every=50,
+    log_every=20,  # on an accelerator a request to stop is heard then too
     validate_every=2000,
+    validation_share=0.02,
     sample_every=5000,
     checkpoint_every=1000,
+    checkpoint_minutes=10.0,
     keep_checkpoints=3,
+    snapshot_every=10_000,
+    milestones=(5000, 20_000, 50_000, 100_000),
+    spike_factor=2.0,
     guidance=4.5,
     model=ModelConfig(
         in_channels=32,
@@ -99,10 +121,6 @@ def _finetune(base: TrainConfig, optimizer: dict[str, Any], data: dict[str, Any]
 
 
 _THIRD = {"lr": 7e-4, "muon_lr": 7e-3}
-
-# Two objects and counts are what lite models fail at. Half of the steps teach which words tell one scene from another,
-# and captions without colours come often enough to learn that "a star and a heart" are not two of one kind.
-_TWO_OBJECTS = {"pairs": ("partner", "number", "places", "colors"), "pairs_every": 2, "colorless": 0.5}
 
 # Learning from rewards, as a probe on two cores found it to work: 16 prompts x 12 pictures a roll-out, 10 steps without
 # guidance, a minute each. Advantages were divided by the group's own deviation there, which is kept.
@@ -150,29 +168,104 @@ _REWARDS_FULL = RewardConfig(
     grpo=GrpoConfig(clip=1e-5),
 )
 
-PRESETS: dict[tuple[str, str], TrainConfig | RewardConfig] = {
+_FINETUNE_SMOKE = _finetune(_SMOKE, _THIRD, {"quality": "readable"})
+_FINETUNE_FULL = _finetune(
+    _FULL, {"lr": 1e-4, "clip": 1.0}, {"folders": ("data/journeydb", "data/fluxdb")}, steps=50_000, ema_decay=0.9999
+)
+
+
+def _larger(stage: TrainConfig, *names: str, **changes: Any) -> TrainConfig:
+    """Stage 2 once more at twice the side, on the folders of these names; the shape is the published one."""
+    folders = [f"data/1024px/{name}" for name in names]
+    data = dataclasses.replace(stage.data, folders=tuple(folders), validation_folders=("data/1024px/validation",))
+    model = dataclasses.replace(stage.model, sample_size=32, attention_pattern=((1, 1),))
+    return dataclasses.replace(stage, stage="1024px", data=data, model=model, **changes)
+
+
+_STUDENT_SMOKE = {
+    "preset": "smoke",
+    "steps": 8,
+    "batch_size": 4,
+    "head_width": 8,
+    "log_every": 1,
+    "validate_every": 4,
+    "sample_every": 8,
+    "checkpoint_every": 4,
+    "tracker": "none",
+    "gate_pictures": 0,
+    "gate_prompts": 0,
+    "gate_distance": 1000.0,  # a few steps on a few pictures: nothing to judge
+    "data": DrawnConfig(validation_rows=2),
+}
+
+# Of the published distillation the number of steps and of devices is known, and the rate of its predecessor; of
+# SANA-Sprint everything but the length on this model. GenEval-lite is about the lite scenes. Neither has been run.
+_STUDENT_FULL = {
+    "preset": "full",
+    "steps": 20_000,
+    "batch_size": 512,
+    "precision": "bf16",
+    "log_every": 50,
+    "validate_every": 1000,
+    "sample_every": 2000,
+    "checkpoint_every": 500,
+    "keep_checkpoints": 3,
+    "teacher": "weights/Nitro-E-512px.safetensors",
+    "head_width": 256,
+    "gate_pictures": 0,
+    "gate_prompts": 0,
+    "data": DrawnConfig(encoders="full", validation_rows=512),
+}
+
+_SLOW = OptimizerConfig(name="adamw", lr=1e-6, betas=(0.9, 0.999), warmup_steps=0, decay_steps=0)
+
+PRESETS: dict[tuple[str, str], RunConfig] = {
+    ("distill", "smoke"): DistillConfig(**_STUDENT_SMOKE, regression_share=0.5),
+    ("distill", "lite"): DistillConfig(),
+    ("distill", "full"): DistillConfig(
+        **_STUDENT_FULL,
+        regression_share=0.0,  # as published: adversary and regression from the start
+        ema_decay=0.0,
+        shift=1.0,
+        sigma_grid="scheduler",
+        adversarial_weight=1.0,
+        optimizer=_SLOW,
+        heads=_SLOW,
+    ),
+    ("sprint", "smoke"): SprintConfig(**_STUDENT_SMOKE, finetune_share=0.375, gate_finetune=1000.0),
+    ("sprint", "lite"): SprintConfig(),
+    ("sprint", "full"): SprintConfig(
+        **_STUDENT_FULL,
+        ema_decay=0.999,
+        finetune_share=0.25,
+        guidances=(4.0, 4.5, 5.0),
+        guidance=4.5,
+        optimizer=dataclasses.replace(_SLOW, lr=2e-6, clip=0.1),
+        heads=dataclasses.replace(_SLOW, lr=2e-6, clip=0.1),
+    ),
     ("base", "smoke"): _SMOKE,
     ("base", "lite"): _LITE,
     ("base", "full"): _FULL,
-    ("finetune", "smoke"): _finetune(_SMOKE, _THIRD, {"quality": "readable"}),
+    ("finetune", "smoke"): _FINETUNE_SMOKE,
     ("finetune", "lite"): _finetune(
         _LITE,
-        {"lr": 6e-4, "muon_lr": 6e-3, "warmup_steps": 50, "decay_steps": 1000, "whiten_text_input": True},
-        {"quality": "readable", **_TWO_OBJECTS},
+        {**_THIRD, "warmup_steps": 50, "decay_steps": 2250},
+        {"quality": "readable"},
         start_from="lite",
-        steps=3000,
+        steps=4500,
         ema_decay=0.999,
     ),
-    ("finetune", "full"): _finetune(
-        _FULL, {"lr": 1e-4, "clip": 1.0}, {"folders": ("data/journeydb", "data/fluxdb")}, steps=50_000, ema_decay=0.9999
-    ),
+    ("finetune", "full"): _FINETUNE_FULL,
+    ("1024px", "smoke"): _larger(_FINETUNE_SMOKE, "scenes"),
+    # A quarter of the pictures a step are as many tokens; steps, batch and rate are ours.
+    ("1024px", "full"): _larger(_FINETUNE_FULL, "journeydb", "fluxdb", batch_size=512, start_from="runs/finetune-full"),
     ("rewards", "smoke"): _REWARDS_SMOKE,
     ("rewards", "lite"): _REWARDS,
     ("rewards", "full"): _REWARDS_FULL,
 }
 
 
-def preset(stage: str, name: str) -> TrainConfig | RewardConfig:
+def preset(stage: str, name: str) -> RunConfig:
     """The configuration called `name` of a training stage.
 
     Raises:
@@ -184,6 +277,6 @@ def preset(stage: str, name: str) -> TrainConfig | RewardConfig:
     return PRESETS[stage, name]
 
 
-def assignments(config: TrainConfig | RewardConfig) -> list[str]:
+def assignments(config: RunConfig) -> list[str]:
     """The `override` strings that make `config` out of its preset."""
     return differences(preset(config.stage, config.preset), config)

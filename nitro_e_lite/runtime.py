@@ -5,9 +5,11 @@ What every other module needs and none should decide for itself.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.metadata
+import os
 import platform
 import random
 import signal
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch.nn.attention import SDPBackend
 
@@ -99,6 +102,8 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise NotImplementedError("its tensors hold no numbers")
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise InvalidValue(f"device: {name!r} is not usable on this machine ({reason}); try 'cpu'") from None
@@ -117,6 +122,25 @@ def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dt
     if dtype not in DTYPES.values():
         raise InvalidValue(f"dtype: {name!r} is not one of {', '.join(DTYPES)}")
     return dtype
+
+
+def rank_and_world() -> tuple[int, int]:
+    """The number of this process and how many there are, as torchrun tells them; 0 of 1 without a launcher.
+
+    Raises:
+        ValueError: one was told without the other, or they make no sense: a part of the work would be left undone.
+    """
+    told = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
+    if told in (["", ""], ["", "1"]):
+        return 0, 1
+    with contextlib.suppress(ValueError):
+        rank, world = (int(text) for text in told)
+        if 0 <= rank < world:
+            return rank, world
+    raise InvalidValue(
+        f"RANK={told[0]}, WORLD_SIZE={told[1]}: torchrun sets both, RANK from 0 to WORLD_SIZE - 1; unset them for one "
+        "process"
+    )
 
 
 def git_commit() -> str | None:
@@ -178,16 +202,31 @@ def device_name(device: torch.device) -> str:
         return platform.processor() or platform.machine()
 
 
+def memory_used(device: torch.device) -> int:
+    """Bytes: the most that this process ever had on the accelerator, or what it has in main memory on a CPU."""
+    if device.type in ("cuda", "xpu"):
+        return torch.accelerator.max_memory_reserved(device)
+    return psutil.Process().memory_info().rss
+
+
+def memory_there(device: torch.device) -> int:
+    """Bytes of the accelerator's memory, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
+
+
 class RunStopped(Exception):
     """A run was asked to stop and has written its checkpoint; the message says how to continue."""
 
 
 class StopRequest:
-    """Listens for SIGTERM and SIGINT while a run lasts; `name` is the signal's name once one came.
+    """Listens for SIGTERM, SIGINT and SIGHUP while a run lasts; `name` is the signal's name once one came.
 
     The signal only leaves a note: the step in progress is finished, then the loop sees the note and saves. Signals that
-    follow are ignored, because a launcher and a terminal may both send one. Outside of the main thread, where Python
-    delivers no signals, nothing is listened for.
+    follow are ignored, because a launcher and a terminal may both send one. A closed terminal sends SIGHUP; under
+    `nohup`, which ignores it, it stays ignored, and Windows has none. Outside of the main thread, where Python delivers
+    no signals, nothing is listened for.
 
     Args:
         action: also called when the first signal comes.
@@ -200,7 +239,10 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self._before = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+            heard = [signal.SIGTERM, signal.SIGINT]
+            heard += [hangup] if hangup and signal.getsignal(hangup) is not signal.SIG_IGN else []
+            for number in heard:
                 self._before[number] = signal.signal(number, self._note)
         return self
 

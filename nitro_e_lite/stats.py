@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+import numpy as np
 from scipy.stats import binomtest, t
 
 from nitro_e_lite.errors import InvalidValue
@@ -35,3 +36,30 @@ def share_interval(right: int, count: int) -> tuple[float, float]:
         raise InvalidValue(f"right={right}, count={count}: must be 0 <= right <= count, count >= 1")
     low, high = binomtest(int(right), int(count)).proportion_ci(method="wilson")
     return float(low), float(high)
+
+
+def paired_interval(
+    first: Sequence[float], second: Sequence[float], groups: Sequence[object], resamples: int = 2000
+) -> tuple[float, float, float]:
+    """Mean of `first - second` and its 95 % interval, bootstrapped over groups: pictures of one prompt are alike.
+
+    Args:
+        first, second: one number a picture, in the same order.
+        groups: what each picture belongs to, such as its prompt.
+        resamples: of the bootstrap, the same ones every time.
+
+    Returns:
+        Mean, low, high.
+
+    Raises:
+        ValueError: not equally many, or none.
+    """
+    if not len(first) == len(second) == len(groups) or not len(first):
+        raise InvalidValue(f"{len(first)}, {len(second)} and {len(groups)} values: must be equally many, > 0")
+    differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    place = np.array([numbers[group] for group in groups])
+    sums, counts = (np.bincount(place, weights=w) for w in (differences, np.ones(len(differences))))
+    chosen = np.random.default_rng(0).integers(len(numbers), size=(resamples, len(numbers)))
+    low, high = np.quantile(sums[chosen].sum(1) / counts[chosen].sum(1), (0.025, 0.975))
+    return float(differences.mean()), float(low), float(high)

@@ -31,6 +31,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from nitro_e_lite import files, runtime
 from nitro_e_lite.errors import InvalidValue
+from nitro_e_lite.files import read_json, write_atomically
 
 COLORS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442")
 LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))
@@ -231,22 +232,21 @@ def save_figure(
         if not value.strip():
             raise InvalidValue(f"{field}: empty; say in a few words what it is")
     folder = figures_dir()
-    folder.mkdir(parents=True, exist_ok=True)
     path, ledger_path = folder / f"{name}.png", folder / LEDGER
     data = _png_bytes(figure)
-    ledger = json.loads(ledger_path.read_text(encoding="utf-8")) if ledger_path.is_file() else {}
+    ledger = read_json(ledger_path) if ledger_path.is_file() else {}
     facts = {"source": source, "params": dict(params), "seed": seed, "alt": alt}
     known = ledger.get(path.name, {})
     unchanged = path.is_file() and path.read_bytes() == data and {k: known.get(k) for k in facts} == facts
     if not unchanged:
-        path.write_bytes(data)
+        write_atomically(path, data)
         origin = {
             "commit": runtime.git_commit(),
             "device": runtime.device_name(runtime.pick_device()),
             "date": datetime.date.today().isoformat(),
         }
         text = json.dumps(ledger | {path.name: facts | origin}, indent=2, sort_keys=True, ensure_ascii=False)
-        ledger_path.write_text(text + "\n", encoding="utf-8", newline="\n")
+        write_atomically(ledger_path, text + "\n")
     return path
 
 
@@ -259,8 +259,7 @@ def save_image(image: Image.Image, path: str | Path, facts: Mapping[str, Any]) -
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise InvalidValue(f"path: {path.name!r} must end in .png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png_bytes(image, facts))
+    write_atomically(path, png_bytes(image, facts))
     return path
 
 

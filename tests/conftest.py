@@ -1,16 +1,29 @@
 """Settings and fixtures every test shares. Tests run offline, on the CPU, without touching the checkout."""
 
+import json
 import os
 import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: threads of one would wait on those of another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.pop("COLUMNS", None)  # rich would keep the width that it finds when it is imported
 
 import pytest
-from tiny import build_tiny_pipeline
+from tiny import TEACHER_SHIFT, build_tiny_pipeline, draw
 
 from nitro_e_lite import files
+
+NEW = ("dense_time", "guidance_embedding")  # arguments of the transformer that came after the first weights
+
+
+def pytest_xdist_auto_num_workers(config):
+    """All tests together: a process for each core, up to four. Named files: one, so that `-s` shows what they print."""
+    named = config.args_source is pytest.Config.ArgsSource.ARGS
+    return 0 if named else min(4, os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +47,37 @@ def shipped(monkeypatch, tmp_path, tiny_folder):
     files.write_manifest(tmp_path / "lite")
     monkeypatch.setattr(files, "weights_dir", lambda: tmp_path)
     return tmp_path / "lite"
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory):
+    """A tiny teacher with its encoders, as a folder that both `load_pipeline` and `load_encoders` read."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("teacher") / "tiny"
+    pipeline = build_tiny_pipeline()
+    pipeline.register_to_config(max_text_length=32, default_shift=TEACHER_SHIFT)
+    with torch.no_grad():  # velocities that change with the state, so that long steps leave the road
+        pipeline.transformer.proj_out.weight.mul_(6.0)
+    pipeline.save_pretrained(folder)
+    (folder / "vae" / "latent_stats.json").write_text(pipeline.stats.to_json())
+    file = folder / "transformer" / "config.json"  # as old as the shipped one: it names no new argument
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps({name: known[name] for name in known if name not in NEW}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(teacher_folder):
+    """That teacher: do not change its weights."""
+    from nitro_e_lite.inference.loading import load_pipeline
+
+    return load_pipeline(teacher_folder, "cpu")
+
+
+@pytest.fixture(scope="session")
+def cache(teacher, tmp_path_factory):
+    """What it drew for students."""
+    folder = tmp_path_factory.mktemp("drawn") / "set"
+    draw(teacher, folder).run()
+    return folder

@@ -374,6 +374,7 @@ def test_each_process_of_torchrun_encodes_on_its_own_gpu(monkeypatch):
 
 
 def test_a_gated_generator_says_what_to_do(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a star\n")  # read first, before anything is loaded
     with pytest.raises(EncoderUnavailable, match="accept its licence at https://huggingface.co/black-forest-labs"):
         drawn_source(tmp_path / "prompts.txt")
 

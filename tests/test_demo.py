@@ -56,7 +56,7 @@ def test_students_take_their_places_when_they_ship(shipped):
     for name, guidance in (("lite-4step", 0.0), ("lite-sprint", 1.5)):
         folder = shipped.parent / name
         folder.mkdir()
-        (folder / "model_index.json").write_text(json.dumps({"default_guidance": guidance}))
+        (folder / "config.json").write_text(json.dumps({"config": {"guidance": guidance}}))
         files.write_manifest(folder)
     lanes = demo_protocol.default_lanes()
     assert lanes == [Lane("lite", 20), Lane("lite-4step", 4, 0.0), Lane("lite-sprint", 1, 1.5)]

@@ -8,55 +8,28 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import build_tiny_pipeline
+from tiny import DRAWN_ROWS as ROWS
+from tiny import TEACHER_SHIFT as SHIFT
+from tiny import TEACHER_STEPS, build_tiny_pipeline, draw
 
 from nitro_e_lite.cli.app import app
-from nitro_e_lite.config import OptimizerConfig
+from nitro_e_lite.config import DrawnConfig, OptimizerConfig
+from nitro_e_lite.course import demo_protocol
 from nitro_e_lite.data import drawn
 from nitro_e_lite.data.shards import read_card, sidecars
 from nitro_e_lite.errors import GateFailed
+from nitro_e_lite.experiments.ship import ship_student
 from nitro_e_lite.files import read_jsonl
+from nitro_e_lite.inference import schedules
 from nitro_e_lite.inference.encoders import load_encoders
 from nitro_e_lite.inference.loading import load_pipeline
 from nitro_e_lite.model import flow
+from nitro_e_lite.presets import preset
 from nitro_e_lite.scenes.captions import is_reserved
 from nitro_e_lite.scenes.grammar import is_held_out, sample_scene
 from nitro_e_lite.stages import discriminator
-from nitro_e_lite.stages.distill import Distill, DrawnConfig, distill, distill_preset
+from nitro_e_lite.stages.distill import Distill, distill
 from nitro_e_lite.training.engine import Engine
-
-ROWS, TEACHER_STEPS, SHIFT = 14, 8, 3.0
-
-
-@pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory):
-    """A tiny teacher with its encoders, as a folder that both `load_pipeline` and `load_encoders` read."""
-    folder = tmp_path_factory.mktemp("teacher") / "tiny"
-    pipeline = build_tiny_pipeline()
-    pipeline.register_to_config(max_text_length=32, default_shift=SHIFT)
-    with torch.no_grad():  # velocities that change with the state, so that long steps leave the road
-        pipeline.transformer.proj_out.weight.mul_(6.0)
-    pipeline.save_pretrained(folder)
-    (folder / "vae" / "latent_stats.json").write_text(pipeline.stats.to_json())
-    return folder
-
-
-@pytest.fixture(scope="module")
-def teacher(teacher_folder):
-    return load_pipeline(teacher_folder, "cpu")
-
-
-def draw(teacher, out, count=ROWS, **options):
-    options = {"steps": TEACHER_STEPS, "guidance": 3.0, "batch": 3, "shard_rows": 5} | options
-    return drawn.Drawing(teacher, drawn.GrammarPrompts(0, count), out, **options)
-
-
-@pytest.fixture(scope="module")
-def cache(teacher, tmp_path_factory):
-    """The drawn set that all tests read."""
-    folder = tmp_path_factory.mktemp("drawn") / "set"
-    draw(teacher, folder).run()
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +37,7 @@ def config(teacher_folder, cache):
     """The smoke preset on the tiny teacher."""
     data = DrawnConfig(folders=(str(cache),), encoders=str(teacher_folder), validation_rows=2)
     fast = OptimizerConfig(name="adamw", lr=1e-3, warmup_steps=0, decay_steps=0)
-    smoke = distill_preset("smoke")
+    smoke = preset("distill", "smoke")
     return replace(smoke, teacher=str(teacher_folder), data=data, optimizer=fast, heads=fast, gate_window=100)
 
 
@@ -107,9 +80,9 @@ def test_states_lie_on_the_teachers_polygon():
 
 def test_levels_are_those_of_both_samplers(teacher):
     for steps in (2, 4):
-        teacher.scheduler.set_timesteps(**teacher._levels(teacher.sampler(steps, 1.0, SHIFT)))
+        walked = schedules.grid(teacher.scheduler, "linear", teacher.sampler(steps, 1.0, SHIFT))
         mine = drawn.sampler_levels(steps, SHIFT, "linear")
-        torch.testing.assert_close(torch.tensor(mine), teacher.scheduler.sigmas[:-1])
+        assert mine == pytest.approx(walked)
     official = drawn.sampler_levels(4, 1.0, "scheduler")
     assert official == pytest.approx([1.0, 0.667, 0.334, 0.001], abs=1e-6)
 
@@ -228,13 +201,13 @@ def stage_of(config, rows=4):
 def test_a_student_that_knows_the_road_has_no_loss(config):
     """Closed forms: with the true velocities all losses but the adversary's are zero, up to float16."""
     stage = stage_of(replace(config, own_rollouts=0.0))
-    batch = stage._batch(0, 0)
+    batch = stage.batch(0, 0)
     assert set(batch.level.tolist()) <= {0, 1, 2, 3}
     states, which = batch.states, torch.arange(4)
     step = stage._levels[batch.level] - stage._levels[batch.level + 1]
     road = (states[which, batch.level] - states[which, batch.level + 1]) / flow.expand_like(step, states[:, 0])
     stage._velocity = lambda model, x, text, t: road
-    assert stage._segment_loss(batch)["loss"].max() < 1e-10
+    assert stage.segment_loss(batch)["loss"].max() < 1e-10
     stage._velocity = lambda model, x, text, t: states[:, 0] - states[:, -1]
     losses = stage._student_loss(batch)
     assert losses["regression"].max() < 1e-10
@@ -243,20 +216,20 @@ def test_a_student_that_knows_the_road_has_no_loss(config):
 
 def test_segments_cost_what_their_velocity_misses(config):
     stage = stage_of(config)
-    batch = replace(stage._batch(0, 0), level=torch.tensor([0, 1, 2, 3]))
+    batch = replace(stage.batch(0, 0), level=torch.tensor([0, 1, 2, 3]))
     which, level = torch.arange(4), batch.level
     missed = torch.randn_like(batch.states[:, 0])
     step = flow.expand_like(stage._levels[level] - stage._levels[level + 1], missed)
     road = (batch.states[which, level] - batch.states[which, level + 1]) / step
     stage._velocity = lambda model, x, text, t: road + missed
-    found = stage._segment_loss(batch)["loss"]
+    found = stage.segment_loss(batch)["loss"]
     torch.testing.assert_close(found, missed.square().flatten(1).mean(1), rtol=1e-4, atol=1e-5)
 
 
 def test_roll_outs_are_the_sampler(config, teacher):
     """The student's walk to the end is what the pipeline draws from the same noise; its later inputs lie on it."""
     stage = stage_of(config)
-    batch = replace(stage._batch(0, 0), level=torch.tensor([3, 0, 2, 1]), own=torch.tensor([True, True, True, False]))
+    batch = replace(stage.batch(0, 0), level=torch.tensor([3, 0, 2, 1]), own=torch.tensor([True, True, True, False]))
     ends = stage.walk(stage.student, batch.states[:, 0], batch.text, torch.full((4,), 4))
     passed = {}
     pipeline_latents = stage.pipeline()(
@@ -301,19 +274,20 @@ def test_gradients_reach_only_their_own_side(config, tmp_path):
 
 def test_misaligned_pairs_count_as_fake_where_the_caption_differs(config):
     stage = stage_of(replace(config, misaligned=1.0))
-    batch = stage._batch(5, 0)
+    batch = stage.batch(5, 0)
     assert batch.differs.any()
     batch = replace(batch, differs=torch.tensor([True, False, True, True]))
     asked = []
     stage.heads.eval()
-    honest = stage._judge
+    honest = stage.judge
 
     def judge(latents, text, one):
         asked.append((latents, text))
         return honest(latents, text, one)
 
-    stage._judge = judge
-    loss = stage._heads_loss(batch, 0)["loss"]
+    stage.judge = judge
+    guess = stage._guess(batch).detach()
+    loss = stage.heads_loss(guess, batch, 0, discriminator.logistic_loss, discriminator.verdict)["loss"]
     (real, text), (fake, _), (again, wrong) = asked
     assert again is real and wrong is batch.wrong and text is batch.text
     as_real = discriminator.logistic_loss(honest(real, batch.text, batch), True)
@@ -344,7 +318,7 @@ def test_killed_and_resumed_it_has_the_same_bits_and_its_folder_draws_in_four_st
         if step == 5:
             killed.save()
     resumed = Engine(run, Distill, tmp_path / "parts", resume=True, device="cpu")
-    assert resumed.global_step == 6 and resumed.stage._turns == 1
+    assert resumed.global_step == 6 and resumed.stage.balance.turns == 1
     resumed.fit()
     one, two = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
@@ -361,14 +335,34 @@ def test_killed_and_resumed_it_has_the_same_bits_and_its_folder_draws_in_four_st
     assert about["drawn"]["levels"] == [1.0, 0.9, 0.75, 0.5] and about["drawn"]["pictures"] == ROWS
 
 
-def test_a_students_folder_beside_the_shipped_encoders(shipped, tmp_path):
+def test_a_students_folder_beside_the_shipped_encoders_and_shipped_itself(shipped, tmp_path, monkeypatch):
     """Encoders "lite": the rest of the pipeline is the shipped one, the sampler the student's."""
+    from typer.testing import CliRunner
+
+    monkeypatch.chdir(tmp_path)
+    runner, words = CliRunner(), ["sample", "a red circle", "--model", "lite-4step", "--device", "cpu", "--json"]
+    early = runner.invoke(app, words)
+    assert early.exit_code == 2 and "nitro-e train distill" in early.output and "\n" not in early.output.strip()
     load_pipeline("lite", "cpu").transformer.save_pretrained(tmp_path / "final")
     settings = {"guidance": 0.0, "shift": 3.0, "sampler_steps": 4, "sigma_grid": "linear", "data": {"encoders": "lite"}}
     (tmp_path / "config.json").write_text(json.dumps({"config": settings}))
     for name in (tmp_path, tmp_path / "final"):
         pipeline = load_pipeline(name, "cpu")
         assert pipeline.sampler() == pipeline.sampler(4, 0.0, 3.0) and pipeline.config.sigma_grid == "linear"
+    with pytest.raises(ValueError, match="is no run of distill or sprint with encoders lite"):
+        ship_student(tmp_path, "lite-4step")
+    about = {"config": settings | {"stage": "distill", "data": {"encoders": "lite", "folders": ["/a/machine"]}}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    (tmp_path / "metrics.jsonl").write_text("")
+    folder = ship_student(tmp_path, "lite-4step")
+    assert "machine" not in (folder / "config.json").read_text()
+    found = runner.invoke(app, words)
+    assert found.exit_code == 0, found.output
+    drawn_ = json.loads(found.stdout)
+    assert (drawn_["steps"], drawn_["guidance"]) == (4, 0.0)
+    assert demo_protocol.default_lanes()[1] == demo_protocol.Lane("lite-4step", 4, 0.0)
+    weights = load_file(folder / "final" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float16}
 
 
 def test_a_student_learns_one_caption(teacher, teacher_folder, tmp_path):
@@ -377,7 +371,12 @@ def test_a_student_learns_one_caption(teacher, teacher_folder, tmp_path):
     data = DrawnConfig(folders=(str(tmp_path / "set"),), encoders=str(teacher_folder), validation_rows=2)
     fast = OptimizerConfig(name="adamw", lr=2e-3, warmup_steps=0, decay_steps=0)
     config = replace(
-        distill_preset("smoke"), teacher=str(teacher_folder), data=data, optimizer=fast, steps=30, regression_share=1.0
+        preset("distill", "smoke"),
+        teacher=str(teacher_folder),
+        data=data,
+        optimizer=fast,
+        steps=30,
+        regression_share=1.0,
     )
     config = replace(config, ema_decay=0.0)
     engine = Engine(config, Distill, tmp_path / "run", device="cpu")
@@ -396,12 +395,12 @@ def test_a_student_learns_one_caption(teacher, teacher_folder, tmp_path):
 def test_an_unbalanced_discriminator_stops_the_run(config, right, words):
     stage = stage_of(replace(config, gate_window=3))
     for _ in range(3):
-        stage._check_balance()
-        stage._note(right, 0)
+        stage.balance.check(0)
+        stage.balance.note(right, 0, 1)
     with pytest.raises(GateFailed, match=f"gate discriminator-balance, step 0: right on {right:.3f}.*{words}"):
         stage.losses(0, 0)
-    stage._right.fill_(0.8)
-    stage._check_balance()
+    stage.balance.right.fill_(0.8)
+    stage.balance.check(0)
 
 
 def test_a_student_below_its_teacher_stops_the_run(config, tmp_path):
@@ -464,9 +463,8 @@ def test_plan_by_hand():
 
     from nitro_e_lite.experiments.plan import forward_flops, frozen_encoders
     from nitro_e_lite.experiments.plan_distill import plan_distill
-    from nitro_e_lite.presets import preset
 
-    chosen, base = distill_preset("smoke"), preset("base", "smoke")
+    chosen, base = preset("distill", "smoke"), preset("base", "smoke")
     found = plan_distill(chosen, base, "h100", devices=2, mfu=0.5, pictures=100)
     one, caption = forward_flops(base), frozen_encoders(base)["text"].flops
     assert found.picture_flops == pytest.approx(40 * one + caption)

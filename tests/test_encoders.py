@@ -289,7 +289,7 @@ def test_an_encoder_run_saves_on_sigterm_and_holds_its_folder(tmp_path):
     run.step = lambda: (os.kill(os.getpid(), signal.SIGTERM), step())[1]
     with pytest.raises(RunStopped, match="Stopped by SIGTERM after step 1 of 6"):
         run.fit()
-    with run_lock(tmp_path / "stopped"), pytest.raises(RuntimeError, match="another process is training there"):
+    with run_lock(tmp_path / "stopped"), pytest.raises(RuntimeError, match="another process is writing there"):
         autoencoder.train_autoencoder(TINY_VAE, tmp_path / "stopped", resume=True, device="cpu")
     parts = autoencoder.train_autoencoder(TINY_VAE, tmp_path / "stopped", resume=True, device="cpu")
     name = "diffusion_pytorch_model.safetensors"

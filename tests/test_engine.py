@@ -1,5 +1,6 @@
 """The engine with stages of other kinds than the project's own: two players in turn, and data that the model makes."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -148,11 +149,11 @@ def test_a_non_finite_gradient_of_one_player_stops_nobody_for_good(tmp_path):
     handle = engine.stage.critic[0].weight.register_hook(lambda gradient: gradient * float("nan"))
     engine.step()
     handle.remove()
-    assert engine.skipped == 1
+    assert engine.health.skipped == 1
     assert all(torch.equal(before[name], p) for name, p in engine.learners["critic"].masters.items())
     engine.step()
     engine.step()
-    assert engine.skipped == 1 and engine.global_step == 3
+    assert engine.health.skipped == 1 and engine.global_step == 3
 
 
 SCRIPT = """
@@ -176,6 +177,55 @@ def test_two_processes_are_one(ranks, tmp_path):  # noqa: F811
         one, two = (weights_of(tmp_path / which / stage.__name__) for which in ("one", "two"))
         for name in one:
             torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
+
+
+TWO = """
+import sys, json, torch
+from pathlib import Path
+import torch.distributed as dist
+from test_engine import RUN, TwoPlayers
+from dataclasses import replace
+from nitro_e_lite.training.engine import Engine
+
+sent, reduce = [], dist.all_reduce
+def watch(tensor, *arguments, **options):
+    sent.append([tensor.numel(), str(tensor.dtype)])
+    return reduce(tensor, *arguments, **options)
+dist.all_reduce = watch
+waits, set_timeout = [], dist.distributed_c10d._set_pg_timeout
+dist.distributed_c10d._set_pg_timeout = lambda wait: (waits.append(wait.total_seconds()), set_timeout(wait))
+
+folder, found = Path(sys.argv[1]), {}
+for reduction in ("fp32", "bf16"):
+    config = replace(RUN, accumulate=4, reduction=reduction, steps=4, log_every=2, patience=7.0)
+    run = Engine(config, TwoPlayers, folder / reduction, device="cpu")
+    sent.clear()
+    run.step()
+    found[reduction] = list(sent)
+    run.fit()
+found["waits"] = waits
+if dist.get_rank() == 0:
+    (folder / "found.json").write_text(json.dumps(found))
+"""
+
+
+def test_gradients_travel_once_a_step_in_the_stated_type_and_the_log_names_the_slowest(ranks, tmp_path):  # noqa: F811
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    ranks.run(2, script, tmp_path)
+    found = json.loads((tmp_path / "found.json").read_text())
+    for reduction, kind in (("fp32", "torch.float32"), ("bf16", "torch.bfloat16")):
+        # losses and the wish to stop; then 25 gradients of the critic, once for four parts, and no buffer
+        assert found[reduction] == [[2, "torch.float32"], [25, kind]], found
+        weights = [load_file(tmp_path / name / "final" / "both.safetensors") for name in ("fp32", reduction)]
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=2e-3) for name in weights[0])
+    assert found["waits"] == [6 * 3600, 7 * 60] * 2  # seconds, in setting up and in training
+    rows = list(read_jsonl(tmp_path / "fp32" / "metrics.jsonl"))
+    assert all(len(row["seconds_by_rank"][what]) == 2 for row in rows for what in ("data", "compute", "communication"))
+    assert all(row["slowest_rank"] in (0, 1) and row["communication_seconds"] > 0 for row in rows)
+    assert len(json.loads((tmp_path / "fp32" / "config.json").read_text())["hosts"]) == 2
+    beats = [json.loads(path.read_text()) for path in sorted((tmp_path / "fp32" / "heartbeat").iterdir())]
+    assert len(beats) == 2 and all(beat["step"] >= 1 and beat["pid"] for beat in beats)
 
 
 def test_streams_differ_in_everything_that_names_them():

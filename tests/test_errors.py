@@ -40,7 +40,7 @@ def test_a_mistake_is_also_the_built_in_error(cls):
         ValueError("a bug of ours"),
         RuntimeError("NCCL error"),
         torch.OutOfMemoryError("CUDA out"),
-        OSError(28, "x"),
+        OSError(5, "x"),
     ],
     ids=["bug", "nccl", "memory", "no file"],
 )

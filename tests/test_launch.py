@@ -1,18 +1,19 @@
 """Several processes and machines: output comes back, failures are raised, stops are passed on, commands are right."""
 
 import os
-import re
 import shlex
 import signal
 import socket
 import subprocess
 import threading
+import time
 
 import pytest
 import torch
 
 from nitro_e_lite.config import override
 from nitro_e_lite.errors import UserError
+from nitro_e_lite.experiments import launch as launcher
 from nitro_e_lite.experiments.launch import (
     LaunchError,
     child_environment,
@@ -23,8 +24,9 @@ from nitro_e_lite.experiments.launch import (
     torchrun_words,
     train_arguments,
 )
+from nitro_e_lite.files import run_lock
 from nitro_e_lite.presets import assignments, preset
-from nitro_e_lite.runtime import RunStopped
+from nitro_e_lite.runtime import RunStopped, StopRequest
 from nitro_e_lite.training.checkpoints import list_checkpoints
 
 SUM = """
@@ -67,32 +69,62 @@ def test_a_failure_is_raised_with_its_last_lines(tmp_path):
     script.write_text("print('so far so good', flush=True)\nraise SystemExit('the disk is on fire')\n")
     lines = []
     with pytest.raises(LaunchError, match=r"(?s)1 processes: torchrun ended with code 1.*the disk is on fire"):
-        run_processes([str(script)], 1, child_environment(1, "cpu"), lines.append)
+        run_processes([str(script)], 1, child_environment(1, "cpu"), lines.append, nodes=1)
     assert "so far so good" in lines and any("the disk is on fire" in line for line in lines)
 
 
-def test_training_in_two_processes_stops_on_request(tmp_path, monkeypatch):
-    """The whole way: torchrun, the workers, progress streamed back, SIGTERM passed on, a checkpoint, the outcome."""
+def test_a_closed_terminal_stops_a_run_in_processes_of_its_own(tmp_path, monkeypatch):
+    """The whole way: the worker, progress streamed back, SIGHUP passed on, a checkpoint, the outcome."""
     monkeypatch.setenv("NITRO_E_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     config = override(preset("base", "smoke"), ["steps=100000", "validate_every=100000", "sample_every=100000"])
     lines = []
 
-    def on_line(line):
-        lines.append(line)
-        if "/100000" in line:  # the progress bar: it trains
-            os.kill(os.getpid(), signal.SIGTERM)
+    def hang_up():
+        while not (tmp_path / "run" / "metrics.jsonl").is_file():  # until it trains
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGHUP)
 
+    threading.Thread(target=hang_up, daemon=True).start()
     with pytest.raises(RunStopped, match="Stopped by SIGTERM after step") as stopped:
-        launch(config, tmp_path / "run", processes=2, device="cpu", on_line=on_line)
+        launch(config, tmp_path / "run", device="cpu", on_line=lines.append, apart=True)
     (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")[-1:]
     assert f"after step {int(checkpoint.name.removeprefix('step-'))} of" in str(stopped.value)
+    assert all(line in (tmp_path / "run" / "console.log").read_text() for line in lines)
+
+
+def test_a_start_waits_for_the_run_before_to_save(tmp_path, monkeypatch):
+    """An immediate restart met the orphans of the run before, and was refused or read a checkpoint too early."""
+    lock, lines, slept = run_lock(tmp_path), [], []
+    lock.__enter__()
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 2:
+            lock.__exit__(None, None, None)
+
+    monkeypatch.setattr(launcher.time, "sleep", sleep)
+    launcher._wait_for_the_run_before(tmp_path, lines.append)
+    assert slept == [1, 1] and lines == [f"{tmp_path}: the run before is still saving; waiting for it, 180 s at most"]
+
+
+def test_nohup_stays_in_force_and_the_handlers_come_back():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert request.name is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert request.name == "SIGTERM"
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_mistake_found_by_the_processes_is_one_here_too(tmp_path):
     config = override(preset("base", "smoke"), ["model.in_channels=3"])
     with pytest.raises(UserError, match="model.in_channels=3: the encoders in use give 8"):
-        launch(config, tmp_path / "run", processes=2, device="cpu", on_line=lambda line: None)
+        launch(config, tmp_path / "run", device="cpu", on_line=lambda line: None, apart=True)
 
 
 def test_in_place_and_refusals(tmp_path):
@@ -127,19 +159,31 @@ def test_commands_for_several_machines():
     assert sets == assignments(config) and override(preset("base", "full"), sets) == config
 
 
-def test_slurm_script_passes_words_and_ranks(tmp_path):
+@pytest.mark.parametrize(
+    ("code", "restarts", "finished", "again"),
+    [(0, 9, False, True), (0, 0, True, False), (1, 0, False, True), (1, 5, False, False)],
+    ids=["stopped", "finished", "failed", "failed too often"],
+)
+def test_slurm_script(tmp_path, code, restarts, finished, again):
     """The script is run by bash with stand-ins for Slurm's two programs; each task prints what it was given."""
-    words = ["train", "base", "--set", "data.folders=[one dir]"]
+    words = ["train", "base", "--set", "data.folders=[one dir]", "--run-dir", "runs/my run"]
     script = slurm_script(words, nodes=2, processes=8, hours=36)
-    assert "#SBATCH --nodes=2" in script and "#SBATCH --ntasks-per-node=8" in script and "--signal=TERM@600" in script
+    for line in ("--nodes=2", "--ntasks-per-node=8", "--signal=TERM@600", "--requeue", "--open-mode=append"):
+        assert f"#SBATCH {line}\n" in script
+    told = "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS"
     for name, text in {
-        "scontrol": "echo node0; echo node1",
+        "scontrol": 'if [ "$1" = requeue ]; then echo "again $2"; else echo node0; echo node1; fi',
         "srun": '[ "$1" = --kill-on-bad-exit=1 ] && shift && SLURM_PROCID=9 SLURM_LOCALID=1 SLURM_NTASKS=16 exec "$@"',
-        "nitro-e": 'echo $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT; printf "<%s>" "$@"',
+        "nitro-e": f'echo {told}; printf "<%s>" "$@"; echo; exit {code}',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[0-1]"}
-    said = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True).stdout
-    assert re.match(r"9 1 16 8 node0 29500\n", said)
-    assert said.endswith("".join(f"<{word}>" for word in [*words, "--resume"]))
+    if finished:
+        (tmp_path / "runs" / "my run" / "final").mkdir(parents=True)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_ID": "77"}
+    environment |= {"SLURM_CPUS_PER_TASK": "12", "SLURM_RESTART_COUNT": str(restarts)}
+    ran = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    first, given, *rest = ran.stdout.splitlines()
+    assert first == "9 1 16 8 node0 29500 12" and ran.returncode == code
+    assert given == "".join(f"<{word}>" for word in [*words, "--resume"])
+    assert rest == ["again 77"] * again

@@ -179,6 +179,19 @@ def test_interval_of_a_share_against_known_values():
         stats.share_interval(3, 2)
 
 
+def test_paired_interval_against_the_normal_one_and_over_prompts():
+    first = [float(k % 3 == 0) for k in range(300)]
+    second = [float(k % 4 == 0) for k in range(300)]
+    mean, low, high = stats.paired_interval(first, second, range(300))
+    half = 1.96 * statistics.stdev(a - b for a, b in zip(first, second, strict=True)) / math.sqrt(300)
+    assert mean == pytest.approx(100 / 300 - 75 / 300)
+    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.01)
+    copies = stats.paired_interval(first * 4, second * 4, [*range(300)] * 4)  # four times the same says no more
+    assert copies == pytest.approx((mean, low, high))
+    with pytest.raises(ValueError, match="equally many"):
+        stats.paired_interval([1.0], [], [0])
+
+
 def test_interval_needs_repeats():
     with pytest.raises(ValueError, match="two"):
         lessons.interval([1.0])

@@ -3,14 +3,18 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from tiny import build_tiny_pipeline
 
 from nitro_e_lite import files
+from nitro_e_lite.inference import hub, loading
 from nitro_e_lite.inference.encoders import LatentStats, load_encoders
 from nitro_e_lite.inference.hub import EncoderUnavailable
 from nitro_e_lite.inference.loading import load_pipeline
+from nitro_e_lite.inference.low_memory import draw_one_by_one
+from nitro_e_lite.model.official_weights import save_official
 
 STATS = LatentStats((0.5, 0.0, -0.5, 0.1), (2.0, 1.0, 1.0, 3.0))
 
@@ -152,3 +156,62 @@ def test_a_wrong_official_file_is_found_out_before_encoders_are_fetched(tmp_path
     (tmp_path / "Nitro-E-512px.safetensors").write_bytes(b"\0" * 64)
     with pytest.raises(ValueError, match="Nitro-E-512px.safetensors is damaged"):
         load_pipeline(tmp_path / "Nitro-E-512px.safetensors", "cpu")
+
+
+# The published repository, and little memory
+
+TINY_OFFICIAL = {
+    "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16,
+    "caption_channels": 32, "caption_projection_dim": 32,
+}  # fmt: skip
+
+
+@pytest.fixture
+def published(tiny_pipeline, tmp_path, monkeypatch):
+    """What the hub's client has downloaded of the published repository, with a tiny model in its file."""
+    folder = tmp_path / "models--amd--Nitro-E" / "snapshots" / hub.HUB_REVISIONS["amd/Nitro-E"]
+    folder.mkdir(parents=True)
+    small = type(tiny_pipeline.transformer).from_config(tiny_pipeline.transformer.config, block_groups=(4, 16, 4))
+    for name in ("512px", "1024px"):
+        save_official(small, folder / f"Nitro-E-{name}.safetensors")
+        monkeypatch.setitem(hub.OFFICIAL_SUMS, name, files.sha256_file(folder / f"Nitro-E-{name}.safetensors"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    return folder
+
+
+def test_the_published_repository_is_a_model_at_its_pinned_commit(published, tiny_folder):
+    parts = {"text_encoder": tiny_folder, "vae": tiny_folder / "vae"}
+    pipeline = load_pipeline("amd/Nitro-E", "cpu", **parts, **TINY_OFFICIAL)
+    assert pipeline.config.sigma_grid == "scheduler" and pipeline.config.default_steps == 20
+    assert load_pipeline("amd/Nitro-E", "cpu", variant="1024px", **parts, **TINY_OFFICIAL)
+    with pytest.raises(ValueError, match="variant=1024px-dist: amd/Nitro-E has 512px, 512px-dist, 1024px at"):
+        load_pipeline("amd/Nitro-E", "cpu", variant="1024px-dist")
+    with pytest.raises(EncoderUnavailable, match=r"amd/Nitro-E: cannot be downloaded .*--model FILE"):
+        load_pipeline("amd/Nitro-E", "cpu", variant="512px-dist")
+    with open(published / "Nitro-E-512px.safetensors", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match="contents differ from what amd/Nitro-E published"):
+        load_pipeline("amd/Nitro-E", "cpu")
+
+
+def test_a_configuration_beside_an_official_file_decides_its_variant(published, recwarn):
+    file = published / "Nitro-E-512px.safetensors"
+    for size, variant in ((32, "1024px"), (16, "512px")):
+        (published / "config.json").write_text(f'{{"_class_name": "EMMDiTTransformer2DModel", "sample_size": {size}}}')
+        with pytest.raises(ValueError):  # the shapes are not the published ones
+            load_pipeline(file, "cpu")
+        assert loading._published_as(file) == variant
+    assert not [one for one in recwarn if "because of its name" in str(one.message)]
+
+
+def test_little_memory_draws_the_same_pictures_and_lets_the_text_encoder_go(tiny_folder):
+    prompts, settings = ["a red circle", "two blue hearts"], {"num_inference_steps": 2, "guidance_scale": 3.0}
+    seeds = [[torch.Generator().manual_seed(k) for k in range(2)] for _ in range(2)]
+    whole = load_pipeline(tiny_folder, "cpu")(prompts, generator=seeds[0], output_type="np", **settings).images
+    pipeline = load_pipeline(tiny_folder, "cpu", low_memory=True)
+    assert pipeline.vae.use_tiling
+    drawn = draw_one_by_one(pipeline, prompts, seeds[1], output_type="np", **settings)
+    first = next(drawn)
+    assert pipeline.text_encoder is None and pipeline.tokenizer is None, "gone before the first decode is over"
+    assert np.allclose([first, *drawn], whole, atol=1e-5)

@@ -29,10 +29,13 @@ COURSE = [
     "08_emmdit_assembled",
     "09_repa_pretraining",
     "10_fine_tuning_ema",
+    "12_step_distillation",
+    "13_sana_sprint",
     "16_demo_20_vs_4_steps",
     "17_full_run_8x_mi300x",
 ]
-STAGES = ["09_repa_pretraining", "10_fine_tuning_ema", "17_full_run_8x_mi300x"]  # they train through the launcher
+STAGES = ["09_repa_pretraining", "10_fine_tuning_ema", "17_full_run_8x_mi300x"]  # they look before they train
+STUDENTS = ["12_step_distillation", "13_sana_sprint"]  # they train through the launcher, on what they have drawn
 HEADINGS = ["able to", "Check", "Measure", "Full scale", "Exercises", "Solutions", "Recap"]
 COMMON = ["preset", "seed", "devices", "run_dir", "overrides"]
 MAX_CELLS, MAX_MEDIAN, MAX_LINES, MAX_IDEA_WORDS, MAX_FIGURE_BYTES = 35, 8, 30, 120, 250_000
@@ -143,7 +146,8 @@ def test_says_how_to_run_at_full_scale(name):
     text = "\n".join(source(cell) for cell in between(name, "Full scale", "Exercises"))
     missing = [word for word in ("memory", "not run") if word not in text.lower()]
     assert missing == [], "say what it needs and whether it was run"
-    assert f"papermill notebooks/{name}.ipynb runs/{name}.ipynb -f notebooks/params/{name}.full.yaml" in text
+    command = f"papermill notebooks/{name}.ipynb runs/{name}.ipynb -f notebooks/params/{name}.full.yaml"
+    assert f"mkdir -p runs && {command}" in text, "a fresh clone has no folder runs"
 
 
 @every_notebook
@@ -252,13 +256,13 @@ def test_notebooks_link_to_the_next_one():
 def two_steps(name: str, scale: str) -> dict:
     """Every value of a parameter file but its size and what is not on this machine."""
     values = yaml.safe_load((FOLDER / "params" / f"{name}.{scale}.yaml").read_text(encoding="utf-8"))
-    values |= {key: value for key, value in parameters(name).items() if key in ("encoders", "vision", "base")}
+    values |= {key: value for key, value in parameters(name).items() if key in ("encoders", "vision", "base", "drawn")}
     return values | {"preset": "smoke", "devices": 1, "overrides": ["steps=2"], "seed": 5, "run_dir": "run"}
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_both_parameter_files_of_a_stage_are_the_same_run_at_smoke_size(name):
-    """So that running one of them is running both: 17 below, 09 and 10 in test_reproduce.py."""
+    """So that running one of them is running both: the full one as it is printed, in test_runbook.py."""
     lite, full = two_steps(name, "lite"), two_steps(name, "full")
     assert {key: value for key, value in lite.items() if parameters(name)[key] != value} == {
         key: value for key, value in full.items() if parameters(name)[key] != value
@@ -266,11 +270,21 @@ def test_both_parameter_files_of_a_stage_are_the_same_run_at_smoke_size(name):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_is_trained_by_as_many_processes_as_asked_for(name):
+def test_a_stage_looks_first_and_trains_with_as_many_processes_as_asked_for(name):
     """Without accelerators all three once started one process, whatever `devices` said."""
-    launches = re.findall(r"launch\.launch\((.+)\)", "\n".join(source(cell) for cell in cells(name)))
-    trained = [call for call in launches if "processes" in call]
-    assert trained and all("processes=devices" in call for call in trained)
+    code = [source(cell) for cell in cells(name)]
+    made = [
+        call for text in code for call in re.findall(r"= stage_run\.StageRun\((.+)\)", text) if '"stage1"' not in call
+    ]
+    assert made and all(re.search(r"(processes=|, )devices\b", call) for call in made)
+    looks = next(k for k, text in enumerate(code) if "stage_run.prepare(" in text)
+    assert "save_figure" not in "".join(code[: looks + 1]), "a demonstration comes before the preflight"
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_student_trains_with_as_many_processes_as_asked_for(name):
+    calls = [call for cell in cells(name) for call in re.findall(r"= launch\.launch\((.+)\)", source(cell))]
+    assert calls and all("processes=devices" in call for call in calls)
 
 
 @pytest.mark.parametrize("scale", ["lite", "full"])
@@ -281,34 +295,6 @@ def test_stage_2_goes_on_from_stage_1(scale):
     assert stage_2["base"] == f"{stage_1['run_dir']}/training"
     assert stage_1["vision"] == presets.preset("base", scale).repa.vision
     assert stage_1["encoders"] == stage_2["encoders"] == presets.preset("finetune", scale).data.encoders
-
-
-@pytest.mark.slow
-def test_parameter_files_of_the_full_run_train_two_steps_and_change_nothing(tmp_path):
-    values = two_steps("17_full_run_8x_mi300x", "full") | {"run_dir": str(tmp_path / "run")}
-    (tmp_path / "two_steps.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    before = (ROOT / "figures" / "ledger.json").read_bytes()
-    run = notebooks.execute(FOLDER / "17_full_run_8x_mi300x.ipynb", tmp_path / "two_steps.yaml")
-    assert "seed 5" in printed(run["cells"])
-    assert [o for cell in run["cells"] for o in cell.get("outputs", []) if o["output_type"] == "error"] == []
-    assert [*(tmp_path / "run").glob("**/final/config.json")]
-    assert (ROOT / "figures" / "ledger.json").read_bytes() == before
-    assert (tmp_path / "run" / "figures" / "ledger.json").is_file()
-
-
-@pytest.mark.slow
-def test_stage_2_does_at_smoke_size_all_that_it_does_at_lite_scale(tmp_path):
-    """White text and minimal pairs, which the smoke preset leaves out, once failed here after hours of training."""
-    lite = presets.preset("finetune", "lite")
-    flags = {f"data.{name}": getattr(lite.data, name) for name in ("pairs", "pairs_every", "colorless", "quality")}
-    flags["optimizer.whiten_text_input"] = lite.optimizer.whiten_text_input
-    overrides = ["steps=2", *(f"{name}={json.dumps(value)}" for name, value in flags.items())]
-    values = two_steps("10_fine_tuning_ema", "lite") | {"overrides": overrides, "run_dir": str(tmp_path / "run")}
-    (tmp_path / "lite_at_smoke_size.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    text = printed(
-        notebooks.execute(FOLDER / "10_fine_tuning_ema.ipynb", tmp_path / "lite_at_smoke_size.yaml")["cells"]
-    )
-    assert "stage 2, average" in text and "ours agree on the first 32" in text
 
 
 def notebook_of(*sources: str) -> str:

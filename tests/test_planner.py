@@ -11,13 +11,26 @@ from nitro_e_lite.cli.app import app
 from nitro_e_lite.config import override, to_dict
 from nitro_e_lite.data.shard_writer import write_latents
 from nitro_e_lite.data.shards import LatentBatch
-from nitro_e_lite.experiments.plan import STORED, activation_bytes, count_pictures, frozen_encoders, plan, published_mfu
+from nitro_e_lite.experiments.plan import (
+    STORED,
+    activation_bytes,
+    checkpoint_bytes,
+    checkpoint_hours,
+    count_pictures,
+    drawing_days,
+    frozen_encoders,
+    outlook,
+    plan,
+    published_mfu,
+)
 from nitro_e_lite.files import weights_dir
 from nitro_e_lite.inference.encoders import load_encoders
 from nitro_e_lite.inference.vision import load_vision
 from nitro_e_lite.model.cpu_kernels import plain_operations
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.presets import preset
+from nitro_e_lite.stages.pretrain import Pretrain
+from nitro_e_lite.training.engine import Engine
 
 FULL = preset("base", "full")
 
@@ -90,7 +103,32 @@ def test_memory_by_hand():
     assert memory["optimizer"] == 8 * count and memory["average of the weights"] == 4 * count
     assert memory["gradient bucket"] == 4 * count  # one bucket holds all of so small a model
     assert plan(FULL, "mi300x", 8).memory["gradient bucket"] == 2**27  # a full bucket, 128 MB: not the whole gradient
-    assert set(frozen_encoders(preset("base", "lite"))) == {"latents", "text"}
+    assert set(frozen_encoders(override(preset("base", "lite"), ["repa.weight=0"]))) == {"latents", "text"}
+
+
+def test_a_range_of_hours_and_all_that_comes_with_them(full):
+    """The hours once were the published ones fed back, and encoding, drawing, reading and saving were not counted."""
+    slow, _, fast = outlook(FULL, full, 8)
+    assert (slow.mfu.whose, fast.mfu.whose, fast.mfu.share) == ("published", "ours", 0.4)
+    assert slow.hours == pytest.approx(full.hours)
+    assert fast.encoding == pytest.approx(2.64, rel=0.01)  # 25 million x 1.5925 TFLOP at 40 % of 8 x 1307.4
+    assert fast.hours["all stored"] == pytest.approx(24.4 * 0.056 / 0.4, rel=0.02)
+    row = 2 * (32 * 256 + 128 * 2048 + 256 * 768)
+    assert fast.reading["all stored"] == pytest.approx(8 * full.peak * 0.4 / full.sample_flops["all stored"] * row)
+    assert fast.reading["nothing stored"] == 0 and 0 < fast.validation < slow.validation < 0.02 * 24.4
+    assert drawing_days(FULL, 8, full.peak) == pytest.approx(25, rel=0.03)  # data_cards/fluxdb.md
+    assert drawing_days(override(FULL, ["data.folders=[data/sa1b]"]), 8, full.peak) == 0
+    assert checkpoint_bytes(FULL) == 12 * full.parameters  # masters and two moments: stage 1 has no average
+    assert checkpoint_bytes(override(FULL, ["ema_decay=0.9999"])) == 16 * full.parameters
+    assert checkpoint_hours(FULL) == pytest.approx(100 * checkpoint_bytes(FULL) / 1e9 / 3600)
+
+
+def test_a_checkpoint_is_as_large_as_planned(tmp_path):
+    config = override(preset("base", "smoke"), ["optimizer.name=adamw", "repa.weight=0.5"])
+    engine = Engine(config, Pretrain, tmp_path / "run", device="cpu")
+    engine.step()
+    files = [*engine.save().glob("*.safetensors")]
+    assert sum(file.stat().st_size for file in files) == pytest.approx(checkpoint_bytes(config), rel=0.15)  # headers
 
 
 @pytest.mark.parametrize(
@@ -111,7 +149,8 @@ def test_command():
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     assert found["mfu"] == 0.3 and found["peak"] == 989.4e12 and found["hours"]["all stored"] > 0
     shown = CliRunner().invoke(app, arguments).stdout
-    assert "samples/s" in shown and "NVIDIA H100 data sheet" in shown
+    assert "samples/s" in shown and "NVIDIA H100 data sheet" in shown and "30.0% (asked" in shown
+    assert [one["mfu"]["share"] for one in found["outlook"]] == [0.3] and found["drawing_days"] == 0
 
 
 def test_lite_encoders_are_those_that_a_run_loads():
@@ -139,7 +178,7 @@ def test_pictures_are_those_of_the_folders(tmp_path):
     """Any other folder than the paper's once counted as the 40,000 scenes of the lite preset."""
     full = preset("base", "full")
     assert count_pictures(full.data) == 25_000_000
-    assert count_pictures(preset("base", "lite").data) == 40_000
+    assert count_pictures(preset("base", "lite").data) == preset("base", "lite").data.scenes
     elsewhere = override(full, ["data.folders=[/mnt/sa1b, /mnt/fluxdb]"])
     assert count_pictures(elsewhere.data) == 20_600_000
     rows = LatentBatch(torch.zeros(3, 4, 16, 16), [["a"], ["b"], ["c"]])

@@ -43,11 +43,16 @@ def test_the_chain_leaves_weights_notebooks_and_metrics_and_knows_when_it_is_don
         assert list((run_dir / stage / "figures").glob("*.png"))
     card = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
     assert card["images"] == 6 and 0 <= card["overall"] <= 1 and (run_dir / "uncurated.png").is_file()
+    students = json.loads((run_dir / "students.json").read_text(encoding="utf-8"))
+    assert {stage: (one["images"], one["steps"]) for stage, one in students.items()} == {
+        "distill": (6, 4),
+        "sprint": (6, 2),
+    }
     probe = json.loads((run_dir / "vision" / "final" / "probe.json").read_text(encoding="utf-8"))
     assert set(probe) == {"trained", "pixels", "untrained"}
 
     again = reproduce.Chain("smoke", run_dir, seed=3, overrides=OVERRIDES)
-    assert [seconds for _, seconds in again.run()] == [None] * 8
+    assert [seconds for _, seconds in again.run()] == [None] * 12
     report = json.loads((run_dir / "reproduce.json").read_text(encoding="utf-8"))
     assert list(report["steps"]) == [step.name for step in again.steps()]
     with pytest.raises(ValueError, match="holds a chain with"):
@@ -61,9 +66,28 @@ def test_a_step_killed_while_it_writes_its_result_is_not_done(tmp_path, monkeypa
         patch.setattr("nitro_e_lite.stages.autoencoder.measure_latents", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             next(chain.run())
+    tried = reproduce.Chain("smoke", tmp_path).report["steps"]["autoencoder"]["seconds"]
     step, seconds = next(reproduce.Chain("smoke", tmp_path).run())
-    assert step.name == "autoencoder" and seconds is not None
+    assert step.name == "autoencoder" and seconds > tried > 0  # what both attempts took
     assert (tmp_path / "autoencoder" / "final" / "vae" / "latent_stats.json").is_file()
+
+
+def test_a_stage_under_way_says_how_long_it_will_take(tmp_path):
+    assert reproduce.progress(tmp_path) is None
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"steps": 1000, "batch_size": 32}}), encoding="utf-8")
+    rows = [
+        {"step": 90, "loss": 2.0, "samples_per_second": 1.0},
+        {"step": 100, "loss": 0.5, "samples_per_second": 16.0},
+    ]
+    rows.append({"step": 100, "validation_loss": 0.4})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert reproduce.progress(tmp_path) == "step 100 of 1,000, loss 0.500, 16.0 samples/s, 30 minutes left"
+    said = []
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "step-00000100.png").touch()
+    with reproduce.watched(tmp_path, said.append, every=0.01):
+        time.sleep(0.5)
+    assert len(said) == 1 and said[0].endswith("newest picture: " + str(tmp_path / "samples" / "step-00000100.png"))
 
 
 def test_what_cannot_be_reproduced_is_refused(tmp_path, monkeypatch):

@@ -335,7 +335,7 @@ def test_sigint_in_place_saves_and_says_so(uninterrupted, tmp_path):
 
 
 def test_two_trainings_in_one_folder_are_refused(tmp_path):
-    with run_lock(tmp_path), pytest.raises(RuntimeError, match="another process is training there"):
+    with run_lock(tmp_path), pytest.raises(RuntimeError, match="another process is writing there"):
         pretrain(SMOKE, tmp_path, device="cpu")
     assert not (tmp_path / "metrics.jsonl").exists()
     with run_lock(tmp_path), run_lock(tmp_path, writes=False):  # the other processes of a run
@@ -373,6 +373,7 @@ def test_resuming_with_other_settings_or_encoders_is_said_or_refused(tmp_path, m
 
 def test_processes_that_did_not_find_each_other_are_refused(uninterrupted, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(RuntimeError, match="WORLD_SIZE=2, but accelerate sees 1"):
         engine(SMOKE, tmp_path)
 
@@ -443,7 +444,7 @@ def test_a_non_finite_gradient_changes_nothing_and_many_end_the_run(tmp_path):
     before = {name: p.detach().clone() for name, p in masters(run).items()}
     run.stage.model.proj_out.weight.register_hook(lambda gradient: gradient * float("nan"))
     run.step()
-    assert run.skipped == 1 and run.global_step == 1
+    assert run.health.skipped == 1 and run.global_step == 1
     assert_same(before, {name: p.detach() for name, p in masters(run).items()})
     with pytest.raises(FloatingPointError, match="2 steps had non-finite gradients"):
         run.step()

@@ -2,6 +2,8 @@
 
 import torch
 
+DRAWN_ROWS, TEACHER_STEPS, TEACHER_SHIFT = 14, 8, 3.0
+
 
 def build_tiny_pipeline(width: int = 32):
     """A whole pipeline with random weights: 64 px pictures on a 16x16 grid, 16 text tokens."""
@@ -72,3 +74,11 @@ def build_tiny_pipeline(width: int = 32):
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def draw(teacher, out, count=DRAWN_ROWS, **options):
+    """A drawing of what students learn from, by a tiny teacher."""
+    from nitro_e_lite.data import drawn
+
+    options = {"steps": TEACHER_STEPS, "guidance": 3.0, "batch": 3, "shard_rows": 5} | options
+    return drawn.Drawing(teacher, drawn.GrammarPrompts(0, count), out, **options)

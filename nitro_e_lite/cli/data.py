@@ -20,6 +20,8 @@ from nitro_e_lite.cli.terminal import (
     output,
     show_table,
 )
+from nitro_e_lite.errors import InvalidValue
+from nitro_e_lite.files import check_output
 
 app = typer.Typer(help="Training data: encode, check, measure.", no_args_is_help=True)
 
@@ -61,23 +63,30 @@ def encode(
 ) -> None:
     """Encode raw pictures and captions into shards; run it again to continue, under torchrun to share the work."""
     with output(json) as result:
-        import yaml
-
-        from nitro_e_lite import runtime
+        from nitro_e_lite import config, runtime
         from nitro_e_lite.data import precompute
         from nitro_e_lite.inference.encoders import load_encoders
         from nitro_e_lite.inference.vision import load_vision
 
-        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        rank, world = runtime.rank_and_world()
+        check_output(out, "folder")
         device = local_device(device)
         number_type = runtime.pick_dtype(dtype, runtime.pick_device(device))
         if kind == "fluxdb":
-            settings = {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in draw or [])}
+            pairs = [pair.partition("=") for pair in draw or []]
+            if bad := [name for name, sign, _ in pairs if not (name and sign)]:
+                raise InvalidValue(f"draw={bad[0]!r}: must read argument=value")
+            settings = {name: config.read_value(name, value) for name, _, value in pairs}
             chosen = generator or precompute.GENERATOR
             options = {"settings": settings, "device": device, "dtype": number_type, "batch": batch}
             source = precompute.drawn_source(path, chosen, **options)
         else:
+            for name, value in (("generator", generator), ("draw", draw)):
+                if value:
+                    raise InvalidValue(f"{name}: {kind} has pictures of its own; only fluxdb is drawn")
             source = precompute.open_source(kind, path, captions)
+        if out.resolve() == path.resolve():
+            raise InvalidValue(f"out={out}: is the folder of the raw data; name another")
         models = load_encoders(encoders, device, number_type)
         eyes = load_vision(vision, device, number_type) if vision else None
         options = {"size": size, "batch": batch, "shard_rows": shard_rows, "threads": threads}
@@ -114,11 +123,14 @@ def draw(
     """Have a teacher draw what a student of few steps learns from; continue and share it as `encode`."""
     with output(json) as result:
         from nitro_e_lite.data import drawn, sources
+        from nitro_e_lite.inference.arguments import as_integer
         from nitro_e_lite.inference.loading import load_pipeline
+        from nitro_e_lite.runtime import rank_and_world
 
-        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        teacher = load_pipeline(model, local_device(device), dtype)
+        (rank, world), count = rank_and_world(), as_integer("count", count, 1)
+        check_output(out, "folder")
         chosen = drawn.GrammarPrompts(seed, count) if prompts is None else sources.read_prompts(prompts)
+        teacher = load_pipeline(model, local_device(device), dtype)
         options = {"steps": steps, "guidance": guidance, "shift": shift, "student_steps": student_steps, "seed": seed}
         options |= {"text": text, "batch": batch, "shard_rows": shard_rows}
         drawing = drawn.Drawing(teacher, chosen, out, rank=rank, world=world, **options)

@@ -24,16 +24,19 @@ from nitro_e_lite.cli.terminal import (
     Variant,
     command,
     console,
-    errors,
     output,
+    say,
     settings,
     show_table,
 )
 from nitro_e_lite.course.demo_protocol import LITE_VOCABULARY
 from nitro_e_lite.errors import InvalidValue
+from nitro_e_lite.files import check_output
 
 app = typer.Typer()
 
+MAX_PICTURES = 100_000  # of one caption in one command
+AT_ONCE = 64  # pictures
 OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 DEMO_CAPTIONS = (
@@ -74,10 +77,17 @@ def demo(
     loading = {"text_encoder": text_encoder, "vae": vae, "device": device, "dtype": dtype}
     of_page = {"port": port, "lane": lane, **loading, "model": model if model != "lite" else None}
     of_picture = {"out": out, "steps": steps, "guidance": guidance, "shift": shift, "json": json or None}
-    for name, value in (of_picture if web else of_page).items():
+    if web and teaser:
+        raise InvalidValue("web, teaser: two forms of the demo; name one")
+    if web:
+        refused, why = of_picture, "the page has its own dials for that"
+    elif teaser:
+        refused, why = of_picture | of_page, "the teaser is always drawn alike"
+    else:
+        refused, why = of_page, "only --web takes it"
+    for name, value in refused.items():
         if value is not None:
-            only = "the page has its own dials for that" if web else "only --web takes it"
-            raise InvalidValue(f"{name}: {only}")
+            raise InvalidValue(f"{name}: {why}")
     if web:
         _serve_page(model, lane, port, host, browser, loading)
     elif teaser:
@@ -96,18 +106,15 @@ def _serve_page(
     if len(lanes) > demo_protocol.MAX_LANES:
         raise InvalidValue(f"lane: {len(lanes)} lanes; {demo_protocol.MAX_LANES} fit beside each other")
     if not demo_server.is_loopback(host):
-        errors.print(
-            f"Warning: --host {host} lets everyone who reaches this machine draw on it; there is no password.",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
+        say(
+            f"Warning: --host {host} lets everyone who reaches this machine draw on it; there is no password.", "yellow"
         )
 
-    def say(text: str) -> None:
+    def tell(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
     port = demo_server.PORT if port is None else port
-    demo_server.serve(lanes, port=port, host=host, browser=browser, say=say, **loading)
+    demo_server.serve(lanes, port=port, host=host, browser=browser, say=tell, **loading)
 
 
 def _draw_teaser(seed: int) -> None:
@@ -128,6 +135,7 @@ def _draw_eight(
 
         captions, count = list(DEMO_CAPTIONS), len(DEMO_CAPTIONS)
         [out] = picture_paths(out, ["demo"], [seed])
+        generators = seeded_generators(range(seed, seed + count))
         pipeline = load_pipeline("lite")
         sampler = pipeline.sampler(steps, guidance, shift)
         pipeline.set_progress_bar_config(disable=None)  # None: shown on a terminal only
@@ -136,7 +144,7 @@ def _draw_eight(
         clock.append(time.perf_counter())
         latents = pipeline(
             **sampler.arguments(),
-            generator=seeded_generators(range(seed, seed + count)),
+            generator=generators,
             negative_prompt_embeds=features[:count],
             prompt_embeds=features[count:],
             output_type="latent",
@@ -166,13 +174,11 @@ def warn_unknown_words(prompts: list[str]) -> None:
 
     unknown = dict.fromkeys(word for prompt in prompts for word in unknown_words(prompt))
     if unknown:
-        errors.print(
+        say(
             f"Note: the lite model was trained on pictures of simple shapes and has never read: "
-            f"{', '.join(unknown)}. It knows {', '.join(grammar.SHAPES)}; {', '.join(grammar.COLORS)}; "
+            f"{', '.join(unknown)[:500]}. It knows {', '.join(grammar.SHAPES)}; {', '.join(grammar.COLORS)}; "
             f"{', '.join(grammar.SIZES)}; one to four of a kind; {', '.join(grammar.RELATIONS)}.",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
+            "yellow",
         )
 
 
@@ -183,13 +189,18 @@ def picture_paths(out: Path, prompts: list[str], seeds: list[int]) -> list[Path]
 
     Raises:
         ValueError: `out` is a picture of another format than PNG.
+        OSError: nothing can be written there.
     """
     if out.suffix.lower() in OTHER_PICTURES:
         rule = "prompt and settings are kept in PNG text chunks; name a .png file or a folder"
         raise InvalidValue(f"out: {out.name!r} is no PNG; {rule}")
     if out.suffix.lower() == ".png":
         count = len(prompts)
-        return [out] if count == 1 else [out.with_stem(f"{out.stem}-{index}") for index in range(count)]
+        paths = [out] if count == 1 else [out.with_stem(f"{out.stem}-{index}") for index in range(count)]
+        for path in (paths[0], paths[-1]):
+            check_output(path, "file")
+        return paths
+    check_output(out, "folder")
     names = [re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture" for prompt in prompts]
     paths: list[Path] = []
     for name, seed in zip(names, seeds, strict=True):
@@ -199,6 +210,19 @@ def picture_paths(out: Path, prompts: list[str], seeds: list[int]) -> list[Path]
             path = out / f"{name}-{seed}-{repeat}.png"
         paths.append(path)
     return paths
+
+
+def claim(path: Path) -> Path:
+    """The first free name like `path`, taken at once: two runs in one folder never choose the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, repeat = path, 1
+    while True:
+        try:
+            path.touch(exist_ok=False)
+            return path
+        except FileExistsError:
+            repeat += 1
+            path = first.with_stem(f"{first.stem}-{repeat}")
 
 
 @command(app, "sample")
@@ -224,19 +248,25 @@ def sample(
     prompt_switch: Annotated[
         bool, typer.Option("--prompt-switch", help="With --fp8: portraits, text and logos in 16 bit.")
     ] = False,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="One picture and one part of the model at a time; large ones in tiles.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Draw captions and save PNG files that hold prompt, seed and settings in their text chunks."""
     with output(json) as result:
         from nitro_e_lite import load_pipeline, viz
         from nitro_e_lite.inference.arguments import as_integer, seeded_generators
+        from nitro_e_lite.inference.low_memory import draw_one_by_one
 
-        as_integer("num", num, 1)
+        as_integer("num", num, 1, MAX_PICTURES)
         prompts = [caption for caption in captions for _ in range(num)]
         seeds = [seed + index for _ in captions for index in range(num)]
         paths, generators = picture_paths(out, prompts, seeds), seeded_generators(seeds)
         if prompt_switch and not fp8:
             raise InvalidValue("prompt_switch: chooses between FP8 and 16 bit; give --fp8 as well")
+        if low_memory and fp8:
+            raise InvalidValue("low_memory: draws in 16 or 32 bit; leave --fp8 out")
         parts = {"text_encoder": text_encoder, "vae": vae, "lora": lora, "variant": variant}
         if prompt_switch:
             from nitro_e_lite.inference.fp8_pipeline import PromptSwitch
@@ -244,27 +274,40 @@ def sample(
             pipeline = load_pipeline(model, device, dtype or "bfloat16", **parts)
             draw = PromptSwitch(pipeline)
         else:
-            draw = pipeline = load_pipeline(model, device, dtype, **parts, quantization="fp8" if fp8 else None)
+            parts |= {"quantization": "fp8" if fp8 else None, "low_memory": low_memory}
+            draw = pipeline = load_pipeline(model, device, dtype, **parts)
         pipeline.set_progress_bar_config(disable=None)
         sampler = pipeline.sampler(steps, guidance, shift)
         if len(pipeline.tokenizer) < LITE_VOCABULARY:
             warn_unknown_words([*captions, negative or ""])
-        start = time.perf_counter()
-        images = draw(
-            prompts,
-            **sampler.arguments(),
-            negative_prompt=negative,
-            height=height,
-            width=width,
-            generator=generators,
-        ).images
-        seconds, facts = time.perf_counter() - start, settings(pipeline, model, sampler)
-        exact = draw.drawn if prompt_switch else [None] * len(prompts)
-        for image, path, prompt, own_seed, rule in zip(images, paths, prompts, seeds, exact, strict=True):
-            own = {"prompt": prompt, "negative prompt": negative or "", "seed": own_seed}
-            viz.save_image(image, path, own | ({"16 bit": rule} if rule else {}) | facts)
-            if not json:
-                console.print(str(path), markup=False, soft_wrap=True)
+        call = sampler.arguments() | {"negative_prompt": negative, "height": height, "width": width}
+
+        def drawing():
+            """Each picture, and the rule by which it was drawn in 16 bits."""
+            if low_memory:
+                yield from ((image, None) for image in draw_one_by_one(pipeline, prompts, generators, **call))
+                return
+            for first in range(0, len(prompts), AT_ONCE):
+                some = slice(first, first + AT_ONCE)
+                images = draw(prompts[some], **call, generator=generators[some]).images
+                yield from zip(images, draw.drawn if prompt_switch else [None] * len(images), strict=True)
+
+        facts, seconds, exact, pictures = settings(pipeline, model, sampler), 0.0, [], drawing()
+        for k, prompt in enumerate(prompts):  # what is drawn is saved before more is drawn or anything said
+            start = time.perf_counter()
+            image, rule = next(pictures)
+            seconds += time.perf_counter() - start
+            own = {"prompt": prompt, "negative prompt": negative or "", "seed": seeds[k]}
+            paths[k] = paths[k] if out.suffix.lower() == ".png" else claim(paths[k])
+            try:
+                viz.save_image(image, paths[k], own | ({"16 bit": rule} if rule else {}) | facts)
+            except OSError:
+                if out.suffix.lower() != ".png":
+                    paths[k].unlink()  # the name that was taken
+                raise
+            exact.append(rule)
+        for path in () if json else paths:
+            console.print(str(path), markup=False, soft_wrap=True)
         rows = zip(paths, prompts, seeds, strict=True)
         result |= {"images": [{"path": str(a), "prompt": b, "seed": c} for a, b, c in rows]}
         result |= {"seconds": round(seconds, 3)} | facts

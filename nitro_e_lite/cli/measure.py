@@ -23,6 +23,8 @@ from nitro_e_lite.cli.terminal import (
     settings,
     show_table,
 )
+from nitro_e_lite.errors import InvalidValue, Unusable
+from nitro_e_lite.files import check_output
 
 app = typer.Typer()
 reward_app = typer.Typer(help="Judges that other programs ask.", no_args_is_help=True)
@@ -89,6 +91,10 @@ def benchmark_command(
 
         batches = batch or ([4] if transformer else [1, 8])
         if transformer:
+            own = {"model": None if model == "lite" else model, "steps": steps, "guidance": guidance, "shift": shift}
+            for name, value in own.items():
+                if value is not None:
+                    raise InvalidValue(f"{name}={value}: a transformer alone, with random weights, has none")
             config = model_config(transformer)
             rows = [
                 {"batch": b} | benchmark.time_transformer(config, b, device=device, dtype=dtype, repeats=repeats)
@@ -155,8 +161,11 @@ def geneval(
         from nitro_e_lite import load_pipeline
         from nitro_e_lite.evaluation.geneval_lite import draw_for_geneval
         from nitro_e_lite.evaluation.official_geneval import read_metadata
+        from nitro_e_lite.inference.arguments import as_integer
 
         metadata = read_metadata(prompts)
+        as_integer("each", each, 1)
+        check_output(folder, "folder")
         pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora, variant=variant)
         sampler = pipeline.sampler(steps, guidance, shift)
         pictures = draw_for_geneval(pipeline, metadata, folder, sampler, each=each)
@@ -173,7 +182,6 @@ def reward_serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8901,
 ) -> None:
     """Serve a lite reward over HTTP until it is interrupted: the reference for servers of other judges."""
-    from nitro_e_lite.errors import InvalidValue, Unusable
     from nitro_e_lite.evaluation.rewards import LITE_REWARDS, RewardServer
 
     if reward not in LITE_REWARDS:
@@ -232,24 +240,30 @@ def evaluate(
 ) -> None:
     """Score a model on GenEval-lite: six categories, a 95 % interval and the whole recipe."""
     with output(json) as result:
-        from nitro_e_lite import load_pipeline
+        from nitro_e_lite import load_pipeline, viz
         from nitro_e_lite.evaluation.geneval_lite import evaluate as run
-        from nitro_e_lite.scenes.geneval import load_prompts, read_prompts
+        from nitro_e_lite.scenes.geneval import SPLITS, load_prompts, read_prompts
 
+        if prompts and split != SPLITS[0]:
+            raise InvalidValue(f"split={split!r}: {prompts} takes its place; name one of them")
         asked = read_prompts(prompts) if prompts else load_prompts(split)
+        for path in (out, grid):
+            if path is not None:
+                check_output(path, "file")
+        if grid and grid.suffix.lower() != ".png":
+            raise InvalidValue(f"grid: {grid.name!r} must end in .png")
         pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora, variant=variant)
         sampler = {"steps": steps, "guidance": guidance, "shift": shift, "batch_size": batch}
         found = run(pipeline, asked, seeds=range(seeds), keep_images=grid is not None, **sampler)
         found.card.update(model=model, prompt_list=prompts.name if prompts else split)
         result |= found.card
-        if out:
-            found.save(out)
-        if grid:
-            grid.parent.mkdir(parents=True, exist_ok=True)
-            found.grid().save(grid)
         if not json:
             score = found.score
             rows = [[name, f"{value:.3f}"] for name, value in score.categories.items()]
             rows.append(["overall", f"{score.overall:.3f}  ({score.low:.3f} to {score.high:.3f})"])
             title = f"GenEval-lite, {score.images} pictures, {found.card['seconds']:.0f} s"
             show_table(title, ["category", "score"], rows)
+    if out:  # last, because it may fail: the score is told before
+        found.save(out)
+    if grid:
+        viz.save_image(found.grid(), grid, {"model": model})

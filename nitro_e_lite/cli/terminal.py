@@ -5,6 +5,7 @@ Results go to standard output, everything else to standard error; a foreseeable 
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -21,8 +22,12 @@ from rich.table import Table
 from nitro_e_lite.errors import UserError
 
 console, errors = Console(), Console(stderr=True)
+LONG = 2000  # characters of a line that are shown
+NO_ROOM = [getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS")]  # Windows has not all
 
-Model = Annotated[str, typer.Option(help="Shipped name, folder, training run or official .safetensors file.")]
+Model = Annotated[
+    str, typer.Option(help="Shipped name, folder, training run, official .safetensors file or amd/Nitro-E.")
+]
 Steps = Annotated[int | None, typer.Option(help="Sampler steps; the model's own default when not given.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance; up to 1 switches it off.")]
 Shift = Annotated[float | None, typer.Option(help="How far the noise levels lean towards noise; 1: even steps.")]
@@ -44,7 +49,8 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the 
 def command(group: typer.Typer, name: str) -> Callable:
     """Registers a command: what a person did wrong becomes one line on standard error and exit code 2.
 
-    That is a `UserError`, or a file that the system cannot open. Any other error keeps its traceback.
+    That is a `UserError`, a file that the system cannot open, or a full disk. Any other error keeps its traceback. What
+    the terminal's encoding cannot show is spelled out, and who has stopped listening (`| head`) is told nothing more.
     """
 
     def register(function: Callable) -> Callable:
@@ -52,18 +58,21 @@ def command(group: typer.Typer, name: str) -> Callable:
         @functools.wraps(function)
         def run(*arguments: Any, **options: Any) -> None:
             warnings.showwarning = show_warning
+            for stream in (sys.stdout, sys.stderr):
+                if hasattr(stream, "reconfigure"):
+                    stream.reconfigure(errors="backslashreplace")
             try:
                 function(*arguments, **options)
             except (typer.Exit, typer.Abort):
                 raise
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still holds and writes when it ends
+                raise typer.Exit(1) from None
             except (UserError, OSError) as error:
-                of_a_file = isinstance(error, OSError) and error.filename is not None
-                if os.environ.get("NITRO_E_DEBUG") or not (isinstance(error, UserError) or of_a_file):
+                message = explain(error)
+                if os.environ.get("NITRO_E_DEBUG") or message is None:
                     raise
-                message = " ".join(str(error).split()) or type(error).__name__
-                if of_a_file:
-                    message = f"{error.filename}: {error.strerror}"
-                errors.print(f"Error: {message}", style="bold red", markup=False, soft_wrap=True)
+                say(f"Error: {message}", "bold red")
                 raise typer.Exit(2) from None
             except KeyboardInterrupt:
                 raise typer.Exit(130) from None
@@ -73,9 +82,26 @@ def command(group: typer.Typer, name: str) -> Callable:
     return register
 
 
+def explain(error: UserError | OSError) -> str | None:
+    """One line for the person at the terminal; None for an error that is nobody's mistake here."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, UserError):
+        return " ".join(str(error).split()) or type(error).__name__
+    full = error.errno in NO_ROOM
+    return f"a file could not be written ({error.strerror}); make room and run the command again" if full else None
+
+
 def show_warning(message: Warning | str, *origin: Any, **more: Any) -> None:
     """A warning as one line, without the place in the code that it came from."""
-    errors.print(f"Warning: {message}", style="yellow", markup=False, soft_wrap=True)
+    say(f"Warning: {message}", "yellow")
+
+
+def say(text: str, style: str) -> None:
+    """A line on standard error; of what fills screens, such as an endless caption, the beginning and the end."""
+    if len(text) > LONG:
+        text = f"{text[: LONG // 2]} ... {text[-LONG // 4 :]}"
+    errors.print(text, style=style, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -89,13 +115,14 @@ def output(as_json: bool) -> Iterator[dict[str, Any]]:
 
 
 def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table on standard output; all columns but the first are numbers."""
+    """A table on standard output; all columns but the first are numbers, which a narrow terminal never cuts."""
     table = Table(*columns, title=title, title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    least = console.measure(table, options=console.options.update(max_width=10_000)).minimum
+    (console if least <= console.width else Console(width=least)).print(table)
 
 
 def settings(pipeline: Any, model: str, sampler: Any) -> dict[str, Any]:

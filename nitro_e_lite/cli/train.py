@@ -26,16 +26,21 @@ train_app = typer.Typer(help="Train one of the models of the course.", no_args_i
 app.add_typer(train_app, name="train")
 Preset = Annotated[str, typer.Option(help="smoke, lite or full.")]
 Processes = Annotated[int, typer.Option(help="Processes on a machine, one for each accelerator.")]
+Canary = Annotated[
+    bool, typer.Option("--canary", help="Only the first 500 steps, one kill, one resume: GO (0) or STOP (1).")
+]
 Nodes = Annotated[int, typer.Option(help="Machines; for more than one the commands are printed, not run.")]
 
 
-def run_stage(stage, preset, overrides, run_dir, resume, device, processes, nodes) -> None:
-    """Trains one stage, or prints how to start it on several machines."""
+def run_stage(stage, preset, overrides, run_dir, resume, device, processes, nodes, canary=False) -> None:
+    """Trains one stage, tries its first steps, or prints how to start it on several machines."""
     from nitro_e_lite import config, presets
     from nitro_e_lite.experiments import launch
 
     chosen = config.override(presets.preset(stage, preset), overrides or [])
     run_dir = run_dir or Path("runs") / f"{stage}-{preset}"
+    if nodes < 1 or processes < 1:
+        raise InvalidValue(f"processes={processes}, nodes={nodes}: must be >= 1")
     if nodes > 1:
         words = launch.train_arguments(chosen, run_dir, True, device)
         lines = ["# On each machine, HOST being the first:", *launch.torchrun_commands(words, nodes, processes)]
@@ -43,6 +48,11 @@ def run_stage(stage, preset, overrides, run_dir, resume, device, processes, node
         typer.echo("\n".join(lines))
         return
     with stoppable():
+        if canary:
+            from nitro_e_lite.experiments.canary import canary as run_canary
+
+            bands = run_canary(chosen, run_dir, processes, device, typer.echo)
+            raise typer.Exit(0 if all(band.fine for band in bands) else 1)
         finish(launch.launch(chosen, run_dir, processes=processes, resume=resume, device=device, on_line=typer.echo))
 
 
@@ -67,9 +77,10 @@ def train_base(
     device: Device = None,
     processes: Processes = 1,
     nodes: Nodes = 1,
+    canary: Canary = False,
 ) -> None:
     """Train the text-to-image transformer (stage 1); `RUN_DIR/final` holds the weights at the end."""
-    run_stage("base", preset, overrides, run_dir, resume, device, processes, nodes)
+    run_stage("base", preset, overrides, run_dir, resume, device, processes, nodes, canary)
 
 
 @command(train_app, "finetune")
@@ -81,9 +92,24 @@ def train_finetune(
     device: Device = None,
     processes: Processes = 1,
     nodes: Nodes = 1,
+    canary: Canary = False,
 ) -> None:
     """Fine-tune a base model on the better part of the data (stage 2); `--set start_from=FOLDER` names the base."""
-    run_stage("finetune", preset, overrides, run_dir, resume, device, processes, nodes)
+    run_stage("finetune", preset, overrides, run_dir, resume, device, processes, nodes, canary)
+
+
+@command(train_app, "1024px")
+def train_1024px(
+    preset: Annotated[str, typer.Option(help="smoke or full.")] = "full",
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    device: Device = None,
+    processes: Processes = 1,
+    nodes: Nodes = 1,
+) -> None:
+    """Teach a 512 px model pictures of twice the side; `--set start_from=FOLDER` names it."""
+    run_stage("1024px", preset, overrides, run_dir, resume, device, processes, nodes)
 
 
 @command(train_app, "rewards")
@@ -95,9 +121,10 @@ def train_rewards(
     device: Device = None,
     processes: Processes = 1,
     nodes: Nodes = 1,
+    canary: Canary = False,
 ) -> None:
     """Learn from rewards (stage 3): `RUN_DIR/final` is an adapter for `--lora`; `--set method=grpo` is Flow-GRPO."""
-    run_stage("rewards", preset, overrides, run_dir, resume, device, processes, nodes)
+    run_stage("rewards", preset, overrides, run_dir, resume, device, processes, nodes, canary)
 
 
 @command(train_app, "distill")
@@ -107,14 +134,25 @@ def train_distill(
     run_dir: RunDir = None,
     resume: Resume = False,
     device: Device = None,
+    processes: Processes = 1,
+    nodes: Nodes = 1,
 ) -> None:
     """Teach a student to draw in four steps without guidance (stage 4), from pictures of `nitro-e data draw`."""
-    from nitro_e_lite import config
-    from nitro_e_lite.stages import distill
+    run_stage("distill", preset, overrides, run_dir, resume, device, processes, nodes)
 
-    chosen = config.override(distill.distill_preset(preset), overrides or [])
-    with stoppable():
-        finish(distill.distill(chosen, run_dir or Path("runs") / f"distill-{preset}", resume, device))
+
+@command(train_app, "sprint")
+def train_sprint(
+    preset: Preset = "lite",
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    device: Device = None,
+    processes: Processes = 1,
+    nodes: Nodes = 1,
+) -> None:
+    """Teach one student to draw in 1, 2 and 4 steps (SANA-Sprint), from pictures of `nitro-e data draw`."""
+    run_stage("sprint", preset, overrides, run_dir, resume, device, processes, nodes)
 
 
 @command(train_app, "autoencoder")
@@ -196,10 +234,14 @@ def compare_command(
     """Train variants of a stage on the same batches, over several seeds, and measure them along the way."""
     with output(json) as result:
         from nitro_e_lite.experiments import compare
+        from nitro_e_lite.inference.arguments import as_integer
         from nitro_e_lite.scenes import geneval
 
         chosen = transformer_run(stage, preset, overrides)
         variants = dict(compare.read_variant(text) for text in variant)
+        if len(variants) < len(variant):
+            raise InvalidValue(f"variant: {len(variant)} variants with {len(variants)} names; give each its own")
+        as_integer("prompts", prompts, 0)
         steps, numbers = whole_numbers("points", points), whole_numbers("seeds", seeds)
         drawn = compare.spread_prompts(geneval.load_prompts(), prompts)
         folder = run_dir or Path("runs/comparison")
@@ -252,20 +294,28 @@ def reproduce_command(
         from nitro_e_lite.experiments.reproduce import Chain
 
         folder = run_dir or Path("runs") / f"reproduce-{preset}"
-        chain = Chain(preset, folder, seed, processes, overrides or [])
+        chain = Chain(preset, folder, seed, processes, overrides or [], say=lambda line: typer.echo(line, err=True))
         for step, seconds in chain.run():
             took = "was there" if seconds is None else f"{seconds:,.1f} s"
             console.print(f"{step.name}: {took}, {folder / step.result}", markup=False, soft_wrap=True)
         result |= chain.report
+        rows = [[name, f"{cost['seconds'] / 60:,.1f}"] for name, cost in chain.report["steps"].items()]
+        total = sum(cost["seconds"] for cost in chain.report["steps"].values())
+        if not json:
+            show_table("what it cost", ["", "minutes"], [*rows, ["in all", f"{total / 60:,.1f}"]])
 
 
 @command(app, "plan")
 def plan_command(
     preset: Preset = "full",
-    stage: Annotated[str, typer.Option(help="base, finetune or distill (the drawing of its pictures too).")] = "base",
-    hardware: Annotated[str, typer.Option(help="mi300x, h100, h200, a100, rtx4090 or cpu.")] = "mi300x",
+    stage: Annotated[
+        str, typer.Option(help="base, finetune, 1024px or distill (and the drawing of its pictures).")
+    ] = "base",
+    hardware: Annotated[
+        str, typer.Option(help="mi250, mi300x, mi325x, mi355x, h100, h200, a100, rtx4090, cpu.")
+    ] = "mi300x",
     devices: Annotated[int, typer.Option(help="How many of them.")] = 8,
-    mfu: Annotated[float | None, typer.Option(help="Utilisation; that of the published run when not given.")] = None,
+    mfu: Annotated[float | None, typer.Option(help="Utilisation; a range of stated ones when not given.")] = None,
     peak_tflops: Annotated[float | None, typer.Option(help="Of one device, instead of the data sheet's.")] = None,
     pictures: Annotated[int | None, typer.Option(help="In the data set; those of its folders when not given.")] = None,
     overrides: Overrides = None,
@@ -284,6 +334,11 @@ def plan_command(
         found = plan.plan(chosen, hardware, devices, mfu, peak_tflops, pictures)
         result |= {"stage": stage, "preset": preset, "hardware": hardware, "devices": devices}
         result |= dataclasses.asdict(found) | {"published_mfu": plan.published_mfu()}
+        asked = [] if mfu is None else [plan.Utilisation(mfu, "asked for", "--mfu")]
+        outlooks = plan.outlook(chosen, found, devices, asked)
+        result["outlook"] = [dataclasses.asdict(one) for one in outlooks]
+        result["checkpoint"] = {"bytes": plan.checkpoint_bytes(chosen), "hours": plan.checkpoint_hours(chosen)}
+        result["drawing_days"] = plan.drawing_days(chosen, devices, found.peak)
         if json:
             return
         rows = [["parameters", f"{found.parameters:,}"], ["forward pass, TFLOP", f"{found.forward_flops / 1e12:.4f}"]]
@@ -292,20 +347,47 @@ def plan_command(
         rows.append(["memory in all / of the device, GB", f"{found.needed / 1e9:.1f} / {found.capacity / 1e9:.0f}"])
         rows += [[f"disk: {name}, GB", f"{size / 1e9:,.1f}"] for name, size in found.disk.items()]
         show_table(f"{stage}/{preset} on {devices} x {hardware}", ["", ""], rows)
-        columns = ["", "TFLOP a sample", "samples/s", "hours"]
-        rows = [
-            [way, f"{flops / 1e12:.3f}", f"{found.samples_per_second[way]:,.4g}", f"{found.hours[way]:,.1f}"]
-            for way, flops in found.sample_flops.items()
-        ]
-        show_table(f"at {found.mfu:.1%} of {found.peak / 1e12:,.4g} TFLOP/s a device", columns, rows)
-        saved = found.sample_flops["latents stored"] / found.sample_flops["all stored"]
-        size = sum(bytes_ for name, bytes_ in found.disk.items() if name != "latents")
-        typer.echo(f"Storing more than latents divides the arithmetic by {saved:.2f} and takes {size / 1e12:.3g} TB.")
+        show_outlook(stage, chosen, found, devices, outlooks)
         source, published = HARDWARE[hardware].source, plan.published_mfu()
         bounds = "; ".join(f"{way}: {value:.1%}" for way, value in published.items())
         typer.echo(f"Peak: {source}. MFU that the published 1.5 days on 8 MI300X imply, {bounds}.")
         if found.needed > found.capacity:
             typer.echo("It does not fit: set accumulate, or gradient_checkpointing=true (not modelled here).")
+
+
+def show_outlook(stage, chosen, found, devices, outlooks) -> None:
+    """A stage at a range of utilisations: hours of its steps and of what comes with them."""
+    from nitro_e_lite.experiments import plan
+
+    rows = [
+        [f"{way}, {flops / 1e12:.3f} TFLOP a sample", *(f"{one.hours[way]:,.1f}" for one in outlooks)]
+        for way, flops in found.sample_flops.items()
+    ]
+    for way, flops in found.sample_flops.items():
+        speeds = [f"{devices * found.peak * one.mfu.share / flops:,.4g}" for one in outlooks]
+        rows.append([f"samples/s, {way}", *speeds])
+    rows += [
+        [f"GB/s to read, {way}", *(f"{one.reading[way] / 1e9:.2f}" for one in outlooks)]
+        for way in ("all stored", "latents stored")
+    ]
+    rows.append(["hours of validation", *(f"{one.validation:.2f}" for one in outlooks)])
+    rows.append(["hours to encode all pictures once", *(f"{one.encoding:,.1f}" for one in outlooks)])
+    columns = [f"{one.mfu.share:.1%} ({one.mfu.whose})" for one in outlooks]
+    title = f"hours of {stage} at this share of {found.peak / 1e12:,.4g} TFLOP/s a device"
+    show_table(title, ["", *columns], rows)
+    for one in outlooks:
+        typer.echo(f"{one.mfu.share:.1%}, {one.mfu.whose}: {one.mfu.why}.")
+    size, hours = plan.checkpoint_bytes(chosen), plan.checkpoint_hours(chosen)
+    typer.echo(
+        f"Checkpoints: {size / 1e9:.3g} GB each, {hours:.2g} h in all at {plan.DISK / 1e9:g} GB/s (ours), "
+        "unless they are written beside the training."
+    )
+    if days := plan.drawing_days(chosen, devices, found.peak):
+        speed = f"{plan.DRAWN_PER_SECOND} pictures/s on an MI300X (published)"
+        typer.echo(f"Drawing {plan.DRAWN} first: {days:.1f} days of these {devices} devices at {speed}.")
+    size = sum(bytes_ for name, bytes_ in found.disk.items() if name != "latents")
+    saved = found.sample_flops["latents stored"] / found.sample_flops["all stored"]
+    typer.echo(f"Storing more than latents divides the arithmetic by {saved:.2f} and takes {size / 1e12:.3g} TB.")
 
 
 def plan_distillation(preset, hardware, devices, mfu, peak_tflops, pictures, overrides, json) -> None:
@@ -315,9 +397,11 @@ def plan_distillation(preset, hardware, devices, mfu, peak_tflops, pictures, ove
 
         from nitro_e_lite import config, presets
         from nitro_e_lite.experiments.plan_distill import plan_distill
-        from nitro_e_lite.stages.distill import distill_preset
 
-        chosen, teacher = config.override(distill_preset(preset), overrides or []), presets.preset("base", preset)
+        chosen, teacher = (
+            config.override(presets.preset("distill", preset), overrides or []),
+            presets.preset("base", preset),
+        )
         found = plan_distill(chosen, teacher, hardware, devices, mfu, peak_tflops, pictures)
         result |= {"stage": "distill", "preset": preset, "hardware": hardware, "devices": devices}
         result |= dataclasses.asdict(found)
@@ -345,5 +429,8 @@ def ship(
 ) -> None:
     """Put a trained transformer into the package (or a folder), in float16 and with fresh checksums."""
     from nitro_e_lite.experiments import ship
+    from nitro_e_lite.files import STUDENTS
 
+    if name in STUDENTS:
+        return finish(ship.ship_student(source, name))
     finish(ship.ship(source, name, steps=steps, guidance=guidance, shift=shift))

@@ -73,9 +73,8 @@ def default_lanes(model: str = "lite") -> list[Lane]:
     for steps, student in STUDENTS.items():
         folder = files.weights_dir() / student
         if model == "lite" and (folder / files.MANIFEST).is_file():
-            index = folder / "model_index.json"
-            settings = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
-            lanes.append(Lane(student, steps, float(settings.get("default_guidance", 0.0))))
+            settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+            lanes.append(Lane(student, steps, float(settings["guidance"])))
         else:
             lanes.append(Lane(model, steps))
     return lanes

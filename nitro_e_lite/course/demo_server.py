@@ -147,6 +147,8 @@ def check_address(host: str, port: int) -> None:
     Raises:
         ValueError: the port is taken, or is not ours to take, or the host is none of this machine's.
     """
+    if not 0 <= port < 65536:
+        raise InvalidValue(f"port: {port} is outside of 0 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")

@@ -185,15 +185,21 @@ class Batches:
         scenes = [scene_row(source.config, int(row)) for row in rows]
         return torch.stack([torch.from_numpy(render(scene)) for scene in scenes])  # (B, H, W, 3)
 
-    def validation_batches(self, size: int = 64) -> Iterator[LocalBatch]:
-        """Yields the validation set in batches of `size`: first captions, t over [0, 1]; the same in all runs."""
-        count = len(self.validation)
-        fixed = torch.Generator().manual_seed(2**31)
+    def validation_rows(self, rank: int = 0, world: int = 1, size: int = 64) -> list[range]:
+        """The rows that process `rank` of `world` validates on, in batches of `size`."""
+        count = min(len(self.validation), self.config.data.validation_rows)
+        return [range(first, min(first + size, count)) for first in range(rank * size, count, world * size)]
+
+    def validation_batches(self, rank: int = 0, world: int = 1) -> Iterator[LocalBatch]:
+        """Yields the batches of `validation_rows`: first captions, t over [0, 1]; the same in all runs."""
+        mine, everyone = self.validation_rows(rank, world), self.validation_rows()
+        count, fixed = everyone[-1].stop, torch.Generator().manual_seed(2**31)
         t = (torch.randperm(count, generator=fixed) + 0.5) / count
-        for first in range(0, count, size):
-            batch = self.validation.batch(range(first, min(first + size, count)))
-            noise = torch.randn(batch.latents.shape, generator=fixed)
-            yield LocalBatch(batch.latents, first_captions(batch), t[first : first + size], noise, batch.text)
+        for rows in everyone:
+            noise = torch.randn(len(rows), *self.validation.shape, generator=fixed)  # of other processes' rows too
+            if rows in mine:
+                batch = self.validation.batch(rows)
+                yield LocalBatch(batch.latents, first_captions(batch), t[rows.start : rows.stop], noise, batch.text)
 
     def validation_captions(self, count: int) -> list[str]:
         """The first captions of the first `count` validation pictures."""

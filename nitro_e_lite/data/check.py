@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
@@ -73,31 +75,42 @@ def check(folder: str | Path, max_repeated: float = 0.01) -> dict[str, Any]:
         FileNotFoundError: when the folder holds no data set.
     """
     folder = Path(folder)
+    if not 0 <= max_repeated <= 1:
+        raise InvalidValue(f"max_repeated={max_repeated}: must be a share, 0 to 1")
     card, states = read_card(folder), sidecars(folder)
-    (folder / QUARANTINE).unlink(missing_ok=True)
     lines = [
         {"shard": name, "row": None, "reason": "contents differ from the checksum"}
         for name in tqdm(states, desc="checksums", disable=None)
         if not _same_bytes(folder, name, states[name])
     ]
     damaged = {line["shard"] for line in lines}
-    chunks = [chunk for chunk in open_shards(folder, card) if chunk.shard.name not in damaged]
+    chunks = [chunk for chunk in open_shards(folder, card, fresh=True) if chunk.shard.name not in damaged]
     unreadable = {chunk.shard.name: chunk.shard.reason for chunk in chunks if chunk.shard.reason}
     lines += [{"shard": name, "row": None, "reason": reason} for name, reason in unreadable.items()]
     survey = _Survey(card)
     for chunk in tqdm([c for c in chunks if c.arrays is not None], desc="rows", disable=None):
         lines += survey.look_at(chunk)
-    if lines:
-        write_atomically(folder / QUARANTINE, "".join(json.dumps(line) + "\n" for line in lines))
     left_out = [[name, *item] for name, state in states.items() for item in (state or {}).get("skipped", ())]
     if left_out:
-        named = (dict(zip(("shard", "key", "reason", "count"), item, strict=True)) for item in left_out)
-        write_atomically(folder / SKIPPED, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in named))
+        named = [dict(zip(("shard", "key", "reason", "count"), item, strict=True)) for item in left_out]
+        _keep(folder / SKIPPED, named)
+    _keep(folder / QUARANTINE, lines)
     facts = survey.facts() | _account(card, states)
     facts["shards"] = {"all": len(states) or 1, "quarantined": len(damaged) + len(unreadable)}
     facts["quarantined_rows"] = sum(line["row"] is not None for line in lines)
     facts["problems"] = _problems(facts, max_repeated)
     return {"folder": str(folder), "fingerprint": card["fingerprint"], **facts, "ok": not facts["problems"]}
+
+
+def _keep(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Writes a report beside the data, or takes an old one away; a folder that cannot be written to keeps none."""
+    try:
+        if lines:
+            write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(f"{path}: not written ({error})", stacklevel=3)
 
 
 def _same_bytes(folder: Path, name: str, state: dict[str, Any] | None) -> bool:
@@ -228,8 +241,10 @@ def measure_reading(
         Samples a second of one core, the number the full run needs, the margin, and the sizes.
 
     Raises:
-        ValueError: an unknown column, or fewer rows than one batch.
+        ValueError: an unknown column, fewer rows than one batch, or no time to measure.
     """
+    if not 0 < seconds < math.inf:
+        raise InvalidValue(f"seconds={seconds}: must be a number above 0")
     shapes = {name: shape for name, shape in FULL_SHAPES.items() if name == "latents" or name in columns}
     size = sum(2 * prod(shape) for shape in shapes.values())
     rows = max(batch, 2**29 // size) if rows is None else rows

@@ -31,7 +31,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from tqdm.auto import tqdm
 from nitro_e_lite.data.shard_writer import ShardWriter, keep_card
 from nitro_e_lite.data.shards import SHARDS, LatentBatch, LatentDataset, array_shapes, bad_rows, read_card, sidecars
 from nitro_e_lite.errors import InvalidValue
+from nitro_e_lite.files import run_lock
 from nitro_e_lite.inference.arguments import as_integer, draw_noise, seeded_generators
 from nitro_e_lite.inference.encoders import Encoders
 from nitro_e_lite.inference.hub import weights_hash
@@ -110,6 +111,7 @@ def states_at(levels: Sequence[float], walk: Sequence[Tensor], sigmas: Sequence[
 class GrammarPrompts:
     """Prompts of the scene grammar: one caption of each of `count` training scenes of the data set `seed`."""
 
+    NAME: ClassVar[str] = "scene grammar, seed "  # what a card says of them, before the seed
     seed: int
     count: int
 
@@ -167,7 +169,7 @@ class Drawing:
         )
         self.encoders = encoders_of(pipeline)
         firsts = range(0, len(prompts), shard_rows)
-        self.parts = firsts[rank::world]
+        self.rank, self.parts = rank, firsts[rank::world]
         card = self._card(len(firsts))
         self.shapes = array_shapes(card)
         keep_card(self.out, card)
@@ -191,7 +193,7 @@ class Drawing:
             "features": {"text": self.encoders.fingerprint if self.text else None, "vision": None},
             "kind": KIND,
             "encoders": self.encoders.fingerprint,
-            "prompts": f"scene grammar, seed {self.prompts.seed}" if grammar else digest.hexdigest(),
+            "prompts": f"{self.prompts.NAME}{self.prompts.seed}" if grammar else digest.hexdigest(),
             "teacher": teacher_hash(self.pipeline.transformer),
             "sampler": {**self.sampler.arguments(), "sigma_grid": self.pipeline.config.sigma_grid},
             "levels": self.levels,
@@ -204,7 +206,7 @@ class Drawing:
     def run(self) -> dict[str, Any]:
         """Draws this process's shards; returns what it did: pictures, prompts left out, seconds, pictures a second."""
         started, rows, skipped = time.perf_counter(), 0, 0
-        with self._bar:
+        with self._bar, run_lock(self.out, name="out", rank=self.rank):
             for first in self.parts:
                 if not self._finished(first):
                     drawn = self._draw_shard(first)

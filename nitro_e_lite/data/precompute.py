@@ -28,13 +28,24 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub.errors import HfHubHTTPError
 from tqdm.auto import tqdm
 
 from nitro_e_lite.data.shard_writer import ShardWriter, keep_card
 from nitro_e_lite.data.shards import SHARD_ROWS, SHARDS, LatentBatch, array_shapes, bad_rows, sidecars
-from nitro_e_lite.data.sources import FLUX, SA1B, Folder, JourneyDB, Problem, Prompts, Record, Source, square
+from nitro_e_lite.data.sources import (
+    FLUX,
+    SA1B,
+    Folder,
+    JourneyDB,
+    Problem,
+    Prompts,
+    Record,
+    Source,
+    read_prompts,
+    square,
+)
 from nitro_e_lite.errors import InvalidValue
+from nitro_e_lite.files import run_lock
 from nitro_e_lite.inference.encoders import CaptionCut, Encoders
 from nitro_e_lite.inference.hub import EncoderUnavailable
 from nitro_e_lite.inference.vision import GRID
@@ -90,7 +101,7 @@ class Encoding:
         self.source, self.encoders, self.out, self.text, self.vision = source, encoders, Path(out), text, vision
         self.batch, self.shard_rows, self.threads = batch, shard_rows, threads
         parts = source.parts()
-        self.parts = parts[rank::world]
+        self.rank, self.parts = rank, parts[rank::world]
         card = self._card(parts)
         self.shapes = array_shapes(card)
         keep_card(self.out, card)
@@ -122,7 +133,7 @@ class Encoding:
     def run(self) -> dict[str, Any]:
         """Encodes this process's parts; returns what it did: rows, skipped items, seconds, rows a second."""
         started = time.perf_counter()
-        with self._bar:
+        with self._bar, run_lock(self.out, name="out", rank=self.rank):
             for part in self.parts:
                 self._encode_part(part)
         self.seconds = time.perf_counter() - started
@@ -260,10 +271,11 @@ def drawn_source(
         EncoderUnavailable: the pipeline cannot be loaded; the message says what to do.
         ValueError: a setting that the pipeline does not know, or an unreadable list.
     """
+    prompts = read_prompts(path)  # first: a wrong line is found out before gigabytes are loaded
     place = {} if Path(generator).is_dir() else {"revision": revision or GENERATOR_REVISIONS.get(str(generator))}
     try:
-        pipeline = DiffusionPipeline.from_pretrained(generator, dtype=dtype, **place).to(device)
-    except (OSError, ValueError, HfHubHTTPError) as error:
+        pipeline = DiffusionPipeline.from_pretrained(generator, dtype=dtype, use_safetensors=True, **place).to(device)
+    except Exception as error:  # diffusers and the hub raise many kinds on what is no pipeline
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EncoderUnavailable(
             f"{generator}: cannot be loaded ({reason}). FLUX.1-dev is gated: accept its licence at "
@@ -276,4 +288,4 @@ def drawn_source(
         raise InvalidValue(f"settings: {type(pipeline).__name__} does not know {', '.join(unknown)}")
     chosen = {name: value for name, value in FLUX.items() if name in known} | (settings or {})
     name = "@".join([str(generator), str(place["revision"])]) if place else Path(generator).name
-    return Prompts(path, pipeline, chosen, batch=batch, generator=name)
+    return Prompts(prompts, pipeline, chosen, batch=batch, generator=name)

@@ -27,7 +27,6 @@ its number alone: the length and the place of every other row stay as they are, 
 from __future__ import annotations
 
 import contextlib
-import json
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -41,11 +40,12 @@ import torch
 from torch import Tensor
 
 from nitro_e_lite.errors import InvalidValue, MissingFile
-from nitro_e_lite.files import append_jsonl, read_jsonl
+from nitro_e_lite.files import append_jsonl, read_json, read_jsonl
 
 CARD, SHARDS, QUARANTINE = "card.json", "shards", "quarantine.jsonl"
 ARRAYS = ("latents", "text", "vision", "states")  # columns of float16 numbers
 SHARD_ROWS = 10_000
+LARGEST_ROW = 2**31  # numbers; a card that says more is damaged, and nothing is made room for
 LARGEST_FINITE = 0x7BFF  # bits of the largest finite float16, sign left out
 
 
@@ -249,7 +249,16 @@ def read_card(folder: Path) -> dict[str, Any]:
     path = folder / CARD
     if not path.is_file():
         raise MissingFile(f"{folder}: no latent data set ({CARD} is missing)")
-    return json.loads(path.read_text(encoding="utf-8"))
+    card = read_json(path)
+    if not isinstance(card.get("fingerprint"), str) or not isinstance(card.get("features", {}), dict):
+        raise InvalidValue(f"{path}: is no card of a data set; needs a fingerprint (a string)")
+    arrays = card.get("arrays", {})
+    named = arrays if isinstance(arrays, dict) else {"arrays": arrays}
+    for name, shape in {"shape": card.get("shape"), **named}.items():
+        whole = isinstance(shape, list) and all(type(side) is int and side > 0 for side in shape)
+        if not whole or not 1 <= prod(shape) <= LARGEST_ROW or (name == "shape" and len(shape) != 3):
+            raise InvalidValue(f"{path}: {name}={shape!r} is no shape of at most {LARGEST_ROW:,} numbers a row")
+    return card
 
 
 def array_shapes(card: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -263,15 +272,24 @@ def sidecars(folder: Path, names: str = "*") -> dict[str, dict[str, Any] | None]
     found = {}
     for path in sorted((folder / SHARDS).glob(f"{names}.json")):
         try:
-            found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+            state = read_json(path)
+            whole = all(type(state.get(name)) is int and state[name] >= 0 for name in ("rows", "bytes"))
+            found[path.stem] = {"end": True, "next": 0, "sha256": "", **state} if whole else None
         except ValueError:
             found[path.stem] = None
     return found
 
 
-def open_shards(folder: Path, card: dict[str, Any]) -> list[Chunk]:
-    """All shards of one folder, good and bad; checks sizes and layout, not every byte (`nitro-e data check` does)."""
-    listed = {line["shard"]: line["reason"] for line in read_quarantine(folder) if line["row"] is None}
+def open_shards(folder: Path, card: dict[str, Any], fresh: bool = False) -> list[Chunk]:
+    """All shards of one folder, good and bad; checks sizes and layout, not every byte (`nitro-e data check` does).
+
+    Args:
+        folder: of the data set.
+        card: its card.
+        fresh: looks again at shards that are in quarantine.
+    """
+    held = [] if fresh else read_quarantine(folder)
+    listed = {line["shard"]: line["reason"] for line in held if line["row"] is None}
     chunks: list[Chunk] = []
     for name, state in sidecars(folder).items():
         path, rows = folder / SHARDS / f"{name}.arrow", state["rows"] if state else 0
@@ -308,9 +326,24 @@ def _chunks(table: Any, shard: Shard, shapes: dict[str, tuple[int, ...]]) -> lis
             values = column.values.to_numpy(zero_copy_only=True)
             arrays[name] = values[column.offset * width :][: len(column) * width].reshape(-1, width)
         named = [batch.column(name) if name in batch.schema.names else None for name in ("source", "key")]
+        for column in (batch.column("captions"), *named):
+            _check_places(column)
         chunks.append(Chunk(shard, first, len(batch), arrays, batch.column("captions"), *named))
         first += len(batch)
     return chunks
+
+
+def _check_places(column: Any) -> None:
+    """Whether all texts of an Arrow column lie within it: reading one that does not would end the process."""
+    if column is None or not len(column):
+        return
+    inner, places = getattr(column, "values", None), column.buffers()[1]  # lists have values, texts have bytes
+    kind = np.int64 if str(column.type).startswith("large") else np.int32
+    ends = np.frombuffer(places, kind, len(column) + 1, column.offset * np.dtype(kind).itemsize)
+    size = len(inner) if inner is not None else column.buffers()[2].size if column.buffers()[2] else 0
+    if ends[0] < 0 or ends[-1] > size or (ends[1:] < ends[:-1]).any():
+        raise InvalidValue("a text leads out of the file")
+    _check_places(inner)
 
 
 def read_quarantine(folder: Path) -> list[dict[str, Any]]:

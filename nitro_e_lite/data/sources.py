@@ -22,14 +22,17 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
+import os
 import tarfile
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import datasets
@@ -38,7 +41,7 @@ import torch
 from PIL import Image, ImageOps
 
 from nitro_e_lite.errors import InvalidValue, MissingFile
-from nitro_e_lite.files import read_json_line
+from nitro_e_lite.files import explain_json, read_json_line, read_jsonl
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow warns of odd files that it can read
 
@@ -79,6 +82,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # more than 8 bits a pixel, which Pillow would cut off at 255
         values = np.asarray(image).astype(np.float64)
+        if not np.isfinite(values).all() or values.max() > 65535:
+            raise InvalidValue("picture holds numbers that are not finite, or beyond 16 bits")
         top = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0
         top = 1.0 if image.mode == "F" and values.max() <= 1 else top
         image = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
@@ -105,6 +110,8 @@ def square(image: bytes | Path | Image.Image, size: int) -> np.ndarray:
         reason = f"picture is smaller than {size // 2} px"
     except FileNotFoundError:
         reason = "picture is missing"
+    except InvalidValue as error:
+        reason = str(error)
     except Exception as error:  # Pillow's readers raise many kinds on damaged files; each costs one picture
         reason = f"picture cannot be read ({type(error).__name__})"
     raise InvalidValue(reason)
@@ -292,8 +299,11 @@ class JsonLines(Source):
     @staticmethod
     def inside(name: Any) -> PurePosixPath | None:
         """A relative path that stays in its folder, or None."""
-        path = PurePosixPath(name) if isinstance(name, str) and name else None
-        return None if path is None or path.is_absolute() or ".." in path.parts or not path.parts else path
+        if not isinstance(name, str) or not name or "\0" in name:
+            return None
+        path, elsewhere = PurePosixPath(name), PureWindowsPath(name)  # on Windows, backslashes and drives lead out too
+        leads_out = path.is_absolute() or elsewhere.drive or elsewhere.root or ".." in elsewhere.parts
+        return None if leads_out or not path.parts else path
 
 
 class JourneyDB(JsonLines):
@@ -328,7 +338,8 @@ class JourneyDB(JsonLines):
 class Folder(JsonLines):
     """Your own pictures: a folder with `captions.jsonl` (or `metadata.jsonl`, as Hugging Face names it).
 
-    A line is `{"file_name": "a.jpg", "text": "..."}`; `captions` with a list in place of `text` gives several.
+    A line is `{"file_name": "a.jpg", "text": "..."}`; `captions` with a list in place of `text` gives several. A name
+    may be spelled as another system does: é as one character or as two, folders with a backslash between them.
     """
 
     kind = "folder"
@@ -342,11 +353,20 @@ class Folder(JsonLines):
         if part != "unlisted":
             yield from super().items(part, start)
             return
-        root = self.file.parent
         named = {item.key for p in self.parts()[:-1] for item in super(Folder, self).items(p)}
-        found = (p.relative_to(root).as_posix() for p in sorted(root.rglob("*")) if p.suffix.lower() in PICTURES)
+        found = (_printable(name) for name in self._pictures)
         for name in itertools.islice((name for name in found if name not in named), start, None):
             yield Problem(name, f"no line in {self.file.name} names this picture")
+
+    @functools.cached_property
+    def _pictures(self) -> list[str]:
+        """The pictures of the folder, as it spells their names."""
+        root = self.file.parent
+        return [p.relative_to(root).as_posix() for p in sorted(root.rglob("*")) if p.suffix.lower() in PICTURES]
+
+    @functools.cached_property
+    def _spellings(self) -> dict[str, str]:
+        return {_plain_name(name): name for name in self._pictures}
 
     def read(self, entry: dict[str, Any]) -> Record | Problem:
         name = next((entry[field] for field in ("file_name", "image") if entry.get(field) is not None), None)
@@ -355,11 +375,18 @@ class Folder(JsonLines):
             return Problem(_printable(str(name)), "file_name is missing or leads out of the folder")
         fields = ("text", "caption", "captions")
         texts = next((entry[field] for field in fields if entry.get(field) is not None), None)
+        if not os.path.isfile(self.file.parent / path):  # False for a name that is too long, too
+            path = PurePosixPath(self._spellings.get(_plain_name(str(path)), path))
         return record(str(path), self.file.parent / path, texts)
 
 
+def _plain_name(name: str) -> str:
+    """A file's name in the one spelling by which names of several systems are compared."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/"))
+
+
 def read_prompts(path: str | Path, column: str | None = None) -> Sequence[str]:
-    """A list of prompts, read from disk as it is asked for.
+    """A list of prompts. One that is missing is None or ""; whoever draws leaves it out and counts it.
 
     Args:
         path: `.txt` (a prompt a line), `.jsonl` (field `prompt`) or `.parquet`, or a folder of one of them,
@@ -367,22 +394,68 @@ def read_prompts(path: str | Path, column: str | None = None) -> Sequence[str]:
         column: field that holds the prompt; None finds `prompt`, `re_caption`, `caption` or `text`.
 
     Raises:
-        ValueError: another kind of file, several kinds in a folder, or no such column.
+        FileNotFoundError: there is no such file.
+        ValueError: another kind of file, several kinds in a folder, no such column, no prompt, or a line that cannot be
+            read; the message names file and line.
     """
-    kinds = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
-    files = sorted(p for p in Path(path).iterdir() if p.suffix in kinds) if Path(path).is_dir() else [Path(path)]
+    path, kinds = Path(path), (".txt", ".jsonl", ".parquet")
+    files = sorted(p for p in path.iterdir() if p.suffix in kinds) if path.is_dir() else [path]
     found = {file.suffix for file in files}
-    if len(found) != 1 or not found <= kinds.keys():
+    if len(found) != 1 or not found <= set(kinds):
         raise InvalidValue(
             f"path={str(path)!r}: must be a file that ends in {', '.join(kinds)}, or a folder of one kind"
         )
-    kind = kinds[found.pop()]
-    options = {"encoding": "utf-8-sig"} if kind == "text" else {}
-    rows = datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
-    known = [column] if column else ["prompt", "re_caption", "caption", "text"]
-    column = next((name for name in known if name in rows.column_names), None)
+    if not path.exists():
+        raise MissingFile(f"{path}: no such file of prompts")
+    columns = [column] if column else ["prompt", "re_caption", "caption", "text"]
+    if found == {".parquet"}:
+        return _parquet_column(path, files, columns)
+    read = {".txt": _text_lines, ".jsonl": functools.partial(_json_lines, columns=columns)}[found.pop()]
+    prompts = [prompt for file in files for prompt in read(file)]
+    if not any(prompt and prompt.strip() for prompt in prompts):
+        raise InvalidValue(f"{path}: holds no prompts")
+    return prompts
+
+
+def _text_lines(file: Path) -> Iterator[str]:
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise InvalidValue(f"{file}, line {number}: {explain_json(error)}") from None
+
+
+def _json_lines(file: Path, columns: Sequence[str]) -> Iterator[str | None]:
+    fields: set[str] = set()
+
+    def prompt(row: dict[str, Any]) -> str | None:
+        fields.update(row)
+        name = next((name for name in columns if name in fields), None)
+        value = row.get(name)
+        if not isinstance(value, str | None):
+            raise InvalidValue(f"{name}={value!r}: must be a text")
+        if value is not None and _printable(value) != value:
+            raise InvalidValue(f"{name} is no valid Unicode: {_printable(value)}")
+        return value
+
+    yield from read_jsonl(file, torn_last_line="counts", parse=prompt)
+    if fields and not fields & set(columns):
+        raise InvalidValue(f"column: {file} has {', '.join(fields)}, none of {', '.join(columns)}")
+
+
+def _parquet_column(path: Path, files: Sequence[Path], columns: Sequence[str]) -> Sequence[str]:
+    """Read from disk as it is asked for."""
+    try:
+        rows = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+    except Exception as error:  # Arrow and `datasets` raise many kinds on a damaged file
+        reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+        raise InvalidValue(f"{path}: cannot be read ({reason})") from None
+    column = next((name for name in columns if name in rows.column_names), None)
     if column is None:
-        raise InvalidValue(f"column: {path} has {', '.join(rows.column_names)}, none of {', '.join(known)}")
+        raise InvalidValue(f"column: {path} has {', '.join(rows.column_names)}, none of {', '.join(columns)}")
+    if getattr(rows.features[column], "dtype", "") not in ("string", "large_string"):
+        raise InvalidValue(f"{path}: column {column} holds {rows.features[column]}, no texts")
     return rows[column]
 
 
@@ -392,8 +465,7 @@ class Prompts(Source):
     The picture of a prompt depends on the prompt's number and `seed` alone, not on the batch or the process.
 
     Args:
-        path: `.txt` (a prompt a line), `.jsonl` (field `prompt`) or `.parquet`, or a folder of one of them,
-            which are read in the order of their names.
+        prompts: the list, or where `read_prompts` finds it.
         pipeline: any diffusers text-to-image pipeline, ready on its device.
         settings: arguments of its call; `FLUX` for FLUX.1-dev.
         column: field that holds the prompt; None finds `prompt`, `re_caption`, `caption` or `text`.
@@ -402,14 +474,14 @@ class Prompts(Source):
         generator: name of the pipeline's weights, for the card.
 
     Raises:
-        ValueError: another kind of file, several kinds in a folder, or no such column.
+        ValueError: see `read_prompts`.
     """
 
     kind = "fluxdb"
 
     def __init__(
         self,
-        path: str | Path,
+        prompts: str | Path | Sequence[str],
         pipeline: Callable[..., Any],
         settings: dict[str, Any],
         column: str | None = None,
@@ -417,7 +489,7 @@ class Prompts(Source):
         seed: int = 0,
         generator: str = "",
     ):
-        self._prompts = read_prompts(path, column)
+        self._prompts = read_prompts(prompts, column) if isinstance(prompts, str | Path) else prompts
         self._pipeline, self._settings, self._batch, self._seed = pipeline, settings, batch, seed
         self._generator = generator
         digests = b"".join(

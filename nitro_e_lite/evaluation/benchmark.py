@@ -91,6 +91,7 @@ def time_transformer(
         that, nor forward and backward faster than three times that. `torch_products_seconds` are the same products by
         `torch.nn.functional.linear`, see `model/cpu_kernels.py`.
     """
+    as_integer("batch", batch, 1)
     device = runtime.pick_device(device)
     dtype = runtime.pick_dtype(dtype, device)
     model = EMMDiTTransformer2DModel(**config).to(device)

@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 
 from nitro_e_lite import runtime
 from nitro_e_lite.errors import InvalidValue
-from nitro_e_lite.evaluation.official_geneval import check_folder, write_sample
+from nitro_e_lite.evaluation.official_geneval import check_folder, check_names, write_sample
+from nitro_e_lite.files import run_lock, write_atomically
 from nitro_e_lite.inference.arguments import as_integer, seeded_generators
 from nitro_e_lite.inference.hub import weights_hash
 from nitro_e_lite.inference.pipeline import NitroEPipeline, Sampler
@@ -68,8 +69,7 @@ class Evaluation:
     def save(self, path: str | Path) -> Path:
         """Writes the card as JSON."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.card, indent=2) + "\n", encoding="utf-8", newline="\n")
+        write_atomically(path, json.dumps(self.card, indent=2) + "\n")
         return path
 
 
@@ -153,10 +153,12 @@ def draw_for_geneval(
         ValueError: the folder holds something else, or pictures of other prompts.
     """
     each, root, sampler = as_integer("each", each, 1), Path(root), sampler or pipeline.sampler()
-    for place, entry in enumerate(tqdm(metadata, desc="drawing", unit="prompt", disable=None)):
-        if not (root / f"{place:05d}").exists():
-            jobs = [(entry["prompt"], picture_seed(number, place)) for number in range(each)]
-            write_sample(root, place, entry, draw(pipeline, jobs, sampler))
+    check_names(root, len(metadata))
+    with run_lock(root, name="folder"):
+        for place, entry in enumerate(tqdm(metadata, desc="drawing", unit="prompt", disable=None)):
+            if not (root / f"{place:05d}").exists():
+                jobs = [(entry["prompt"], picture_seed(number, place)) for number in range(each)]
+                write_sample(root, place, entry, draw(pipeline, jobs, sampler))
     return check_folder(root, metadata, each)
 
 

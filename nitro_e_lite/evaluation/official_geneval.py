@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from nitro_e_lite.errors import InvalidValue
-from nitro_e_lite.files import read_jsonl
+from nitro_e_lite.files import read_json, read_jsonl
 
 KEYS = {"tag": str, "include": list, "prompt": str}
 
@@ -83,6 +83,22 @@ def _check_entry(entry: dict) -> dict:
     return entry
 
 
+def check_names(root: str | Path, prompts: int) -> None:
+    """Refuses a folder in which something lies that is no picture of a benchmark of `prompts` prompts.
+
+    Raises:
+        ValueError: naming what does not belong there.
+    """
+    names = {f"{index:05d}{ending}" for index in range(prompts) for ending in ("", ".unfinished")}
+    odd = sorted(_present(Path(root)) - names)
+    if odd:
+        raise InvalidValue(f"{root}: {', '.join(odd[:5])}: does not belong here; name another folder")
+
+
+def _present(root: Path) -> set[str]:
+    return {p.name for p in root.iterdir() if not p.name.startswith(".")} if root.is_dir() else set()
+
+
 def check_folder(root: str | Path, metadata: Sequence[dict], images_per_prompt: int = 4) -> int:
     """Checks that a folder is complete and that the official scorer would read all of it.
 
@@ -99,7 +115,7 @@ def check_folder(root: str | Path, metadata: Sequence[dict], images_per_prompt: 
     """
     root = Path(root)
     names = {f"{index:05d}" for index in range(len(metadata))}
-    present = {p.name for p in root.iterdir()} if root.is_dir() else set()
+    present = _present(root)
     problems = [f"{name}: missing" for name in sorted(names - present)]
     problems += [f"{name}: does not belong here" for name in sorted(present - names)]
     wanted = [f"{number:04d}.png" for number in range(images_per_prompt)]
@@ -108,7 +124,7 @@ def check_folder(root: str | Path, metadata: Sequence[dict], images_per_prompt: 
         if folder.name not in present:
             continue
         try:
-            if json.loads((folder / "metadata.jsonl").read_text(encoding="utf-8")) != entry:
+            if read_json(folder / "metadata.jsonl") != entry:
                 problems.append(f"{folder.name}/metadata.jsonl: another prompt")
         except (OSError, ValueError) as error:
             problems.append(f"{folder.name}/metadata.jsonl: not one JSON object ({error})")

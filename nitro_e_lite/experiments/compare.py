@@ -23,7 +23,7 @@ from typing import Any
 from nitro_e_lite.config import TrainConfig, override, to_dict
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.evaluation.geneval_lite import evaluate
-from nitro_e_lite.files import read_jsonl
+from nitro_e_lite.files import check_output, read_jsonl, run_lock, write_atomically
 from nitro_e_lite.scenes.geneval import CATEGORIES, Prompt
 from nitro_e_lite.stages.pretrain import Pretrain
 from nitro_e_lite.stats import interval
@@ -77,14 +77,21 @@ def compare(
     """
     if not variants or not seeds or not points or list(points) != sorted(set(points)) or points[0] < 1:
         raise InvalidValue(f"points={list(points)}: need variants, seeds and ascending steps from 1 on")
+    places = {name: re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") for name in variants}
+    if len(set(places.values())) < len(variants) or "" in places.values():
+        raise InvalidValue(f"variant: {', '.join(variants)} need letters or digits that tell their folders apart")
+    if len(set(seeds)) < len(seeds):
+        raise InvalidValue(f"seeds={list(seeds)}: each once; a run counted twice would look like certainty")
     optimizer = dataclasses.replace(config.optimizer, decay_steps=0)
     config = dataclasses.replace(config, steps=points[-1], optimizer=optimizer, tracker="none")
     chosen = {name: override(config, list(changes)) for name, changes in variants.items()}
+    runs = [(name, dataclasses.replace(one, seed=seed)) for seed in seeds for name, one in chosen.items()]
     run_dir = Path(run_dir)
-    for seed in seeds:
-        for name, one in chosen.items():
-            folder = run_dir / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-seed{seed}"
-            _run(dataclasses.replace(one, seed=seed), points, folder, prompts, device, name)
+    check_output(run_dir, "folder")
+    for name, one in runs:
+        folder = run_dir / f"{places[name]}-seed{one.seed}"
+        with run_lock(folder):
+            _run(one, points, folder, prompts, device, name)
     about = {"points": list(points), "batch_size": config.batch_size, "prompts": len(prompts)}
     about |= {"variants": {name: list(changes) for name, changes in variants.items()}, "config": to_dict(config)}
     return _collect(run_dir, about)
@@ -136,7 +143,7 @@ def _collect(run_dir: Path, about: dict[str, Any]) -> dict[str, Any]:
     rows = [row for file in sorted(run_dir.glob("*/rows.jsonl")) for row in _rows(file)]
     result = about | {"runs": [row for row in rows if row["variant"] in about["variants"]]}
     text = json.dumps(result, indent=1) + "\n"
-    (run_dir / RESULT).write_text(text, encoding="utf-8")
+    write_atomically(run_dir / RESULT, text)
     return json.loads(text)
 
 

@@ -1,13 +1,17 @@
 """Starting a training run: here, in several processes, or on several machines.
 
-One process trains in place. For more, torchrun is started as a child: it starts the processes, tells each its rank,
-and ends all when one fails. Its output is passed on line by line, into the terminal or the notebook cell that asked,
-and its failure is raised here with its last lines. A child of a notebook would inherit settings that are meant for the
-kernel (`MPLBACKEND` above all); they are taken away. On a machine without accelerator `ACCELERATE_USE_CPU` is set,
-because accelerate would otherwise make a separate run of every process; the engine checks that all found each other.
+One process trains in place, or apart from this one where this one may be killed. For more, torchrun is started as a
+child: it starts the processes, tells each its rank, and ends all when one fails. Their output goes to `console.log` in
+the folder of the run and is passed on from there line by line, into the terminal or the notebook cell that asked; a
+failure is raised here with its last lines. A child of a notebook would inherit settings that are meant for the kernel
+(`MPLBACKEND` above all); they are taken away. On a machine without accelerator `ACCELERATE_USE_CPU` is set, because
+accelerate would otherwise make a separate run of every process; the engine checks that all found each other.
 
-SIGTERM or Ctrl-C is passed on to the training processes themselves, not to torchrun, which would kill them after half a
-minute. They save and end well, and so does torchrun.
+**Stops.** SIGTERM, Ctrl-C or a closed terminal is passed on to the training processes themselves, not to torchrun,
+which would kill them after half a minute. They save and end well, and so does torchrun. A launcher that is killed
+outright, as the kernel of a notebook is when papermill goes, cannot pass anything on: so each process holds the end of
+a pipe whose other end is here. When it closes, the process asks itself to stop, and saves (`worker.py`). A start that
+comes too soon waits for the last run to be gone.
 
 Several machines need a scheduler or a person on each: `torchrun_commands` and `slurm_script` print what to run.
 """
@@ -16,36 +20,42 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 import torch
 
-from nitro_e_lite.config import RewardConfig, RunConfig, TrainConfig, to_dict
-from nitro_e_lite.errors import InvalidValue
-from nitro_e_lite.experiments import worker
+from nitro_e_lite.config import RunConfig, to_dict
+from nitro_e_lite.errors import InvalidValue, Unusable
+from nitro_e_lite.files import run_lock
 from nitro_e_lite.presets import assignments
 from nitro_e_lite.runtime import RunStopped, StopRequest
 
 NOTEBOOK_SETTINGS = ("MPLBACKEND", "JPY_PARENT_PID", "FORCE_COLOR", "CLICOLOR_FORCE")
 TORCHRUN_SAYS = "failed (exitcode"  # where torchrun's own report of a failure begins; what counts stands before it
 LAST_LINES = 25  # of the output that a failure repeats
+WORKER = "nitro_e_lite.experiments.worker"  # what each process runs; it imports every stage, this module none
+LOOK = 0.1  # seconds between looks at what the processes have written
+PATIENCE = 180  # seconds that a start waits for the run before it to save and end
 PORT = 29500
+RESTARTS = 3  # on accelerators: a process that hangs is ended by its neighbours' patience, and all go on from there
+RETRIES = 5  # times that a Slurm job which failed goes back into the queue
 
 
 class LaunchError(RuntimeError):
     """A process of the run failed; the message ends with the last lines of output."""
 
 
-def train_arguments(
-    config: TrainConfig | RewardConfig, run_dir: str | Path, resume: bool, device: str | None
-) -> list[str]:
+def train_arguments(config: RunConfig, run_dir: str | Path, resume: bool, device: str | None) -> list[str]:
     """The words after `nitro-e` that train `config`, for a person to type or a scheduler to run."""
     arguments = ["train", config.stage, "--preset", config.preset, "--run-dir", str(run_dir)]
     arguments += [word for assignment in assignments(config) for word in ("--set", assignment)]
@@ -60,16 +70,18 @@ def launch(
     resume: bool = False,
     device: str | None = None,
     on_line: Callable[[str], None] = print,
+    apart: bool = False,
 ) -> Path:
     """Trains on this machine and returns the folder with the final weights.
 
     Args:
         config: what to train: of any stage in `worker.RUNS`.
         run_dir: folder of the run.
-        processes: 1 trains in this process; more are started through torchrun, one for each device.
-        resume: continue the run in `run_dir`.
+        processes: more than 1 are started through torchrun, one for each device.
+        resume: continue the run in `run_dir`; one that is still saving there is waited for.
         device: "cpu", "cuda" or None for the best there is.
         on_line: gets each line that the processes print.
+        apart: a single process is one of its own too, which outlives this one for as long as it needs to save.
 
     Raises:
         ValueError: fewer than one process, or more than there are accelerators.
@@ -77,16 +89,21 @@ def launch(
         RunStopped: the run was asked to stop and has saved.
     """
     check_processes(processes, device)
-    name = worker.run_name(config)
-    if processes == 1:
-        return worker.RUNS[name][1](config, run_dir, resume, device)
+    if resume and os.environ.get("RANK", "0") == "0":  # the others of a run that torchrun has started wait for this one
+        _wait_for_the_run_before(Path(run_dir), on_line)
+    if processes == 1 and not apart:
+        from nitro_e_lite.experiments import worker
+
+        return worker.RUNS[worker.run_name(config)][1](config, run_dir, resume, device)
     with tempfile.TemporaryDirectory() as folder:
         request, outcome = Path(folder) / "request.json", Path(folder) / "outcome.json"
-        asked = {"run": name, "config": to_dict(config), "run_dir": str(run_dir), "resume": resume, "device": device}
-        request.write_text(json.dumps(asked | {"outcome": str(outcome)}), encoding="utf-8")
-        words = ["-m", worker.__name__, str(request)]
+        asked = {"settings": type(config).__name__, "config": to_dict(config), "outcome": str(outcome)}
+        asked |= {"run_dir": str(run_dir), "resume": resume, "device": device}
+        request.write_text(json.dumps(asked), encoding="utf-8")
+        words = ["-m", WORKER, str(request)]
         try:
-            run_processes(words, processes, child_environment(processes, device), on_line)
+            environment = child_environment(processes, device)
+            run_processes(words, processes, environment, on_line, log=Path(run_dir) / "console.log")
         except LaunchError:
             ended = json.loads(outcome.read_text(encoding="utf-8")) if outcome.is_file() else {}
             if "mistake" not in ended:
@@ -96,6 +113,20 @@ def launch(
     if "stopped" in ended:
         raise RunStopped(ended["stopped"])
     return Path(ended["final"])
+
+
+def _wait_for_the_run_before(run_dir: Path, on_line: Callable[[str], None]) -> None:
+    """Until nobody trains in the folder, `PATIENCE` at most: the engine then says that somebody does."""
+    if not (run_dir / ".lock").is_file():
+        return
+    for second in range(PATIENCE):
+        try:
+            with run_lock(run_dir):
+                return
+        except Unusable:
+            if not second:
+                on_line(f"{run_dir}: the run before is still saving; waiting for it, {PATIENCE} s at most")
+            time.sleep(1)
 
 
 def check_processes(processes: int, device: str | None) -> None:
@@ -140,6 +171,8 @@ def torchrun_words(words: Sequence[str], processes: int, nodes: int = 1, rank: i
         address: `host:port` of machine 0; needed for more than one.
     """
     place = ["--standalone"]
+    if torch.accelerator.is_available() and nodes == 1:
+        place += ["--max-restarts", str(RESTARTS)]
     if nodes > 1:
         host, _, port = address.partition(":")
         place = ["--nnodes", str(nodes), "--node_rank", str(rank), "--rdzv_backend", "static"]
@@ -152,55 +185,76 @@ def run_processes(
     processes: int,
     environment: Mapping[str, str],
     on_line: Callable[[str], None] = print,
+    log: Path | None = None,
     **machines,
 ) -> None:
-    """Runs `words` in several processes and passes their output on.
+    """Runs `words` in one process or several and passes their output on.
+
+    Their standard input is a pipe that nothing is written to; it closes when this process ends, however it does.
 
     Args:
         words: see `torchrun_words`.
         processes: on this machine.
         environment: of the processes.
         on_line: gets each line of output.
-        **machines: `nodes`, `rank` and `address` for `torchrun_words`.
+        log: file that the output is added to; None: a temporary one.
+        **machines: `nodes`, `rank` and `address` for `torchrun_words`; without them one process needs no torchrun.
 
     Raises:
-        LaunchError: torchrun ended with an error.
+        LaunchError: a process ended with an error.
     """
-    command = [sys.executable, *torchrun_words(words, processes, **machines)]
+    alone = processes == 1 and not machines
+    command = [sys.executable, *(words if alone else torchrun_words(words, processes, **machines))]
     last: deque[str] = deque(maxlen=LAST_LINES)
     failed = False
-    process = subprocess.Popen(
-        command,
-        env=dict(environment),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # Ctrl-C reaches the processes once, through here
-    )
-    with StopRequest(lambda: _terminate_children(process.pid)):
-        try:
-            for line in process.stdout:
-                if line := line.rstrip():
-                    failed = failed or TORCHRUN_SAYS in line
-                    if not failed:
-                        last.append(line)
-                    on_line(line)
-            code = process.wait()
-        finally:
-            if process.poll() is None:
-                _terminate_children(process.pid)
-                process.terminate()
-                process.wait()
-    if code:
-        raise LaunchError(f"{processes} processes: torchrun ended with code {code}. Last lines:\n" + "\n".join(last))
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "console.log" if log is None else log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as written, open(log, encoding="utf-8", errors="replace") as read:
+            read.seek(0, os.SEEK_END)
+            process = subprocess.Popen(
+                command,
+                env=dict(environment),
+                stdin=subprocess.PIPE,
+                stdout=written,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches the processes once, through here
+            )
+            with StopRequest(lambda: _terminate_children(process, alone)):
+                try:
+                    for line in _lines_until_the_end(process, read):
+                        failed = failed or TORCHRUN_SAYS in line
+                        if not failed:
+                            last.append(line)
+                        on_line(line)
+                finally:
+                    process.stdin.close()
+                    if process.poll() is None:
+                        _terminate_children(process, alone)
+                        process.terminate()
+                        process.wait()
+    if process.returncode:
+        who = f"{processes} processes: torchrun" if not alone else "the process"
+        raise LaunchError(f"{who} ended with code {process.returncode}. Last lines:\n" + "\n".join(last))
 
 
-def _terminate_children(pid: int) -> None:
-    """SIGTERM to the training processes that torchrun has started."""
+def _lines_until_the_end(process: subprocess.Popen, file: TextIO) -> Iterator[str]:
+    """The lines that a process writes to `file`, until it has ended; a progress bar's carriage return ends one too."""
+    rest = ""
+    while True:
+        ended = process.poll() is not None  # asked first: what was written before is read after
+        *lines, rest = re.split(r"[\r\n]", rest + file.read())
+        yield from (line.rstrip() for line in lines + [rest] * ended if line.strip())
+        if ended:
+            return
+        time.sleep(LOOK)
+
+
+def _terminate_children(process: subprocess.Popen, alone: bool) -> None:
+    """SIGTERM to the training processes that torchrun has started, or to the only one."""
     try:
-        for child in psutil.Process(pid).children():
-            child.terminate()
+        for one in [psutil.Process(process.pid)] if alone else psutil.Process(process.pid).children():
+            one.terminate()
     except psutil.NoSuchProcess:
         pass
 
@@ -224,9 +278,10 @@ def torchrun_commands(words: Sequence[str], nodes: int, processes: int, address:
 def slurm_script(words: Sequence[str], nodes: int, processes: int, hours: int = 48, port: int = PORT) -> str:
     """A batch script for Slurm: one task for each accelerator, told its rank by Slurm itself.
 
-    Ten minutes before the time limit the tasks get SIGTERM, save and end; submitting the script again continues,
-    because it always resumes. When one task fails, Slurm ends the others, which would wait for it for hours. The run
-    folder must be on storage that all machines share.
+    Ten minutes before the time limit the tasks get SIGTERM, save and end; the job then puts itself back into the queue,
+    and goes on there, because it always resumes. So it does after a failure, of a node or of its own, while it has
+    been there fewer than `RETRIES` times: what fails every time is not repeated for ever. When one task fails, Slurm
+    ends the others, which would wait for it for hours. The run folder must be on storage that all machines share.
 
     Args:
         words: arguments of `nitro-e`, such as those of `train_arguments`.
@@ -236,6 +291,7 @@ def slurm_script(words: Sequence[str], nodes: int, processes: int, hours: int = 
         port: at which the first machine listens.
     """
     words = [*words] + ["--resume"] * ("--resume" not in words)
+    final = shlex.quote(f"{words[words.index('--run-dir') + 1]}/final") if "--run-dir" in words else "final"
     ranks = "RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE="
     return f"""#!/bin/bash
 #SBATCH --job-name=nitro-e
@@ -245,6 +301,15 @@ def slurm_script(words: Sequence[str], nodes: int, processes: int, hours: int = 
 #SBATCH --cpus-per-task=8
 #SBATCH --time={hours}:00:00
 #SBATCH --signal=TERM@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT={port}
+export OMP_NUM_THREADS=${{SLURM_CPUS_PER_TASK:-8}}
 srun --kill-on-bad-exit=1 bash -c '{ranks}{processes} exec nitro-e "$@"' nitro-e {shlex.join(words)}
+code=$?
+# not finished: stopped in good order, or failed; again, but not for ever
+if [ ! -d {final} ] && {{ [ $code -eq 0 ] || [ "${{SLURM_RESTART_COUNT:-0}}" -lt {RETRIES} ]; }}; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code
 """

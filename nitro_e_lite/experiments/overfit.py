@@ -75,9 +75,9 @@ def overfit(
         left = []
         for _ in trange(steps + 1, desc="overfit", disable=None):
             row = engine.step()
-            loss = row.get("flow_loss", row["loss"])
+            loss = float(row.get("flow_loss", row["loss"]))
             left.append(loss / variance if math.isfinite(loss) else None)
         goal = LIMIT * min(1.0, left[0] or 1.0)
-        ok = left[-1] is not None and left[-1] < goal and not engine.skipped
+        ok = left[-1] is not None and left[-1] < goal and not engine.health.skipped
         spread = batch.latents.std().item()
-        return {"left": left, "goal": goal, "spread": spread, "skipped": engine.skipped, "ok": ok}
+        return {"left": left, "goal": goal, "spread": spread, "skipped": engine.health.skipped, "ok": ok}

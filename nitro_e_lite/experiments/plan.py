@@ -9,15 +9,22 @@ A training sample costs three forward passes of the transformer, and one of each
 full scale the encoders cost more than the model, while their stored features fill disks: the plan shows three ways,
 with everything stored, with latents alone stored, and with nothing stored.
 
-MFU is the one free number. Its default is what the published run implies if everything was stored: 307 million samples
-in 1.5 days on 8 MI300X. What that run stored is not published; with text and vision on-line the same days mean the
-higher MFU that `published_mfu` also gives. Count both as bounds.
+MFU is the one free number, and hours at a single one would say more than anybody knows. `outlook` gives a range, from
+`stated_mfus`. One is published, in a way: 307 million samples in 1.5 days on 8 MI300X imply 5.6 % if everything was
+stored. Feeding that back gives the 1.5 days again and proves nothing; it is the slow end, because what that run stored
+is not published, and with text and vision on-line the same days mean the higher MFU that `published_mfu` also gives.
+The others are ours: assumptions, measured nowhere.
+
+A run is more than its steps: the encoding pass over all pictures, the drawing of those that a teacher has to make, what
+disks must deliver, checkpoints and validation are counted too.
 
 Not modelled: gradient checkpointing, the allocator's fragmentation, work space of libraries.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -55,6 +62,9 @@ from nitro_e_lite.training.distributed import BUCKET
 from nitro_e_lite.training.optimizers import hidden_matrices
 
 STORED = {"all stored": ("latents", "text", "vision"), "latents stored": ("latents",), "nothing stored": ()}
+DISK = 1e9  # bytes/s that a checkpoint is written with, copied and hashed; ours
+VALIDATION_ROWS = 10_000  # where the validation data are not here to be counted; ours
+DRAWN, DRAWN_PER_SECOND = "fluxdb", 0.56  # FLUX.1-dev on one MI300X, 512 px, batch 32: Table 2 of the Nitro-E report
 PICTURES = {"sa1b": 11_100_000, "journeydb": 4_400_000, "fluxdb": 9_500_000}  # in the paper's folders
 LLAMA_1B = dict(
     vocab_size=128_256,
@@ -121,6 +131,98 @@ class Plan:
         return sum(self.memory.values())
 
 
+@dataclass(frozen=True)
+class Utilisation:
+    """A share of the peak that a run may reach, whose number it is, and why this one."""
+
+    share: float
+    whose: str
+    why: str
+
+
+def stated_mfus() -> tuple[Utilisation, ...]:
+    """The range that plans are made for, slowest first."""
+    least = published_mfu()["all stored"]
+    return (
+        Utilisation(least, "published", "implied by 1.5 days on 8 MI300X if everything was stored: the slow end"),
+        Utilisation(0.2, "ours", "assumed: matrices 768 wide keep a large device half busy, and small kernels wait"),
+        Utilisation(0.4, "ours", "assumed: what large language models reach in training; the fast end"),
+    )
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a whole stage takes at one utilisation. Hours of all devices together; bytes/s without prefixes.
+
+    Attributes:
+        mfu: the utilisation.
+        hours: of the steps, by what is stored.
+        reading: bytes/s that the disks must deliver meanwhile, by what is stored.
+        encoding: hours of one pass of all encoders over all pictures.
+        validation: hours of all validation losses of the stage.
+    """
+
+    mfu: Utilisation
+    hours: dict[str, float]
+    reading: dict[str, float]
+    encoding: float
+    validation: float
+
+
+def outlook(config: TrainConfig, found: Plan, devices: int, mfus: Sequence[Utilisation] = ()) -> list[Outlook]:
+    """What a stage takes, at each of a range of utilisations.
+
+    Args:
+        config: of the stage.
+        found: its plan.
+        devices: as many as there.
+        mfus: the range; `stated_mfus` when empty.
+    """
+    rows = sum(
+        state["rows"] for one in config.data.validation_folders for state in sidecars(Path(one)).values() if state
+    )
+    looked_at = (rows or VALIDATION_ROWS) * config.steps / config.validate_every
+    encoded = sum(found.disk.values()) / sum(encoder.stored for encoder in found.encoders.values())
+    stored = {way: sum(found.encoders[n].stored for n in names if n in found.encoders) for way, names in STORED.items()}
+    outlooks = []
+    for mfu in mfus or stated_mfus():
+        speed = devices * found.peak * mfu.share
+        samples = {way: speed / cost for way, cost in found.sample_flops.items()}
+        outlooks.append(
+            Outlook(
+                mfu=mfu,
+                hours={way: config.steps * config.batch_size / rate / 3600 for way, rate in samples.items()},
+                reading={way: samples[way] * size for way, size in stored.items()},
+                encoding=encoded * sum(encoder.flops for encoder in found.encoders.values()) / speed / 3600,
+                validation=looked_at * (found.forward_flops + found.encoders["text"].flops) / speed / 3600,
+            )
+        )
+    return outlooks
+
+
+def checkpoint_bytes(config: TrainConfig) -> float:
+    """Bytes of one checkpoint: masters, the optimiser's state, and the average where there is one."""
+    size = _state_bytes(config, _model_arguments(config), {})
+    count = _parameters(build_on_meta(_model_arguments(config)))
+    return 4 * count + size["optimizer"] + size["average of the weights"]
+
+
+def checkpoint_hours(config: TrainConfig, bytes_per_second: float = DISK) -> float:
+    """Hours that a stage spends on checkpoints when each is written before the next step."""
+    return config.steps / config.checkpoint_every * checkpoint_bytes(config) / bytes_per_second / 3600
+
+
+def drawing_days(config: TrainConfig, devices: int, peak: float) -> float:
+    """Days in which `devices` draw the pictures of FLUXDB, which nobody hands out; 0 where a run does not read it.
+
+    The published speed is that of one MI300X; another device is taken to be as much faster as its peak is.
+    """
+    if DRAWN not in [Path(folder).name for folder in config.data.folders]:
+        return 0.0
+    speed = DRAWN_PER_SECOND * peak / HARDWARE[PUBLISHED_HARDWARE].peak
+    return PICTURES[DRAWN] / (devices * speed) / 86_400
+
+
 def count_pictures(data: DataConfig) -> int:
     """Pictures that a run reads: rows of the folders that are here, the paper's number for those named as there.
 
@@ -152,14 +254,17 @@ def plan(
         config: of the stage.
         hardware: a name in `hardware.HARDWARE`.
         devices: how many of them, one process each.
-        mfu: utilisation in (0, 1]; that of the published run when None.
+        mfu: utilisation in (0, 1]; the slow end of `stated_mfus`, that of the published run, when None.
         peak_tflops: of one device; the data sheet's when None, measured here for "cpu".
         pictures: in the data set, for the disk; when None those of the folders, see `count_pictures`.
 
     Raises:
         ValueError: unknown hardware, a number outside of its range, or a folder of which nothing is known.
     """
-    _check(config, hardware, devices, mfu)
+    _check(config, hardware, devices, mfu, peak_tflops)
+    count = count_pictures(config.data) if pictures is None else pictures
+    if count < 1:
+        raise InvalidValue(f"pictures={count}: must be at least 1")
     model = _model_arguments(config)
     encoders = frozen_encoders(config)
     forward = forward_flops(config)
@@ -169,9 +274,6 @@ def plan(
     speed = {way: devices * peak * mfu / cost for way, cost in flops.items()}
     activation = activation_bytes(model, _text_length(config), config.precision, on_cpu=hardware == "cpu")
     per_device = config.batch_size // (devices * config.accumulate)
-    count = count_pictures(config.data) if pictures is None else pictures
-    if count < 1:
-        raise InvalidValue(f"pictures={count}: must be at least 1")
     return Plan(
         parameters=sum(p.numel() for p in build_on_meta(model).parameters()),
         forward_flops=forward,
@@ -188,7 +290,13 @@ def plan(
     )
 
 
-def _check(config: TrainConfig, hardware: str, devices: int, mfu: float | None) -> None:
+def check_peak(peak_tflops: float | None) -> None:
+    """The peak that a person names is a number above 0."""
+    if peak_tflops is not None and not 0 < peak_tflops < math.inf:
+        raise InvalidValue(f"peak_tflops={peak_tflops}: must be a number above 0")
+
+
+def _check(config: TrainConfig, hardware: str, devices: int, mfu: float | None, peak_tflops: float | None) -> None:
     if hardware not in HARDWARE:
         raise InvalidValue(f"hardware={hardware!r}: not one of {', '.join(HARDWARE)}")
     if devices < 1 or config.batch_size % (devices * config.accumulate):
@@ -198,6 +306,7 @@ def _check(config: TrainConfig, hardware: str, devices: int, mfu: float | None) 
         )
     if mfu is not None and not 0 < mfu <= 1:
         raise InvalidValue(f"mfu={mfu}: must be in (0, 1]")
+    check_peak(peak_tflops)
 
 
 def sample_flops(forward: float, encoders: dict[str, Encoder]) -> dict[str, float]:
@@ -339,7 +448,7 @@ def _state_bytes(config: TrainConfig, arguments: dict[str, Any], encoders: dict[
     return {
         "weights and gradients": count * (4 + 4 + (2 + 2 if half else 0)),
         "optimizer": 4 * momentum + 8 * (count - momentum),
-        "average of the weights": 4 * count,
+        "average of the weights": 4 * count if config.ema_decay else 0,
         "gradient bucket": 4 * min(count, BUCKET),  # averaged in float32
         "frozen encoders": width * frozen,
     }

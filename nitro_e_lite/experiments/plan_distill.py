@@ -17,11 +17,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nitro_e_lite.config import TrainConfig
+from nitro_e_lite.config import DistillConfig, TrainConfig
 from nitro_e_lite.errors import InvalidValue
-from nitro_e_lite.experiments.plan import forward_flops, frozen_encoders, measured_peak, published_mfu
+from nitro_e_lite.experiments.plan import check_peak, forward_flops, frozen_encoders, measured_peak, published_mfu
 from nitro_e_lite.model.flops import HARDWARE, PUBLISHED_HARDWARE, TRAINING_PASSES
-from nitro_e_lite.stages.distill import DistillConfig
 
 TEACHER_STEPS = 20
 PICTURES = {"smoke": 100, "lite": 10_000, "full": 1_000_000}  # of the full run nothing is published
@@ -83,6 +82,7 @@ def plan_distill(
             raise InvalidValue(f"{name}={value}: must be at least 1")
     if mfu is not None and not 0 < mfu <= 1:
         raise InvalidValue(f"mfu={mfu}: must be in (0, 1]")
+    check_peak(peak_tflops)
     peak = peak_tflops * 1e12 if peak_tflops else HARDWARE[hardware].peak or measured_peak()
     mfu = published_mfu()["all stored"] if mfu is None else mfu
     encoders, speed = frozen_encoders(teacher), devices * peak * mfu

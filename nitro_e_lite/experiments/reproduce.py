@@ -6,7 +6,10 @@
     notebooks/                            both notebooks as they were executed
     weights/                              encoders and transformer as a pipeline, for `nitro-e sample --model`
     evaluation.json, uncurated.png        GenEval-lite of these weights
-    reproduce.json                        seconds of each step, and where its result is
+    drawn/                                what these weights drew for students
+    distill/, sprint/                     the students of four steps, and of 1, 2 and 4
+    students.json                         GenEval-lite of both, without guidance
+    reproduce.json                        seconds of each step over all its attempts, and where its result is
 
 A step that came to its end is left out and a training goes on from its checkpoint, so the same command continues a
 chain that was killed. Scale "smoke" does everything in a minute or two and learns nothing; "lite" is the real one. The
@@ -18,8 +21,10 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,19 +34,22 @@ import yaml
 from nitro_e_lite import config as configuration
 from nitro_e_lite import presets
 from nitro_e_lite.course import notebooks
+from nitro_e_lite.data.drawn import Drawing, GrammarPrompts
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.evaluation.geneval_lite import evaluate
 from nitro_e_lite.experiments.compare import spread_prompts
-from nitro_e_lite.experiments.launch import check_processes
+from nitro_e_lite.experiments.launch import check_processes, launch
 from nitro_e_lite.experiments.ship import ship
+from nitro_e_lite.files import check_output, read_json, read_jsonl, run_lock, write_atomically
 from nitro_e_lite.inference.loading import load_pipeline
-from nitro_e_lite.scenes.geneval import load_prompts
+from nitro_e_lite.scenes.geneval import Prompt, load_prompts
 from nitro_e_lite.stages.autoencoder import AutoencoderConfig, train_autoencoder
 from nitro_e_lite.stages.language_model import LanguageModelConfig, train_language_model
 from nitro_e_lite.stages.vision import VisionConfig, train_vision
 
 SCALES = ("smoke", "lite")
 STAGES = {"stage1": "09_repa_pretraining", "stage2": "10_fine_tuning_ema"}
+DRAWN = {"smoke": 8, "lite": 10_000}  # pictures that students learn from
 _SMALL = {  # overrides of the encoders at smoke scale
     "autoencoder": ["steps=2", "batch_size=2"],
     "language_model": ["steps=2", "batch_size=4"],
@@ -67,6 +75,7 @@ class Chain:
         seed: of everything.
         devices: processes of a training of the transformer.
         overrides: changes of both stages' training configuration.
+        say: gets a line about a stage in training every minute; the encoders show bars of their own.
 
     Raises:
         FileNotFoundError: there are no notebooks here, because this is no checkout.
@@ -74,19 +83,28 @@ class Chain:
             settings.
     """
 
-    def __init__(self, preset: str, run_dir: str | Path, seed: int = 0, devices: int = 1, overrides: list[str] = ()):
+    def __init__(
+        self,
+        preset: str,
+        run_dir: str | Path,
+        seed: int = 0,
+        devices: int = 1,
+        overrides: list[str] = (),
+        say: Callable[[str], None] = lambda line: None,
+    ):
         if preset not in SCALES:
             raise InvalidValue(f"preset={preset!r}: must be smoke or lite; notebook 17 is for the full model")
         notebooks.notebooks_dir()
         check_processes(devices, None)
         for stage in ("base", "finetune"):  # now, and not after the encoders
-            configuration.override(presets.preset(stage, preset), list(overrides))
-        self.preset, self.seed, self.devices = preset, seed, devices
+            configuration.override(presets.preset(stage, preset), [*overrides, f"seed={seed}"])
+        check_output(Path(run_dir), "folder")
+        self.preset, self.seed, self.devices, self.say = preset, seed, devices, say
         self.overrides, self.run_dir = list(overrides), Path(run_dir).resolve()
         self.report = {"settings": {"preset": preset, "seed": seed, "overrides": self.overrides}, "steps": {}}
         self._file = self.run_dir / "reproduce.json"
         if self._file.is_file():
-            before = json.loads(self._file.read_text(encoding="utf-8"))
+            before = read_json(self._file)
             if before["settings"] != self.report["settings"]:
                 raise InvalidValue(f"run_dir={run_dir}: holds a chain with {before['settings']}; name another folder")
             self.report = before
@@ -102,20 +120,28 @@ class Chain:
             Step("stage 2, EMA", "notebooks/10_fine_tuning_ema.ipynb", lambda: self._stage("stage2")),
             Step("pipeline", "weights/SHA256SUMS", self._assemble),
             Step("evaluation", "evaluation.json", self._evaluate),
+            Step("drawn set", "drawn/done.json", self._draw),
+            Step("stage 4, distillation", "distill/final/config.json", lambda: self._student("distill")),
+            Step("SANA-Sprint", "sprint/final/config.json", lambda: self._student("sprint")),
+            Step("students' evaluation", "students.json", self._evaluate_students),
         ]
 
     def run(self) -> Iterator[tuple[Step, float | None]]:
-        """Works through the chain; yields each step with its seconds, or None where its result was there already."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        for step in self.steps():
-            seconds = None
-            if step.name not in self.report["steps"] or not (self.run_dir / step.result).exists():
-                begin = time.perf_counter()
-                step.work()
-                seconds = time.perf_counter() - begin
-                self.report["steps"][step.name] = {"seconds": round(seconds, 1), "result": step.result}
-                self._file.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
-            yield step, seconds
+        """Works through the chain; yields each step with the seconds of all attempts, or None where it was done."""
+        with run_lock(self.run_dir):
+            for step in self.steps():
+                cost = self.report["steps"].setdefault(step.name, {"seconds": 0.0})
+                if "result" in cost and (self.run_dir / step.result).exists():
+                    yield step, None
+                    continue
+                begin, before = time.perf_counter(), cost["seconds"]
+                try:
+                    step.work()
+                    cost["result"] = step.result
+                finally:  # a step that was stopped has cost something too
+                    cost["seconds"] = round(before + time.perf_counter() - begin, 1)
+                    write_atomically(self._file, json.dumps(self.report, indent=1) + "\n")
+                yield step, cost["seconds"]
 
     def _settings(self, cls: type, name: str) -> Any:
         small = _SMALL[name] if self.preset == "smoke" else []
@@ -151,7 +177,8 @@ class Chain:
         with tempfile.TemporaryDirectory() as folder:
             parameters = Path(folder) / file.name
             parameters.write_text(yaml.safe_dump(values), encoding="utf-8")
-            executed = notebooks.execute(notebooks.notebooks_dir() / f"{name}.ipynb", parameters)
+            with watched(self.run_dir / stage / "training", self.say):
+                executed = notebooks.execute(notebooks.notebooks_dir() / f"{name}.ipynb", parameters)
         target = self.run_dir / "notebooks" / f"{name}.ipynb"
         target.parent.mkdir(exist_ok=True)
         target.write_text(json.dumps(executed, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -160,10 +187,80 @@ class Chain:
         shutil.copytree(self.run_dir / "encoders", self.run_dir / "weights", dirs_exist_ok=True)
         ship(self.run_dir / "stage2" / "training", str(self.run_dir / "weights"))
 
+    def _draw(self) -> None:
+        """The teacher's pictures, its states at the student's levels; a drawing that was killed goes on."""
+        student, out = presets.preset("distill", self.preset), self.run_dir / "drawn"
+        prompts, sampler = GrammarPrompts(self.seed, DRAWN[self.preset]), {"shift": student.shift}
+        sampler["student_steps"] = student.sampler_steps
+        done = Drawing(load_pipeline(self.run_dir / "weights"), prompts, out, seed=self.seed, **sampler).run()
+        (out / "done.json").write_text(json.dumps(done) + "\n", encoding="utf-8")
+
+    def _student(self, stage: str) -> None:
+        """Trains a student; its gate on the drawn set asks for what this chain's own model scores."""
+        card = json.loads((self.run_dir / "evaluation.json").read_text(encoding="utf-8"))
+        encoders = str(self.run_dir / "encoders")
+        changes = [f"teacher={json.dumps(str(self.run_dir / 'weights'))}", f"gate_card={card['overall']}"]
+        changes += [
+            f"data.folders={json.dumps([str(self.run_dir / 'drawn')])}",
+            f"data.encoders={json.dumps(encoders)}",
+        ]
+        chosen = configuration.override(presets.preset(stage, self.preset), [f"seed={self.seed}", *changes])
+        launch(chosen, self.run_dir / stage, processes=self.devices, resume=True)
+
+    def _evaluate_students(self) -> None:
+        found = {}
+        for stage in ("distill", "sprint"):
+            prompts, seeds = self._prompts()
+            found[stage] = evaluate(load_pipeline(self.run_dir / stage), prompts, seeds=seeds).card
+        (self.run_dir / "students.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    def _prompts(self) -> tuple[list[Prompt], tuple[int, ...]]:
+        return (spread_prompts(load_prompts(), 1), (0,)) if self.preset == "smoke" else (load_prompts(), (0, 1))
+
     def _evaluate(self) -> None:
-        prompts, seeds = load_prompts(), (0, 1)
-        if self.preset == "smoke":
-            prompts, seeds = spread_prompts(prompts, 1), (0,)
+        prompts, seeds = self._prompts()
         found = evaluate(load_pipeline(self.run_dir / "weights"), prompts, seeds=seeds, keep_images=True)
         found.grid().save(self.run_dir / "uncurated.png")
         found.save(self.run_dir / "evaluation.json")
+
+
+@contextmanager
+def watched(training: Path, say: Callable[[str], None], every: float = 60.0) -> Iterator[None]:
+    """Inside, `say` gets a line about the run in `training` every so many seconds, while it is under way."""
+    done = threading.Event()
+
+    def look() -> None:
+        last = None
+        while not done.wait(every):
+            line = progress(training)
+            if line and line != last:
+                say(line)
+                last = line
+
+    thread = threading.Thread(target=look, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def progress(training: Path) -> str | None:
+    """One line about a training run: step, loss, speed, time left, newest picture; None before it begins.
+
+    Args:
+        training: folder of the run.
+    """
+    settings, metrics = training / "config.json", training / "metrics.jsonl"
+    if not (settings.is_file() and metrics.is_file()):
+        return None
+    rows = [row for row in read_jsonl(metrics) if "samples_per_second" in row]
+    if not rows:
+        return None
+    config, row = json.loads(settings.read_text(encoding="utf-8"))["config"], rows[-1]
+    minutes = (config["steps"] - row["step"]) * config["batch_size"] / row["samples_per_second"] / 60
+    line = f"step {row['step']:,} of {config['steps']:,}, loss {row['loss']:.3f}"
+    line += f", {row['samples_per_second']:.1f} samples/s, {minutes:,.0f} minutes left"
+    pictures = sorted((training / "samples").glob("*.png"))
+    return f"{line}; newest picture: {pictures[-1]}" if pictures else line

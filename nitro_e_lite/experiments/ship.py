@@ -6,18 +6,59 @@ The vision model lies beside the pipeline, which does not need it.
 """
 
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
 
 from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors import SafetensorError
 
+from nitro_e_lite import files
 from nitro_e_lite.config import TrainConfig, to_dict
-from nitro_e_lite.files import MANIFEST, check_manifest, find_weights, write_manifest
+from nitro_e_lite.errors import InvalidValue, NotWritten
+from nitro_e_lite.files import (
+    MANIFEST,
+    STUDENTS,
+    atomic_folder,
+    check_manifest,
+    check_output,
+    find_weights,
+    read_json,
+    write_manifest,
+)
 from nitro_e_lite.inference.encoders import load_encoders
 from nitro_e_lite.inference.loading import load_transformer
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.inference.vision import load_vision
+
+
+def ship_student(source: str | Path, name: str) -> Path:
+    """Puts a student of few steps beside the model whose encoders it shares, as its run without checkpoints.
+
+    Args:
+        source: a finished run of `nitro-e train distill` or `sprint`, trained with the encoders "lite".
+        name: of the shipped weights, or a folder.
+
+    Returns:
+        The folder: `config.json` says how it was trained and draws, `final/` holds the transformer in float16.
+
+    Raises:
+        ValueError: `source` is no such run.
+    """
+    run = Path(source) / "config.json"
+    about = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
+    trained = about.get("config", {})
+    if trained.get("stage") not in STUDENTS.values() or trained["data"]["encoders"] != "lite":
+        raise InvalidValue(f"source={str(source)!r}: is no run of {' or '.join(STUDENTS.values())} with encoders lite")
+    folder = files.weights_dir() / name if name in STUDENTS else Path(name)
+    about |= {"config": trained | {"data": trained["data"] | {"folders": ["data/drawn"]}}}  # no paths of a machine
+    with atomic_folder(folder, "the run is intact") as partial:
+        load_transformer(source).half().save_pretrained(partial / "final")
+        (partial / run.name).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        shutil.copyfile(run.with_name("metrics.jsonl"), partial / "metrics.jsonl")
+        write_manifest(partial)
+    return folder
 
 
 def ship(
@@ -45,6 +86,7 @@ def ship(
         ValueError: transformer and encoders do not fit, or what stays in the folder differs from its checksums.
     """
     folder = find_weights(name)
+    check_output(folder, "folder")
     vision = _is_vision(Path(source))
     if (folder / MANIFEST).is_file():  # no fresh checksums for damaged files
         replaced = {"vision"} if vision else {"transformer", "scheduler", "model_index.json"}
@@ -52,7 +94,7 @@ def ship(
     if vision:
         return _ship_vision(Path(source), folder)
     run = Path(source) / "config.json"  # of a training run; the folder `final` has a model's
-    trained = json.loads(run.read_text(encoding="utf-8")).get("config") if run.is_file() else None
+    trained = read_json(run).get("config") if run.is_file() else None
     usual = trained or to_dict(TrainConfig())
     transformer = load_transformer(source).half()
     pipeline = NitroEPipeline(
@@ -63,27 +105,31 @@ def ship(
         default_guidance=usual["guidance"] if guidance is None else guidance,
         default_shift=usual["shift"] if shift is None else shift,
     )
-    with tempfile.TemporaryDirectory() as temporary:
-        pipeline.save_pretrained(temporary)
-        for part in ("transformer", "scheduler"):
-            (folder / part).mkdir(exist_ok=True)
-            for file in (Path(temporary) / part).iterdir():
-                shutil.copyfile(file, folder / part / file.name)
-        shutil.copyfile(Path(temporary) / "model_index.json", folder / "model_index.json")
-    settings, metrics = (folder / "transformer" / file for file in ("training.json", "metrics.jsonl"))
-    if trained:  # how it was trained travels with it
-        settings.write_text(json.dumps(trained, indent=1) + "\n", encoding="utf-8")
-        shutil.copyfile(run.with_name("metrics.jsonl"), metrics)
-    else:  # and how the one before was trained does not stay
-        settings.unlink(missing_ok=True)
-        metrics.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".ship-") as temporary:  # a full disk spoils nothing
+        new = Path(temporary) / "new"
+        try:
+            pipeline.save_pretrained(new)
+        except SafetensorError as error:
+            raise NotWritten(f"{folder}: could not be written ({error}); what is there is intact") from error
+        parts = [file for part in ("transformer", "scheduler") for file in (new / part).iterdir()]
+        if trained:  # how it was trained travels with it
+            (new / "transformer" / "training.json").write_text(json.dumps(trained, indent=1) + "\n", encoding="utf-8")
+            shutil.copyfile(run.with_name("metrics.jsonl"), new / "transformer" / "metrics.jsonl")
+            parts += [new / "transformer" / "training.json", new / "transformer" / "metrics.jsonl"]
+        for file in (*parts, new / "model_index.json"):
+            target = folder / file.relative_to(new)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(file, target)
+    if not trained:  # how the one before was trained does not stay
+        for name in ("training.json", "metrics.jsonl"):
+            (folder / "transformer" / name).unlink(missing_ok=True)
     write_manifest(folder)
     return folder
 
 
 def _is_vision(source: Path) -> bool:
     configs = [f for f in (source / "final" / "config.json", source / "config.json") if f.is_file()]
-    return bool(configs) and json.loads(configs[0].read_text(encoding="utf-8")).get("model_type") == "dinov2"
+    return bool(configs) and read_json(configs[0]).get("model_type") == "dinov2"
 
 
 def _ship_vision(source: Path, folder: Path) -> Path:

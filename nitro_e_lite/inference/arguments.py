@@ -20,6 +20,7 @@ from nitro_e_lite.errors import InvalidType, InvalidValue
 from nitro_e_lite.model.attention import group_multiple
 from nitro_e_lite.model.tokens import RATIOS, compressed_sizes
 
+MAX_STEPS = 1000  # noise levels that timesteps of 1000 can tell apart
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -56,9 +57,10 @@ def as_prompts(name: str, value: object, count: int | None = None) -> list[str]:
 
     Raises:
         TypeError: not a string and not a list or tuple of strings.
-        ValueError: an empty list, or not `count` strings.
+        ValueError: an empty list, not `count` strings, or half of a surrogate pair in one, which no encoding can hold.
     """
     if isinstance(value, str):
+        _check_unicode(name, value)
         return [value] * (count or 1)
     if not isinstance(value, (list, tuple)):
         raise InvalidType(f"{name}: expected a string or a list of strings, got {type(value).__name__}")
@@ -67,9 +69,18 @@ def as_prompts(name: str, value: object, count: int | None = None) -> list[str]:
     for index, item in enumerate(value):
         if not isinstance(item, str):
             raise InvalidType(f"{name}[{index}]: expected a string, got {item!r} ({type(item).__name__})")
+        _check_unicode(f"{name}[{index}]", item)
     if count is not None and len(value) != count:
         raise InvalidValue(f"{name}: {len(value)} strings for {count} prompts; expected one string or {count}")
     return list(value)
+
+
+def _check_unicode(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = ascii(text[max(0, error.start - 20) : error.end + 20])
+        raise InvalidValue(f"{name}: {near} is no valid Unicode (half of a surrogate pair); write it again") from None
 
 
 def as_tensor(name: str, value: object, shape: tuple[int | None, ...]) -> Tensor:

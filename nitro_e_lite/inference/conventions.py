@@ -1,9 +1,11 @@
 """What people who know diffusers expect of a pipeline besides drawing: LoRA, callbacks that steer, the usual names."""
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
 from torch import Tensor
 
@@ -20,6 +22,7 @@ class Call:
         features: text features `(2B, L, D)`, negative first, or `(B, L, D)` without guidance.
         total: steps of the walk.
         attention_kwargs: for the transformer.
+        generators: of the noise that a consistency model puts back.
         timestep: of the step in progress.
         interrupted: no further step is done.
     """
@@ -28,6 +31,7 @@ class Call:
     features: Tensor | None = None
     total: int = 0
     attention_kwargs: dict[str, Any] | None = None
+    generators: Sequence[torch.Generator] = ()
     timestep: float | None = None
     interrupted: bool = False
 

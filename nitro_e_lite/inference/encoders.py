@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nitro_e_lite.errors import InvalidType, InvalidValue
-from nitro_e_lite.files import find_weights
+from nitro_e_lite.files import find_weights, read_json
 from nitro_e_lite.inference import hub
 from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH, LITE_TEXT_LENGTH
 
@@ -66,8 +66,12 @@ class LatentStats:
     @classmethod
     def load(cls, folder: str | Path) -> "LatentStats":
         """Reads `latent_stats.json` of an autoencoder folder trained by this package."""
-        values = json.loads((Path(folder) / "latent_stats.json").read_text(encoding="utf-8"))
-        return cls(values["latents_mean"], values["latents_std"])
+        path = Path(folder) / "latent_stats.json"
+        values = read_json(path)
+        lists = [values.get(name) for name in ("latents_mean", "latents_std")]
+        if not all(isinstance(one, list) and all(isinstance(x, int | float) for x in one) and one for one in lists):
+            raise InvalidValue(f"{path}: must hold the lists of numbers latents_mean and latents_std")
+        return cls(*lists)
 
     def to_json(self) -> str:
         """The text of `latent_stats.json`, with the names that the pipeline's config uses."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import huggingface_hub
 import torch
 import transformers
 from diffusers import AutoencoderDC
@@ -23,19 +24,28 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nitro_e_lite.errors import InvalidValue, UserError
-from nitro_e_lite.files import check_weights
+from nitro_e_lite.files import check_weights, sha256_file
 from nitro_e_lite.model.cpu_kernels import speed_up
 from nitro_e_lite.model.fp8 import plain_tensors
 
 FULL_AUTOENCODER = "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers"
 FULL_TEXT_ENCODER = "meta-llama/Llama-3.2-1B"
+OFFICIAL = "amd/Nitro-E"  # the published transformers, one file each
 
 HUB_REVISIONS = {
+    OFFICIAL: "88f83c800d9ee98a07a40c03a05d2d80a674a85c",
     FULL_AUTOENCODER: "ca69e17e97609e64ce055115a6515215109b1f50",
     FULL_TEXT_ENCODER: "4e20de362430cd3b72f300e6b0f18e50e7166e08",
 }
 
 """Hub id -> commit that is loaded when none is asked for. Other ids need a revision."""
+
+OFFICIAL_SUMS = {
+    "512px": "362a1b86870987318c1a49535878b4d62c430b7e36afb51798676475f7ef4550",
+    "512px-dist": "06398fb646dbe2d9830902fab7086da3c66fe267211a36a7bc26ee4fd12d88d4",
+    "1024px": "f8cf35b97112431cf4f889a7d314503e0df8f7dc7ade0bab0cdd0c7eb403ccf8",
+}
+"""Variant -> sha256 of its file in the pinned commit of `OFFICIAL`."""
 
 
 class EncoderUnavailable(UserError, RuntimeError):
@@ -148,12 +158,48 @@ def quiet_loading(source: str | Path) -> Iterator[None]:
             log.enable_progress_bar()
 
 
+def fetch_official(variant: str) -> Path:
+    """The published file of a variant, downloaded once; its contents are compared with the pinned sha256.
+
+    Raises:
+        EncoderUnavailable: it cannot be downloaded.
+        ValueError: the pinned commit has no such file, or the file differs.
+    """
+    name = f"Nitro-E-{variant}.safetensors"
+    if variant not in OFFICIAL_SUMS:
+        raise InvalidValue(
+            f"variant={variant}: {OFFICIAL} has {', '.join(OFFICIAL_SUMS)} at the pinned commit; download {name} and "
+            "name the file"
+        )
+    place = {"repo_id": OFFICIAL, "filename": name, "revision": HUB_REVISIONS[OFFICIAL]}
+    path = Path(_readable(OFFICIAL, "--model FILE", huggingface_hub.hf_hub_download, **place))
+    if sha256_file(path) != OFFICIAL_SUMS[variant]:
+        raise InvalidValue(f"{path}: contents differ from what {OFFICIAL} published; delete the file and try again")
+    return path
+
+
+@contextmanager
+def one_line(source: str | Path, name: str = "model") -> Iterator[None]:
+    """Whatever libraries raise on a folder that is damaged, or is none of ours, as one error; its cause is kept."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InvalidValue(f"{name}: {source} cannot be loaded ({type(error).__name__}: {reason})") from error
+
+
 def attempt(source: str | Path, option: str, load, **arguments):
     """Calls a `from_pretrained`; whatever the hub answers, or a damaged file, ends in one readable error.
 
     A folder that lies beside a list of checksums, as shipped weights do, must agree with it.
     """
     check_weights(Path(arguments["pretrained_model_name_or_path"]))
+    return _readable(source, option, load, **arguments)
+
+
+def _readable(source: str | Path, option: str, load, **arguments):
     try:
         with quiet_loading(source):
             return load(**arguments)

@@ -4,28 +4,30 @@ Everything that draws pictures starts with `load_pipeline`. It never falls back:
 file whose checksum differs or an encoder that is not there is an error that says what to do.
 """
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from safetensors import SafetensorError
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SCMScheduler
 
 from nitro_e_lite import runtime
 from nitro_e_lite.errors import InvalidType, InvalidValue
-from nitro_e_lite.files import find_weights
+from nitro_e_lite.files import find_weights, read_json
 from nitro_e_lite.inference.encoders import Encoders, LatentStats, load_encoders
 from nitro_e_lite.inference.fp8_pipeline import quantize_pipeline
 from nitro_e_lite.inference.hub import (
     FULL_AUTOENCODER,
     FULL_TEXT_ENCODER,
+    OFFICIAL,
     EncoderUnavailable,
+    fetch_official,
     load_autoencoder,
     load_text_encoder,
+    one_line,
     quiet_loading,
 )
+from nitro_e_lite.inference.low_memory import save_memory
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.model import fp8
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
@@ -52,6 +54,7 @@ def load_pipeline(
     lora: str | Path | None = None,
     variant: str | None = None,
     quantization: str | None = None,
+    low_memory: bool = False,
     **official_config: Any,
 ) -> NitroEPipeline:
     """A pipeline, ready to draw.
@@ -59,8 +62,8 @@ def load_pipeline(
     Args:
         source: "lite" or another name of weights shipped in the package; a pipeline folder; a training run or its
             `final/` (the encoders, guidance and shift are then those of the run, and the steps of a student); another
-            folder with a transformer alone (the rest is then that of "lite"); or an official Nitro-E `.safetensors`
-            file.
+            folder with a transformer alone (the rest is then that of "lite"); an official Nitro-E `.safetensors`
+            file; or "amd/Nitro-E", the same from the hub, at a pinned commit.
         device: where to run; the accelerator when there is one.
         dtype: "float32", "bfloat16" or "float16"; float32 on the CPU, bfloat16 on a GPU that has it and with FP8.
         text_encoder: folder or hub id of another text encoder with its tokenizer; official weights use
@@ -70,10 +73,13 @@ def load_pipeline(
         lora: a LoRA to merge into the transformer: a PEFT folder, what `save_lora_adapter` or `save_lora_weights`
             wrote, or a run that trained one; `pipeline.load_lora_weights` keeps it apart instead.
         variant: which of `VARIANTS` an official file is, since neither its names nor its shapes say so; when not given
-            it is guessed from the name of the file, and a warning says what was guessed.
+            the `config.json` of the transformer beside it decides, or it is guessed from the name of the file, and a
+            warning says what was guessed. Of the hub's files it says which; "512px" when not given.
         quantization: "fp8" puts the transformer's weights into FP8 after a LoRA was merged, as far as the device can; a
             warning gives the reason of each step down, `pipeline.transformer.fp8_report` the rest. A folder that was
             saved in FP8 is in FP8 without it.
+        low_memory: parts come to the device in turn, large pictures are decoded in tiles; draw with
+            `low_memory.draw_one_by_one`.
         **official_config: arguments for `official_weights.load_official`, for files of other shapes.
 
     Raises:
@@ -84,7 +90,8 @@ def load_pipeline(
     if quantization not in (None, "fp8"):
         raise InvalidValue(f"quantization: {quantization!r} is not 'fp8'")
     device = runtime.pick_device(device)
-    path = _find(source)
+    path = _find(source, variant)
+    variant = "512px" if variant is None and source == OFFICIAL else variant
     stored = fp8.holds_fp8(path) or fp8.holds_fp8(path / "transformer")
     if lora is not None and stored:
         raise InvalidValue(
@@ -108,20 +115,21 @@ def load_pipeline(
         if (Path(vae) / "latent_stats.json").is_file():
             stats = LatentStats.load(vae)
             parts |= {"latents_mean": list(stats.mean), "latents_std": list(stats.std)}
-    try:
-        with quiet_loading(path.parent):
-            if official:
-                pipeline = _official_pipeline(parts, variant or _guess(path))
-            elif (path / DiffusionPipeline.config_name).is_file():
-                pipeline = NitroEPipeline.from_pretrained(path, dtype=dtype, **_stored_variant(path), **parts)
-            else:
-                pipeline = _trained_pipeline(path, parts, dtype)
-    except SafetensorError as error:
-        raise InvalidValue(f"{path}: a weight file below it is damaged ({error})") from None
+    with one_line(path), quiet_loading(path.parent):
+        if official:
+            pipeline = _official_pipeline(parts, variant or _published_as(path))
+        elif (path / DiffusionPipeline.config_name).is_file():
+            stored_as = _stored_variant(path)
+            pipeline = NitroEPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True, **stored_as, **parts)
+        else:
+            pipeline = _trained_pipeline(path, parts, dtype)
     if lora is not None:
         merge_lora(pipeline.transformer, lora)
     if quantization or stored:
         quantize_pipeline(pipeline, device)
+    if low_memory:
+        save_memory(pipeline, device)
+        return pipeline
     return pipeline.to(device)
 
 
@@ -138,11 +146,14 @@ def load_transformer(source: str | Path) -> EMMDiTTransformer2DModel:
         path = path / "transformer"
     if fp8.holds_fp8(path):
         raise InvalidValue(f"{path}: is in FP8, rounded for drawing; name the 16-bit weights it was made from")
-    return EMMDiTTransformer2DModel.from_pretrained(path)
+    with one_line(path):
+        return EMMDiTTransformer2DModel.from_pretrained(path, use_safetensors=True)
 
 
-def _find(source: str | Path) -> Path:
+def _find(source: str | Path, variant: str | None = None) -> Path:
     """The folder of a pipeline or of a transformer, or the official file, that `source` names."""
+    if source == OFFICIAL and not Path(source).is_dir():
+        return fetch_official(variant or "512px")
     if Path(source).is_file() and Path(source).suffix == ".safetensors":
         return Path(source)
     weights = "diffusion_pytorch_model*.safetensors"
@@ -160,23 +171,26 @@ def _stored_variant(path: Path) -> dict[str, str]:
 
 def _trained_pipeline(path: Path, parts: dict, dtype: torch.dtype) -> NitroEPipeline:
     """A transformer alone, drawn with what it was trained with as far as its run says, else with the rest of "lite"."""
-    file = path.parent / "config.json"
-    run = json.loads(file.read_text(encoding="utf-8")) if path.name == "final" and file.is_file() else {}
+    parents = {"final": path.parent, "snapshots": path.parent.parent}  # of what a run has written
+    file = parents.get(path.name, parents.get(path.parent.name, path)) / "config.json"
+    run = read_json(file) if file.parent != path and file.is_file() else {}
     trained = run.get("config", {"data": {"encoders": "lite"}})
     source, given = trained["data"]["encoders"], "vae" in parts or "text_encoder" in parts
-    parts = {"transformer": EMMDiTTransformer2DModel.from_pretrained(path, dtype=dtype), **parts}
+    parts = {"transformer": EMMDiTTransformer2DModel.from_pretrained(path, dtype=dtype, use_safetensors=True), **parts}
     parts |= {f"default_{name}": trained[name] for name in ("guidance", "shift") if name in trained}
     few = {"default_steps": "sampler_steps", "sigma_grid": "sigma_grid"}  # of a student, which has steps of its own
     parts |= {name: trained[field] for name, field in few.items() if field in trained}
+    if trained.get("stage") == "sprint":  # a consistency model
+        parts = {"scheduler": SCMScheduler(), "default_shift": 1.0, **parts}
     if "vae" in parts:  # without statistics of its own it has the published scaling factor, not lite's statistics
         parts = {"latents_mean": None, "latents_std": None, **parts}
     if source == "lite":
-        pipeline = NitroEPipeline.from_pretrained(_find("lite"), dtype=dtype, **parts)
+        pipeline = NitroEPipeline.from_pretrained(_find("lite"), dtype=dtype, use_safetensors=True, **parts)
     else:
         parts = {"max_text_length": text_length(source), **parts}
         if "vae" not in parts or "text_encoder" not in parts:
             parts = {**_encoders_of(path, source, dtype), **parts}
-        pipeline = NitroEPipeline(scheduler=FlowMatchEulerDiscreteScheduler(1000, shift=1.0), **parts)
+        pipeline = NitroEPipeline(**{"scheduler": FlowMatchEulerDiscreteScheduler(1000, shift=1.0), **parts})
     found = Encoders(
         pipeline.vae, pipeline.tokenizer, pipeline.text_encoder, pipeline.stats, pipeline.config.max_text_length
     )
@@ -199,10 +213,17 @@ def _encoders_of(path: Path, source: str, dtype: torch.dtype) -> dict:
         ) from None
 
 
-def _guess(path: Path) -> str:
-    """The variant that an official file was published as, by its name."""
-    size = "1024px" if "1024" in path.name else "512px"
-    return f"{size}-dist" if "dist" in path.name else size
+def _published_as(path: Path) -> str:
+    """The variant that an official file was published as: by the configuration beside it, else by its name."""
+    large = _config_beside(path).get("sample_size", 32 if "1024" in path.name else 16) == 32
+    return ("1024px" if large else "512px") + ("-dist" if "dist" in path.name else "")
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    """The configuration of the transformer in the folder of an official file; nothing when there is none."""
+    file = path.parent / "config.json"
+    found = read_json(file) if file.is_file() else {}
+    return found if found.get("_class_name") == EMMDiTTransformer2DModel.__name__ else {}
 
 
 def _network(path: Path, variant: str | None, official_config: dict[str, Any]) -> dict[str, Any]:
@@ -210,9 +231,10 @@ def _network(path: Path, variant: str | None, official_config: dict[str, Any]) -
     if official_config:
         return official_config
     if variant is None:
-        variant = _guess(path)
-        message = f"{path.name}: taken for the variant {variant} because of its name; variant= says it for sure"
-        warnings.warn(message, stacklevel=3)
+        variant = _published_as(path)
+        if not _config_beside(path):
+            message = f"{path.name}: taken for the variant {variant} because of its name; variant= says it for sure"
+            warnings.warn(message, stacklevel=3)
     return VARIANTS[variant]["network"]
 
 

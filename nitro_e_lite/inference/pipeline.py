@@ -10,6 +10,10 @@ generator a picture) and the grid of noise levels. For the models of this projec
 shifted towards noise where a model draws better so (`flow.shift_sigmas`). Differs: the official weights use the
 scheduler's own grid, whose last step goes from 0.001 to 0 and does nothing; `sigma_grid="scheduler"` keeps it.
 
+With diffusers' `SCMScheduler` the same pipeline draws with a consistency model (`trigflow.py`): each step jumps to a
+picture and, but for the last, puts fresh noise back. There is no guidance then; a model that has learned several
+strengths is told which.
+
 After `import nitro_e_lite.inference.pipeline`, `diffusers.DiffusionPipeline.from_pretrained(folder)` and
 `diffusers.AutoModel` know the classes of this project.
 """
@@ -25,7 +29,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderDC, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import AutoencoderDC, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin, SCMScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -36,6 +40,7 @@ from nitro_e_lite.config import SIGMA_GRIDS
 from nitro_e_lite.errors import InvalidType, InvalidValue, NotFinite
 from nitro_e_lite.inference import schedules
 from nitro_e_lite.inference.arguments import (
+    MAX_STEPS,
     OUTPUT_TYPES,
     as_generators,
     as_grid,
@@ -49,7 +54,7 @@ from nitro_e_lite.inference.arguments import (
 from nitro_e_lite.inference.conventions import Call, Conventions
 from nitro_e_lite.inference.encoders import LatentStats, decode_latents, encode_text
 from nitro_e_lite.inference.schedules import Sampler, started
-from nitro_e_lite.model import flow
+from nitro_e_lite.model import flow, trigflow
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH
 
@@ -84,7 +89,8 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
         transformer: predicts the velocity.
         vae: turns latents into pictures.
         text_encoder, tokenizer: turn captions into features; None when only `prompt_embeds` are used.
-        scheduler: the Euler sampler, shift 1, or another flow scheduler of diffusers, see `schedules.py`.
+        scheduler: the Euler sampler, shift 1, another flow scheduler of diffusers (`schedules.py`), or the sampler of
+            consistency models.
         latents_mean, latents_std: statistics that latents were normalised with, one number a channel; None:
             the autoencoder's scaling factor.
         max_text_length: tokens a caption is padded to.
@@ -109,7 +115,7 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
         vae: AutoencoderDC,
         text_encoder: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        scheduler: FlowMatchEulerDiscreteScheduler,
+        scheduler: FlowMatchEulerDiscreteScheduler | SCMScheduler,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
         max_text_length: int = FULL_TEXT_LENGTH,
@@ -200,14 +206,20 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
             TypeError, ValueError: a setting of the wrong type or value, named as the argument of a call.
         """
         settings = Sampler(
-            as_integer("num_inference_steps", self.config.default_steps if steps is None else steps, 1),
+            as_integer("num_inference_steps", self.config.default_steps if steps is None else steps, 1, MAX_STEPS),
             as_number("guidance_scale", self.config.default_guidance if guidance is None else guidance, 0.0),
             as_number("shift", self.shift if shift is None else shift, 1.0),
         )
         if self.config.sigma_grid == "scheduler" and settings.shift != self.shift:
             own = f"the {self.shift:g} of the scheduler, whose grid is used"
             raise InvalidValue(f"shift: {settings.shift:g} differs from {own}")
+        if self._consistency and settings.shift != 1:
+            raise InvalidValue(f"shift: {settings.shift:g}; a consistency model has times of its own, so it must be 1")
         return settings
+
+    @property
+    def _consistency(self) -> bool:
+        return isinstance(self.scheduler, SCMScheduler)
 
     def encode_captions(self, captions: list[str]) -> Tensor:
         """Text features `(B, L, D)` of captions; equal captions are encoded once.
@@ -401,15 +413,17 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
         repeats = 1 if num_images_per_prompt is None else as_integer("num_images_per_prompt", num_images_per_prompt, 1)
         grid = as_grid(height, width, self.transformer.config, self.vae_scale_factor)
         given = (prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
-        texts = self._check_texts(*given, guided=sampler.guidance > 1)
+        texts = self._check_texts(*given, guided=sampler.guidance > 1 and not self._consistency)
         count = len(texts[0]) * repeats
         shape = (self.transformer.config.in_channels, *grid)
+        generators = as_generators(generator, count) if latents is None or self._consistency else []
         if latents is None:
-            latents = draw_noise(as_generators(generator, count), shape)
+            latents = draw_noise(generators, shape)
         latents = as_tensor("latents", latents, (count, *shape)).to(self._execution_device, torch.float32)
         with torch.no_grad():
             features = torch.cat([self._features(text, repeats) for text in texts])  # (B or 2B, L, D)
-        call = Call(sampler.guidance, features, len(scheduler.timesteps), attention_kwargs)
+        total = len(scheduler.timesteps) - self._consistency  # its last time is where the pictures are
+        call = Call(sampler.guidance, features, total, attention_kwargs, generators=generators)
         return latents, call, scheduler
 
     def _ask(self, callback: Callable, names: Iterable[str] | None, step: SamplerStep, call: Call) -> None:
@@ -469,6 +483,9 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
     @torch.no_grad()
     def _walk(self, latents: Tensor, call: Call, scheduler: SchedulerMixin) -> Iterator[SamplerStep]:
         """Walks `latents` `(B, C, h, w)`, float32, down the scheduler's grid."""
+        if self._consistency:
+            yield from self._jump(latents, call, scheduler)
+            return
         count, options = len(latents), {}
         if call.attention_kwargs:
             options["attention_kwargs"] = call.attention_kwargs
@@ -492,6 +509,25 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
             step = SamplerStep(index, call.total, timestep, sigma, latents, x0, time.perf_counter() - start)
             yield step
             latents = step.latents
+
+    @torch.no_grad()
+    def _jump(self, latents: Tensor, call: Call, scheduler: SCMScheduler) -> Iterator[SamplerStep]:
+        """Jumps from `latents` `(B, C, h, w)`, float32, to pictures, from one time of the scheduler after the other."""
+        told = {"guidance": call.guidance} if self.transformer.config.guidance_embedding else {}
+        x_t = trigflow.SIGMA_DATA * latents
+        for index, t in enumerate(scheduler.timesteps[:-1]):
+            if call.interrupted:
+                return
+            start, s = time.perf_counter(), trigflow.to_flow_time(t).item()
+            call.timestep = flow.TIMESTEP_SCALE * s
+            predict = trigflow.predictor(self.transformer, call.features[-len(x_t) :], **told)
+            velocity = trigflow.SIGMA_DATA * predict(x_t, t.expand(len(x_t)))
+            self._check_finite("transformer", velocity)
+            x_t, x0 = scheduler.step(velocity, t, x_t, generator=call.generators, return_dict=False)
+            states = (x / trigflow.SIGMA_DATA for x in (x_t, x0))
+            step = SamplerStep(index, call.total, call.timestep, s, *states, time.perf_counter() - start)
+            yield step
+            x_t = trigflow.SIGMA_DATA * step.latents
 
     @staticmethod
     def _check_finite(part: str, values: Tensor) -> None:

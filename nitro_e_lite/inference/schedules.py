@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import SchedulerMixin
+from diffusers import SchedulerMixin, SCMScheduler
 
 from nitro_e_lite.errors import InvalidValue
-from nitro_e_lite.model import flow
+from nitro_e_lite.model import flow, trigflow
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,13 @@ def takes_sigmas(scheduler: SchedulerMixin) -> bool:
 
 
 def grid(scheduler: SchedulerMixin, sigma_grid: str, sampler: Sampler) -> list[float]:
-    """The noise levels that the steps of a call begin at."""
+    """The noise levels that the steps of a call begin at.
+
+    Raises:
+        ValueError: the scheduler of a consistency model, which draws from noise alone.
+    """
+    if isinstance(scheduler, SCMScheduler):
+        raise InvalidValue("scheduler: SCMScheduler has no noise levels; a consistency model draws from noise alone")
     if sigma_grid == "linear" and takes_sigmas(scheduler):
         return flow.shift_sigmas(flow.linear_sigmas(sampler.steps), sampler.shift)
     return started(scheduler, sigma_grid, sampler, None, "cpu").sigmas[:-1].tolist()
@@ -75,8 +81,14 @@ def started(
     Raises:
         ValueError: a scheduler that is not for flow models, or that takes no noise levels where some were given.
     """
-    _check(scheduler)
     scheduler = copy.deepcopy(scheduler)
+    if isinstance(scheduler, SCMScheduler):
+        if sigmas is not None:
+            raise InvalidValue("sigmas: a consistency model has times of its own; give num_inference_steps")
+        times = {"timesteps": trigflow.times(sampler.steps), "max_timesteps": None, "intermediate_timesteps": None}
+        scheduler.set_timesteps(sampler.steps, **times, device=device)
+        return scheduler
+    _check(scheduler)
     if sigmas is not None and not takes_sigmas(scheduler):
         raise InvalidValue(f"sigmas: {type(scheduler).__name__} takes none; it makes its own from num_inference_steps")
     if sigma_grid == "linear" and sigmas is None and takes_sigmas(scheduler):

@@ -11,6 +11,7 @@ adapter for `to_q to_k to_v` is one of rank `3r` for the same reason, and its sc
 
 import copy
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nitro_e_lite.errors import InvalidValue, MissingFile
+from nitro_e_lite.files import read_json
 from nitro_e_lite.model import fp8
 from nitro_e_lite.model.official_names import official_names
 
@@ -85,7 +87,11 @@ def scale_of(config: Config | None, module: str) -> float:
 
 
 def check_plain(config: Config | None) -> None:
-    """Raises `ValueError` for what is not a plain LoRA."""
+    """Raises `ValueError` for what is not a plain LoRA, or has no rank or strength."""
+    for field in ("r", "lora_alpha") if config else ():
+        value = config.get(field)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise InvalidValue(f"adapter_config.json: {field}={value!r}: must be a number above 0")
     plain = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "modules_to_save": None, "lora_bias": False}
     for field, value in plain.items():
         if config and config.get(field) and config[field] != value:
@@ -124,7 +130,7 @@ def read_adapter(source: str | Path) -> tuple[dict[str, Tensor], Config | None]:
         raise MissingFile(f"lora: {source} holds neither {PEFT_FILES[1]} nor {_DIFFUSERS_FILE}")
     weights, beside = read_safetensors(path), path.with_name(PEFT_FILES[0])
     if path.name == PEFT_FILES[1] and beside.is_file():
-        return weights, json.loads(beside.read_text(encoding="utf-8"))
+        return weights, read_json(beside)
     with safe_open(path, "pt") as file:
         text = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
     return weights, None if text is None else _own_config(json.loads(text))

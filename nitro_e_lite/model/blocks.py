@@ -20,6 +20,8 @@ from nitro_e_lite.model import cpu_kernels
 from nitro_e_lite.model.attention import JointAttention
 from nitro_e_lite.model.cpu_kernels import LayerNorm, Linear
 
+GUIDANCE_SCALE = 0.1  # what a strength of guidance is multiplied by before its sinusoid
+
 
 class TimeEmbedding(nn.Module):
     """Noise level to the global signal that steers every block.
@@ -27,27 +29,40 @@ class TimeEmbedding(nn.Module):
     Args:
         dim: Width `D`.
         modulation: One of `config.MODULATIONS`.
+        dense: The sinusoid is of the noise level in [0, 1] and not in [0, 1000]: its derivative is a thousand times
+            smaller. Source: SANA-Sprint.
+        guided: The signal also says how strong a guidance the answer stands for. Source: SANA-Sprint.
     """
 
-    def __init__(self, dim: int, modulation: str):
+    def __init__(self, dim: int, modulation: str, dense: bool = False, guided: bool = False):
         super().__init__()
+        self.dense = dense
         self.sinusoid = Timesteps(num_channels=256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.embed = TimestepEmbedding(in_channels=256, time_embed_dim=dim)
         self.project = None if modulation == "adaln" else nn.Linear(dim, 6 * dim)
+        self.guide = TimestepEmbedding(in_channels=256, time_embed_dim=dim) if guided else None
+        if guided:  # it says nothing at first; with both layers at zero it would never learn
+            nn.init.normal_(self.guide.linear_1.weight, std=0.02)
+            nn.init.zeros_(self.guide.linear_2.weight)
+            nn.init.zeros_(self.guide.linear_2.bias)
 
-    def forward(self, timestep: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def forward(self, timestep: Tensor, dtype: torch.dtype | None = None, guidance: Tensor | None = None) -> Tensor:
         """Timesteps to the signal, computed in one number type.
 
         Args:
-            timestep: `(B,)` in [0, 1000].
+            timestep: `(B,)` in [0, 1000], dense or not.
             dtype: Of the computation; that of the weights when not given. They differ where weights are stored in FP8
                 and cast just before use (diffusers' `enable_layerwise_casting`).
+            guidance: Strength `(B,)`, where the signal is guided.
 
         Returns:
             `(B, 6, D)`, or `(B, D)` for the kind "adaln".
         """
-        waves = self.sinusoid(timestep).to(dtype or self.embed.linear_1.weight.dtype)  # (B, 256)
-        signal = F.silu(self.embed(waves))  # (B, D)
+        dtype = dtype or self.embed.linear_1.weight.dtype
+        signal = self.embed(self.sinusoid(timestep / 1000 if self.dense else timestep).to(dtype))  # (B, D)
+        if self.guide is not None:
+            signal = signal + self.guide(self.sinusoid(GUIDANCE_SCALE * guidance).to(dtype))
+        signal = F.silu(signal)
         return signal if self.project is None else self.project(signal).unflatten(1, (6, -1))
 
 

@@ -74,6 +74,8 @@ class EMMDiTTransformer2DModel(AdapterMixin, ModelMixin, ConfigMixin):
         pos_embed_max_size: Side of the stored position table; images take their positions from its centre.
         repa_channels: Width of the vision features to align with; builds the REPA projector.
         repa_hidden: Inner width of the REPA projector.
+        dense_time: The time embedding is dense, see `blocks.TimeEmbedding`; timesteps lie in [0, 1000] either way.
+        guidance_embedding: `forward` is told a strength of guidance, in place of being asked twice.
 
     Raises:
         ValueError: A value outside what the architecture can do.
@@ -102,6 +104,8 @@ class EMMDiTTransformer2DModel(AdapterMixin, ModelMixin, ConfigMixin):
         pos_embed_max_size: int = 96,
         repa_channels: int | None = None,
         repa_hidden: int = 2048,
+        dense_time: bool = False,
+        guidance_embedding: bool = False,
     ):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
@@ -113,7 +117,7 @@ class EMMDiTTransformer2DModel(AdapterMixin, ModelMixin, ConfigMixin):
         self.register_buffer("positions", table)
         self.patch_embed = Linear(in_channels * patch_size * patch_size, dim)
         self.text_embed = Linear(caption_channels, dim)
-        self.time_embed = TimeEmbedding(dim, modulation)
+        self.time_embed = TimeEmbedding(dim, modulation, dense_time, guidance_embedding)
 
         block = partial(JointBlock, num_attention_heads, attention_head_dim, mlp_ratio, modulation=modulation)
         self.groups = _build_groups(block, block_groups, attention_pattern)
@@ -172,6 +176,14 @@ class EMMDiTTransformer2DModel(AdapterMixin, ModelMixin, ConfigMixin):
         fp8.load(model, folder, options.get("dtype") or options.get("torch_dtype"))
         return model.eval()
 
+    @classmethod
+    def like(cls, model: "EMMDiTTransformer2DModel", **changes: Any) -> "EMMDiTTransformer2DModel":
+        """A fresh model of the shape of another, but for some arguments.
+
+        `from_config` would drop those that the other's file was too old to name: diffusers takes them for defaults.
+        """
+        return cls(**{name: value for name, value in model.config.items() if not name.startswith("_")} | changes)
+
     def _check_inputs(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> None:
         config = self.config
         if hidden_states.ndim != 4 or hidden_states.shape[1] != config.in_channels:
@@ -202,6 +214,7 @@ class EMMDiTTransformer2DModel(AdapterMixin, ModelMixin, ConfigMixin):
         encoder_hidden_states: Tensor,
         timestep: Tensor | float,
         return_dict: bool = True,
+        guidance: Tensor | float | None = None,
         *,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> EMMDiTOutput | tuple:
@@ -212,6 +225,8 @@ class EMMDiTTransformer2DModel(AdapterMixin, ModelMixin, ConfigMixin):
             encoder_hidden_states: Text features `(B, L, Dc)`; padding is attended to.
             timestep: Noise level in [0, 1000], `(B,)` or one for all.
             return_dict: False gives a plain tuple.
+            guidance: Strength of guidance that the answer shall stand for, `(B,)` or one for all; for models with
+                `guidance_embedding`, which need it, and no others.
             attention_kwargs: `{"scale": s}` multiplies what LoRA adapters add by `s`.
 
         Returns:
@@ -227,8 +242,13 @@ class EMMDiTTransformer2DModel(AdapterMixin, ModelMixin, ConfigMixin):
         height, width = (side // size for side in hidden_states.shape[2:])
         positions = crop_positions(self.positions, height, width)  # (1, N, D)
 
+        if (guidance is not None) != self.config.guidance_embedding:
+            told = "needs" if self.config.guidance_embedding else "takes no"
+            raise InvalidValue(f"guidance={guidance!r}: this model {told} strength of guidance")
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch)  # (B,)
-        time = self.time_embed(timestep, hidden_states.dtype)  # (B, 6, D)
+        if guidance is not None:
+            guidance = torch.as_tensor(guidance, device=hidden_states.device).expand(batch)  # (B,)
+        time = self.time_embed(timestep, hidden_states.dtype, guidance)  # (B, 6, D)
         text = self.text_embed(encoder_hidden_states)  # (B, L, D)
         image = self.patch_embed(patchify(hidden_states, size)) + positions  # (B, N, D)
 

@@ -102,13 +102,15 @@ def count_flops(config: Mapping[str, Any], batch: int = 1, text_tokens: int = FU
         text_tokens: length of the text.
 
     Raises:
-        TypeError, ValueError: for a batch or number of text tokens that is no integer or below 1.
+        TypeError, ValueError: for a batch or number of text tokens that is no integer, below 1 or above a million.
     """
     for name, value in (("batch", batch), ("text_tokens", text_tokens)):
         if not isinstance(value, Integral):
             raise InvalidType(f"{name}: expected an integer, got {value!r}")
         if value < 1:
             raise InvalidValue(f"{name}: {value} is below 1")
+        if value > 1_000_000:
+            raise InvalidValue(f"{name}: {value} is above 1000000")
     model = build_on_meta(config)
     size = model.config
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -130,7 +132,7 @@ class Hardware:
     """One accelerator.
 
     Attributes:
-        name: what the planner calls it.
+        name: what the planner calls it. The two dies of an MI250 are two devices to the driver, and so to a run.
         label: part of the name that the driver reports.
         memory: bytes.
         peak: dense bfloat16 FLOP/s; None when it is not in a data sheet.
@@ -147,7 +149,11 @@ class Hardware:
 HARDWARE = {
     device.name: device
     for device in (
+        Hardware("mi250x", "MI250X", 64e9, 191.5e12, "AMD Instinct MI250X data sheet, one of its two dies"),
+        Hardware("mi250", "MI250", 64e9, 181.05e12, "AMD Instinct MI250 data sheet, one of its two dies"),
         Hardware("mi300x", "MI300X", 192e9, 1307.4e12, "AMD Instinct MI300X data sheet"),
+        Hardware("mi325x", "MI325X", 256e9, 1307.4e12, "AMD Instinct MI325X data sheet"),
+        Hardware("mi355x", "MI355X", 288e9, 2516.6e12, "AMD Instinct MI355X data sheet, without sparsity"),
         Hardware("h100", "H100", 80e9, 989.4e12, "NVIDIA H100 data sheet, SXM, without sparsity"),
         Hardware("h200", "H200", 141e9, 989.4e12, "NVIDIA H200 data sheet, SXM, without sparsity"),
         Hardware("a100", "A100", 80e9, 312e12, "NVIDIA A100 data sheet, 80 GB SXM, without sparsity"),

@@ -151,6 +151,8 @@ def save_official(model: EMMDiTTransformer2DModel, path: str | Path) -> None:
         "compression": True,
         "position_reinforcement": True,
         "mlp_ratio": 3.0,
+        "dense_time": False,
+        "guidance_embedding": False,
     }
     for field, value in fixed.items():
         if model.config[field] != value:

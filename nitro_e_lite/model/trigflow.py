@@ -116,13 +116,13 @@ def to_data(x_t: Tensor, trig_velocity: Tensor, t: Tensor) -> Tensor:
     return torch.cos(t) * x_t - torch.sin(t) * SIGMA_DATA * trig_velocity
 
 
-def predictor(transformer: Callable[..., object], text: Tensor, scale: float = flow.TIMESTEP_SCALE) -> Predict:
+def predictor(transformer: Callable[..., object], text: Tensor, **options: object) -> Predict:
     """A flow transformer as a function of a point of the circle.
 
     Args:
-        transformer: latents, text features and timestep to something with `.sample`.
+        transformer: latents, text features and timestep (1000 s) to something with `.sample`.
         text: features (B, L, Dc).
-        scale: what the network's timestep is of s: 1000 for weights trained as flow models, 1 for a dense embedding.
+        **options: for every call of it, such as `guidance`.
 
     Returns:
         x_t (B, C, H, W) and t (B,) to F (B, C, H, W).
@@ -131,7 +131,8 @@ def predictor(transformer: Callable[..., object], text: Tensor, scale: float = f
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
         s = to_flow_time(t)
         x_s = to_flow_state(x_t, t)
-        return to_trig_velocity(x_s, transformer(x_s, text, scale * s).sample, s)
+        velocity = transformer(x_s.to(text.dtype), text, flow.TIMESTEP_SCALE * s, **options).sample
+        return to_trig_velocity(x_s, velocity.to(x_s.dtype), s)
 
     return predict
 

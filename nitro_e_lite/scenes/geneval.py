@@ -215,6 +215,23 @@ def training_prompt(tag: str, *keys: int) -> Prompt:
     raise RuntimeError(f"no training prompt for {tag} {keys}")  # the grammar would have to shrink
 
 
+def prompt_of(scene: Scene, text: str) -> Prompt | None:
+    """What a training caption asks for; None where the categories have no word for it.
+
+    Args:
+        scene: what `text` is a caption of.
+        text: of `captions.caption`.
+    """
+    said, kind = set(captions.words(text)), scene.kind
+    colored, related = bool(said & COLORS.keys()), bool(said & _SPATIAL and scene.relation)
+    tags = {"single": "colors" if colored else "single_object", "count": "counting"}
+    tags["pair"] = "position" if related else "color_attr" if colored else "two_object"
+    if kind not in tags:
+        return None
+    objects = tuple((one.shape, one.color if colored else None) for one in scene.objects)
+    return Prompt(text, tags[kind], objects, scene.relation if kind == "pair" and related else None)
+
+
 def _says_no_more(text: str, tag: str, objects, relation: str | None) -> bool:
     """Whether a sentence states colours and a relation exactly where they are asked for, and no size."""
     said = set(captions.words(text))

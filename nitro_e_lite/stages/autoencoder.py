@@ -29,7 +29,7 @@ from nitro_e_lite.runtime import generator
 from nitro_e_lite.scenes.grammar import sample_scene
 from nitro_e_lite.scenes.render import render
 from nitro_e_lite.training.engine import Engine, Placement, Stage, Trainable
-from nitro_e_lite.training.optimizers import cosine_scale
+from nitro_e_lite.training.optimizers import adamw, cosine_scale
 
 Widths = Annotated[tuple[Positive, ...], Field(min_length=1)]
 Layers = Annotated[tuple[NonNegative, ...], Field(min_length=1)]
@@ -120,7 +120,7 @@ class Autoencoder(Stage):
 
     def _optimizers(self, masters: dict[str, Tensor]) -> dict[str, torch.optim.Optimizer]:
         rate = self.config.learning_rate
-        return {"adamw": torch.optim.AdamW(masters.values(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)}
+        return {"adamw": adamw(masters.values(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)}
 
     def losses(self, step: int, part: int) -> dict[str, dict[str, Tensor]]:
         """Loss of one step and the PSNR of its (noisy, possibly half-size) reconstruction in dB."""

@@ -188,6 +188,17 @@ def logistic_loss(logits: Sequence[Tensor], real: bool) -> Tensor:
     return torch.stack([F.softplus(sign * each.float()).mean(1) for each in logits]).mean(0)
 
 
+def hinge_loss(logits: Sequence[Tensor], real: bool) -> Tensor:
+    """`relu(1 - l)` of what should count as real, `relu(1 + l)` of what should not; as `logistic_loss`."""
+    sign = -1 if real else 1
+    return torch.stack([F.relu(1 + sign * each.float()).mean(1) for each in logits]).mean(0)
+
+
+def raised(logits: Sequence[Tensor]) -> Tensor:
+    """`-l`, (B,): what a student lowers to look real to heads with a hinge."""
+    return -torch.stack([each.float().mean(1) for each in logits]).mean(0)
+
+
 def verdict(logits: Sequence[Tensor]) -> Tensor:
     """One number a picture, (B,): above 0 it is taken for real."""
     return torch.stack([each.float().mean(1) for each in logits]).mean(0)

@@ -48,7 +48,7 @@ from nitro_e_lite.scenes.grammar import COLORS, SIZES, Scene, sample_scene
 from nitro_e_lite.scenes.minimal_pairs import REDRAW
 from nitro_e_lite.stages.grounding import PLACE_WORDS, PlaceReader, Said, said_places
 from nitro_e_lite.training.engine import Engine, Placement, Stage, Trainable
-from nitro_e_lite.training.optimizers import cosine_scale
+from nitro_e_lite.training.optimizers import adamw, cosine_scale
 
 END = "</s>"
 Tokens = dict[str, Tensor]  # input_ids and attention_mask, (B, L)
@@ -233,7 +233,7 @@ class LanguageModel(Stage):
         rate = self.config.adam_learning_rate
         return {
             "muon": torch.optim.Muon(matrices, lr=self.config.learning_rate, weight_decay=0.01),
-            "adamw": torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0),
+            "adamw": adamw(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0),
         }
 
     def losses(self, step: int, part: int) -> dict[str, dict[str, Tensor]]:

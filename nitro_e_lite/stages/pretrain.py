@@ -17,7 +17,9 @@ one is compared with token n of the other.
 
 "base" (stage 1) learns from everything, "finetune" (stage 2) goes on from its weights: better data, a lower rate, an
 average (at full scale) or a longer one (at lite scale). With `lora.rank` only an adapter in the blocks learns:
-a style or a subject from few pictures, in a file of its own.
+a style or a subject from few pictures, in a file of its own. "1024px" goes on from stage 2 once more with four times
+the tokens, twice as far from corner to corner, and with full attention in every block, as the published 1024 px model
+has.
 
 Source: Nitro-E training recipe (stage 1: REPA with weight 0.5 after group 1; stage 2: EMA); REPA arXiv 2410.06940; the
 target and the timestep density are those of `flow.py`.
@@ -49,6 +51,7 @@ from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.flops import model_flops
 from nitro_e_lite.model.official_weights import lora_targets, save_lora
 from nitro_e_lite.training import weights
+from nitro_e_lite.training.distributed import fill_rows
 from nitro_e_lite.training.engine import Engine, Placement, Stage, Trainable
 from nitro_e_lite.training.optimizers import build_optimizers, hidden_matrices, learning_rate_scale
 from nitro_e_lite.viz import image_grid
@@ -64,6 +67,8 @@ class Pretrain(Stage):
         config: settings of the run.
         placement: see there.
 
+    All processes validate together, each on its part of the rows.
+
     Attributes:
         model: the transformer.
         encoders: the frozen encoders.
@@ -74,9 +79,11 @@ class Pretrain(Stage):
         ValueError: model and encoders do not fit, or `start_from` is missing.
     """
 
+    validates_together = True
+
     def __init__(self, config: TrainConfig, placement: Placement):
         self.config, self.placement = config, placement
-        if config.stage == "finetune" and not config.start_from:
+        if config.stage != "base" and not config.start_from:
             raise InvalidValue("start_from='': fine-tuning goes on from a base model; name a run folder or lite")
         if config.lora.rank and (config.repa.weight or not config.start_from):
             raise InvalidValue(f"lora.rank={config.lora.rank}: needs a model to adapt (start_from), and repa.weight=0")
@@ -86,8 +93,8 @@ class Pretrain(Stage):
         self.batches = Batches(config, self.encoders, placement.rows)
         self.vision = None
         self.model = self._build()
-        matrices = set() if config.lora.rank else hidden_matrices(self.model)  # an adapter learns by AdamW
-        optimizers = partial(build_optimizers, matrices=matrices, config=config.optimizer)
+        matrices = set() if config.lora.rank else hidden_matrices(self.model)  # an adapter learns with AdamW alone
+        optimizers = partial(build_optimizers, matrices=matrices, config=config.optimizer, dtype=placement.dtype)
         schedule = partial(learning_rate_scale, steps=config.steps, config=config.optimizer)
         self.modules = {"transformer": Trainable(self.model, optimizers, schedule, config.optimizer.clip)}
         self._no_text = self.encoders.encode_text([""]).to(placement.dtype)  # (1, L, Dc)
@@ -147,7 +154,8 @@ class Pretrain(Stage):
 
     def losses(self, step: int, part: int) -> dict[str, dict[str, Tensor]]:
         """The loss of each sample (B,); with REPA also its two terms."""
-        batch = self.batches.microbatch(step, part, len(self.placement.microbatches))
+        with self.placement.clock.measure("data"):
+            batch = self.batches.microbatch(step, part, len(self.placement.microbatches))
         flow_loss, projected = self._flow_loss(batch)
         if projected is None:
             return {"transformer": {"loss": flow_loss}}
@@ -177,8 +185,12 @@ class Pretrain(Stage):
 
     def validate(self) -> dict[str, float]:
         """Flow loss on fixed pictures, captions, timesteps and noise: overall, and by range of t."""
-        found = [(self._flow_loss(batch)[0].cpu(), batch.t) for batch in self.batches.validation_batches()]
-        losses, times = (torch.cat(values) for values in zip(*found, strict=True))
+        place, found = self.placement, [torch.empty(0, 2)]
+        for batch in self.batches.validation_batches(place.rank, place.world):
+            found.append(torch.stack([self._flow_loss(batch)[0].cpu(), batch.t], dim=1))
+        mine = [row for rows in self.batches.validation_rows(place.rank, place.world) for row in rows]
+        rows = fill_rows(torch.cat(found).to(place.device), mine, self.batches.validation_rows()[-1].stop)
+        losses, times = rows.cpu().T.contiguous()  # (N,) each
         result = {"validation_loss": losses.mean().item()}
         for k in range(LOSS_BINS):
             inside = (times >= k / LOSS_BINS) & (times < (k + 1) / LOSS_BINS)
@@ -192,6 +204,21 @@ class Pretrain(Stage):
         pipeline = NitroEPipeline(self.model, scheduler=scheduler, default_shift=self.config.shift, **parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def quality(self) -> tuple[dict[str, float], Image]:
+        """Eight fixed captions from one noise: how much is in a picture, and how much captions change."""
+        captions, shape = self.batches.validation_captions(8), self.batches.validation.shape
+        one = torch.randn(1, *shape, generator=torch.Generator().manual_seed(self.config.seed))
+        drawn = self.pipeline()(
+            captions,
+            num_inference_steps=20,
+            guidance_scale=self.config.guidance,
+            latents=one.repeat(len(captions), 1, 1, 1),
+            output_type="np",
+        )
+        pictures = drawn.images  # (B, H, W, 3)
+        numbers = {"contrast": float(pictures.std((1, 2)).mean()), "spread": float(pictures.std(0).mean())}
+        return numbers, image_grid((255 * pictures).round().astype("uint8"), columns=4, labels=captions)
 
     def picture(self) -> Image:
         """A grid of eight pictures, of fixed validation captions."""

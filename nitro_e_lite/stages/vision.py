@@ -41,7 +41,7 @@ from nitro_e_lite.scenes.grammar import COLORS, SHAPES, sample_scene
 from nitro_e_lite.scenes.segments import OUTLINE_CELLS, centre_and_area, find_segments, outline
 from nitro_e_lite.stages.autoencoder import scene_images
 from nitro_e_lite.training.engine import Engine, Placement, Stage, Trainable
-from nitro_e_lite.training.optimizers import cosine_scale
+from nitro_e_lite.training.optimizers import adamw, cosine_scale
 
 HELD_OUT_SEED = 20_000  # scenes of this seed are for the probe
 CORE = 0.6  # a patch belongs to an object whose centre is nearer than this, in radii
@@ -175,7 +175,7 @@ class Vision(Stage):
         rate = self.config.adam_learning_rate
         return {
             "muon": torch.optim.Muon(matrices, lr=self.config.learning_rate, weight_decay=0.0),
-            "adamw": torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.05),
+            "adamw": adamw(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.05),
         }
 
     def losses(self, step: int, part: int) -> dict[str, dict[str, Tensor]]:

@@ -7,14 +7,19 @@ skipped and the one before it is used. A checkpoint that cannot be written (a fu
 before it are untouched: old ones are removed only after the new one stands.
 
 A run that is *asked* to stop, by SIGTERM or SIGINT, ends the step in progress and writes a checkpoint first.
+
+`CheckpointWriter` does the writing beside the training: a step waits for the copy of the tensors alone.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+import time
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nitro_e_lite.errors import InvalidValue
-from nitro_e_lite.files import _fsync, atomic_folder, sha256_file
+from nitro_e_lite.files import _fsync, atomic_folder, read_json, sha256_file
 
 STATE = "state.json"
 
@@ -58,6 +63,69 @@ def save_checkpoint(
     return final
 
 
+class CheckpointWriter:
+    """Writes checkpoints in a thread, one after the other, from copies of the tensors.
+
+    Args:
+        folder: where checkpoints live.
+        keep: how many to keep.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._running: Future[Path] | None = None
+        self._copies: dict[str, Tensor] = {}  # kept from one checkpoint to the next: page-locked memory is dear to get
+        self._last = time.monotonic()
+
+    @property
+    def minutes(self) -> float:
+        """Since the last checkpoint was begun, or since the start."""
+        return (time.monotonic() - self._last) / 60
+
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
+        """Copies everything and begins to write it; arguments as in `save_checkpoint`. Waits for the one before.
+
+        Raises:
+            OSError: the one before could not be written.
+        """
+        self.wait()
+        self._last = time.monotonic()
+        copies = {
+            stem: {name: self._copy(f"{stem} {name}", tensor.detach()) for name, tensor in named.items()}
+            for stem, named in tensors.items()
+        }
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        arguments = self.folder, step, copies, copy.deepcopy(state), self.keep
+        self._running = self._thread.submit(save_checkpoint, *arguments)
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        there = self._copies.get(name)
+        if there is None or there.shape != tensor.shape or there.dtype != tensor.dtype:
+            locked = tensor.device.type == "cuda"
+            there = self._copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=locked)
+        return there.copy_(tensor, non_blocking=True)
+
+    def check(self) -> None:
+        """Looks whether the writing has failed, without waiting for it.
+
+        Raises:
+            OSError: it has.
+        """
+        if self._running is not None and self._running.done():
+            self.wait()
+
+    def wait(self) -> Path | None:
+        """Until the checkpoint stands; its folder, or None when none was being written.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        running, self._running = self._running, None
+        return None if running is None else running.result()
+
+
 FIXED = (
     "stage",
     "method",
@@ -71,7 +139,8 @@ FIXED = (
 
 NOT_LEARNED = (  # what is changed freely, because the model learns the same
     "start_from steps accumulate log_every validate_every sample_every checkpoint_every keep_checkpoints max_skipped "
-    "guidance shift gradient_checkpointing compile tracker peak_tflops"
+    "guidance shift gradient_checkpointing compile tracker peak_tflops checkpoint_minutes snapshot_every milestones "
+    "validation_share patience"
 ).split()
 
 
@@ -127,7 +196,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     Raises:
         ValueError: when a file is missing or differs from its sha256.
     """
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    state = read_json(path / STATE)
+    if not isinstance(state.get("sha256"), dict):
+        raise InvalidValue(f"{path / STATE}: names no files")
     for name, digest in state["sha256"].items():
         if not (path / name).is_file() or sha256_file(path / name) != digest:
             raise InvalidValue(f"{path / name}: missing or damaged (its sha256 is not the one in {STATE})")
@@ -144,7 +215,7 @@ def load_latest(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
     for path in reversed(there):
         try:
             return load_checkpoint(path)
-        except (ValueError, json.JSONDecodeError) as error:
+        except ValueError as error:
             warnings.warn(f"checkpoint skipped: {error}", stacklevel=2)
     if there:
         names = ", ".join(path.name for path in there)

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from nitro_e_lite.config import RunConfig
 from nitro_e_lite.errors import InvalidValue, Unusable
-from nitro_e_lite.runtime import pick_device
+from nitro_e_lite.runtime import pick_device, rank_and_world
 from nitro_e_lite.training.metrics import tracker_name
+from nitro_e_lite.training.precision import PRECISIONS
 
 BUCKET = 2**25  # numbers after which a bucket of gradients is full: 128 MB
 PATIENCE = timedelta(hours=6)  # the first run of several processes encodes all scenes in one: an hour on two cores
+RECORDED = 2000  # collectives that the flight recorder remembers
 
 # Variables by which accelerate would train in another way, in another precision or elsewhere than the settings say,
 # and that no argument of ours overrules.
@@ -38,6 +40,9 @@ OFF = ("", "no", "false", "off", "n", "f", "0")
 def start_accelerator(config: RunConfig, run_dir: Path, device: str | None) -> Accelerator:
     """The processes of the run, joined. They wait for each other up to `PATIENCE`: one encodes scenes for all.
 
+    On accelerators torch's flight recorder is on: when processes have waited in vain, each writes which collectives it
+    was in to `RUN_DIR/flight`, for torch's `torchfrtrace`.
+
     Precision, accumulation and compilation are those of `config`, and accelerate does nothing about them, whatever
     `ACCELERATE_MIXED_PRECISION`, `ACCELERATE_GRADIENT_ACCUMULATION_STEPS` or `ACCELERATE_DYNAMO_...` say; what
     `accelerate config` once wrote must not change a run.
@@ -54,12 +59,17 @@ def start_accelerator(config: RunConfig, run_dir: Path, device: str | None) -> A
                 f"{name}={value}: a run is data-parallel, in the precision of its settings and on the device it is "
                 "told; unset it"
             )
-    chosen, asked = pick_device(device), int(os.environ.get("WORLD_SIZE", 1))
+    chosen, (_, asked) = pick_device(device), rank_and_world()
     cpu = chosen.type == "cpu"
     if chosen.index is not None and not cpu:
         if asked > 1:
             raise InvalidValue(f"device={device}: each of the {asked} processes takes one of its own; name no number")
         torch.accelerator.set_device_index(chosen.index)
+    if asked > 1 and not cpu:
+        (run_dir / "flight").mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED))
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(run_dir / "flight" / "rank_"))
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="no",
@@ -79,16 +89,27 @@ def start_accelerator(config: RunConfig, run_dir: Path, device: str | None) -> A
         raise Unusable(
             f"device={device}: an earlier run of this process chose the CPU, and accelerate keeps it; restart"
         )
+    set_patience(PATIENCE)  # an earlier run of this process may have shortened it
     return accelerator
 
 
+def set_patience(patience: timedelta) -> None:
+    """From now on processes wait this long for one another; then those on accelerators end, and torchrun notices."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(patience)
+
+
 def any_rank(wish: bool, device: torch.device) -> bool:
-    """Whether any process wishes it: the answer is the same on all of them."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return wish
-    flag = torch.tensor(float(wish), device=device)
-    dist.all_reduce(flag)
-    return flag.item() > 0
+    """Whether any process wishes it: the answer is the same on all of them, and the host waits for it."""
+    return mean_over_processes(torch.tensor(float(wish), device=device)).item() > 0
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of `values` over the processes, in place, the same on each of them; no host waits for it."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
 
 
 def fill_rows(rows: Tensor, places: Sequence[int], count: int) -> Tensor:
@@ -110,11 +131,15 @@ def fill_rows(rows: Tensor, places: Sequence[int], count: int) -> Tensor:
 
 
 @torch.no_grad()
-def average_gradients(parameters: Sequence[Tensor]) -> None:
-    """Replaces the gradients of `parameters` by their mean over the processes, in their own number type.
+def average_gradients(parameters: Sequence[Tensor], reduction: str = "fp32") -> None:
+    """Replaces the gradients of `parameters` by their mean over the processes.
 
-    They travel in a few large buckets. A parameter without a gradient on this process counts as zero, so that all
-    processes send the same.
+    Nothing else travels, no buffer either, and only once a step, whatever `accumulate` is. A parameter without a
+    gradient on this process counts as zero, so that all processes send the same.
+
+    Args:
+        parameters: with gradients in float32.
+        reduction: number type in which they travel, in a few large buckets: "bf16" halves what is sent and rounds.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
@@ -126,7 +151,7 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
             buckets.append([])
         buckets[-1].append(parameter.grad)
     for bucket in buckets:
-        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        flat = torch.cat([gradient.flatten() for gradient in bucket]).to(PRECISIONS[reduction])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
         pieces = flat.split([gradient.numel() for gradient in bucket])

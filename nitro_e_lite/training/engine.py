@@ -10,6 +10,11 @@ makes a run trustworthy, the same for all of them:
   the last checkpoint; a full disk ends the run and leaves the last checkpoint whole. See `checkpoints.py`.
 * **Processes.** Each works on its rows of the batch; gradients are averaged once a step, weights are the same
   everywhere, and the main process writes.
+* **An accelerator never waits for the host.** Losses, norms, and whether a step is to be left out (`health.py`) stay on
+  the device and are looked at once a logging interval. On a CPU that would save nothing: there every step is looked at.
+
+What happens beside the steps has modules of its own: where the time goes (`clock.py`), what is written down
+(`metrics.py`, `checkpoints.py`), whether the run is worth going on with (`milestones.py`).
 
 A stage may train several modules, each with its own optimisers and schedule: a loss reaches the parameters of its own
 module only, so that a generator and a discriminator can take turns in one run.
@@ -18,28 +23,42 @@ module only, so that a generator and a discriminator can take turns in one run.
 from __future__ import annotations
 
 import json
-import math
+import socket
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from PIL.Image import Image
 from torch import Tensor, nn
 
 from nitro_e_lite.config import RunConfig, to_dict
 from nitro_e_lite.errors import FileThere, InvalidValue, NotFinite
-from nitro_e_lite.files import atomic_folder, run_lock
+from nitro_e_lite.files import atomic_folder, check_output, run_lock, write_atomically
 from nitro_e_lite.model.cpu_kernels import speed_up
 from nitro_e_lite.runtime import RunStopped, StopRequest, environment_report, tune_cpu
 from nitro_e_lite.training import checkpoints
-from nitro_e_lite.training.distributed import any_rank, average_gradients, check_together, start_accelerator
+from nitro_e_lite.training.clock import Clock
+from nitro_e_lite.training.distributed import (
+    any_rank,
+    average_gradients,
+    check_together,
+    mean_over_processes,
+    set_patience,
+    start_accelerator,
+)
+from nitro_e_lite.training.health import Health
 from nitro_e_lite.training.metrics import Progress
+from nitro_e_lite.training.milestones import Milestones, halve
+from nitro_e_lite.training.optimizers import FUSED
+from nitro_e_lite.training.precision import PRECISIONS, settle_precision
 from nitro_e_lite.training.weights import MasterWeights
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -50,11 +69,17 @@ class Placement:
         device: of the trained modules and of the batch.
         dtype: number type of the computation.
         microbatches: the rows of the global batch that this process works on, one range for each part of a step.
+        clock: measures the waiting for data: `with placement.clock.measure("data")`.
+        rank: number of this process, from 0.
+        world: how many there are.
     """
 
     device: torch.device
     dtype: torch.dtype
     microbatches: tuple[range, ...]
+    clock: Clock = field(default_factory=Clock)
+    rank: int = 0
+    world: int = 1
 
     @property
     def rows(self) -> range:
@@ -90,10 +115,12 @@ class Stage:
     Attributes:
         modules: name -> what is trained.
         flops: of one forward pass of one sample, to report the utilisation; None: unknown.
+        validates_together: all processes call `validate`, not the main one alone.
     """
 
     modules: dict[str, Trainable]
     flops: float | None = None
+    validates_together: bool = False
 
     def losses(self, step: int, part: int) -> dict[str, dict[str, Tensor]]:
         """Losses of part `part` of step `step`, by module; each a scalar or one number a sample (B,).
@@ -106,12 +133,16 @@ class Stage:
         raise NotImplementedError
 
     def validate(self) -> dict[str, float]:
-        """Validation metrics, with the averaged weights already in place; called in the main process alone."""
+        """Validation metrics, with the averaged weights already in place."""
         return {}
 
     def picture(self) -> Image | None:
         """A picture drawn with the averaged weights, or None; called in the main process alone."""
         return None
+
+    def quality(self) -> tuple[dict[str, float], Image | None]:
+        """What the averaged weights draw at a milestone, in numbers and as a picture; see `milestones.py`."""
+        return {}, self.picture()
 
     def state(self) -> dict[str, Any]:
         """What a resume needs besides weights and optimisers: JSON values, and tensors at the top level.
@@ -157,20 +188,34 @@ class _Learner:
         if config.compile:
             self.module.compile(backend=config.compile)
 
-    def update(self, step: int, ema_decay: float) -> None:
+    @property
+    def leaves_out(self) -> bool:
+        """Whether the optimisers can leave a step out by themselves, told by a tensor on the device."""
+        able = (getattr(one, "_step_supports_amp_scaling", False) for one in self.optimizers.values())
+        return next(iter(self.masters.values())).device.type in FUSED and all(able)
+
+    def update(self, step: int, ema_decay: float, left_out: Tensor | None = None) -> None:
         """One step of the optimisers; copies masters to the network and updates their average.
 
         The average forgets faster at first: its decay is `min(ema_decay, (1 + step) / (10 + step))`.
+
+        Args:
+            step: its number.
+            ema_decay: of the average.
+            left_out: (), 1 where all must stay as it is; for optimisers that `leaves_out`.
         """
         scale = self.spec.schedule(step)
         for optimizer, rates in self.rates.items():
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = scale * rate
+            optimizer.found_inf = left_out
             optimizer.step()
         self.weights.copy_to_model()
         if self.ema is not self.masters:
-            decay = min(ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.masters.values()], 1 - decay)
+            share = 1 - min(ema_decay, (1 + step) / (10 + step))
+            if left_out is not None:
+                share = [share * (1 - left_out)] * len(self.ema)
+            torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.masters.values()], share)
 
 
 class Engine:
@@ -179,14 +224,15 @@ class Engine:
     Args:
         config: of the run; the stage reads its own fields from it.
         stage: makes the stage, from `config` and a `Placement`.
-        run_dir: folder of the run: `config.json`, `metrics.jsonl`, `checkpoints/`, `samples/`, `final/`.
+        run_dir: folder of the run: `config.json`, `metrics.jsonl`, `checkpoints/`, `samples/`, `final/`, and, when
+            asked for, `milestones/` and `snapshots/`.
         resume: continue from the newest checkpoint in `run_dir`; simply starts when there is none.
         device: "cpu", "cuda", ... or None for the best there is.
 
     Attributes:
         stage: the stage.
-        global_step: steps done, those that were skipped included.
-        skipped: steps left out because a gradient was not finite.
+        global_step: steps done, those that were left out included.
+        health: counts those.
 
     Raises:
         FileExistsError: `run_dir` holds a run and `resume` is False.
@@ -207,16 +253,23 @@ class Engine:
         self.checkpoints = self.run_dir / "checkpoints"
         if not resume and (self.checkpoints.exists() or (self.run_dir / "final").exists()):
             raise FileThere(f"run_dir={self.run_dir}: holds a run already; resume it or name another folder")
+        check_output(self.run_dir, "folder")
         self.accelerator = start_accelerator(config, self.run_dir, device)
         self.device = self.accelerator.device
-        placement = Placement(self.device, PRECISIONS[config.precision], self._microbatches())
+        self.config = config = settle_precision(config, self.run_dir, resume, self.accelerator)
+        self.clock, self.health = Clock(self.device), Health(config, self.device)
+        place = self.accelerator.process_index, self.accelerator.num_processes
+        placement = Placement(self.device, PRECISIONS[config.precision], self._microbatches(), self.clock, *place)
         if torch.version.hip:
             torch.backends.cudnn.benchmark = False  # MIOpen would search for minutes
         with self.accelerator.main_process_first():  # it fills the caches that the others read
             self.stage = stage(config, placement)
         self.learners = {name: _Learner(one, placement, config) for name, one in self.stage.modules.items()}
-        self.progress = Progress(self.accelerator, config, self.run_dir, self.stage.flops)
-        self.global_step, self.skipped = 0, 0
+        self.host_decides = not all(one.leaves_out for one in self.learners.values())
+        self.progress = Progress(self.accelerator, config, self.run_dir, self.stage.flops, self.clock)
+        self.writer = checkpoints.CheckpointWriter(self.checkpoints, config.keep_checkpoints)
+        self.global_step = 0
+        self._request, self._stop = StopRequest(), torch.zeros((), device=self.device)
         if resume:
             self._restore()
             check_together(self.accelerator, self.global_step, self.run_dir)
@@ -234,12 +287,13 @@ class Engine:
 
     # -- one step
 
-    def step(self) -> dict[str, float]:
-        """One optimiser step; returns what this process measured. A non-finite gradient leaves all weights as they are.
+    def step(self) -> dict[str, float | Tensor]:
+        """One optimiser step; returns what this process measured, on an accelerator as tensors that nobody waits for.
 
-        The rows of the process are processed in `accumulate` parts, whose gradients are summed in float32.
+        The rows of the process are processed in `accumulate` parts, whose gradients are summed in float32. A step that
+        `health` finds bad leaves all weights as they are.
         """
-        row: dict[str, float] = {}
+        row: dict[str, float | Tensor] = {}
         for learner in self.learners.values():
             learner.module.train()
         for part in range(self.config.accumulate):
@@ -248,24 +302,32 @@ class Engine:
                 self._backward(self.learners[name], means["loss"])
                 for key, mean in means.items():
                     key = self._named(name, key)
-                    row[key] = row.get(key, 0.0) + mean.item()
+                    row[key] = row.get(key, 0.0) + mean.detach()
         learning = {name: one for name, one in self.learners.items() if self._named(name, "loss") in row}
-        norms = {}
+        losses, norms = self._agree({name: row[self._named(name, "loss")] for name in learning}), []
         for name, learner in learning.items():
-            average_gradients(list(learner.masters.values()))
-            norms[name] = nn.utils.clip_grad_norm_(learner.masters.values(), learner.spec.clip).item()
-            row[self._named(name, "gradient_norm")] = norms[name]
+            with self.clock.measure("communication"):
+                average_gradients(list(learner.masters.values()), self.config.reduction)
+            norms.append(nn.utils.clip_grad_norm_(learner.masters.values(), learner.spec.clip))
+            row[self._named(name, "gradient_norm")] = norms[-1]
             row[self._named(name, "lr_scale")] = learner.spec.schedule(self.global_step)
-        if all(map(math.isfinite, norms.values())):
+        left_out = self.health.judge(norms, losses)
+        if not self.host_decides or not left_out:
             for learner in learning.values():
-                learner.update(self.global_step, self.config.ema_decay)
-        else:
-            self._skip()
+                learner.update(self.global_step, self.config.ema_decay, None if self.host_decides else left_out)
         for learner in learning.values():
             for optimizer in learner.optimizers.values():
                 optimizer.zero_grad()
         self.global_step += 1
-        return row
+        if self.host_decides:
+            self.health.check()
+        return row if self.device.type != "cpu" else {name: float(value) for name, value in row.items()}
+
+    def _agree(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses, meant over the processes; also tells everyone who was asked to stop. Nothing waits for it."""
+        stop = torch.full((), float(self._request.name is not None), device=self.device)
+        self._stop, *means = mean_over_processes(torch.stack([stop, *losses.values()]))
+        return dict(zip(losses, means, strict=True))
 
     def _named(self, module: str, key: str) -> str:
         """The name of a number in the metrics: with the module's where there are several."""
@@ -276,14 +338,6 @@ class Engine:
         """Gradients of `loss` for the learner's own parameters, and for no others that it depends on."""
         loss.backward(inputs=learner.weights.parameters)
         learner.weights.collect_gradients()
-
-    def _skip(self) -> None:
-        self.skipped += 1
-        if self.skipped > self.config.max_skipped:
-            raise NotFinite(
-                f"{self.skipped} steps had non-finite gradients (max_skipped={self.config.max_skipped}); "
-                "lower the learning rate or train in fp32"
-            )
 
     # -- looking at the run
 
@@ -299,25 +353,49 @@ class Engine:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """What the stage measures with the averaged weights."""
+        """What the stage measures with the averaged weights; all processes call it where they `validates_together`."""
         with self.averaged():
             return self.stage.validate()
 
     def save_picture(self) -> Path | None:
-        """What the averaged weights draw, in `samples/`."""
-        with torch.no_grad(), self.averaged():
-            picture = self.stage.picture()
+        """What the averaged weights draw, in `samples/`. What goes wrong there is said, and ends no run."""
+        with self._guarded("picture"), torch.no_grad(), self.averaged():
+            return self._keep_picture(self.stage.picture(), "samples")
+
+    def _keep_picture(self, picture: Image | None, folder: str) -> Path | None:
         if picture is None:
             return None
-        path = self.run_dir / "samples" / f"step-{self.global_step:08d}.png"
+        path = self.run_dir / folder / f"step-{self.global_step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
         return path
 
+    @contextmanager
+    def _guarded(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever it is: days of training must not end over it
+            reason = "".join(str(error).strip().splitlines()[:1])
+            said = f"no {what} at step {self.global_step} ({type(error).__name__}: {reason}); training goes on"
+            warnings.warn(said, stacklevel=3)
+
+    def _judge_milestone(self, found: dict[str, float]) -> None:
+        """Draws, writes down and judges, see `milestones.py`."""
+        with self._guarded("milestone"):
+            with torch.no_grad(), self.averaged():
+                numbers, picture = self.stage.quality()
+            self._keep_picture(picture, "milestones")
+            for concern in Milestones(self.run_dir).record(self.global_step, found | numbers):
+                warnings.warn(f"milestone, step {self.global_step}: {concern}; look before going on", stacklevel=2)
+
     # -- keeping the run
 
-    def save(self) -> Path:
-        """Writes a checkpoint of the current step."""
+    def save(self, wait: bool = True) -> Path | None:
+        """Writes a checkpoint of the current step; `wait`: until it stands, and returns its folder.
+
+        Raises:
+            OSError: this one or the one before could not be written.
+        """
         tensors: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}}
         for name, learner in self.learners.items():
             tensors["weights"] |= {f"{name}.{key}": value for key, value in learner.masters.items()}
@@ -329,10 +407,10 @@ class Engine:
                 tensors["optimizer"] |= checkpoints.optimizer_tensors(optimizer, names)
         kept = self.stage.state()
         tensors["stage"] = {key: value for key, value in kept.items() if isinstance(value, Tensor)}
-        state = {"config": to_dict(self.config), "skipped": self.skipped, "seconds": self.progress.seconds}
+        state = {"config": to_dict(self.config), "health": self.health.state(), "seconds": self.progress.seconds}
         state["stage"] = {key: value for key, value in kept.items() if not isinstance(value, Tensor)}
-        keep = self.config.keep_checkpoints
-        return checkpoints.save_checkpoint(self.checkpoints, self.global_step, tensors, state, keep)
+        self.writer.save(self.global_step, tensors, state)
+        return self.writer.wait() if wait else None
 
     def _restore(self) -> None:
         found = checkpoints.load_latest(self.checkpoints)
@@ -358,7 +436,8 @@ class Engine:
                 learner.weights.copy_to_model()
                 for optimizer in learner.optimizers.values():
                     checkpoints.restore_optimizer(optimizer, tensors["optimizer"], masters)
-        self.global_step, self.skipped, self.progress.seconds = state["step"], state["skipped"], state["seconds"]
+        self.global_step, self.progress.seconds = state["step"], state["seconds"]
+        self.health.load_state(state.get("health") or {"counts": [state["skipped"], 0, 0], "means": {}})
 
     def export(self) -> Path:
         """Writes the results, from the averaged weights, to `run_dir/final`."""
@@ -368,6 +447,15 @@ class Engine:
             self.stage.export(weights, partial)
         return final
 
+    def keep_snapshot(self) -> Path:
+        """Writes the averaged weights in bf16 to `run_dir/snapshots`, where they stay."""
+        folder = self.run_dir / "snapshots" / f"step-{self.global_step:08d}"
+        weights = {name: learner.ema for name, learner in self.learners.items()}
+        with self.averaged(), atomic_folder(folder, "the checkpoints are intact") as partial:
+            self.stage.export(weights, partial)
+            halve(partial)
+        return folder
+
     # -- the whole run
 
     def fit(self) -> Path:
@@ -376,27 +464,23 @@ class Engine:
         Raises:
             RunStopped: SIGTERM or SIGINT came before the last step; the checkpoint is written.
             OSError: a checkpoint could not be written; the one before it is intact.
-            FloatingPointError: too many steps had non-finite gradients.
+            FloatingPointError: too many steps in a row were left out; the checkpoint is written.
             RuntimeError: another process trains in this folder.
         """
         main = self.accelerator.is_main_process
         try:
-            with run_lock(self.run_dir, main), StopRequest() as request:
-                if main:
-                    self._describe()
+            with run_lock(self.run_dir, main), StopRequest() as self._request:
+                self._describe()
                 self.progress.start(self.global_step)
-                while self.global_step < self.config.steps:
-                    self.progress.begin_step()
-                    row = self.step()
-                    self.progress.end_step(row)
-                    stop = any_rank(request.name is not None, self.device)
-                    self._report()
-                    if stop or self._due(self.config.checkpoint_every):
-                        if main:
-                            self.save()
-                        self.accelerator.wait_for_everyone()
-                    if stop and self.global_step < self.config.steps:
-                        raise RunStopped(self._stop_message(request.name))
+                set_patience(timedelta(minutes=self.config.patience))
+                try:
+                    self._train()
+                except NotFinite as error:
+                    if main:
+                        raise NotFinite(f"{error}; step {self.global_step} is saved in {self.save().parent}") from None
+                    raise
+                if main:
+                    self.writer.wait()
         finally:
             self.progress.close()
         if main:
@@ -404,17 +488,41 @@ class Engine:
         self.accelerator.wait_for_everyone()
         return self.run_dir / "final"
 
+    def _train(self) -> None:
+        config, main = self.config, self.accelerator.is_main_process
+        while self.global_step < config.steps:
+            self.progress.begin_step()
+            row = self.step()
+            looked_at = self.host_decides or self._due(
+                config.log_every, config.validate_every, config.sample_every, config.checkpoint_every
+            )
+            self.progress.end_step(self.global_step, row, wait=looked_at)
+            stop = looked_at and bool(self._stop)
+            if looked_at:
+                self.health.check()
+            self._report()
+            late = config.checkpoint_minutes and self.writer.minutes >= config.checkpoint_minutes
+            if main and (stop or late or self._due(config.checkpoint_every)):
+                self.save(wait=stop)
+            if main:
+                self.writer.check()
+            if stop and self.global_step < config.steps:
+                self.accelerator.wait_for_everyone()
+                raise RunStopped(self._stop_message(self._request.name))
+
     def _describe(self) -> None:
         about = {
             "config": to_dict(self.config),
             "processes": self.accelerator.num_processes,
+            "hosts": gather_object([socket.gethostname()]),  # by rank
             "environment": environment_report(),
             **self.stage.describe(),
         }
-        (self.run_dir / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        if self.accelerator.is_main_process:
+            write_atomically(self.run_dir / "config.json", json.dumps(about, indent=1) + "\n")
 
-    def _due(self, every: int) -> bool:
-        return self.global_step % every == 0 or self.global_step == self.config.steps
+    def _due(self, *every: int) -> bool:
+        return self.global_step == self.config.steps or any(self.global_step % one == 0 for one in every)
 
     def _stop_message(self, name: str | None) -> str:
         return (
@@ -426,10 +534,27 @@ class Engine:
         config, main = self.config, self.accelerator.is_main_process
         if self._due(config.log_every):
             means = self.progress.means()
-            values = torch.tensor(list(means.values()), device=self.device)
-            values = self.accelerator.reduce(values, "mean").tolist()  # over the processes
-            self.progress.report(self.global_step, self.skipped, dict(zip(means, values, strict=True)))
-        if main and self._due(config.validate_every) and (found := self.validate()):
-            self.progress.write(self.global_step, found)
+            values = mean_over_processes(torch.tensor(list(means.values()), device=self.device)).tolist()
+            counts = {"skipped": self.health.skipped, "spikes": self.health.spikes}
+            self.progress.report(self.global_step, counts | dict(zip(means, values, strict=True)))
+        milestone = self.global_step in config.milestones
+        found = self._validate_in_time(must=milestone) if milestone or self._due(config.validate_every) else {}
+        if main and milestone:
+            self._judge_milestone(found)
         if main and self._due(config.sample_every):
             self.save_picture()
+        if main and config.snapshot_every and self.global_step % config.snapshot_every == 0:
+            self.keep_snapshot()
+
+    def _validate_in_time(self, must: bool) -> dict[str, float]:
+        """Validates where that is due and, unless it `must`, leaves the run its share of the time."""
+        main, progress, begin = self.accelerator.is_main_process, self.progress, time.perf_counter()
+        allowed = self.config.validation_share * (progress.seconds + progress.validation_seconds)
+        if self.config.validation_share < 1 and not must:
+            if any_rank(main and progress.validation_seconds > allowed, self.device):
+                return {}
+        found = self.validate() if main or self.stage.validates_together else {}
+        progress.validation_seconds += time.perf_counter() - begin
+        if main and found:
+            progress.write(self.global_step, found)
+        return found

@@ -3,7 +3,10 @@
 `metrics.jsonl` is the record that everything else reads, one row a logging interval. The same rows go to trackers
 through accelerate: tensorboard when it is installed, or another by name. Speed is the mean over the interval, with the
 waiting for data in it and without validation, pictures and checkpoints. Model FLOPs utilisation is 3 forward passes a
-sample (one forward, two for the gradients) over what the devices could do at best.
+sample (one forward, two for the gradients) over what the devices could do at best. Where the seconds of a step went is
+in `data_seconds`, `communication_seconds` and `compute_seconds`, means over the processes; with several processes
+`seconds_by_rank` has each one's, and `slowest_rank` names the one that the others wait for (`config.json`: on which
+machine it is).
 """
 
 from __future__ import annotations
@@ -19,14 +22,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from nitro_e_lite.config import RunConfig
 from nitro_e_lite.errors import InvalidValue, NotWritten
 from nitro_e_lite.files import read_jsonl
 from nitro_e_lite.model.flops import TRAINING_PASSES, find_peak
-from nitro_e_lite.runtime import device_name
+from nitro_e_lite.runtime import device_name, memory_used
+from nitro_e_lite.training.clock import Clock, Heartbeat, step_times, straggler
 
 
 def tracker_name(asked: str) -> str | None:
@@ -53,16 +59,19 @@ class Progress:
         config: of the run.
         run_dir: folder of the run.
         flops: of one forward pass of one sample; None: unknown, there is no utilisation then.
+        clock: of this process.
     """
 
-    def __init__(self, accelerator: Accelerator, config: RunConfig, run_dir: Path, flops: float | None):
-        self.accelerator, self.config, self.run_dir = accelerator, config, run_dir
+    def __init__(self, accelerator: Accelerator, config: RunConfig, run_dir: Path, flops: float | None, clock: Clock):
+        self.accelerator, self.config, self.run_dir, self.clock = accelerator, config, run_dir, clock
+        self.heartbeat = Heartbeat(run_dir, accelerator.process_index)
         peak = config.peak_tflops * 1e12 or find_peak(device_name(accelerator.device))
         work = TRAINING_PASSES * flops if flops else None
         self._share_of_peak = work / (peak * accelerator.num_processes) if peak and work else None
         self.seconds = 0.0  # in steps, over the whole run
+        self.validation_seconds = 0.0  # beside them
         self._interval = [0, 0.0]  # steps and seconds since the last report
-        self._values: dict[str, list[float]] = {}  # by name, since the last report
+        self._values: dict[str, list[float | Tensor]] = {}  # by name, since the last report
         self._metrics = self._bar = None
 
     def start(self, step: int) -> None:
@@ -84,9 +93,12 @@ class Progress:
         """Starts the clock of a step."""
         self._clock = time.perf_counter()
 
-    def end_step(self, row: dict[str, float]) -> None:
-        """Stops it and notes what the step measured."""
+    def end_step(self, step: int, row: dict[str, float | Tensor], wait: bool) -> None:
+        """Stops it and notes what the step measured; `wait`: the device has to catch up first."""
+        if wait and self.accelerator.device.type != "cpu":
+            torch.accelerator.synchronize()
         seconds = time.perf_counter() - self._clock
+        self.heartbeat.beat(step)
         self.seconds += seconds
         self._interval = [self._interval[0] + 1, self._interval[1] + seconds]
         for name, value in row.items():
@@ -95,24 +107,31 @@ class Progress:
 
     def means(self) -> dict[str, float]:
         """The mean of each number over the steps since the last report in which it was measured."""
-        return {name: sum(values) / len(values) for name, values in self._values.items()}
+        return {name: sum(map(float, values)) / len(values) for name, values in self._values.items()}
 
-    def report(self, step: int, skipped: int, row: dict[str, float]) -> None:
-        """One row about the training since the last one."""
+    def report(self, step: int, row: dict[str, float]) -> None:
+        """One row about the training since the last one; all processes call it."""
         steps, seconds = self._interval
         self._interval, self._values = [0, 0.0], {}
+        times = step_times(self.clock.take(), seconds, steps, self.accelerator.device)
         speed = steps * self.config.batch_size / seconds
-        row = {"seconds": round(self.seconds, 3), "samples_per_second": round(speed, 2), "skipped": skipped, **row}
+        row = {"seconds": round(self.seconds, 3), "samples_per_second": round(speed, 2), **row}
+        row["memory"] = round(memory_used(self.accelerator.device) / 1e9, 4)  # GB of the main process
+        row |= {f"{name}_seconds": sum(each) / len(each) for name, each in times.items()}
+        by_rank = {}
+        if self.accelerator.num_processes > 1:
+            row["slowest_rank"] = straggler(times)
+            by_rank["seconds_by_rank"] = {name: [round(one, 4) for one in each] for name, each in times.items()}
         if self._share_of_peak:
             row["mfu"] = speed * self._share_of_peak
         losses = {name: f"{value:.3f}" for name, value in row.items() if name.endswith("loss")}
         self._bar.set_postfix(losses, speed=f"{speed:.3g}/s", refresh=False)
-        self.write(step, row)
+        self.write(step, row, by_rank)
 
-    def write(self, step: int, row: dict[str, float]) -> None:
-        """One row to the metrics file and the trackers."""
+    def write(self, step: int, row: dict[str, float], more: dict[str, Any] | None = None) -> None:
+        """One row to the metrics file and the trackers; `more` is for the file alone."""
         if self._metrics is not None:
-            self._metrics.write(step=step, samples=step * self.config.batch_size, **finite(row))
+            self._metrics.write(step=step, samples=step * self.config.batch_size, **finite(row), **(more or {}))
         self.accelerator.log({name: value for name, value in row.items() if math.isfinite(value)}, step=step)
 
     def close(self) -> None:

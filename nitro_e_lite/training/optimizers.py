@@ -1,7 +1,7 @@
 """Optimisers and learning-rate schedules: Muon for the matrices inside the blocks, AdamW for the rest.
 
-**Muon** updates along orthogonalised momentum. `Muon` below is torch's with another `step`: on a CPU without matrix
-units bf16 is the slow type, and each process would repeat the work of all. Differs: the paper trains with AdamW alone;
+**Muon** updates along orthogonalised momentum. `Muon` below is torch's with another `step`: each process would repeat
+the work of all, and a CPU without instructions for bf16 is slow in it. Differs: the paper trains with AdamW alone;
 `OptimizerConfig(name="adamw")` does too. Source: Jordan et al., 2024.
 """
 
@@ -19,14 +19,23 @@ from nitro_e_lite.config import OptimizerConfig
 from nitro_e_lite.model.cpu_kernels import multiply
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 
+FUSED = ("cuda", "xpu")  # devices for which torch has one kernel for all of AdamW; ROCm is "cuda"
 
-def orthogonalize(matrices: Tensor, coefficients=(3.4445, -4.7750, 2.0315), steps: int = 5) -> Tensor:
+
+def orthogonalize(
+    matrices: Tensor,
+    coefficients=(3.4445, -4.7750, 2.0315),
+    steps: int = 5,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Moves the singular values of each matrix `(K, rows, columns)` to about 0.7 ... 1.2 by Newton-Schulz iterations.
+
+    The products are computed in `dtype`; the result has that type too.
 
     Source: coefficients by Jordan et al., 2024.
     """
     a, b, c = coefficients
-    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = (matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
     if tall := x.shape[1] > x.shape[2]:
         x = x.mT
     for _ in range(steps):
@@ -36,11 +45,15 @@ def orthogonalize(matrices: Tensor, coefficients=(3.4445, -4.7750, 2.0315), step
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon with the work divided among the processes, and in float32 on a CPU.
+    """torch's Muon with the work divided among the processes, and its products in `dtype`.
 
     Each of N processes orthogonalises every N-th matrix, equal shapes together; the directions are then summed, so that
     all processes hold the same weights, bit for bit.
     """
+
+    def __init__(self, parameters, dtype: torch.dtype = torch.float32, **settings):
+        super().__init__(parameters, **settings)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -56,8 +69,8 @@ class Muon(torch.optim.Muon):
             directions = [part.view_as(p) for part, p in zip(flat.split(sizes), parameters, strict=True)]
             for members in _equal_shapes(parameters, range(rank, len(parameters), world)):
                 stack = torch.stack([nesterov[k] for k in members])
-                stack = stack.float() if stack.device.type == "cpu" else stack.bfloat16()
-                for k, direction in zip(members, orthogonalize(stack, group["ns_coefficients"]), strict=True):
+                found = orthogonalize(stack, group["ns_coefficients"], dtype=self.dtype)
+                for k, direction in zip(members, found, strict=True):
                     directions[k].copy_(direction)
             if shared:
                 dist.all_reduce(flat)
@@ -76,32 +89,41 @@ def _equal_shapes(parameters: list[Tensor], chosen: Iterable[int]) -> Iterator[l
         yield from (members[first : first + length] for first in range(0, len(members), length))
 
 
-def build_optimizers(masters: dict[str, Tensor], matrices: set[str], config: OptimizerConfig):
+def build_optimizers(
+    masters: dict[str, Tensor], matrices: set[str], config: OptimizerConfig, dtype: torch.dtype = torch.float32
+):
     """The optimisers of a run.
 
     Args:
         masters: parameters by name.
         matrices: names of the weights of Linear layers inside blocks, compressor and reconstructor.
         config: which optimiser, learning rates, decay.
+        dtype: of Muon's products.
 
     Returns:
         name -> optimiser; every parameter is in exactly one.
     """
-    chosen = matrices if config.name == "muon" else set()
+    chosen = matrices & masters.keys() if config.name == "muon" else set()
     rest = [p for name, p in masters.items() if name not in chosen]
-    optimizers = {
-        "adamw": torch.optim.AdamW(
-            rest, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, foreach=True
-        )
-    }
+    settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    optimizers = {"adamw": adamw(rest, **settings, foreach=True)}
     if chosen:
         optimizers["muon"] = Muon(
             [p for name, p in masters.items() if name in chosen],
+            dtype=dtype,
             lr=config.muon_lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
     return optimizers
+
+
+def adamw(parameters: Iterable[Tensor], **settings) -> torch.optim.AdamW:
+    """AdamW: on an accelerator one fused kernel, which leaves a step out without asking the host, see `health.py`."""
+    parameters = list(parameters)
+    if parameters[0].device.type in FUSED:
+        settings |= {"fused": True, "foreach": False}
+    return torch.optim.AdamW(parameters, **settings)
 
 
 def hidden_matrices(model: EMMDiTTransformer2DModel) -> set[str]:

@@ -1,0 +1,167 @@
+"""Gates of a student: measured before hours are spent and while they run; the first that fails stops the run.
+
+An adversarial run that fails costs hours before anyone looks, and adversaries fail quietly. So each of these names
+itself, says what was measured, and what to look at:
+
+    drawn-set               the teacher's pictures are worth learning from: they score no less than the teacher's card
+    teacher-fine-tuned      with another time embedding the teacher answers as before (`sprint.py`)
+    discriminator-balance   it is right on a share of pictures between two bounds: too often, there is nothing to learn
+                            from; too rarely, it says nothing
+    student-below-teacher   from a quarter of the run on, the student is no worse than its teacher at as many steps
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from nitro_e_lite.config import StudentConfig
+from nitro_e_lite.data.drawn import DrawnSet, GrammarPrompts
+from nitro_e_lite.errors import GateFailed
+from nitro_e_lite.inference.encoders import Encoders, decode_latents
+from nitro_e_lite.scenes.geneval import CATEGORIES, Prompt, Score, load_prompts, prompt_of, score, verify
+from nitro_e_lite.scenes.grammar import sample_scene
+
+
+def few_prompts(each: int) -> list[Prompt]:
+    """The first held-out prompts of each category."""
+    prompts = load_prompts()
+    return [one for tag in CATEGORIES for one in [p for p in prompts if p.tag == tag][:each]]
+
+
+def drawn_prompts(drawn: DrawnSet, rows: int) -> dict[str, Prompt]:
+    """What the captions of the first rows ask for; empty where the prompts are not of the scene grammar."""
+    said = drawn.card["prompts"]
+    if not said.startswith(GrammarPrompts.NAME):
+        return {}
+    prompts, found = GrammarPrompts(int(said.removeprefix(GrammarPrompts.NAME)), rows), {}
+    for row in range(rows):
+        if prompt := prompt_of(sample_scene(prompts.seed, row), prompts[row]):
+            found[prompt.text] = prompt
+    return found
+
+
+@torch.no_grad()
+def score_drawn(drawn: DrawnSet, encoders: Encoders, pictures: int, batch: int = 50) -> Score | None:
+    """GenEval-lite of the first `pictures` that can be judged; None where there are none."""
+    last = min(len(drawn), 2 * pictures)  # more than one caption in two asks for something that can be judged
+    asked, prompts, verdicts = drawn_prompts(drawn, last), [], []
+    for first in range(0, last, batch):
+        found = drawn.batch(range(first, min(first + batch, last)))
+        rows = [k for k, text in enumerate(found.captions) if text in asked][: pictures - len(prompts)]
+        if rows:
+            latents = found.states[rows, -1].to(encoders.vae.device)
+            images = (decode_latents(encoders.vae, latents, encoders.stats) / 2 + 0.5).clamp(0, 1)  # (B, 3, H, W)
+            images = (images.float().permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8)
+            prompts += [asked[found.captions[k]] for k in rows]
+            verdicts += [verify(one, prompt) for one, prompt in zip(images, prompts[-len(rows) :], strict=True)]
+    return score(prompts, verdicts) if prompts else None
+
+
+def check_drawn(drawn: DrawnSet, encoders: Encoders, config: StudentConfig) -> None:
+    """Gate drawn-set: fails where even the upper end of the interval is below the teacher's card.
+
+    Raises:
+        GateFailed: the drawn pictures are worse than the teacher's.
+    """
+    found = score_drawn(drawn, encoders, config.gate_pictures) if config.gate_pictures else None
+    if found is None or found.high >= config.gate_card:
+        return
+    raise GateFailed(
+        f"gate drawn-set: {drawn.data.folders[0]} scores {found.overall:.3f} ({found.low:.3f} to {found.high:.3f}) on "
+        f"{found.images} pictures, the teacher's card says {config.gate_card:.3f}. Look at some of them; draw again "
+        "with the teacher's own steps and guidance, or set gate_card to what this teacher scores"
+    )
+
+
+def check_fine_tuned(error: float, config: StudentConfig) -> None:
+    """Gate teacher-fine-tuned.
+
+    Args:
+        error: squared distance of the fine-tuned teacher's velocities from before, over the teacher's own error.
+        config: with `gate_finetune`.
+
+    Raises:
+        GateFailed: the teacher is another than before.
+    """
+    if error <= config.gate_finetune:
+        return
+    raise GateFailed(
+        f"gate teacher-fine-tuned, step {config.finetune_steps}: its answers are {error:.3f} of its own error away "
+        f"from those before, may be {config.gate_finetune}. Raise finetune_share (is student_loss still falling?) or "
+        "optimizer.lr, or leave the old embedding: dense_time=false"
+    )
+
+
+class Balance:
+    """Gate discriminator-balance: the share of pictures that the discriminator was right on, over its last turns.
+
+    Args:
+        config: bounds and length of the window.
+
+    Attributes:
+        right: that share, by turn, a ring.
+        turns: so far.
+    """
+
+    def __init__(self, config: StudentConfig):
+        self.config, self.turns = config, 0
+        self.right = torch.zeros(config.gate_window)
+
+    def note(self, right: float, part: int, parts: int) -> None:
+        """Remembers part `part` of a turn."""
+        place = self.turns % len(self.right)
+        self.right[place] = (0.0 if part == 0 else self.right[place]) + right / parts
+        self.turns += part == parts - 1
+
+    def restore(self, turns: int, right: torch.Tensor) -> None:
+        """What a checkpoint remembers; with another window the gate begins anew."""
+        if len(right) == len(self.right):
+            self.turns = turns
+            self.right.copy_(right)
+
+    def check(self, step: int) -> None:
+        """Looks at a full window.
+
+        Raises:
+            GateFailed: the mean is outside of the bounds.
+        """
+        config = self.config
+        if self.turns < config.gate_window:
+            return
+        right = self.right.mean().item()
+        if config.gate_low <= right <= config.gate_high:
+            return
+        if right > config.gate_high:
+            advice = "it is too strong and teaches nothing: lower heads.lr or head_width, judge at more noise, or make "
+            advice += "the phase before it longer, so that the student's pictures are nearer to begin with"
+        else:
+            advice = "it is too weak and says nothing: raise heads.lr or head_width, or lower adversarial_weight"
+        raise GateFailed(
+            f"gate discriminator-balance, step {step}: right on {right:.3f} of pictures over its last "
+            f"{config.gate_window} steps, must be {config.gate_low} to {config.gate_high}; {advice}"
+        )
+
+
+def check_student(found: Mapping[str, float], step: int, sampler_steps: int, config: StudentConfig) -> None:
+    """Gate student-below-teacher, after step `step`; `found` is what `Student.validate` measures.
+
+    Raises:
+        GateFailed: from a quarter of the run on, the student is worse.
+    """
+    if 4 * step < config.steps:
+        return
+    problems = []
+    if found["distance"] > config.gate_distance * found["teacher_distance"]:
+        problems.append("distance to the teacher's pictures {distance:.4f}, above its own {teacher_distance:.4f}")
+    if "geneval" in found and found["geneval"] < found["teacher_geneval"] - config.gate_margin:
+        problems.append("GenEval-lite {geneval:.3f}, below its {teacher_geneval:.3f}")
+    if problems:
+        raise GateFailed(
+            f"gate student-below-teacher, step {step}: at {sampler_steps} steps without guidance the student is worse "
+            f"than its teacher: {' and '.join(problems).format(**found)}. Look at the pictures in samples/, at "
+            "student_loss (still falling? train longer, raise optimizer.lr) and at student_adversarial (rising? lower "
+            "adversarial_weight)"
+        )

@@ -1,0 +1,300 @@
+"""What every student of few steps shares: its teacher, the teacher's pictures, a discriminator, gates, a folder.
+
+`distill.py` and `sprint.py` differ in what a step of the student is asked for. Both read the drawn set (`drawn.py`),
+both may have their pictures judged by heads on the frozen teacher's features (`discriminator.py`), and both are held
+against the teacher at as many steps without guidance (`gates.py`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from nitro_e_lite.config import OptimizerConfig, StudentConfig
+from nitro_e_lite.data.batches import batch_indices
+from nitro_e_lite.data.drawn import DrawnBatch, DrawnSet, teacher_hash
+from nitro_e_lite.errors import InvalidValue
+from nitro_e_lite.evaluation.geneval_lite import evaluate
+from nitro_e_lite.inference.encoders import load_encoders
+from nitro_e_lite.inference.loading import load_transformer
+from nitro_e_lite.inference.pipeline import NitroEPipeline
+from nitro_e_lite.model import flow
+from nitro_e_lite.model.cpu_kernels import speed_up
+from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.runtime import generator
+from nitro_e_lite.stages.discriminator import FrozenFeatures, Heads
+from nitro_e_lite.stages.gates import Balance, check_drawn, check_student, few_prompts
+from nitro_e_lite.training.engine import Placement, Stage, Trainable
+from nitro_e_lite.training.optimizers import build_optimizers, learning_rate_scale
+from nitro_e_lite.viz import image_grid
+
+
+@dataclass(frozen=True)
+class StudentBatch:
+    """What one process works on: pictures of the teacher and what is drawn at random for all students.
+
+    Attributes:
+        states: (B, K + 1, C, H, W), from the noise to the picture.
+        text: features (B, L, Dc).
+        wrong: features of another picture's caption (B, L, Dc).
+        differs: whether that caption is another (B,).
+        t, noise: at which pictures are judged, (B,) in flow time, and (B, C, H, W).
+    """
+
+    states: Tensor
+    text: Tensor
+    wrong: Tensor
+    differs: Tensor
+    t: Tensor
+    noise: Tensor
+
+    def microbatches(self, count: int) -> list:
+        """The same in `count` equal parts."""
+        size = len(self.text) // count
+        cuts = [slice(k * size, (k + 1) * size) for k in range(count)]
+        return [type(self)(**{one.name: getattr(self, one.name)[cut] for one in fields(self)}) for cut in cuts]
+
+
+class Student(Stage):
+    """A student of few steps, its teacher, and who tells their pictures apart.
+
+    Subclasses set `student`, put what learns into `modules`, and write `losses`, `ends`, `pipeline` and `export`.
+
+    Args:
+        config: what to train.
+        placement: where.
+
+    Attributes:
+        encoders: the frozen encoders.
+        drawn: the teacher's pictures.
+        rows: how many of them are trained on; the rest are for validation.
+        teacher: frozen.
+        features: its blocks, to look at pictures with.
+        heads: the discriminator's; None without one.
+        balance: the gate on it.
+
+    Raises:
+        FileNotFoundError: a folder of `config.data` holds no drawn pictures.
+        ValueError: teacher, encoders and pictures do not belong together.
+        GateFailed: the pictures score below the teacher's card.
+    """
+
+    student: EMMDiTTransformer2DModel
+
+    def __init__(self, config: StudentConfig, placement: Placement):
+        self.config, self.placement = config, placement
+        self.encoders = load_encoders(config.data.encoders, device=placement.device, dtype=placement.dtype)
+        self.drawn = DrawnSet(config.data.folders, self.encoders)
+        self.rows = len(self.drawn) - config.data.validation_rows
+        self.teacher = load_transformer(config.teacher)
+        self.teacher_hash = teacher_hash(self.teacher)
+        self._check(self.teacher)
+        check_drawn(self.drawn, self.encoders, config)
+        torch.manual_seed(config.seed)
+        self.features = FrozenFeatures(self.teacher, config.depths)
+        self.modules: dict[str, Trainable] = {}
+        self.heads = Heads(self.features, config.head_width) if config.adversarial_weight else None
+        if self.heads is not None:
+            self.modules["heads"] = self.trained(self.heads, config.heads, set())
+        speed_up(self.teacher)
+        nn.Module.to(self.teacher, placement.device, placement.dtype)
+        self.balance = Balance(config)
+        self.step = 0
+        self._reference: dict[str, float] = {}  # what the teacher reaches without guidance
+        self._ahead: tuple[int, list] = (-1, [])
+
+    def trained(self, module: nn.Module, config: OptimizerConfig, matrices: set[str]) -> Trainable:
+        """A module as the engine takes it."""
+        optimizers = partial(build_optimizers, matrices=matrices, config=config)
+        schedule = partial(learning_rate_scale, steps=self.config.steps, config=config)
+        return Trainable(module, optimizers, schedule, config.clip)
+
+    def _check(self, teacher: EMMDiTTransformer2DModel) -> None:
+        config, card, size = self.config, self.drawn.card, teacher.config
+        for name, there in (("in_channels", self.encoders.latent_channels), ("caption_channels", self.encoders.width)):
+            if size[name] != there:
+                raise InvalidValue(
+                    f"data.encoders={config.data.encoders!r}: give {there}, the teacher's {name} is {size[name]}"
+                )
+        if card["teacher"] != self.teacher_hash:
+            raise InvalidValue(
+                f"teacher={config.teacher!r}: {self.drawn.data.folders[0]} was drawn by other weights; name those, "
+                "or draw again"
+            )
+        if self.rows < config.batch_size:
+            raise InvalidValue(
+                f"batch_size={config.batch_size}: only {max(self.rows, 0)} of {len(self.drawn)} pictures are left "
+                f"beside data.validation_rows={config.data.validation_rows}"
+            )
+
+    # -- what a step reads
+
+    def batch(self, step: int, part: int) -> Any:
+        """Part `part` of this process's rows of step `step`."""
+        if self._ahead[0] != step:
+            self._ahead = (step, self.draw(step).microbatches(len(self.placement.microbatches)))
+        return self._ahead[1][part]
+
+    def draw(self, step: int) -> StudentBatch:
+        """This process's rows of step `step`: a function of seed, step and row, for any number of processes."""
+        rows = batch_indices(self.config.seed, self.rows, self.config.batch_size, step)
+        found, others = (self.drawn.batch(some[self.mine]) for some in (rows, np.roll(rows, -1)))
+        differs = torch.tensor([a != b for a, b in zip(found.captions, others.captions, strict=True)])
+        text, wrong = self.text(found), self.text(others)
+        t, noise = self.judged_at(step)[self.mine], self.noise(step, "renoise")
+        return StudentBatch(*(x.to(self.placement.device) for x in (found.states, text, wrong, differs, t, noise)))
+
+    @property
+    def mine(self) -> slice:
+        """This process's rows of a batch."""
+        return slice(self.placement.rows.start, self.placement.rows.stop)
+
+    def stream(self, step: int, purpose: str) -> torch.Generator:
+        """Randomness of the whole batch."""
+        return generator(self.config.seed, step, purpose)
+
+    def noise(self, step: int, purpose: str) -> Tensor:
+        """Noise of this process's rows (B, C, H, W)."""
+        rows = [generator(self.config.seed, step, purpose, row) for row in self.placement.rows]
+        return torch.stack([torch.randn(self.drawn.data.shape, generator=one) for one in rows])
+
+    def text(self, batch: DrawnBatch) -> Tensor:
+        """Text features (B, L, Dc) in the number type of the computation."""
+        text = self.encoders.encode_text(batch.captions) if batch.text is None else batch.text
+        return text.to(self.placement.device, self.placement.dtype)
+
+    @abstractmethod
+    def judged_at(self, step: int) -> Tensor:
+        """The noise levels, in flow time, at which pictures of the whole batch are judged."""
+
+    # -- the discriminator
+
+    def look(self, latents: Tensor, text: Tensor, batch: StudentBatch) -> list[Tensor]:
+        """What the heads say of latents (B, C, H, W), noisy again; logits (B, N) of each depth."""
+        noisy = flow.interpolate(latents, batch.noise, batch.t).to(self.placement.dtype)
+        return self.heads(self.features(noisy, text, flow.TIMESTEP_SCALE * batch.t))
+
+    def judge(self, latents: Tensor, text: Tensor, batch: StudentBatch) -> list[Tensor]:
+        """As `look`, for the heads to learn from: no gradient beyond them."""
+        with torch.no_grad():
+            noisy = flow.interpolate(latents, batch.noise, batch.t).to(self.placement.dtype)
+            heard = self.features(noisy, text, flow.TIMESTEP_SCALE * batch.t)
+        return self.heads(heard)
+
+    def heads_loss(self, guess: Tensor, batch: StudentBatch, part: int, loss, verdict) -> dict[str, Tensor]:
+        """The teacher's pictures are real; the student's, and the teacher's with another caption, are not.
+
+        Args:
+            guess: the student's pictures (B, C, H, W).
+            batch: with the teacher's.
+            part: of the step.
+            loss: logits and whether they should count as real to (B,).
+            verdict: logits to one number a picture, above 0 where it is taken for real.
+        """
+        latents, share = batch.states[:, -1], self.config.misaligned
+        with self.heads.once():
+            real, fake = self.judge(latents, batch.text, batch), self.judge(guess, batch.text, batch)
+            told, found = loss(fake, real=False), {}
+            if share:
+                wrong = self.judge(latents, batch.wrong, batch)
+                found["right_misaligned"] = (verdict(wrong) < 0).float()
+                told = torch.lerp(told, torch.where(batch.differs, loss(wrong, real=False), told), share)
+            total = loss(real, real=True) + told
+        right = ((verdict(real) > 0).float() + (verdict(fake) < 0).float()) / 2  # (B,)
+        self.balance.note(right.mean().item(), part, len(self.placement.microbatches))
+        return {"loss": total, "right": right, **found}
+
+    # -- looking at the run
+
+    def validate(self) -> dict[str, float]:
+        """Student and teacher at the same few steps without guidance; stops the run where the student is worse."""
+        if not self._reference:
+            self._reference = {f"teacher_{name}": value for name, value in self._measure(teacher=True).items()}
+        found = self._measure(teacher=False) | self._reference
+        check_student(found, self.step + 1, self.config.sampler_steps, self.config)
+        return found
+
+    @torch.no_grad()
+    def _measure(self, teacher: bool) -> dict[str, float]:
+        """Squared distance to the teacher's pictures never trained on and, where asked, the GenEval-lite score."""
+        distances = []
+        for first in range(self.rows, len(self.drawn), 32):
+            batch = self.drawn.batch(range(first, min(first + 32, len(self.drawn))))
+            states = batch.states.to(self.placement.device)
+            ends = self.ends(states[:, 0], self.text(batch), teacher)
+            distances.append((ends - states[:, -1]).square().flatten(1).mean(1).cpu())
+        found = {"distance": torch.cat(distances).mean().item()}
+        if self.config.gate_prompts:
+            prompts = few_prompts(self.config.gate_prompts)
+            pipeline = self.reference() if teacher else self.pipeline()
+            found["geneval"] = evaluate(pipeline, prompts, seeds=(0,), progress=False).score.overall
+        return found
+
+    @abstractmethod
+    def ends(self, noise: Tensor, text: Tensor, teacher: bool) -> Tensor:
+        """What student or teacher make of noise (B, C, H, W) in the student's steps."""
+
+    @abstractmethod
+    def pipeline(self) -> NitroEPipeline:
+        """Draws as the student does, in few steps."""
+
+    @abstractmethod
+    def reference(self) -> NitroEPipeline:
+        """Draws as the teacher does in as many steps without guidance."""
+
+    def picture(self) -> Image:
+        """The captions of up to eight pictures never trained on."""
+        rows = range(self.rows, min(self.rows + 8, len(self.drawn)))
+        captions, seeds = self.drawn.batch(rows).captions, torch.Generator().manual_seed(self.config.seed)
+        return image_grid(self.pipeline()(captions, generator=seeds).images, columns=4, labels=captions)
+
+    # -- keeping the run
+
+    def state(self) -> dict[str, Any]:
+        """What was drawn by whom, the gates' memory, and what spectral norms remember."""
+        facts = {"encoders": self.encoders.fingerprint, "teacher": self.teacher_hash, "rows": self.rows}
+        facts |= {"turns": self.balance.turns, "reference": self._reference, "right": self.balance.right}
+        return facts | (self.heads.kept() if self.heads is not None else {})
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Compares pictures and encoders with those of the checkpoint, and remembers what it remembered."""
+        now = {"encoders": self.encoders.fingerprint, "teacher": self.teacher_hash, "rows": self.rows}
+        for name, value in now.items():
+            if state[name] != value:
+                raise InvalidValue(f"{name}={value!r}: the run was started with {state[name]!r}; name another folder")
+        self._reference = state["reference"]
+        self.balance.restore(state["turns"], state["right"])
+        if self.heads is not None:
+            self.heads.restore(state)
+
+    def describe(self) -> dict[str, Any]:
+        """The encoders' fingerprint, by which a loader knows whether it has the right ones; who drew, and how."""
+        drawn = {name: self.drawn.card[name] for name in ("teacher", "sampler", "levels", "prompts", "seed")}
+        return {"encoders": self.encoders.fingerprint, "drawn": drawn | {"pictures": len(self.drawn)}}
+
+    def save_student(self, averages: dict[str, Tensor], folder: Path) -> EMMDiTTransformer2DModel:
+        """Writes the student in `save_pretrained` layout, and returns it."""
+        model = EMMDiTTransformer2DModel.from_config(self.student.config)
+        model.load_state_dict({**model.state_dict(), **{name: value.cpu() for name, value in averages.items()}})
+        model.save_pretrained(folder)
+        return model
+
+
+@contextmanager
+def resting(module: nn.Module) -> Iterator[None]:
+    """What is computed within has no gradient for the module's own parameters, and leaves its buffers as they are."""
+    module.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.train().requires_grad_(True)

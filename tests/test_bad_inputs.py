@@ -1,0 +1,364 @@
+"""Bad inputs, full disks and impossible places, by every command: one line that says what is wrong, and nothing lost.
+
+The table of commands is walked over: a command that is new has to say here what it writes.
+"""
+
+import contextlib
+import json
+import os
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from nitro_e_lite import files
+from nitro_e_lite.cli import terminal
+from nitro_e_lite.cli.app import app
+from nitro_e_lite.cli.draw import claim
+from nitro_e_lite.data.sources import Folder, Problem, read_prompts, square
+from nitro_e_lite.inference.encoders import LatentStats
+from nitro_e_lite.runtime import rank_and_world
+from nitro_e_lite.scenes.geneval import load_prompts
+
+FAST = ["--steps", "1", "--guidance", "0"]
+SMALL = ["--preset", "smoke"]
+OUTPUTS = {  # command -> words, with PLACE for what it writes
+    "demo": [["--out", "PLACE.png", *FAST]],
+    "sample": [["a star", "--out", "PLACE", *FAST], ["a star", "--out", "PLACE.png", *FAST]],
+    "evaluate": [
+        ["--prompts", "prompts.jsonl", "--seeds", "1", *FAST, name, "PLACE.png"] for name in ("--out", "--grid")
+    ],
+    "geneval": [["prompts.jsonl", "PLACE", "--each", "1", *FAST]],
+    "data encode": [["folder", "pictures", "PLACE"]],
+    "data draw": [["PLACE", "--count", "1", *FAST]],
+    "compare": [[*SMALL, "--variant", "a: guidance=2", "--points", "1", "--seeds", "0", "--run-dir", "PLACE"]],
+    "reproduce": [[*SMALL, "--run-dir", "PLACE"]],
+    "train base": [[*SMALL, "--run-dir", "PLACE"]],
+    "train finetune": [[*SMALL, "--run-dir", "PLACE"]],
+    "train rewards": [[*SMALL, "--run-dir", "PLACE"]],
+    "train distill": [[*SMALL, "--run-dir", "PLACE"]],
+    "train 1024px": [[*SMALL, "--run-dir", "PLACE"]],
+    "train sprint": [[*SMALL, "--run-dir", "PLACE"]],
+    "train autoencoder": [["--run-dir", "PLACE"]],
+    "train language-model": [["--run-dir", "PLACE"]],
+    "train vision": [["--run-dir", "PLACE"]],
+}
+ELSEWHERE = {  # they write beside what they are given, or nothing
+    "ship": "into a folder that must hold weights, tested below",
+    "notebooks refresh": "the notebooks of a checkout",
+    "data check": "reports beside the data, or a warning",
+    **dict.fromkeys(["count", "benchmark", "sensitivity", "reward serve", "doctor", "overfit", "plan"], "nothing"),
+    "data benchmark": "a temporary folder",
+}
+CASES = [(name, words) for name, ways in OUTPUTS.items() for words in ways]
+
+
+def leaves(command, path=()):
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from leaves(inner, (*path, name))
+    if not hasattr(command, "commands"):
+        yield " ".join(path)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, shipped):
+    """An empty folder with small inputs, and weights whose encoders training and data sets can use."""
+    (shipped / "vae" / "latent_stats.json").write_text(LatentStats((0.0,) * 4, (1.0,) * 4).to_json())
+    files.write_manifest(shipped)
+    folder = tmp_path / "here"
+    (folder / "pictures").mkdir(parents=True)
+    Image.new("RGB", (128, 128), "red").save(folder / "pictures" / "a.png")
+    (folder / "pictures" / "captions.jsonl").write_text('{"file_name": "a.png", "text": "a star"}\n')
+    lines = [json.dumps(prompt.metadata()) for prompt in load_prompts()[::150]]
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("NITRO_E_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def refused(*words: str, runner: CliRunner | None = None) -> str:
+    """The one line with which a command refuses."""
+    found = (runner or CliRunner()).invoke(app, list(words))
+    assert found.exit_code == 2, (words, found.output, found.exception)
+    lines = [line for line in found.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1 and "Traceback" not in found.output, found.output
+    return lines[0]
+
+
+def test_every_command_says_what_it_writes():
+    assert sorted(leaves(typer.main.get_command(app))) == sorted([*OUTPUTS, *ELSEWHERE])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Places that cannot be written, before any work: there are no weights, and nobody asks for them
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("obstacle", ["something else is there", "a file is in the way", "read-only"])
+def test_impossible_output_is_refused_before_any_work(here, monkeypatch, obstacle):
+    monkeypatch.setattr(files, "weights_dir", lambda: here / "no weights")
+    for name, words in CASES:
+        place = here / "sealed" / "out"
+        with contextlib.ExitStack() as after:
+            file = any(word.startswith("PLACE.") for word in words)
+            target = place.with_suffix(".png") if file else place
+            (here / "sealed").mkdir()
+            if obstacle == "something else is there":
+                target.mkdir() if file else target.write_text("mine")
+            elif obstacle == "a file is in the way":
+                target.parent.rmdir()
+                target.parent.write_text("mine")
+            else:
+                after.enter_context(sealed(here / "sealed"))
+            said = refused(*name.split(), *(word.replace("PLACE", str(place)) for word in words))
+            assert str(target) in said, (name, said)
+        before = here / "sealed"
+        before.unlink() if before.is_file() else None
+        for left in before.rglob("*") if before.exists() else ():
+            assert left == target and (left.is_dir() or left.read_text() == "mine"), (name, left)
+            left.rmdir() if left.is_dir() else left.unlink()
+        before.rmdir() if before.exists() else None
+
+
+@contextlib.contextmanager
+def sealed(folder: Path):
+    """A folder that the system lets nobody write to (the super-user, who runs many containers, may do everything)."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("open", "mkdir"):
+            real = getattr(os, name)
+
+            def guarded(path, *rest, real=real, name=name, **more):
+                if str(path).startswith(str(folder)) and (name == "mkdir" or rest and rest[0] & os.O_RDWR):
+                    raise PermissionError(13, "Permission denied", str(path))
+                return real(path, *rest, **more)
+
+            patch.setattr(os, name, guarded)
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A disk that is full while a command works
+# ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def full_disk(size: int = 600):
+    """No file grows beyond `size` bytes."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    "name", ["demo", "sample", "evaluate", "geneval", "data encode", "data draw", "compare", "ship"]
+)
+def test_full_disk_is_one_line_and_loses_nothing(here, shipped, name):
+    whole = {path: path.read_bytes() for path in shipped.rglob("*") if path.is_file()}
+    words = OUTPUTS[name][0] if name != "ship" else [str(shipped), "--name", str(shipped)]
+    with full_disk():
+        found = CliRunner().invoke(app, [*name.split(), *(word.replace("PLACE", "out") for word in words)])
+    assert found.exit_code == 2 and found.stderr.count("Error: ") == 1, (found.output, found.exception)
+    assert "could not be written" in found.stderr
+    if name == "evaluate":
+        assert "overall" in found.stdout  # the score is told before it is written
+    left = [path for path in here.rglob("*.png") if path.parent.name != "pictures"]
+    assert not left and not list(here.rglob("*.tmp"))
+    assert whole == {path: path.read_bytes() for path in shipped.rglob("*") if path.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Two at once
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["geneval", "data encode", "data draw", "compare", "reproduce"])
+def test_two_runs_in_one_folder(here, name):
+    words = [word.replace("PLACE", "out") for word in OUTPUTS[name][0]]
+    with files.run_lock(here / ("out/a-seed0" if name == "compare" else "out")):
+        assert "another process is writing there" in refused(*name.split(), *words)
+
+
+def test_two_samples_never_take_one_name(tmp_path):
+    names = [claim(tmp_path / "new" / "a-star-0.png").name for _ in range(3)]
+    assert names == ["a-star-0.png", "a-star-0-2.png", "a-star-0-3.png"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a person or a surrounding hands in
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_of_all_kinds(here):
+    (here / "card").mkdir()
+    (here / "card" / "card.json").write_text("[" * 200_000)
+    (here / "huge").mkdir()
+    (here / "huge" / "card.json").write_text('{"fingerprint": "f", "shape": [1000000000, 1000000000, 1]}')
+    (here / "index").mkdir()
+    (here / "index" / "model_index.json").write_text('{"_class_name": "NitroEPipeline", "vae": ["os", "system"]}')
+    (here / "lora").mkdir()
+    save_file({"any": torch.zeros(1)}, here / "lora" / "adapter_model.safetensors")
+    (here / "lora" / "adapter_config.json").write_text('{"r": 0, "lora_alpha": 4}')
+    for words, said in [
+        (["sample", "a star", "a \ud83d star"], "prompt[1]: 'a \\ud83d star' is no valid Unicode"),
+        (["sample", "a star", "--negative", "\ud83d"], "negative_prompt: "),
+        (["sample", "a star", "--steps", "1000000000"], "num_inference_steps: 1000000000 is above 1000"),
+        (["sample", "a star", "--num", "1000000000"], "num: 1000000000 is above"),
+        (["sample", "a star", "--device", "meta"], "its tensors hold no numbers"),
+        (["sample", "a star", "--model", "index"], "index cannot be loaded"),
+        (["sample", "a star", "--lora", "lora"], "r=0: must be a number above 0"),
+        (["demo", "--teaser", "--out", "a.png"], "the teaser is always drawn alike"),
+        (["demo", "--web", "--port", "99999999"], "port: 99999999"),
+        (["evaluate", "--prompts", "prompts.jsonl", "--split", "held_out_compositions"], "name one of them"),
+        (["evaluate", "--grid", "grid.xyz"], "must end in .png"),
+        (["geneval", "prompts.jsonl", "pictures"], "does not belong here"),
+        (["data", "encode", "folder", "pictures", "pictures"], "is the folder of the raw data"),
+        (["data", "encode", "fluxdb", "prompts.jsonl", "out", "--draw", "steps"], "must read argument=value"),
+        (["data", "encode", "fluxdb", "prompts.jsonl", "out", "--draw", "steps=[1"], "steps=[1: cannot be read"),
+        (["data", "draw", "out", "--count", "-1"], "count: -1 is below 1"),
+        (["data", "check", "card"], "too deep to read"),
+        (["data", "check", "huge"], "is no shape of at most"),
+        (["data", "check", "card", "--max-repeated", "nan"], "max_repeated=nan"),
+        (["data", "benchmark", "--seconds", "nan"], "seconds=nan"),
+        (["train", "base", *SMALL, "--set", "steps=!!python/object:os.system x"], "cannot be read"),
+        (["train", "base", *SMALL, "--set", "steps=" + "[" * 5000], "too deep to read"),
+        (["train", "base", *SMALL, "--nodes", "0"], "nodes=0"),
+        (["compare", *SMALL, "--variant", "a: seed=1", "--variant", "a: seed=2"], "give each its own"),
+        (["compare", *SMALL, "--variant", "A: seed=1", "--variant", "a: seed=2"], "tell their folders apart"),
+        (["compare", *SMALL, "--variant", "a: seed=1", "--seeds", "0,0"], "each once"),
+        (["plan", "--preset", "lite", "--peak-tflops", "nan"], "peak_tflops=nan"),
+        (["plan", "--preset", "lite", "--pictures", "-5"], "pictures=-5"),
+        (["count", "--text-tokens", "100000000000"], "above 1000000"),
+        (["benchmark", "--transformer", "smoke", "--batch", "0"], "batch: 0 is below 1"),
+        (["benchmark", "--transformer", "smoke", "--model", "lite2"], "a transformer alone"),
+    ]:
+        assert said in refused(*words), words
+    assert sorted(path.name for path in here.iterdir()) == sorted(
+        ["pictures", "prompts.jsonl", "card", "huge", "index", "lora"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("p.jsonl", '{"prompt": "a café"}\n'.encode("latin-1"), "line 1: not UTF-8"),
+        ("p.txt", "a star\na café\n".encode("latin-1"), "line 2: not UTF-8"),
+        ("p.jsonl", b'{"prompt": "a star"}\n{"prompt": "a blue', "line 2: no JSON"),
+        ("p.jsonl", b'[{"prompt": "a star"}]\n', "line 1: must be a JSON object, is of type list"),
+        ("p.jsonl", b"[" * 200_000, "line 1: no JSON (brackets within brackets"),
+        ("p.jsonl", b'{"prompt": "a star"}\n{"prompt": 5}\n', "line 2: prompt=5: must be a text"),
+        ("p.jsonl", b'{"prompt": "a \\ud83d star"}\n', r"line 1: prompt is no valid Unicode: a \ud83d star"),
+        ("p.jsonl", b"", "holds no prompts"),
+        ("p.txt", b"\n \n", "holds no prompts"),
+        ("p.parquet", b"no parquet", "cannot be read"),
+    ],
+)
+def test_lists_of_prompts_that_cannot_be_read(here, name, data, said):
+    (here / name).write_bytes(data)
+    for words in (["data", "draw", "out", "--prompts", name], ["data", "encode", "fluxdb", name, "out"]):
+        found = refused(*words)
+        assert said in found and name in found
+    assert not (here / "out").exists()
+
+
+def test_lists_of_prompts_as_other_systems_write_them(tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufeffa star\r\n\r\na\u2028circle".encode())
+    assert list(read_prompts(tmp_path / "p.txt")) == ["a star", "", "a\u2028circle"]
+    (tmp_path / "p.jsonl").write_bytes('\ufeff{"prompt": "a\u2028star"}\n{"prompt": null}\n\n{"id": 3}\n'.encode())
+    assert list(read_prompts(tmp_path / "p.jsonl")) == ["a\u2028star", None, None]
+
+
+def test_pictures_are_found_by_names_as_other_systems_spell_them(tmp_path):
+    apart = unicodedata.normalize("NFD", "café.png")
+    (tmp_path / "sub").mkdir()
+    for name in (apart, "sub/a.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    names = ["café.png", "sub\\a.png", "..\\a.png", "C:\\a.png", "x" * 300]
+    lines = [json.dumps({"file_name": name, "text": "a star"}) for name in names]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    source = Folder(tmp_path)
+    items = [item for part in source.parts() for item in source.items(part)]
+    assert [item.key for item in items if not isinstance(item, Problem)] == [apart, "sub/a.png", "x" * 300]
+    assert all("leads out" in item.reason for item in items if isinstance(item, Problem)) and len(items) == 5
+
+
+@pytest.mark.parametrize("values", [np.float32([[0, np.nan]] * 2), np.int32([[0, 2**20]] * 2)])
+def test_tiff_pictures_with_odd_numbers(tmp_path, values):
+    Image.fromarray(values).save(tmp_path / "a.tiff")
+    with pytest.raises(ValueError, match="not finite, or beyond 16 bits"):
+        square(tmp_path / "a.tiff", 2)
+
+
+@pytest.mark.parametrize(
+    ("rank", "world"), [("1", ""), ("", "2"), ("x", "2"), ("2", "2"), ("-1", "2"), ("0", "0"), ("0", "x")]
+)
+def test_a_rank_without_a_world_is_refused(monkeypatch, rank, world):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(ValueError, match=f"RANK={rank}, WORLD_SIZE={world}: torchrun sets both"):
+        rank_and_world()
+
+
+def test_ranks_that_torchrun_tells(monkeypatch):
+    for rank, world, found in (("", "", (0, 1)), ("", "1", (0, 1)), ("1", "2", (1, 2))):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", world)
+        assert rank_and_world() == found
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert "RANK=1" in refused("data", "encode", "folder", "pictures", "out")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Terminals
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_narrow_terminals_never_cut_numbers(monkeypatch):
+    for width in (1, 20):
+        monkeypatch.setattr(terminal.console, "_width", width)
+        text = CliRunner().invoke(app, ["count", "--size", "lite"]).stdout
+        assert "…" not in text and json.loads(CliRunner().invoke(app, ["count", "--size", "lite", "--json"]).stdout)
+        assert [line for line in text.splitlines() if "total" in line][0].count(",") == 2
+
+
+def test_pictures_are_saved_before_a_terminal_fails_to_name_them(here):
+    found = CliRunner(charset="ascii").invoke(app, ["sample", "a star", "--num", "2", "--out", "Ж", *FAST])
+    assert found.exit_code == 0 and r"\u0416/a-star-1.png" in found.stdout
+    assert sorted(path.name for path in (here / "Ж").iterdir()) == ["a-star-0.png", "a-star-1.png"]
+
+
+def test_whoever_stops_listening_is_told_nothing(monkeypatch):
+    inner, closed = typer.Typer(), []
+    inner.callback()(lambda: None)
+
+    @terminal.command(inner, "speak")
+    def speak() -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(os, "dup2", lambda *handles: closed.append(handles))
+    found = CliRunner().invoke(inner, ["speak"])
+    assert found.exit_code == 1 and not found.output and closed[0][1] == 1
+
+
+def test_endless_captions_do_not_fill_the_screen(here):
+    found = CliRunner().invoke(app, ["sample", "a" * 100_000, *FAST])
+    assert found.exit_code == 0 and len(found.stderr) < 10_000
+
+
+def test_a_user_without_a_home(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    for name in ("XDG_CACHE_HOME", "NITRO_E_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    assert files.cache_dir().name == "nitro-e-lite"

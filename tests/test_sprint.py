@@ -1,0 +1,266 @@
+"""SANA-Sprint: consistency in closed form, the new embedding, guidance told, one run from start to pictures."""
+
+import math
+import os
+import signal
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import SCMScheduler
+from safetensors.torch import load_file
+
+from nitro_e_lite.config import DrawnConfig, OptimizerConfig
+from nitro_e_lite.errors import GateFailed
+from nitro_e_lite.experiments.launch import launch, train_arguments
+from nitro_e_lite.experiments.worker import RUNS, run_name
+from nitro_e_lite.files import read_jsonl
+from nitro_e_lite.inference.loading import load_pipeline
+from nitro_e_lite.model import trigflow
+from nitro_e_lite.model.blocks import TimeEmbedding
+from nitro_e_lite.presets import preset
+from nitro_e_lite.runtime import RunStopped
+from nitro_e_lite.scenes.captions import caption
+from nitro_e_lite.scenes.geneval import prompt_of, true_scene, verify
+from nitro_e_lite.scenes.grammar import sample_scene
+from nitro_e_lite.scenes.render import render
+from nitro_e_lite.stages import gates, sprint, students
+from nitro_e_lite.stages.distill import Distill
+from nitro_e_lite.stages.sprint import Sprint, consistency_loss, tangent_target
+
+QUIET = {"validate_every": 100, "sample_every": 100}
+
+
+def configured(stage, teacher_folder, cache):
+    data = DrawnConfig(folders=(str(cache),), encoders=str(teacher_folder), validation_rows=2)
+    fast = OptimizerConfig(name="adamw", lr=1e-3, warmup_steps=0, decay_steps=0)
+    smoke = preset(stage, "smoke")
+    return replace(smoke, teacher=str(teacher_folder), data=data, optimizer=fast, heads=fast, gate_window=100, **QUIET)
+
+
+@pytest.fixture(scope="module")
+def config(teacher_folder, cache):
+    return configured("sprint", teacher_folder, cache)
+
+
+def stage_of(config, kind=Sprint):
+    rows = range(4)
+    return kind(
+        config, SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, microbatches=(rows,), rows=rows)
+    )
+
+
+# -- consistency in closed form
+
+
+@pytest.fixture(scope="module")
+def known():
+    """One picture that all roads end in, for which the true F is a consistency function; float64."""
+    made = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(6, 2, 4, 4, generator=made, dtype=torch.float64) for _ in range(2))
+    t = torch.linspace(0.1, 1.5, 6, dtype=torch.float64)
+
+    def predict(x_t, t):
+        cos, sin = (trigflow.expand_like(f(t), x_t) for f in (torch.cos, torch.sin))
+        return cos * (x_t / trigflow.SIGMA_DATA - cos * x0) / sin - sin * x0
+
+    x_t = trigflow.interpolate(x0, noise, t)
+    return predict, x_t, trigflow.SIGMA_DATA * trigflow.velocity_target(x0, noise, t), t
+
+
+def test_a_consistent_student_has_no_tangent_and_another_has(known):
+    predict, x_t, dxdt, t = known
+    answer, slope = trigflow.tangent(predict, x_t, t, dxdt)
+    g, norm = tangent_target(answer, slope, x_t, dxdt, t, 1.0, 0.1)
+    assert norm.max() < 1e-12 and g.abs().max() < 1e-12
+    tilted = trigflow.tangent(lambda x, t: 1.1 * predict(x, t), x_t, t, dxdt)
+    g, norm = tangent_target(*tilted, x_t, dxdt, t, 1.0, 0.1)
+    assert norm.min() > 1e-3
+    torch.testing.assert_close(g.square().flatten(1).mean(1).sqrt(), norm / (norm + 0.1))
+    raw, _ = tangent_target(*tilted, x_t, dxdt, t, 0.0, None)  # before the tangent is let in: towards the teacher
+    cos = trigflow.expand_like(torch.cos(t), x_t)
+    torch.testing.assert_close(raw, cos.square() * (dxdt - trigflow.SIGMA_DATA * tilted[0]))
+
+
+def test_the_loss_moves_the_answer_along_g(known):
+    """At F = F- the gradient is -2 g / (s_d tan t) / exp(u) a number, and that of u is 1 - weight |g|^2 / exp(u)."""
+    _, x_t, _, t = known
+    g = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    answer, u = x_t.clone().requires_grad_(), torch.full_like(t, 0.3).requires_grad_()
+    consistency_loss(answer, x_t, g, t, u).sum().backward()
+    weight = 1 / (trigflow.SIGMA_DATA * torch.tan(t)) / math.exp(0.3)
+    torch.testing.assert_close(answer.grad, -2 * g * trigflow.expand_like(weight, g) / g[0].numel())
+    torch.testing.assert_close(u.grad, 1 - weight * g.square().flatten(1).mean(1))
+
+
+# -- the network
+
+
+def test_a_dense_embedding_turns_slowly_and_a_guided_one_begins_silent():
+    torch.manual_seed(0)
+    fast, dense = TimeEmbedding(32, "adaln_affine"), TimeEmbedding(32, "adaln_affine", dense=True, guided=True)
+    assert not dense.load_state_dict(fast.state_dict(), strict=False).unexpected_keys
+    t, ones = torch.tensor([300.0, 700.0]), torch.ones(2)
+    changes = [
+        torch.func.jvp(lambda t, one=one, told=told: one(t, guidance=told), (t,), (ones,))[1].norm()
+        for one, told in ((fast, None), (dense, ones))
+    ]
+    assert changes[1] < 0.02 * changes[0]
+    torch.testing.assert_close(dense(t, guidance=ones), dense(t, guidance=4 * ones))
+    torch.nn.init.ones_(dense.guide.linear_2.weight)
+    assert not torch.allclose(dense(t, guidance=ones), dense(t, guidance=4 * ones))
+
+
+def test_a_student_begins_as_its_teacher_and_must_be_told_the_guidance(config):
+    """Without the new embedding, circle and guidance told change nothing: both directions are one."""
+    stage = stage_of(replace(config, dense_time=False))
+    batch = stage.batch(5, 0)
+    with pytest.raises(ValueError, match="needs strength of guidance"):
+        stage.student(batch.start, batch.text, 500.0)
+    with pytest.raises(ValueError, match="takes no strength"):
+        stage.teacher(batch.start, batch.text, 500.0, guidance=2.0)
+    x_t = trigflow.interpolate(batch.states[:, -1], batch.start, batch.time)
+    unguided = stage.direction(x_t, batch.text, batch.time, torch.ones(4))
+    with torch.no_grad():
+        answer = stage.predict(batch.text, batch.guidance)(x_t, batch.time)
+    torch.testing.assert_close(unguided, trigflow.SIGMA_DATA * answer, rtol=1e-4, atol=1e-4)
+    guided = stage.direction(x_t, batch.text, batch.time, batch.guidance)
+    with torch.no_grad():
+        none = stage._no_text.expand_as(batch.text)
+        told = trigflow.predictor(stage.teacher, none)(x_t, batch.time)
+    w = trigflow.expand_like(batch.guidance, x_t)
+    expected = trigflow.SIGMA_DATA * told + w * (unguided - trigflow.SIGMA_DATA * told)
+    torch.testing.assert_close(guided, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_half_of_the_judged_pictures_begin_at_pure_noise_and_the_tangent_comes_in_slowly(config, monkeypatch):
+    stage = stage_of(replace(config, dense_time=False, adversarial_weight=0.0, steps=12, tangent_warmup=0.5))
+    seen = []
+    honest = tangent_target
+    monkeypatch.setattr(sprint, "tangent_target", lambda *given: (seen.append(given[5]), honest(*given))[1])
+    for step in (0, 2, 8):
+        found = stage.losses(step, 0)["student"]
+        assert set(found) == {"loss", "consistency", "tangent_norm"} and found["loss"].isfinite().all()
+    assert seen == [0.0, pytest.approx(2 / stage.config.warmup_steps), 1.0]
+    last = [(stage.draw(step).judged > 1.5707).float().mean().item() for step in range(12)]
+    assert 0.25 < sum(last) / 12 < 0.75
+
+
+# -- whole runs
+
+
+def weights_of(run):
+    return load_file(run / "final" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["distill", "sprint"])
+def test_stopped_by_sigterm_and_resumed_through_the_launcher_it_has_the_same_bits(
+    name, teacher_folder, cache, tmp_path, monkeypatch
+):
+    run = configured(name, teacher_folder, cache)
+    launch(run, tmp_path / "whole", device="cpu")
+    kind = {"distill": Distill, "sprint": Sprint}[name]
+    honest = kind.losses
+
+    def losses(stage, step, part):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(stage, step, part)
+
+    with monkeypatch.context() as patch, pytest.raises(RunStopped, match="Stopped by SIGTERM after step 5 of 8"):
+        patch.setattr(kind, "losses", losses)
+        launch(run, tmp_path / "parts", device="cpu")
+    final = launch(run, tmp_path / "parts", resume=True, device="cpu")
+    one, two = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    rows = list(read_jsonl(tmp_path / "whole" / "metrics.jsonl"))
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    if name == "sprint":
+        assert {"student_consistency", "student_tangent_norm", "student_adversarial"} <= rows[4].keys()
+        _draws_in_any_number_of_steps(final)
+
+
+def _draws_in_any_number_of_steps(final):
+    """The folder loads by itself; its pictures are `trigflow.sample` from the same noises, one pass a step."""
+    pipeline = load_pipeline(final, "cpu")
+    assert isinstance(pipeline.scheduler, SCMScheduler) and pipeline.sampler() == pipeline.sampler(2, 3.0, 1.0)
+    asked, model = [], pipeline.transformer
+    model.register_forward_pre_hook(lambda module, given: asked.append(len(given[0])))
+    text = pipeline.encode_captions(["a red circle", "two blue stars"])
+    for steps in (1, 2, 4):
+        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        drawn = pipeline(prompt_embeds=text, num_inference_steps=steps, generator=generators, output_type="latent")
+        assert asked == [2] * steps  # guidance is told, not asked for twice
+        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        noises = [
+            torch.stack([torch.randn(drawn.images.shape[1:], generator=one) for one in generators])
+            for _ in range(steps)
+        ]
+        predict = trigflow.predictor(model, text, guidance=3.0)
+        expected = trigflow.sample(predict, noises, trigflow.times(steps))
+        torch.testing.assert_close(drawn.images, expected, rtol=1e-4, atol=1e-4)
+        asked.clear()
+    other = pipeline(prompt_embeds=text, guidance_scale=9.0, num_inference_steps=1, generator=generators)
+    assert len(other.images) == 2
+    with pytest.raises(ValueError, match="shift: 3.*times of its own"):
+        pipeline("a red circle", shift=3.0)
+    with pytest.raises(ValueError, match="sigmas: a consistency model"):
+        pipeline("a red circle", sigmas=[1.0, 0.5])
+
+
+@pytest.mark.parametrize("name", ["distill", "sprint"])
+def test_both_students_are_known_to_launcher_and_worker(name):
+    config = replace(preset(name, "full"), batch_size=64)
+    assert run_name(config) == name and RUNS[name][0] is type(config)
+    words = train_arguments(config, "runs/student", True, None)
+    assert words == [
+        "train",
+        name,
+        "--preset",
+        "full",
+        "--run-dir",
+        "runs/student",
+        "--set",
+        "batch_size=64",
+        "--resume",
+    ]
+
+
+# -- the gates
+
+
+def test_another_teacher_than_before_the_embedding_stops_the_run(config):
+    stage = stage_of(replace(config, gate_finetune=0.001))
+    stage._promote(stage.student.state_dict())
+    error = stage.embedding_error()
+    assert error > 0.001  # nothing was learned yet
+    with pytest.raises(GateFailed, match=rf"gate teacher-fine-tuned, step 3: .* {error:.3f} .*Raise finetune_share"):
+        stage.losses(3, 0)
+    same = stage_of(replace(config, dense_time=False))
+    assert same.embedding_error() == 0.0
+
+
+def test_training_captions_become_prompts_that_their_scenes_fulfil():
+    tags = {}
+    for row in range(120):
+        scene = sample_scene(0, row)
+        if prompt := prompt_of(scene, caption(scene, row)):
+            tags.setdefault(prompt.tag, []).append(verify(render(scene), prompt).correct)
+    assert len(tags) == 6 and sum(map(sum, tags.values())) >= 0.97 * sum(map(len, tags.values()))
+
+
+def test_pictures_below_the_teachers_card_stop_a_run_before_its_first_step(config, monkeypatch):
+    """The tiny teacher draws noise, which shows nothing; then pictures that show everything."""
+    with pytest.raises(GateFailed, match=r"gate drawn-set: .* scores 0\.000 .* card says 0\.500.*draw again"):
+        stage_of(replace(config, gate_pictures=8, gate_card=0.5))
+
+    def true_pictures(vae, latents, stats):
+        pictures = [render(true_scene(one)) for one in asked[: len(latents)]]
+        del asked[: len(latents)]
+        return torch.stack([torch.as_tensor(one).permute(2, 0, 1) / 127.5 - 1 for one in pictures])
+
+    asked = [p for row in range(14) if (p := prompt_of(s := sample_scene(0, row), caption(s, row)))]
+    monkeypatch.setattr(gates, "decode_latents", true_pictures)
+    stage = stage_of(replace(config, gate_pictures=8, gate_card=0.5))
+    assert isinstance(stage, students.Student)
