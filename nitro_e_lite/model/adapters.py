@@ -175,8 +175,9 @@ def to_own_names(weights: dict[str, Tensor], config: Config | None) -> tuple[dic
     found: dict[str, dict[int, dict[str, Tensor]]] = {}
     foreign = {key for key in weights if place(key.split(".lora")[0])[0] != key.split(".lora")[0]}
     if not foreign:
-        targets = (config or {}).get("target_modules")
-        if isinstance(targets, (list, set, tuple)) and any(_own_target(one)[0] != one for one in targets):
+        targets, known = (config or {}).get("target_modules"), LoraConfig.__dataclass_fields__
+        listed = isinstance(targets, (list, set, tuple)) and set(config) <= set(known)  # else diffusers has its say
+        if listed and any(_own_target(one)[0] != one for one in targets):
             config = own_targets(LoraConfig(**config)).to_dict()
         return weights, config
     check_plain(config)
