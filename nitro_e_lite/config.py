@@ -379,12 +379,7 @@ class RewardConfig(RunConfig):
     forward: ForwardConfig = dataclasses.field(default_factory=ForwardConfig)
     grpo: GrpoConfig = dataclasses.field(default_factory=GrpoConfig)
 
-    def check(self) -> None:
-        """Holds fields against each other, once all have their values: half-way through overrides they need not fit.
-
-        Raises:
-            ValueError: values that do not fit together.
-        """
+    def __post_init__(self):
         pictures, grpo = self.updates * self.batch_size, self.grpo
         _require(pictures % self.group == 0, "group", self.group, f"a divisor of updates * batch_size = {pictures}")
         names = [name for name, _ in self.rewards]
@@ -540,12 +535,13 @@ def override(config: T, assignments: list[str]) -> T:
     Raises:
         ValueError: for a string without "=", an unknown field or a value that the field does not allow.
     """
+    changes: dict[str, Any] = {}  # by field, and for a field that has fields itself a dict of those
     for assignment in assignments:
         path, sign, text = assignment.partition("=")
         if not sign:
             raise InvalidValue(f"{assignment!r}: must read field=value")
-        config = _replace(config, path.strip().split("."), read_value(path.strip(), text), path.strip())
-    return config
+        _note(changes, config, path.strip().split("."), read_value(path.strip(), text), path.strip())
+    return _change(config, changes, "")
 
 
 def read_value(name: str, text: str) -> Any:
@@ -575,20 +571,29 @@ def _differences(before, now, path: str = "") -> Iterator[str]:
             yield f"{name}={json.dumps(other)}"
 
 
-def _replace(config, names: list[str], value, path: str, above: str = ""):
-    """`config` with one field changed; `path` is where from the top, `above` the part of it that leads here."""
+def _note(changes: dict[str, Any], config, names: list[str], value, path: str) -> None:
+    """Puts one assignment into `changes`; `path` is where the field lies, from the top."""
     name, *deeper = names
-    known = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    known = [field.name for field in dataclasses.fields(config)]
     if name not in known:
         raise InvalidValue(f"{path}: unknown field {name!r}; there are {', '.join(known)}")
-    current = known[name]
+    current = getattr(config, name)
     if not deeper:
-        value = _coerce(value, current, path)
+        changes[name] = _coerce(value, current, path)
     elif dataclasses.is_dataclass(current):
-        value = _replace(current, deeper, value, path, f"{above}{name}.")
+        _note(changes.setdefault(name, {}), current, deeper, value, path)
     else:
         raise InvalidValue(f"{path}: {name!r} has no fields")
-    return _make(functools.partial(dataclasses.replace, config), {name: value}, above)
+
+
+def _change(config: T, changes: dict[str, Any], above: str) -> T:
+    """`config` with all changes at once, since fields may fit together only then; `above` leads here from the top."""
+    fields = {name: getattr(config, name) for name in changes}
+    values = {
+        name: _change(fields[name], value, f"{above}{name}.") if dataclasses.is_dataclass(fields[name]) else value
+        for name, value in changes.items()
+    }
+    return _make(functools.partial(dataclasses.replace, config), values, above)
 
 
 def _make(make, values: dict[str, Any], path: str):

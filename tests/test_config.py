@@ -51,6 +51,17 @@ from nitro_e_lite.stages.vision import VisionConfig
 PACKAGE = Path(module.__file__).parent
 
 
+def test_overrides_hold_together_in_any_order():
+    """`data.folders` was once refused before the `data.pairs=[]` that stood behind it was read."""
+    there = ["data.folders=[a]", "data.pairs=[]", "data.validation_folders=[b]"]
+    one, other = (override(preset("finetune", "lite"), list(order)) for order in (there, there[::-1]))
+    assert one == other and one.data.folders == ("a",)
+    with pytest.raises(ValueError, match="data.folders.*must be empty with data.pairs"):
+        override(preset("finetune", "lite"), there[:1])
+    assert override(preset("rewards", "lite"), ["group=5", "batch_size=50", "updates=1"]).group == 5
+    assert override(preset("base", "smoke"), ["seed=1", "seed=2"]).seed == 2
+
+
 def test_override_reads_yaml_and_keeps_types():
     config = override(
         preset("base", "smoke"), ["optimizer.lr=1e-3", "model.block_groups=[1, 2, 1]", "steps=7", "precision=bf16"]

@@ -63,7 +63,6 @@ from nitro_e_lite.training.optimizers import hidden_matrices
 
 STORED = {"all stored": ("latents", "text", "vision"), "latents stored": ("latents",), "nothing stored": ()}
 DISK = 1e9  # bytes/s that a checkpoint is written with, copied and hashed; ours
-VALIDATION_ROWS = 10_000  # where the validation data are not here to be counted; ours
 DRAWN, DRAWN_PER_SECOND = "fluxdb", 0.56  # FLUX.1-dev on one MI300X, 512 px, batch 32: Table 2 of the Nitro-E report
 PICTURES = {"sa1b": 11_100_000, "journeydb": 4_400_000, "fluxdb": 9_500_000}  # in the paper's folders
 LLAMA_1B = dict(
@@ -181,7 +180,8 @@ def outlook(config: TrainConfig, found: Plan, devices: int, mfus: Sequence[Utili
     rows = sum(
         state["rows"] for one in config.data.validation_folders for state in sidecars(Path(one)).values() if state
     )
-    looked_at = (rows or VALIDATION_ROWS) * config.steps / config.validate_every
+    limit = config.data.validation_rows
+    looked_at = min(rows or limit, limit) * config.steps / config.validate_every
     encoded = sum(found.disk.values()) / sum(encoder.stored for encoder in found.encoders.values())
     stored = {way: sum(found.encoders[n].stored for n in names if n in found.encoders) for way, names in STORED.items()}
     outlooks = []

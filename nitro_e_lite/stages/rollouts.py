@@ -190,7 +190,6 @@ class Rewards(Stage):
     """
 
     def __init__(self, config: RewardConfig, placement: Placement):
-        config.check()
         self.config, self.placement = config, placement
         self.prompts = Prompts(config.seed, config.prompts, config.prompt_floor, config.pass_memory)
         servers = {"timeout": config.reward_timeout, "retries": config.reward_retries, "batch": config.reward_batch}

@@ -115,7 +115,7 @@ class Student(Stage):
 
     def trained(self, module: nn.Module, config: OptimizerConfig, matrices: set[str]) -> Trainable:
         """A module as the engine takes it."""
-        optimizers = partial(build_optimizers, matrices=matrices, config=config)
+        optimizers = partial(build_optimizers, matrices=matrices, config=config, dtype=self.placement.dtype)
         schedule = partial(learning_rate_scale, steps=self.config.steps, config=config)
         return Trainable(module, optimizers, schedule, config.clip)
 
