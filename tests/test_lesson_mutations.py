@@ -11,23 +11,85 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
-QUICK = {}
-WRONG = []
+QUICK = {  # fewer steps, so that a row costs a second
+    "02": [("range(64)", "range(4)")],
+    "00": [
+        ("(caption, 20,", "(caption, 2,"),
+        ("picture = pipeline(caption,", "picture = pipeline(caption, 1,"),
+        ("s(20)", "s(2)"),
+    ],
+}
+WRONG = [
+    (
+        "00",
+        "assert_close(x, final",
+        "none + guidance * (with_caption - none)",
+        "with_caption + guidance * (none - with_caption)",
+    ),
+    (
+        "00",
+        "assert_close(x, final",
+        "x.repeat(2, 1, 1, 1), features, 1000 * sigma)",
+        "x.repeat(2, 1, 1, 1), features, 1000 * following)",
+    ),
+    (
+        "00",
+        "assert_close(x, final",
+        'features = pipeline.encode_captions(["", caption])',
+        "features = pipeline.encode_captions([caption, caption])",
+    ),
+    ("00", "assert_close(x, final", "(following - sigma) * v", "following * v - sigma * x"),
+    ("01", "assert mine ==", "(z >> 27)", "(z >> 28)"),
+    ("01", "assert mine ==", "(state ^ key) + STEP", "(state ^ key)"),
+    ("01", "assert mine ==", ">> 11) * 2.0**-53", ">> 12) * 2.0**-52"),
+    ("01", "equal to the last rounding", "c * y - s * x", "c * y + s * x"),
+    ("01", "equal to the last rounding", "np.clip(0.5 - distance", "np.clip(-distance"),
+    ("01", "equal to the last rounding", "* o.radius * size  # pixels", "* size  # pixels"),
+    ("01", 'check("1 gigabytes of latents", latent_gigabytes', "return None  # your formula", "return 227.7"),
+    ("01", 'check("2 ring", ring', "return None  # your formula", "return distance - w"),
+    (
+        "02",
+        "assert_close(space_to_channel(x), F.pixel_unshuffle",
+        "permute(0, 1, 3, 5, 2, 4)",
+        "permute(0, 1, 5, 3, 2, 4)",
+    ),
+    ("02", "theirs.load_state_dict(mine", ".mean(2)  # mean over each group", ".sum(2)"),
+    ("02", "theirs.load_state_dict(mine", "x.repeat_interleave(self.repeats, 1)", "x.repeat(1, self.repeats, 1, 1)"),
+    ("02", "theirs.load_state_dict(mine", "        if self.shortcut:\n", "        if False:\n"),
+    ("02", "by_hand = (raw", " / torch.tensor(stored.std).view(1, -1, 1, 1)", ""),
+    ("02", 'check("3 first that knows", first', "return None  # an integer", "return 6  #"),
+]
 
 
-def names(tree: ast.AST, context: type, inside: bool) -> set[str]:
-    """Names that a cell stores or loads: at its own level, or inside its functions and classes."""
-    found, todo = set(), [(node, False) for node in ast.iter_child_nodes(tree)]
+def stored(tree: ast.AST) -> set[str]:
+    """Names that a piece of code defines, those inside its functions and classes left out."""
+    found, todo = set(), [tree]
     while todo:
-        node, deep = todo.pop()
-        if isinstance(node, ast.Name) and isinstance(node.ctx, context) and deep == inside:
+        node = todo.pop()
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             found.add(node.id)
-        scope = isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda))
-        if context is ast.Store and deep == inside:
-            found |= {node.name} if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else set()
-            found |= {(node.asname or node.name).split(".")[0]} if isinstance(node, ast.alias) else set()
-        todo += [(child, deep or scope) for child in ast.iter_child_nodes(node)]
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+            continue
+        elif isinstance(node, ast.alias):
+            found.add((node.asname or node.name).split(".")[0])
+        todo += ast.iter_child_nodes(node)
     return found
+
+
+def loaded(tree: ast.Module) -> tuple[set[str], set[str]]:
+    """Names that a cell takes from cells before it, when it runs and when its functions are called."""
+    own, now, late = set(), set(), set()
+    for statement in tree.body:
+        comprehensions = [node for node in ast.walk(statement) if isinstance(node, ast.comprehension)]
+        inner = {name for node in comprehensions for name in stored(node.target)}
+        uses = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)} - inner
+        if isinstance(statement, ast.FunctionDef):
+            late |= uses
+        else:
+            now |= uses - own
+        own |= stored(statement)
+    return now, late
 
 
 def needed(cells: list[str], last: int) -> list[int]:
@@ -35,13 +97,12 @@ def needed(cells: list[str], last: int) -> list[int]:
     trees = [ast.parse(cell) for cell in cells]
     late, kept = set(), {last}  # late: names that functions look up when they are called
     while True:
-        open_names, before = set(), set(kept)
+        wanted, before = set(), set(kept)
         for number in range(last, -1, -1):
-            defined = names(trees[number], ast.Store, inside=False)
-            if number in kept or defined & (open_names | late):
+            if number in kept or stored(trees[number]) & (wanted | late):
                 kept.add(number)
-                open_names = (open_names - defined) | names(trees[number], ast.Load, inside=False)
-                late |= names(trees[number], ast.Load, inside=True)
+                now, later = loaded(trees[number])
+                wanted, late = wanted - stored(trees[number]) | now, late | later
         if kept == before:
             return sorted(kept)
 
@@ -50,7 +111,7 @@ def run(number: str, check: str, old: str = "", new: str = "") -> None:
     """Executes the cells that a check needs, with `old` written as `new`."""
     book = json.loads(next(FOLDER.glob(f"{number}_*.ipynb")).read_text(encoding="utf-8"))
     cells = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
-    (last,) = (k for k, cell in enumerate(cells) if check in cell)
+    last = next(k for k, cell in enumerate(cells) if check in cell)
     kept = [cells[k] for k in needed(cells, last)]
     assert not old or any(old in cell for cell in kept), f"{old!r} is in no cell that the check needs"
     namespace = {"__name__": "lesson"}

@@ -8,8 +8,62 @@ import math
 import re
 
 import torch
+from torch.nn import functional as F
 
 from nitro_e_lite.course.lessons import Hidden
 from nitro_e_lite.scenes import captions, grammar
 
 _NUMBERS = {"a": 1, "an": 1, "one": 1} | {word: count for count, word in grammar.COUNT_WORDS.items()}
+
+
+# 00
+
+
+def names_two_objects(text: str) -> bool:
+    """Whether a caption has only known words and says at least two objects, each with an article or a number."""
+    some = "|".join(grammar.SIZES) + "|" + "|".join(grammar.COLORS)
+    shapes = "|".join(f"{shape}|{captions.plural(shape)}" for shape in grammar.SHAPES)
+    found = re.findall(rf"\b({'|'.join(_NUMBERS)}) (?:(?:{some}) )*(?:{shapes})\b", text.lower())
+    return captions.unknown_words(text) == [] and sum(_NUMBERS[word] for word in found) >= 2
+
+
+equal_steps = Hidden(lambda n: [1 - k / n for k in range(n)], ((1,), (4,), (7,)))
+bill = Hidden(
+    lambda pictures, steps, guided: pictures * steps * (1 + guided), ((8, 20, True), (8, 4, False), (3, 50, True))
+)
+
+
+# 01
+
+latent_gigabytes = Hidden(
+    lambda pictures, channels, side: pictures * channels * side**2 * 2 / 1e9,
+    ((13.9e6, 32, 16), (25e6, 32, 32), (1e6, 8, 16)),
+)
+ring = Hidden(
+    lambda distance, w: distance.abs() - w,
+    (
+        (torch.linspace(-3, 3, 13), 1.0),
+        (torch.linspace(-1, 5, 7), 0.25),
+        (torch.tensor([[0.0, -2.0], [2.0, 0.5]]), 2.0),
+    ),
+)
+
+
+# 02
+
+fewer_numbers = Hidden(lambda f, c: 3 * f**2 / c, ((8, 4), (32, 32), (8, 8), (64, 128)))
+shortcut_same_width = Hidden(
+    lambda x: F.avg_pool2d(x, 2),
+    tuple((torch.arange(float(math.prod(shape))).sin().view(shape),) for shape in ((2, 8, 6, 6), (1, 3, 4, 8))),
+)
+first_that_knows = Hidden(
+    lambda tokens: [k for k, token in enumerate(tokens) if token.strip("Ġ") in grammar.SHAPES][1],
+    tuple(
+        ([f"Ġ{word}" for word in text.split()] + ["</s>"],)
+        for text in (
+            "a red circle above a blue square",
+            "a small green star and a large red heart",
+            "a cross next to a black triangle",
+        )
+    ),
+)
