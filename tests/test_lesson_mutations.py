@@ -13,6 +13,7 @@ import pytest
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 QUICK = {  # fewer steps, so that a row costs a second
     "02": [("range(64)", "range(4)")],
+    "03": [("prompts=6", "prompts=2")],
     "00": [
         ("(caption, 20,", "(caption, 2,"),
         ("picture = pipeline(caption,", "picture = pipeline(caption, 1,"),
@@ -58,6 +59,14 @@ WRONG = [
     ("02", "theirs.load_state_dict(mine", "        if self.shortcut:\n", "        if False:\n"),
     ("02", "by_hand = (raw", " / torch.tensor(stored.std).view(1, -1, 1, 1)", ""),
     ("02", 'check("3 first that knows", first', "return None  # an integer", "return 6  #"),
+    ("03", "line, target and both ends", "(1 - t) * x0 + t * noise", "t * x0 + (1 - t) * noise"),
+    ("03", "line, target and both ends", "x_t - t * v, x_t + (1 - t) * v", "x_t - v, x_t + (1 - t) * v"),
+    ("03", "from the score is the exact field", "(x - weight @ known) / t", "(x - weight @ known)"),
+    ("03", "from the score is the exact field", "/ (2 * t**2), dim=1)\n    return", "/ t**2, dim=1)\n    return"),
+    ("03", "equal to {(mine - theirs)", "none + scale * (v - none)", "v + scale * (v - none)"),
+    ("03", "equal to {(mine - theirs)", "torch.tensor(1000.0 * t", "torch.tensor(1000.0 * t**2"),
+    ("03", 'check("2 Heun", heun_step', "None  # velocity(x, t) may", "x + (t_next - t) * velocity(x, t)  #"),
+    ("03", 'check("3 useful steps", useful', "None  # your answer", "3"),
 ]
 
 
@@ -81,8 +90,11 @@ def loaded(tree: ast.Module) -> tuple[set[str], set[str]]:
     """Names that a cell takes from cells before it, when it runs and when its functions are called."""
     own, now, late = set(), set(), set()
     for statement in tree.body:
-        comprehensions = [node for node in ast.walk(statement) if isinstance(node, ast.comprehension)]
-        inner = {name for node in comprehensions for name in stored(node.target)}
+        inner = {name for n in ast.walk(statement) if isinstance(n, ast.comprehension) for name in stored(n.target)}
+        for function in (n for n in ast.walk(statement) if isinstance(n, (ast.FunctionDef, ast.Lambda))):
+            body = function.body if isinstance(function.body, list) else []
+            inner |= {n.arg for n in ast.walk(function.args) if isinstance(n, ast.arg)}
+            inner |= {name for line in body for name in stored(line)}
         uses = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)} - inner
         if isinstance(statement, ast.FunctionDef):
             late |= uses

@@ -67,3 +67,26 @@ first_that_knows = Hidden(
         )
     ),
 )
+
+
+# 03
+
+
+def _heun_step(x, velocity, t, t_next):
+    here = velocity(x, t)
+    return x + (t_next - t) * (here + velocity(x + (t_next - t) * here, t_next)) / 2
+
+
+_POINTS = torch.tensor([[0.5, -1.0], [2.0, 0.0]])
+velocity_from_noise = Hidden(
+    lambda x_t, eps, t: (eps - x_t) / (1 - t), tuple((_POINTS, _POINTS.flip(0).cos(), t) for t in (0.0, 0.25, 0.9))
+)
+heun_step = Hidden(
+    _heun_step,
+    (
+        (_POINTS, lambda x, t: x * t, 1.0, 0.5),
+        (_POINTS, lambda x, t: x.sin() + 3 * t**2, 0.75, 0.5),
+        (_POINTS[0], lambda x, t: x * math.cos(5 * t) - t, 0.25, 0.0),
+    ),
+)
+useful_steps = Hidden(lambda n: n - 1, ((2,), (4,), (20,), (50,)))
