@@ -67,6 +67,15 @@ WRONG = [
     ("03", "equal to {(mine - theirs)", "torch.tensor(1000.0 * t", "torch.tensor(1000.0 * t**2"),
     ("03", 'check("2 Heun", heun_step', "None  # velocity(x, t) may", "x + (t_next - t) * velocity(x, t)  #"),
     ("03", 'check("3 useful steps", useful', "None  # your answer", "3"),
+    ("04", "equal to torch's RMSNorm", "return self.weight * x *", "return x *"),
+    ("04", "equal to torch's RMSNorm", "+ 1e-6).rsqrt()", "+ 1e-5).rsqrt()"),
+    ("04", "(MyBlock(M, E), JointBlock(M, E))", "self.norm_q_context(q_text)", "self.norm_q(q_text)"),
+    ("04", "(MyBlock(M, E), JointBlock(M, E))", "nn.LayerNorm(width)", "nn.LayerNorm(width, eps=1e-6)"),
+    ("04", "(MyBlock(M, E), JointBlock(M, E))", "* (1 + six[1]) + six[0]", "* (1 + six[0]) + six[1]"),
+    ("04", "(MyBlock(M, E), JointBlock(M, E))", "tokens + six[2] * mixed", "tokens + mixed"),
+    ("04", "(MyBlock(M, E), JointBlock(M, E))", ', approximate="tanh"', ""),
+    ("04", 'check("Exercise 1", largest', "return None  # your line 1", "return 32**0.5"),
+    ("04", 'check("Exercise 1", largest', "return None  # your line 3", "return 2 * (8 * width + 32)"),
 ]
 
 

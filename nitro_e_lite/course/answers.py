@@ -90,3 +90,23 @@ heun_step = Hidden(
     ),
 )
 useful_steps = Hidden(lambda n: n - 1, ((2,), (4,), (20,), (50,)))
+
+
+# 04
+
+
+def _block_parameters(width, head_size):
+    attention = 4 * width * (width + 1) + 2 * head_size  # q, k, v, out; two gains
+    mlp = 3 * width * (width + 1) + width * (3 * width + 1)
+    return 2 * (attention + mlp + 2 * width + 12 * width)  # first norm, modulation; two streams
+
+
+largest_possible_logit = Hidden(lambda head_size: head_size**0.5, ((32,), (64,), (9,)))
+text_share = Hidden(
+    lambda weights, image_tokens: weights[:, :, :image_tokens, image_tokens:].sum(-1).mean((0, 2)),
+    tuple(
+        ((torch.arange(float(batch * heads * size**2)).sin() * 3).view(batch, heads, size, size).softmax(-1), image)
+        for batch, heads, size, image in ((2, 4, 24, 20), (1, 3, 10, 4))
+    ),
+)
+block_parameters = Hidden(_block_parameters, ((768, 32), (192, 32), (64, 16)))
