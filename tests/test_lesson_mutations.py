@@ -76,6 +76,19 @@ WRONG = [
     ("04", "(MyBlock(M, E), JointBlock(M, E))", ', approximate="tanh"', ""),
     ("04", 'check("Exercise 1", largest', "return None  # your line 1", "return 32**0.5"),
     ("04", 'check("Exercise 1", largest', "return None  # your line 3", "return 2 * (8 * width + 32)"),
+    (
+        "05",
+        "equal to torch's pixel unshuffle",
+        "grid.transpose(2, 3).flatten(3)",
+        "grid.permute(0, 1, 3, 4, 2, 5).flatten(3)",
+    ),
+    ("05", "torch.equal(scatter(y", "permute(0, 1, 4, 2, 5, 3)", "permute(0, 1, 5, 2, 4, 3)"),
+    ("05", "crop_positions(tokens.position_table(64", "for place in (columns, rows)", "for place in (rows, columns)"),
+    ("05", "crop_positions(tokens.position_table(64", " + (table_side - side) // 2", ""),
+    ("05", "(MyCompressor(64), tokens", 'nn.GELU("tanh")', "nn.GELU()"),
+    ("05", "(MyCompressor(64), tokens", "torch.cat([*fine, saved]", "torch.cat([saved, *fine]"),
+    ("05", "class MyReinforced", " + my_positions(height, saved.shape[2])", ""),
+    ("05", 'check("Exercise 1", middle', "return None  # your line 1", "return 480"),
 ]
 
 

@@ -110,3 +110,29 @@ text_share = Hidden(
     ),
 )
 block_parameters = Hidden(_block_parameters, ((768, 32), (192, 32), (64, 16)))
+
+
+# 05
+
+
+def _compression_parameters(width):
+    return sum(
+        inputs * width + width + width**2 + width
+        for inputs in (4 * width, 16 * width, width // 4, width // 16, 3 * width)
+    )
+
+
+def _mean_of_squares(x, height, width):
+    grid = x.transpose(1, 2).unflatten(2, (height, width))  # (B, D, H, W)
+    return F.avg_pool2d(grid, 2).flatten(2).transpose(1, 2)
+
+
+middle_tokens = Hidden(lambda height, width: height * width * 5 // 16, ((32, 48), (16, 16), (8, 32)))
+compression_parameters = Hidden(_compression_parameters, ((768,), (192,), (64,)))
+mean_of_squares = Hidden(
+    _mean_of_squares,
+    tuple(
+        (torch.arange(float(height * width * 6)).sin().view(2, height * width, 3), height, width)
+        for height, width in ((16, 16), (4, 8), (8, 4))
+    ),
+)
