@@ -38,7 +38,7 @@ from nitro_e_lite.errors import InvalidType, InvalidValue
 from nitro_e_lite.stats import interval
 
 __all__ = ["Hidden", "Lesson", "check", "interval", "race", "start"]
-MAX_SHOWN, MAX_SAVED = 90_000, 200_000  # bytes of a PNG with all its colours, in a notebook and in figures/
+MAX_SHOWN, MAX_SAVED = 40_000, 200_000  # bytes of a PNG with all its colours, in a notebook and in figures/
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +221,7 @@ def _png(image: Image.Image) -> bytes:
 def _jpeg(image: Image.Image) -> bytes:
     """Soft backgrounds stay soft, which a palette makes bands of."""
     buffer = io.BytesIO()
-    _small(image).save(buffer, format="JPEG", quality=88, subsampling=0, optimize=True)
+    _small(image).save(buffer, format="JPEG", quality=85, subsampling=0, optimize=True)
     return buffer.getvalue()
 
 
