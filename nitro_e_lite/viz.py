@@ -201,6 +201,44 @@ def curve(
     return figure
 
 
+def schematic(
+    boxes: Mapping[str, tuple[float, float]],
+    arrows: Sequence[tuple[str, ...]],
+    size: tuple[float, float],
+    shaded: Sequence[str] = (),
+) -> Figure:
+    """Boxes and arrows in black, white and grey.
+
+    Args:
+        boxes: text -> (x, y) of its centre, in any unit.
+        arrows: (from, to) or (from, to, words beside the arrow).
+        size: of the figure, in inches.
+        shaded: boxes to be filled with grey: those with weights, say.
+
+    Raises:
+        ValueError: an arrow or a shade for a box that is not there.
+    """
+    if unknown := {*shaded, *(text for arrow in arrows for text in arrow[:2])} - set(boxes):
+        raise InvalidValue(f"schematic: no box with the text {min(unknown)!r}")
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    xs, ys = zip(*boxes.values(), strict=True)
+    axis.set(xlim=(min(xs) - 0.6, max(xs) + 0.6), ylim=(min(ys) - 0.6, max(ys) + 0.6))
+    axis.set_axis_off()
+    drawn = {}
+    for text, place in boxes.items():
+        frame = {"boxstyle": "round,pad=0.5", "facecolor": "0.85" if text in shaded else "white", "edgecolor": "black"}
+        drawn[text] = axis.text(*place, text, ha="center", va="center", fontsize=8, bbox=frame)
+    figure.canvas.draw()  # an arrow ends at the frame of a box, whose size is known only now
+    for begin, end, *words in arrows:
+        ends = {"patchA": drawn[begin].get_bbox_patch(), "patchB": drawn[end].get_bbox_patch()}
+        axis.annotate("", boxes[end], boxes[begin], arrowprops={"arrowstyle": "-|>", "color": "black"} | ends)
+        if words:
+            middle = [(a + b) / 2 for a, b in zip(boxes[begin], boxes[end], strict=True)]
+            axis.text(*middle, words[0], ha="center", va="center", fontsize=7, backgroundcolor="white")
+    plt.close(figure)
+    return figure
+
+
 def save_figure(
     figure: Figure | Image.Image,
     name: str,

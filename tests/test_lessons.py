@@ -6,6 +6,7 @@ import math
 import statistics
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -197,10 +198,34 @@ def test_interval_needs_repeats():
         lessons.interval([1.0])
 
 
-def test_a_picture_is_shown_as_one_small_png():
-    picture = Image.effect_noise((200, 200), 50).convert("RGB")
-    data = lessons._palette_png(picture)
-    assert data.startswith(b"\x89PNG") and len(data) < 0.7 * len(picture._repr_png_())
+def soft_picture():
+    """Two soft ramps, as in the backgrounds of scenes: over 256 colours."""
+    ramp = np.linspace(100, 220, 300)
+    return Image.fromarray(np.stack(np.broadcast_arrays(ramp[:, None], ramp, 150), -1).astype(np.uint8))
+
+
+def test_a_picture_is_shown_as_one_small_jpeg_without_bands():
+    picture = soft_picture()
+    shown = Image.open(io.BytesIO(data := lessons._jpeg(picture)))
+    assert shown.format == "JPEG" and len(data) < 20_000
+    assert np.abs(np.asarray(shown, int) - np.asarray(picture, int)).max() <= 4
+
+
+def test_a_picture_is_saved_with_all_its_colours_unless_that_is_large():
+    picture = soft_picture()
+    assert lessons._light(picture, 200_000) is picture
+    few = lessons._light(picture, 100)
+    assert few.mode == "P" and len(few.getcolors()) <= 256
+
+
+def test_a_function_is_tried_on_inputs_that_the_notebook_does_not_show(capsys):
+    truth = lessons.Hidden(lambda n: n + 1, ((1,), (2,), (5,)))
+    lessons.check("1", lambda n: n + 1, truth)
+    lessons.check("2", lambda n: None, truth)
+    assert capsys.readouterr().out == "● 1: correct\n○ 2: not attempted yet\n"
+    for wrong, count in ((lambda n: 2, 2), (lambda n: 2 if n == 1 else None, 2), (lambda n: 2 * n, 2)):
+        with pytest.raises(AssertionError, match=f"1: wrong for {count} of 3 inputs"):
+            lessons.check("1", wrong, truth)
 
 
 def test_race_takes_turns_and_leaves_out_the_first_round():
@@ -219,9 +244,9 @@ def test_race_needs_runners_and_rounds():
         lessons.race({"one": int}, rounds=0)
 
 
-def test_a_plot_is_shown_as_a_palette_picture():
+def test_a_plot_is_shown_as_png():
     figure, axis = plt.subplots(figsize=(2, 1))
     axis.plot([0, 1])
-    shown = Image.open(io.BytesIO(lessons._palette_plot(figure)))
+    shown = Image.open(io.BytesIO(lessons._plot_png(figure)))
     plt.close(figure)
-    assert shown.mode == "P" and shown.width > 150
+    assert shown.format == "PNG" and shown.width > 150

@@ -145,3 +145,11 @@ def test_saved_image_tells_how_it_was_made(tmp_path):
         assert image.text == {"prompt": "a rød star", "seed": "3"}
     with pytest.raises(ValueError, match=r"must end in \.png"):
         viz.save_image(Image.new("RGB", (4, 4)), tmp_path / "a.jpg", {})
+
+
+def test_schematic_draws_every_box_and_refuses_an_arrow_to_nowhere():
+    figure = viz.schematic({"noise": (0, 0), "picture": (1, 0)}, [("noise", "picture", "20 steps")], (3, 1), ["noise"])
+    texts = {text.get_text() for text in figure.axes[0].texts}
+    assert {"noise", "picture", "20 steps"} <= texts
+    with pytest.raises(ValueError, match="'dog'"):
+        viz.schematic({"noise": (0, 0)}, [("noise", "dog")], (3, 1))

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ from nitro_e_lite.config import SCALES
 from nitro_e_lite.errors import InvalidType, InvalidValue
 from nitro_e_lite.stats import interval
 
-__all__ = ["Lesson", "check", "interval", "race", "start"]
-MAX_PNG = 90_000  # bytes of a picture in a notebook
+__all__ = ["Hidden", "Lesson", "check", "interval", "race", "start"]
+MAX_SHOWN, MAX_SAVED = 40_000, 200_000  # bytes of a PNG with all its colours, in a notebook and in figures/
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ class Lesson:
         """Saves a figure with its ledger entry; as the last line of a cell it also shows it.
 
         Args:
-            figure: a matplotlib figure, or a picture, which is saved with a palette and at most 1100 pixels wide.
+            figure: a matplotlib figure, or a picture, which is saved at most 1100 pixels wide.
             name: begins with the notebook's number, such as "08_parameters"; no suffix.
             alt: one sentence that says what there is to see.
 
@@ -100,7 +101,7 @@ class Lesson:
         os.environ["NITRO_E_FIGURES"] = folder or str(self.run_dir / "figures")
         try:
             viz.save_figure(
-                _drawn(figure) if isinstance(figure, Figure) else figure,
+                _light(_drawn(figure) if isinstance(figure, Figure) else figure, MAX_SAVED),
                 name,
                 source=f"notebooks/{self.notebook}.ipynb",
                 params=params,
@@ -173,43 +174,54 @@ def start(
 
 
 def _show_pictures_small() -> None:
-    """In a notebook, a picture is stored as one palette PNG; by default it is a large PNG and a JPEG."""
+    """In a notebook, a picture is stored once, as a JPEG: by default it is a large PNG as well."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is not None:
         formatters = shell.display_formatter.formatters
-        formatters["image/png"].for_type(Image.Image, _palette_png)
-        formatters["image/jpeg"].for_type(Image.Image, lambda image: None)
+        formatters["image/png"].for_type(Image.Image, lambda image: None)
+        formatters["image/jpeg"].for_type(Image.Image, _jpeg)
 
 
 def _show_figures_small() -> None:
-    """The same for a plot. Only now: pyplot sets its own formatter when the first figure of a notebook is made."""
+    """The same for a plot, as PNG. Only now: pyplot sets its own formatter with the first figure of a notebook."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is not None:
-        shell.display_formatter.formatters["image/png"].for_type(Figure, _palette_plot)
+        shell.display_formatter.formatters["image/png"].for_type(Figure, _plot_png)
 
 
-def _palette_plot(figure: Figure) -> bytes:
-    return _palette_png(_drawn(figure, dpi=figure.dpi, bbox_inches="tight"))
+def _plot_png(figure: Figure) -> bytes:
+    return _png(_light(_drawn(figure, dpi=figure.dpi, bbox_inches="tight"), MAX_SHOWN))
 
 
 def _drawn(figure: Figure, **options: Any) -> Image.Image:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", **options)
-    return Image.open(buffer).convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE)
+    return Image.open(buffer).convert("RGB")
 
 
 def _small(image: Image.Image) -> Image.Image:
-    """At most 1100 pixels wide, 256 colours: soft backgrounds stay soft; coarser colours where that is large."""
+    """At most 1100 pixels wide."""
     image = image.convert("RGB")
-    if image.width > 1100:
-        image = image.resize((1100, round(image.height * 1100 / image.width)), Image.Resampling.LANCZOS)
-    small = image.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=2)
-    return small if len(_palette_png(small)) <= MAX_PNG else image.quantize(256, method=Image.Quantize.FASTOCTREE)
+    if image.width <= 1100:
+        return image
+    return image.resize((1100, round(image.height * 1100 / image.width)), Image.Resampling.LANCZOS)
 
 
-def _palette_png(image: Image.Image) -> bytes:
+def _light(image: Image.Image, limit: int) -> Image.Image:
+    """The picture with all its colours, or with the 256 that suit it best where its PNG would be over `limit` bytes."""
+    return image if len(_png(image)) <= limit else image.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=2)
+
+
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    (image if image.mode == "P" else _small(image)).save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    """Soft backgrounds stay soft, which a palette makes bands of."""
+    buffer = io.BytesIO()
+    _small(image).save(buffer, format="JPEG", quality=85, subsampling=0, optimize=True)
     return buffer.getvalue()
 
 
@@ -227,24 +239,49 @@ def _run_folder(run_dir: str) -> Path:
     return (root if inside else Path.cwd()) / run_dir
 
 
+@dataclass(frozen=True)
+class Hidden:
+    """The truth of an exercise that asks for a function, kept out of the notebook: see `answers`.
+
+    Attributes:
+        truth: what the reader's function should do.
+        inputs: several tuples of arguments, tried one after the other.
+    """
+
+    truth: Callable[..., Any]
+    inputs: tuple[tuple, ...]
+
+    def problem(self, function: Callable[..., Any], rtol: float, atol: float) -> str | None:
+        """What is wrong with the reader's function; None when it is an untouched stub that returns None."""
+        answers = [function(*arguments) for arguments in self.inputs]
+        if all(answer is None for answer in answers):
+            return None
+        pairs = zip(answers, self.inputs, strict=True)
+        wrong = [a is None or bool(_problem(a, self.truth(*given), rtol, atol)) for a, given in pairs]
+        return f"wrong for {sum(wrong)} of {len(wrong)} inputs that were tried" if any(wrong) else ""
+
+
 def check(name: str, answer: Any, expected: Any, rtol: float = 1e-5, atol: float = 1e-6) -> None:
     """Compares the answer to an exercise with the truth.
 
-    Prints "not attempted yet" when `answer` is None and "correct" when it is right.
+    Prints "not attempted yet" when `answer` (or what it returns, where it is a function) is None and "correct" when it
+    is right.
 
     Args:
         name: of the exercise.
         answer: what the reader's code gave; None from an untouched stub.
-        expected: a tensor, a number, a sequence of numbers, any other value, or a function `answer -> bool`.
+        expected: a tensor, a number, a sequence of numbers, any other value, a function `answer -> bool`, or, for an
+            answer that is a function, a `Hidden`.
         rtol, atol: tolerances for numbers and tensors.
 
     Raises:
         AssertionError: the answer is wrong; the message says how.
     """
-    if answer is None:
+    compare = expected.problem if isinstance(expected, Hidden) else partial(_problem, expected=expected)
+    problem = None if answer is None else compare(answer, rtol=rtol, atol=atol)
+    if problem is None:
         print(f"○ {name}: not attempted yet")
         return
-    problem = _problem(answer, expected, rtol, atol)
     if problem:
         raise AssertionError(f"{name}: {problem}")
     print(f"● {name}: correct")
