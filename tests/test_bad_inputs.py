@@ -198,7 +198,7 @@ def test_two_samples_never_take_one_name(tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_mistakes_of_all_kinds(here):
+def test_mistakes_of_all_kinds(here, shipped):
     (here / "card").mkdir()
     (here / "card" / "card.json").write_text("[" * 200_000)
     (here / "huge").mkdir()
@@ -208,6 +208,8 @@ def test_mistakes_of_all_kinds(here):
     (here / "lora").mkdir()
     save_file({"any": torch.zeros(1)}, here / "lora" / "adapter_model.safetensors")
     (here / "lora" / "adapter_config.json").write_text('{"r": 0, "lora_alpha": 4}')
+    own = [f"--draw={name}=null" for name in ("height", "width", "max_sequence_length")]  # others than FLUX's
+    drawn = ["fluxdb", "prompts.jsonl", "out", "--generator", str(shipped), *own, "--draw"]
     for words, said in [
         (["sample", "a star", "a \ud83d star"], "prompt[1]: 'a \\ud83d star' is no valid Unicode"),
         (["sample", "a star", "--negative", "\ud83d"], "negative_prompt: "),
@@ -224,6 +226,9 @@ def test_mistakes_of_all_kinds(here):
         (["data", "encode", "folder", "pictures", "pictures"], "is the folder of the raw data"),
         (["data", "encode", "fluxdb", "prompts.jsonl", "out", "--draw", "steps"], "must read argument=value"),
         (["data", "encode", "fluxdb", "prompts.jsonl", "out", "--draw", "steps=[1"], "steps=[1: cannot be read"),
+        (["data", "encode", *drawn, "num_inference_steps=x"], "num_inference_steps: expected an integer, got 'x'"),
+        (["data", "encode", *drawn, "num_images_per_prompt=2"], "one prompt does not give one picture"),
+        (["data", "encode", *drawn, "output_type=latent"], "one prompt does not give one picture"),
         (["data", "draw", "out", "--count", "-1"], "count: -1 is below 1"),
         (["data", "check", "card"], "too deep to read"),
         (["data", "check", "huge"], "is no shape of at most"),

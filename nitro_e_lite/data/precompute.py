@@ -269,8 +269,10 @@ def drawn_source(
 
     Raises:
         EncoderUnavailable: the pipeline cannot be loaded; the message says what to do.
-        ValueError: a setting that the pipeline does not know, or an unreadable list.
+        ValueError: a setting that the pipeline does not know or cannot draw with, or an unreadable list.
     """
+    import nitro_e_lite.inference.pipeline  # noqa: F401  now diffusers knows folders of this project, too
+
     prompts = read_prompts(path)  # first: a wrong line is found out before gigabytes are loaded
     place = {} if Path(generator).is_dir() else {"revision": revision or GENERATOR_REVISIONS.get(str(generator))}
     try:
@@ -288,4 +290,6 @@ def drawn_source(
         raise InvalidValue(f"settings: {type(pipeline).__name__} does not know {', '.join(unknown)}")
     chosen = {name: value for name, value in FLUX.items() if name in known} | (settings or {})
     name = "@".join([str(generator), str(place["revision"])]) if place else Path(generator).name
-    return Prompts(prompts, pipeline, chosen, batch=batch, generator=name)
+    source = Prompts(prompts, pipeline, chosen, batch=batch, generator=name)
+    source.try_settings()
+    return source

@@ -523,6 +523,31 @@ class Prompts(Source):
         generators = [torch.Generator().manual_seed(self._seed * 1_000_003 + n) for n in numbers]
         return self._pipeline([self._prompts[n] for n in numbers], generator=generators, **self._settings).images
 
+    def try_settings(self) -> None:
+        """Draws the first prompt, in one step where that is possible, so that a wrong setting is found before any work.
+
+        Raises:
+            ValueError: the pipeline cannot draw with the settings, or does not give one picture for a prompt.
+        """
+        number = next((n for n, text in enumerate(self._prompts) if text and text.strip()), None)
+        if number is None:
+            return
+        settings, whole = dict(self._settings), self._settings
+        if type(steps := settings.get("num_inference_steps")) is int and steps > 1 and "sigmas" not in settings:
+            settings["num_inference_steps"] = 1
+        try:
+            self._settings = settings
+            images = self._draw([number])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # pipelines raise many kinds
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InvalidValue(f"draw: {type(self._pipeline).__name__} refuses its settings: {reason}") from None
+        finally:
+            self._settings = whole
+        if not (isinstance(images, list) and len(images) == 1 and isinstance(images[0], Image.Image)):
+            raise InvalidValue(f"draw: with {self._settings} one prompt does not give one picture")
+
     def _item(self, number: int, image: Image.Image | None) -> Record | Problem:
         key = f"prompt {number}"
         if image is None:
