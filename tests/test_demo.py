@@ -1,5 +1,6 @@
 """The demo without a browser: orders, the artist, the worker's queue, the page's widgets, the server's two ends."""
 
+import asyncio
 import base64
 import io
 import json
@@ -11,7 +12,9 @@ import sys
 import threading
 import time
 import tomllib
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -521,3 +524,19 @@ def test_page_notebook_and_styles_are_in_the_package():
     for name in ("page.ipynb", "page.css", "template/index.html.j2"):
         text = (demo_server.DATA / name).read_text(encoding="utf-8")
         assert "http://" not in text.replace("http://www.w3.org/2000/svg", "") and "https://" not in text
+
+
+def test_a_warm_kernel_of_any_age_waits_for_the_page_that_got_it(monkeypatch):
+    """Its last activity is long ago when a page is handed out; the browser may need seconds to connect."""
+    kernels, ended, clock = demo_server._kernels()(), [], [1000.0]
+    monkeypatch.setattr(demo_server.time, "monotonic", lambda: clock[0])
+    kernels._kernels = {"old": SimpleNamespace(last_activity=datetime(2020, 1, 1, tzinfo=UTC))}
+
+    async def shutdown(kernel_id, now=False):
+        ended.append(kernel_id)
+
+    monkeypatch.setattr(kernels, "shutdown_kernel", shutdown)
+    for seconds, expected in ((0, []), (demo_server.UNSEEN_SECONDS, []), (1, ["old"])):
+        clock[0] += seconds
+        asyncio.run(kernels.cull_kernel_if_idle("old"))
+        assert ended == expected
