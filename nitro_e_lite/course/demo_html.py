@@ -16,7 +16,7 @@ from typing import Any
 from nitro_e_lite.course.demo_protocol import IDLE_MINUTES, MAX_CAPTION, MAX_PER_MINUTE, MAX_QUEUE, Lane
 
 DATA = Path(__file__).resolve().parent / "demo"
-ORDINALS = ("first", "second", "third", "fourth")
+ORDINALS = ("1st", "2nd", "3rd", "4th")
 COPY = (  # the line itself is selected and copied, which every browser allows at a click, wherever the page comes from
     "getSelection().selectAllChildren(this.closest('figcaption').querySelector('code')); document.execCommand('copy'); "
     "this.textContent = 'Copied'; setTimeout(() => { this.innerHTML = 'Copy<i> command</i>'; }, 1500)"

@@ -346,7 +346,7 @@ class Page:
         self._frames[index].append(message)
         self._show_lane(index)
         if message["place"]:
-            self._say(f"{message['name']} done after {html.seconds_text(message['seconds'])} ...")
+            self._say(f"{message['name']} finished after {html.seconds_text(message['seconds'])} ...")
         if index == self._choice.value:
             self._show_film()
 
