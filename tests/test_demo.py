@@ -1,5 +1,6 @@
 """The demo without a browser: orders, the artist, the worker's queue, the page's widgets, the server's two ends."""
 
+import asyncio
 import base64
 import io
 import json
@@ -11,7 +12,9 @@ import sys
 import threading
 import time
 import tomllib
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -52,15 +55,25 @@ def test_default_lanes_are_twenty_four_and_one_of_the_base_model():
     ]
 
 
-def test_students_take_their_places_when_they_ship(shipped):
-    for name, guidance in (("lite-4step", 0.0), ("lite-sprint", 1.5)):
+def test_models_that_ship_take_their_places_and_draw(shipped, tiny_pipeline):
+    """Shipped as a run is: transformer in `final/`, `config.json`, checksums. No code changes."""
+    settings = {"data": {"encoders": "lite"}}
+    for name, stage, guidance in (
+        ("lite-grpo", "rewards", 1.0),
+        ("lite-4step", "distill", 0.0),
+        ("lite-sprint", "sprint", 1.5),
+    ):
         folder = shipped.parent / name
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps({"config": {"guidance": guidance}}))
+        tiny_pipeline.transformer.save_pretrained(folder / "final")
+        about = {"config": settings | {"stage": stage, "guidance": guidance}}
+        (folder / "config.json").write_text(json.dumps(about))
         files.write_manifest(folder)
     lanes = demo_protocol.default_lanes()
-    assert lanes == [Lane("lite", 20), Lane("lite-4step", 4, 0.0), Lane("lite-sprint", 1, 1.5)]
-    assert order().guidance_of(lanes[1]) == 0.0 and order().guidance_of(lanes[0]) == 2.0
+    assert lanes == [Lane("lite-grpo", 20, 1.0), Lane("lite-4step", 4, 0.0), Lane("lite-sprint", 1, 1.5)]
+    drawn = demo_worker.draw(demo_worker.Artist(lanes), order(steps=(2, 4, 1)))
+    assert [result.facts["guidance"] for result in drawn] == [1.0, 0.0, 1.5]
+    assert ["--model " + lane.model in result.command for lane, result in zip(lanes, drawn, strict=True)] == [True] * 3
+    assert order().guidance_of(Lane("lite", 20)) == 2.0
 
 
 @pytest.mark.parametrize(
@@ -194,7 +207,7 @@ def test_what_a_visitor_typed_is_escaped():
     result = {"lane": 0, "name": "1 step", "model": "<b>", "done": 1, "total": 1, "seconds": 0.1, "png": "", "place": 1}
     result |= {"saw": [{"name": "<i>", "x": 0.5, "y": 0.5, "half": 0.1}], "correct": False, "reason": "shape: <u>"}
     result |= {"command": "nitro-e sample '<script>'"}
-    text = demo_html.picture(result, '"><script>', result) + demo_html.film([result], "<script>")
+    text = demo_html.picture(result, '"><script>', result) + demo_html.film([result], "<script>", 2)
     text += demo_html.thumbnail(result, "<script>") + demo_html.lane_title(Lane('"<b>', 1), 1)
     assert not any(tag in text for tag in ("<script", "<i>&lt;", "<u>", '"<b>'))
 
@@ -239,7 +252,7 @@ def worker(artist):
 def test_worker_draws_what_it_is_asked_for(worker):
     worker.warm_up()
     page = Ends(worker)
-    assert [message["kind"] for message in page.hello["example"]] == ["drawing", *["step"] * 7, "finished"]
+    assert [message["kind"] for message in page.hello["example"]] == ["drawing", *["step"] * 7]
     assert len(page.hello["lanes"]) == 3 and page.hello["lite"]
     page.draw()
     assert page.next("drawing")["order"]["caption"] == "a red star"
@@ -361,6 +374,21 @@ def test_nothing_is_started_before_the_first_click(page):
     page.wire.says.put(HELLO)
     sent = page.wire.sent.get(timeout=5)
     assert sent["order"]["caption"] == "a red circle to the left of a blue square" and sent["order"]["prompt"]
+
+
+def test_a_drawing_that_stops_says_so_in_every_lane(page, artist):
+    page._line.send = lambda message: True
+    page.draw(race=True)
+    page.receive({"kind": "drawing", "order": order().as_dict()})
+    assert page._strip.value.count("nl-blank") == 4 and "waiting" in page._pictures[0].value
+    results = artist.draw(order())
+    for _ in range(3):  # a step of each lane
+        page.receive(next(results).message())
+    assert "1 step finished after" in page._status.value and page._strip.value.count("nl-blank") == 3
+    assert "The verdict comes" in page._pictures[1].value
+    page.receive({"kind": "stopped"})
+    told = ["Stopped before the end" in picture.value for picture in page._pictures]
+    assert told == [True, True, False] and "1st" in page._pictures[2].value
 
 
 def test_clicks_while_drawing_do_not_double(page):
@@ -521,3 +549,19 @@ def test_page_notebook_and_styles_are_in_the_package():
     for name in ("page.ipynb", "page.css", "template/index.html.j2"):
         text = (demo_server.DATA / name).read_text(encoding="utf-8")
         assert "http://" not in text.replace("http://www.w3.org/2000/svg", "") and "https://" not in text
+
+
+def test_a_warm_kernel_of_any_age_waits_for_the_page_that_got_it(monkeypatch):
+    """Its last activity is long ago when a page is handed out; the browser may need seconds to connect."""
+    kernels, ended, clock = demo_server._kernels()(), [], [1000.0]
+    monkeypatch.setattr(demo_server.time, "monotonic", lambda: clock[0])
+    kernels._kernels = {"old": SimpleNamespace(last_activity=datetime(2020, 1, 1, tzinfo=UTC))}
+
+    async def shutdown(kernel_id, now=False):
+        ended.append(kernel_id)
+
+    monkeypatch.setattr(kernels, "shutdown_kernel", shutdown)
+    for seconds, expected in ((0, []), (demo_server.UNSEEN_SECONDS, []), (1, ["old"])):
+        clock[0] += seconds
+        asyncio.run(kernels.cull_kernel_if_idle("old"))
+        assert ended == expected

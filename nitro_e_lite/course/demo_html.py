@@ -16,7 +16,11 @@ from typing import Any
 from nitro_e_lite.course.demo_protocol import IDLE_MINUTES, MAX_CAPTION, MAX_PER_MINUTE, MAX_QUEUE, Lane
 
 DATA = Path(__file__).resolve().parent / "demo"
-ORDINALS = ("first", "second", "third", "fourth")
+ORDINALS = ("1st", "2nd", "3rd", "4th")
+COPY = (  # the line itself is selected and copied, which every browser allows at a click, wherever the page comes from
+    "getSelection().selectAllChildren(this.closest('figcaption').querySelector('code')); document.execCommand('copy'); "
+    "this.textContent = 'Copied'; setTimeout(() => { this.innerHTML = 'Copy<i> command</i>'; }, 1500)"
+)
 EMPTY = '<div class="nl-frame nl-empty" role="img" aria-label="No picture yet"><i></i></div>'
 
 
@@ -46,51 +50,57 @@ def lane_title(lane: Lane, steps: int) -> str:
     return f'<h2>{Lane(lane.model, steps).name}</h2><p title="{escape(lane.model)}">{escape(name)}</p>'
 
 
-def picture(result: Mapping[str, Any] | None, caption: str, first: Mapping[str, Any] | None) -> str:
+def picture(
+    result: Mapping[str, Any] | None, caption: str, first: Mapping[str, Any] | None, stopped: bool = False
+) -> str:
     """A lane's picture with all that is known about it.
 
     Args:
         result: the lane's last message of kind "step"; None before there is one.
         caption: what is drawn.
         first: the last message of the first lane, which others are compared with.
+        stopped: the drawing has ended, however far this lane is.
     """
-    if result is None:
-        return f'<figure class="nl-figure">{EMPTY}<figcaption>{_meter(None, None)}</figcaption></figure>'
-    finished = result["done"] == result["total"]
+    finished = result is not None and result["done"] == result["total"]
+    image = EMPTY if result is None else f'<div class="nl-frame">{_image(result, caption, finished)}</div>'
+    if finished:
+        more = _verdict(result) + _keepsakes(result, caption)
+    else:
+        told = "Stopped before the end." if stopped else "The verdict comes with the last step."
+        more = f'<p class="nl-verdict nl-later">{told}</p>'
+    meter = _meter(result, first, stopped)
+    return f'<figure class="nl-figure">{image}<figcaption>{meter}{more}</figcaption></figure>'
+
+
+def _image(result: Mapping[str, Any], caption: str, finished: bool) -> str:
+    """What a lane has drawn, with what the verifier saw in it."""
     alt = f"{result['name']}: {caption}"
     if not finished:
         alt += f", as the model believes after step {result['done']} of {result['total']}"
     elif result["saw"]:
         alt += f"; the verifier sees {_listed(result['saw'])}"
-    image = f'<img src="data:image/png;base64,{result["png"]}" alt="{escape(alt)}" decoding="sync">'
     boxes = _boxes(result["saw"], result["correct"]) if finished and result["saw"] else ""
-    more = _verdict(result) + _keepsakes(result, caption) if finished else ""
-    return (
-        f'<figure class="nl-figure"><div class="nl-frame">{image}{boxes}{_medal(result)}</div>'
-        f"<figcaption>{_meter(result, first)}{more}</figcaption></figure>"
-    )
+    return f'<img src="data:image/png;base64,{result["png"]}" alt="{escape(alt)}" decoding="sync">{boxes}'
 
 
-def _meter(result: Mapping[str, Any] | None, first: Mapping[str, Any] | None) -> str:
-    """Time, progress and speed-up of a lane."""
+def _meter(result: Mapping[str, Any] | None, first: Mapping[str, Any] | None, stopped: bool) -> str:
+    """Time, place, progress and speed-up of a lane."""
     if result is None:
-        return '<div class="nl-meter"><b>&ndash;</b><span>waiting</span></div><div class="nl-bar"><i></i></div>'
-    done, total = result["done"], result["total"]
-    note = f"step {done} of {total}"
-    if done == total:
-        note = f"{seconds_text(result['seconds'] / total)} a step"
-        if first is not None and first is not result and first["done"] == first["total"] and result["seconds"]:
-            ratio = first["seconds"] / result["seconds"]
-            note = f"<em>{ratio:.1f}&times; as fast</em>"
+        time, note, share = "&ndash;", "not begun" if stopped else "waiting", 0.0
+    else:
+        done, total, time = result["done"], result["total"], seconds_text(result["seconds"])
+        note, share = f"step {done} of {total}", done / total
+        if done == total:
+            note = f"<i>{seconds_text(result['seconds'] / total)} a step</i>"
+            if first is not None and first is not result and first["done"] == first["total"] and result["seconds"]:
+                ratio = first["seconds"] / result["seconds"]
+                note = f'<em title="as {escape(first["name"])}">{ratio:.1f}&times;<i> as fast</i></em>'
+    place = result.get("place") if result else None
+    medal = f'<span class="nl-medal nl-place-{place}">{ORDINALS[place - 1]}</span>' if place else ""
     return (
-        f'<div class="nl-meter"><b>{seconds_text(result["seconds"])}</b><span>{note}</span></div>'
-        f'<div class="nl-bar"><i style="width:{100 * done / total:.0f}%"></i></div>'
+        f'<div class="nl-meter"><b>{time}</b>{medal}<span class="nl-note">{note}</span></div>'
+        f'<div class="nl-bar"><i style="width:{100 * share:.0f}%"></i></div>'
     )
-
-
-def _medal(result: Mapping[str, Any]) -> str:
-    place = result.get("place")
-    return f'<span class="nl-medal nl-place-{place}">{ORDINALS[place - 1]}</span>' if place else ""
 
 
 def _listed(saw: Sequence[Mapping[str, Any]]) -> str:
@@ -143,25 +153,27 @@ def _keepsakes(result: Mapping[str, Any], caption: str) -> str:
     return (
         f'<p class="nl-keep"><a download="{name}-{result["total"]}-steps.png" '
         f'href="data:image/png;base64,{result["png"]}" aria-label="Save the picture of {result["name"]} as PNG">'
-        f'Save PNG</a><button type="button" data-copy="{command}" '
-        f'aria-label="Copy the command that draws the picture of {result["name"]}">Copy command</button></p>'
+        f'Save PNG</a><button type="button" onclick="{escape(COPY)}" '
+        f'aria-label="Copy the command that draws the picture of {result["name"]}">Copy<i> command</i></button></p>'
         f'<code class="nl-command" tabindex="0">{command}</code>'
     )
 
 
-def film(frames: Sequence[Mapping[str, Any]], caption: str) -> str:
-    """What a lane believed after each of its steps."""
-    if not frames:
-        return '<p class="nl-quiet">The steps of a drawing are kept here.</p>'
+def film(frames: Sequence[Mapping[str, Any]], caption: str, total: int) -> str:
+    """What a lane believed after each of its steps; the steps that are still to come are empty frames."""
+    if not total:
+        return '<p class="nl-quiet">Every step of a drawing will be kept here, in a row.</p>'
     items = "".join(
         f'<li><img src="data:image/png;base64,{frame["png"]}" alt="After step {frame["done"]}" decoding="sync">'
         f"<span>{frame['done']}</span></li>"
         for frame in frames
     )
-    spent = seconds_text(frames[-1]["seconds"])
+    items += "".join(f'<li class="nl-blank"><span>{step}</span></li>' for step in range(len(frames) + 1, total + 1))
+    spent = f"{frames[-1]['name']}, {seconds_text(frames[-1]['seconds'])}: " if frames else ""
+    about = f"{spent}the finished picture that the model believed in after each step."
     return (
         f'<ol class="nl-film" aria-label="{escape(caption)}, step by step" tabindex="0">{items}</ol>'
-        f'<p class="nl-quiet">{frames[-1]["name"]}, {spent}: the finished picture the model believed in after each.</p>'
+        f'<p class="nl-quiet">{about[0].upper()}{about[1:]}</p>'
     )
 
 
@@ -182,17 +194,20 @@ def queue_place(place: int, waiting: int) -> str:
     return f"You are number {place} of {waiting} who wait; about {minutes} minute{'s' * (minutes != 1)}."
 
 
-def footer(facts: Mapping[str, Any] | None) -> str:
-    """How the clock is read, and the limits."""
+def footer(facts: Mapping[str, Any] | None, shared: bool) -> str:
+    """How the clock is read, and the limits, which are fewer where one worker draws for one page."""
     threads = (facts or {}).get("threads", 1)
     device = (facts or {}).get("device", "cpu")
     where = f"{threads} processor thread{'s' * (threads != 1)}" if device == "cpu" else f"one device ({escape(device)})"
+    limits = f"{MAX_CAPTION} characters a caption, {MAX_PER_MINUTE} drawings a minute"
+    if shared:
+        limits += f" for a visitor, {MAX_QUEUE} in the queue. A page that nobody touches for {IDLE_MINUTES} minutes "
+        limits += "goes to sleep"
     return (
         f"<p><b>A fair race.</b> One process draws everything, on {where}. In a race the lanes take turns, step by "
         "step, so none gets more of the machine than another. The time below a picture is that of its own steps: "
         "reading the caption, the previews and the other lanes&rsquo; turns are not counted.</p>"
         "<p><b>The same picture again.</b> Same caption, seed, steps and guidance give the same pixels; with another "
         "number of threads they may differ by 1 in 255.</p>"
-        f"<p><b>Limits.</b> {MAX_CAPTION} characters a caption, {MAX_PER_MINUTE} drawings a minute for a visitor, "
-        f"{MAX_QUEUE} in the queue. A page that nobody touches for {IDLE_MINUTES} minutes goes to sleep.</p>"
+        f"<p><b>Limits.</b> {limits}.</p>"
     )

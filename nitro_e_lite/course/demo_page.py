@@ -38,6 +38,7 @@ from nitro_e_lite.scenes.grammar import COLORS, RELATIONS, SHAPES, SIZES
 
 GALLERY = 12  # pictures
 ALONE = "on its own"
+READY = "<p>Press Race. The first time, the models are loaded too, which takes a few seconds.</p>"
 SETTLE_SECONDS = 0.5  # after a click; a browser sends clicks at once but what was typed just before a moment later
 SCALES = (0.5, 2.0, 1.0)  # of the lanes' steps, for "same seed, other steps"
 
@@ -106,8 +107,8 @@ class Page:
     """
 
     def __init__(self, lanes: Sequence[Lane] | None = None, connect: Callable[[], Wire] | None = None):
-        served = connect is None
-        if served:
+        self._served = connect is None
+        if self._served:
             connect, lanes = _from_environment()
         self.lanes = list(lanes)
         self.facts: dict[str, Any] | None = None
@@ -126,16 +127,16 @@ class Page:
             self._loop = None
         self._make()
         self._rebuild()
-        if served:
+        if self._served:
             self._line.open()
 
     # Widgets
 
     def _make(self) -> None:
         """All widgets, and what happens when they are used."""
-        self._status = widgets.HTML("Ready.")
+        self._status = widgets.HTML(READY)
         self._hint = widgets.HTML("")
-        self._head, self._foot = widgets.HTML(html.header()), widgets.HTML(html.footer(None))
+        self._head, self._foot = widgets.HTML(html.header()), widgets.HTML(html.footer(None, self._served))
         controls = _box("nl-controls", [self._builder(), self._captions(), self._dials(), self._buttons()])
         self._steps = [
             widgets.BoundedIntText(
@@ -153,7 +154,7 @@ class Page:
             options=[(lane.name, index) for index, lane in enumerate(self.lanes)], description="Film strip of"
         )
         self._choice.observe(lambda change: self._show_film(), "value")
-        self._strip = widgets.HTML(html.film([], ""))
+        self._strip = widgets.HTML(html.film([], "", 0))
         self._shelf = _box("nl-shelf", [])
         empty = widgets.HTML(
             '<p class="nl-quiet">Your last twelve pictures will hang here; a click brings one back.</p>'
@@ -188,7 +189,7 @@ class Page:
         self._caption.observe(lambda change: self._read_caption(), "value")
         with warnings.catch_warnings():  # the one way to hear the return key
             warnings.simplefilter("ignore", DeprecationWarning)
-            self._caption.on_submit(lambda text: self.draw(race=False))
+            self._caption.on_submit(lambda text: self.draw(race=True))
         return _box("nl-caption", [self._caption, _named("nl-hint", self._hint)])
 
     def _dials(self) -> widgets.Widget:
@@ -202,8 +203,8 @@ class Page:
             self.draw(race=True, other_steps=True)
 
         buttons = [
-            _button("Draw", "nl-draw", "One lane after the other, the shortest first", lambda _: self.draw(race=False)),
             _button("Race", "nl-race", "All lanes at once, turn by turn", lambda _: self.draw(race=True)),
+            _button("One by one", "nl-draw", "The shortest lane first, then the next", lambda _: self.draw(race=False)),
             _button("Same seed, other steps", "nl-other", "Half the steps, then twice, then as they were", other),
             _button("Stop", "nl-stop", "Stop drawing", lambda _: self.stop()),
         ]
@@ -264,7 +265,7 @@ class Page:
     def _throw(self, _: Any) -> None:
         self._seed.value = secrets.randbelow(10_000)
         if not self._busy:
-            self.draw(race=False)
+            self.draw(race=True)
 
     def _rebuild(self) -> None:
         """Writes the caption that the builder's parts make."""
@@ -307,7 +308,7 @@ class Page:
 
     def _on_hello(self, message: dict[str, Any]) -> None:
         known, self.facts = self.facts is not None, message
-        self._foot.value = html.footer(message)
+        self._foot.value = html.footer(message, self._served)
         if not known:
             self._guidance.value = message["guidance"]
             self._read_caption()
@@ -315,9 +316,15 @@ class Page:
             self._line.send(self._pending)
             self._pending = None
         elif self._order is None:
-            for part in message["example"]:
-                self.receive(part)
-            self._say("Here is one drawn earlier. Write a caption of your own, or press Race.")
+            self._show_example(message["example"])
+
+    def _show_example(self, messages: list[dict[str, Any]]) -> None:
+        """What the worker drew for everybody when it started, laid out at once."""
+        steps = [message for message in messages if message["kind"] == "step"]
+        if steps:
+            self._lay_out(messages[0]["order"], [[s for s in steps if s["lane"] == i] for i in range(len(self.lanes))])
+            self._hang()
+            self._say("Here is one drawn earlier. Press Race, or write a caption of your own.")
 
     def _on_lost(self, message: dict[str, Any]) -> None:
         if self._busy and self._pending is None:
@@ -331,28 +338,26 @@ class Page:
         self._say(html.queue_place(message["place"], message["waiting"]))
 
     def _on_drawing(self, message: dict[str, Any]) -> None:
-        self._order = message["order"]
-        self._frames = [[] for _ in self.lanes]
-        for index, steps in enumerate(self._order["steps"]):
-            self._titles[index].value = html.lane_title(self.lanes[index], steps)
-            self._pictures[index].value = html.picture(None, "", None)
-        self._choice.options = [(Lane("-", steps).name, index) for index, steps in enumerate(self._order["steps"])]
-        self._show_film()
+        self._lay_out(message["order"], [[] for _ in self.lanes])
         self._say("Racing ..." if self._order["race"] else "Drawing ...")
 
     def _on_step(self, message: dict[str, Any]) -> None:
         index = message["lane"]
         self._frames[index].append(message)
         self._show_lane(index)
+        if message["place"]:
+            self._say(f"{message['name']} finished after {html.seconds_text(message['seconds'])} ...")
         if index == self._choice.value:
             self._show_film()
 
     def _on_finished(self, message: dict[str, Any]) -> None:
-        for index in range(len(self.lanes)):
-            self._show_lane(index)  # now that the first lane's time is known
         order = sorted((frames[-1] for frames in self._frames), key=lambda result: result["place"])
-        times = ", ".join(f"{result['name']} in {html.seconds_text(result['seconds'])}" for result in order)
-        self._end(f"Done: {times}.")
+        verdicts = {True: ", right", False: ", wrong", None: ""}
+        times = [
+            f"{result['name']} in {html.seconds_text(result['seconds'])}{verdicts[result['correct']]}"
+            for result in order
+        ]
+        self._end(f"Done: {'; '.join(times)}.")
         self._hang()
 
     def _on_stopped(self, message: dict[str, Any]) -> None:
@@ -367,20 +372,34 @@ class Page:
         self._status.value = f'<p class="{kind}">{html.escape(text)}</p>'
 
     def _end(self, text: str, kind: str = "") -> None:
+        """A drawing has ended, or has not begun; lanes compare themselves with the first, whose time is known now."""
         self._set_busy(False)
         self._say(text, kind)
+        if self._order is not None:
+            for index in range(len(self.lanes)):
+                self._show_lane(index)
 
     def _set_busy(self, busy: bool) -> None:
         self._busy = busy
         (self._actions.add_class if busy else self._actions.remove_class)("nl-busy")
 
+    def _lay_out(self, order: dict[str, Any], frames: list[list[dict[str, Any]]]) -> None:
+        """An order and what is drawn of it."""
+        self._order, self._frames = order, frames
+        self._choice.options = [(Lane("-", steps).name, index) for index, steps in enumerate(order["steps"])]
+        for index, steps in enumerate(order["steps"]):
+            self._titles[index].value = html.lane_title(self.lanes[index], steps)
+            self._show_lane(index)
+        self._show_film()
+
     def _show_lane(self, index: int) -> None:
         last = [frames[-1] if frames else None for frames in self._frames]
-        self._pictures[index].value = html.picture(last[index], self._order["caption"], last[0])
+        self._pictures[index].value = html.picture(last[index], self._order["caption"], last[0], not self._busy)
 
     def _show_film(self) -> None:
         chosen = self._choice.value or 0
-        self._strip.value = html.film(self._frames[chosen], self._order["caption"] if self._order else "")
+        if self._order is not None:
+            self._strip.value = html.film(self._frames[chosen], self._order["caption"], self._order["steps"][chosen])
 
     def _hang(self) -> None:
         """Puts the finished pictures into the gallery, the newest first."""
@@ -407,12 +426,8 @@ class Page:
         self._seed.value, self._guidance.value = order["seed"], order["guidance"]
         for field, steps in zip(self._steps, order["steps"], strict=True):
             field.value = steps
-        self._on_drawing({"order": order})
-        self._frames = frames
-        for index in range(len(self.lanes)):
-            self._show_lane(index)
-        self._show_film()
-        self._say(f"Back: seed {order['seed']}, guidance {order['guidance']:g}. Draw gives the same pictures.")
+        self._lay_out(order, frames)
+        self._say(f"Back: seed {order['seed']}, guidance {order['guidance']:g}. Race draws the same pictures again.")
 
 
 def _box(classes: str, children: Sequence[widgets.Widget]) -> widgets.Box:

@@ -37,7 +37,7 @@ IDLE_MINUTES = 10  # a page that nobody touches is put to sleep
 MAX_MESSAGE = 64_000  # bytes that a page may send at once
 LITE_VOCABULARY = 5000  # a tokenizer with fewer entries is one of this course, whose pictures the verifier can judge
 ENVIRONMENT = "NITRO_E_DEMO"  # names the variable that tells a kernel where the worker is
-STUDENTS = {4: "lite-4step", 1: "lite-sprint"}  # shipped models that draw in so few steps, when there are any
+SHIPPED = {20: "lite-grpo", 4: "lite-4step", 1: "lite-sprint"}  # who draws in so many steps, as soon as it ships
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ class Lane:
 
 
 def default_lanes(model: str = "lite") -> list[Lane]:
-    """Twenty steps, four and one: of the distilled models where they ship, else all of one model."""
-    lanes = [Lane(model, 20)]
-    for steps, student in STUDENTS.items():
-        folder = files.weights_dir() / student
+    """Twenty steps, four and one: of what was trained for so many where it ships, else all of one model."""
+    lanes = []
+    for steps, name in SHIPPED.items():
+        folder = files.weights_dir() / name
         if model == "lite" and (folder / files.MANIFEST).is_file():
             settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
-            lanes.append(Lane(student, steps, float(settings["guidance"])))
+            lanes.append(Lane(name, steps, float(settings["guidance"])))
         else:
             lanes.append(Lane(model, steps))
     return lanes

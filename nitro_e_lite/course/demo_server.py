@@ -26,10 +26,10 @@ import threading
 import time
 import webbrowser
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from nitro_e_lite.course import demo_html as html
 from nitro_e_lite.course.demo_protocol import ENVIRONMENT, IDLE_MINUTES, Lane, Wire
 from nitro_e_lite.errors import InvalidValue, Unusable
 
@@ -202,7 +202,7 @@ def serve(
         worker.start()
         worker.wait()
         os.environ.update(worker.environment())
-        _run_voila(worker, host, port, browser, say)
+        _run_voila(worker, len(lanes), host, port, browser, say)
     except KeyboardInterrupt:
         pass
     finally:
@@ -210,7 +210,9 @@ def serve(
     say("The demo has ended.")
 
 
-def _run_voila(worker: WorkerProcess, host: str, port: int, browser: bool, say: Callable[[str], None]) -> None:
+def _run_voila(
+    worker: WorkerProcess, lanes: int, host: str, port: int, browser: bool, say: Callable[[str], None]
+) -> None:
     """Runs voila's event loop in this thread."""
     from tornado.ioloop import IOLoop, PeriodicCallback
     from traitlets.config import Config
@@ -237,12 +239,12 @@ def _run_voila(worker: WorkerProcess, host: str, port: int, browser: bool, say: 
 
     logging.getLogger("tornado.general").setLevel(logging.ERROR)
     Page.clear_instance()
-    app = Page.instance(config=Config(_settings(host, port)))
+    app = Page.instance(config=Config(_settings(lanes, host, port)))
     app.initialize([str(DATA / "page.ipynb")])
     app.start()
 
 
-def _settings(host: str, port: int) -> dict[str, Any]:
+def _settings(lanes: int, host: str, port: int) -> dict[str, Any]:
     """What voila and Jupyter's server are told."""
     return {
         "Voila": {
@@ -266,6 +268,7 @@ def _settings(host: str, port: int) -> dict[str, Any]:
             "allow_theme_override": "NO",
             "extension_allowlist": ["@voila-dashboards/widgets-manager8", "@jupyter-widgets/jupyterlab-manager"],
             "multi_kernel_manager_class": _kernels(),
+            "resources": {"header": html.header(), "lanes": lanes},  # of the page until its widgets are there
             "show_tracebacks": False,
         },
         "KernelSpecManager": {"kernel_dirs": []},
@@ -306,12 +309,15 @@ def _kernels() -> type:
             return await super().start_kernel(*arguments, **options)
 
         async def cull_kernel_if_idle(self, kernel_id: str) -> None:
-            """Also ends a kernel whose page nobody opened; voila does not ask about the one it keeps warm."""
-            idle = (datetime.now(UTC) - self._kernels[kernel_id].last_activity).total_seconds()
-            if idle > UNSEEN_SECONDS and not self._kernel_connections.get(kernel_id, 0):
-                await self.shutdown_kernel(kernel_id, now=True)
-            else:
+            """Also ends a kernel whose page nobody opened; voila does not ask about the one it keeps warm.
+
+            That one may be old when a page gets it, so what counts is how long the page has had it.
+            """
+            kernel, now = self._kernels[kernel_id], time.monotonic()
+            if self._kernel_connections.get(kernel_id, 0):
                 await super().cull_kernel_if_idle(kernel_id)
+            elif now - vars(kernel).setdefault("unseen_since", now) > UNSEEN_SECONDS:
+                await self.shutdown_kernel(kernel_id, now=True)
 
         def notify_disconnect(self, kernel_id: str) -> None:
             super().notify_disconnect(kernel_id)

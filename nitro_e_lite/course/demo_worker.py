@@ -300,7 +300,7 @@ class Worker:
         steps = tuple(lane.steps for lane in self.artist.lanes)
         order = Order(caption, 0, facts["guidance"], steps, True, prompt)
         results = [result.message() for result in self.artist.draw(order)]
-        self.example = [{"kind": "drawing", "order": order.as_dict()}, *results, {"kind": "finished"}]
+        self.example = [{"kind": "drawing", "order": order.as_dict()}, *results]
 
     def meet(self, wire: Wire) -> None:
         """Talks with one page until it leaves; runs in a thread of its own."""
