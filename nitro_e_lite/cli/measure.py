@@ -1,5 +1,6 @@
 """The commands that look at a model or a machine: `nitro-e count`, `benchmark`, `geneval`, ..."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -79,11 +80,27 @@ def benchmark_command(
     transformer: Annotated[
         str | None, typer.Option(help="Time a transformer with random weights instead: full, lite or smoke.")
     ] = None,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Transformer in FP8, as far as the device can.")] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Time E-MMDiT, Sana-0.6B, PixArt-alpha and SD3 with random weights.")
+    ] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="With --peers: compile the transformers.")] = False,
+    out: Annotated[Path | None, typer.Option(help="With --peers: also write a result card to this file.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Time whole pictures and their parts, or one forward and backward pass of the transformer."""
+    """Time whole pictures and their parts, one pass of the transformer, or the models of Table 2 side by side."""
+    for name, value in (("compile", compiled), ("out", out)):
+        if value and not peers:
+            raise InvalidValue(f"{name}: belongs to --peers")
+    if peers:
+        own = {"model": None if model == "lite" else model, "steps": steps, "guidance": guidance, "shift": shift}
+        own |= {"transformer": transformer, "fp8": fp8 or None}
+        for name, value in own.items():
+            if value is not None:
+                raise InvalidValue(f"{name}={value}: peers are timed as Table 2 has them")
+        return benchmark_peers(batch or [1], repeats, compiled, out, device, dtype, json)
     with output(json) as result:
         from nitro_e_lite import load_pipeline, runtime
         from nitro_e_lite.evaluation import benchmark
@@ -92,6 +109,7 @@ def benchmark_command(
         batches = batch or ([4] if transformer else [1, 8])
         if transformer:
             own = {"model": None if model == "lite" else model, "steps": steps, "guidance": guidance, "shift": shift}
+            own["fp8"] = fp8 or None
             for name, value in own.items():
                 if value is not None:
                     raise InvalidValue(f"{name}={value}: a transformer alone, with random weights, has none")
@@ -101,7 +119,7 @@ def benchmark_command(
                 for b in batches
             ]
         else:
-            pipeline = load_pipeline(model, device, dtype)
+            pipeline = load_pipeline(model, device, dtype, quantization="fp8" if fp8 else None)
             pipeline.set_progress_bar_config(disable=True)
             sampler = pipeline.sampler(steps, guidance, shift)
             result |= settings(pipeline, model, sampler)
@@ -110,6 +128,36 @@ def benchmark_command(
         if not json:
             names = [name.replace("_", " ") for name in rows[0]]
             show_table(f"median of {repeats}", names, [[f"{v:.4g}" for v in row.values()] for row in rows])
+
+
+def benchmark_peers(batches, repeats, compiled, out, device, dtype, json) -> None:
+    """`nitro-e benchmark --peers`: seconds by parts, ratios to Sana-0.6B, share of the device's peak."""
+    with output(json) as result:
+        from nitro_e_lite import runtime
+        from nitro_e_lite.evaluation import cards, peers
+
+        if out is not None:
+            check_output(out, "file")
+        result |= {"rows": [], "ratios": {}, "repeats": repeats, "compiled": compiled}
+        result |= {"environment": runtime.environment_report()}
+        for batch in batches:
+            rows = list(peers.time_peers(peers.load_peers(), batch, device, dtype, repeats, compiled))
+            found = result["ratios"][str(batch)] = peers.ratios(rows)
+            result["rows"] += rows
+            if json:
+                continue
+            columns = ["", "steps", "text", "a pass", "decoder", "in all", "img/s", "end to end", "transformer", "peak"]
+            lines = [
+                [row["name"], str(row["steps"])]
+                + [f"{row[part]:.4g}" for part in ("text", "pass", "decoder", "in_all", "images_per_second")]
+                + [f"{found[row['key']][kind]:.2f}x" for kind in ("end_to_end", "transformer")]
+                + ["-" if row["peak_share"] is None else f"{row['peak_share']:.0%}"]
+                for row in rows
+            ]
+            title = f"seconds a batch of {batch}, random weights, median of {repeats}; x: times Sana-0.6B's speed"
+            show_table(title, columns, lines)
+    if out is not None:
+        cards.write(out, "peers", dict(result), command="nitro-e benchmark --peers")
 
 
 @command(app, "sensitivity")
@@ -234,6 +282,7 @@ def evaluate(
     vae: Vae = None,
     lora: Lora = None,
     variant: Variant = None,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Transformer in FP8, as far as the device can.")] = False,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
@@ -252,10 +301,12 @@ def evaluate(
                 check_output(path, "file")
         if grid and grid.suffix.lower() != ".png":
             raise InvalidValue(f"grid: {grid.name!r} must end in .png")
-        pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora, variant=variant)
+        parts = {"text_encoder": text_encoder, "vae": vae, "lora": lora, "variant": variant}
+        pipeline = load_pipeline(model, device, dtype, quantization="fp8" if fp8 else None, **parts)
         sampler = {"steps": steps, "guidance": guidance, "shift": shift, "batch_size": batch}
         found = run(pipeline, asked, seeds=range(seeds), keep_images=grid is not None, **sampler)
         found.card.update(model=model, prompt_list=prompts.name if prompts else split)
+        found.card["command"] = " ".join(["nitro-e", *sys.argv[1:]])
         result |= found.card
         if not json:
             score = found.score

@@ -28,6 +28,7 @@ from nitro_e_lite.inference.arguments import as_integer, seeded_generators
 from nitro_e_lite.inference.hub import weights_hash
 from nitro_e_lite.inference.pipeline import NitroEPipeline, Sampler
 from nitro_e_lite.scenes.geneval import Prompt, Score, Verdict, score, verify
+from nitro_e_lite.scenes.verifier import VERSION
 from nitro_e_lite.viz import image_grid
 
 SEED_STRIDE = 1_000_000  # picture seed = SEED_STRIDE * seed + place of the prompt
@@ -124,8 +125,8 @@ def evaluate(
     asked = [prompt for prompt, _ in jobs]
     result = score(asked, verdicts)
     recipe = {"seconds": round(seconds, 2), "seeds": seeds, **dataclasses.asdict(sampler)}
-    recipe |= {"prompts": len(prompts), "images_expected": len(prompts) * len(seeds)}
-    card = dataclasses.asdict(result) | recipe | describe(pipeline)
+    recipe |= {"prompts": len(prompts), "images_expected": len(prompts) * len(seeds), "verifier": VERSION}
+    card = {"kind": "geneval_lite"} | dataclasses.asdict(result) | recipe | describe(pipeline)
     return Evaluation(result, card, asked, verdicts, images)
 
 
@@ -188,5 +189,6 @@ def describe(pipeline: NitroEPipeline) -> dict[str, Any]:
         "device": str(pipeline.device),
         "weights_sha256": weights_hash(parts),
         "transformer_parameters": sum(p.numel() for p in pipeline.transformer.parameters()),
+        **({"fp8": report.rung} if (report := getattr(pipeline.transformer, "fp8_report", None)) else {}),
         "environment": runtime.environment_report(),
     }
