@@ -157,7 +157,7 @@ def benchmark_peers(batches, repeats, compiled, out, device, dtype, json) -> Non
             title = f"seconds a batch of {batch}, random weights, median of {repeats}; x: times Sana-0.6B's speed"
             show_table(title, columns, lines)
     if out is not None:
-        cards.write(out, "peers", dict(result), command="nitro-e benchmark --peers")
+        cards.write(out, "peers", result, cards.command_line(sys.argv[1:]))
 
 
 @command(app, "sensitivity")
@@ -221,6 +221,68 @@ def geneval(
         if not json:
             console.print(f"{pictures} pictures of {len(metadata)} prompts in {folder}", soft_wrap=True)
             console.print(f"Score them in GenEval's own environment: evaluation/evaluate_images.py {folder}")
+
+
+@command(app, "export")
+def export_command(
+    tool: Annotated[str, typer.Argument(help="dpg, hpsv2, image_reward or fid.")],
+    prompts: Annotated[Path, typer.Argument(help="The tool's own prompts; see the notes on official tools.")],
+    folder: Annotated[Path, typer.Argument(help="Where the pictures go; nothing else may lie there.")],
+    model: Model = "lite",
+    steps: Steps = None,
+    guidance: Guidance = None,
+    shift: Shift = None,
+    size: Annotated[int | None, typer.Option(help="Side of each picture in pixels; as drawn when not given.")] = None,
+    resize: Annotated[str, typer.Option(help="How it gets there: bicubic or lanczos.")] = "none",
+    batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 16,
+    text_encoder: TextEncoder = None,
+    vae: Vae = None,
+    lora: Lora = None,
+    variant: Variant = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Draw the pictures that DPG-Bench, HPSv2.1, ImageReward or a FID tool reads; continues after a stop."""
+    with output(json) as result:
+        from nitro_e_lite import load_pipeline
+        from nitro_e_lite.evaluation import official_tools
+        from nitro_e_lite.inference.arguments import as_integer
+
+        wanted = official_tools.targets(tool, prompts)
+        as_integer("batch", batch, 1)
+        check_output(folder, "folder")
+        pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora, variant=variant)
+        sampler = pipeline.sampler(steps, guidance, shift)
+        files = official_tools.export(pipeline, tool, wanted, folder, sampler, size, resize, batch)
+        result |= settings(pipeline, model, sampler) | {"tool": tool, "files": files}
+        if not json:
+            console.print(f"{files} files for {tool} in {folder}", soft_wrap=True)
+
+
+@command(app, "scores")
+def scores(
+    tool: Annotated[str, typer.Argument(help="geneval, dpg, hpsv2, image_reward or fid.")],
+    printed: Annotated[Path, typer.Argument(help="What the tool wrote or printed.")],
+    prompts: Annotated[Path, typer.Argument(help="The prompts that the pictures were drawn from.")],
+    folder: Annotated[Path, typer.Argument(help="The folder of the pictures.")],
+    out: Annotated[Path | None, typer.Option(help="Also write a result card to this file.")] = None,
+    json: Json = False,
+) -> None:
+    """Read the output of an official tool, count it, and make a result card of it."""
+    with output(json) as result:
+        from nitro_e_lite.evaluation import cards, official_geneval, official_tools
+
+        if tool == "geneval":
+            found = official_geneval.read_results(printed, official_geneval.read_metadata(prompts))
+        else:
+            found = official_tools.read_scores(tool, printed, official_tools.targets(tool, prompts))
+        result |= official_tools.make_card(tool, found, folder)
+        if out is not None:
+            cards.write(out, tool, result, cards.command_line(["scores", tool]))
+        if not json:
+            rows = [[name, f"{value:.4f}"] for name, value in found.get("categories", {}).items()]
+            show_table(f"{tool}, {found['images']} pictures", ["", ""], [*rows, ["overall", f"{found['overall']:.4f}"]])
 
 
 @command(reward_app, "serve")
@@ -290,6 +352,7 @@ def evaluate(
     """Score a model on GenEval-lite: six categories, a 95 % interval and the whole recipe."""
     with output(json) as result:
         from nitro_e_lite import load_pipeline, viz
+        from nitro_e_lite.evaluation import cards
         from nitro_e_lite.evaluation.geneval_lite import evaluate as run
         from nitro_e_lite.scenes.geneval import SPLITS, load_prompts, read_prompts
 
@@ -306,7 +369,7 @@ def evaluate(
         sampler = {"steps": steps, "guidance": guidance, "shift": shift, "batch_size": batch}
         found = run(pipeline, asked, seeds=range(seeds), keep_images=grid is not None, **sampler)
         found.card.update(model=model, prompt_list=prompts.name if prompts else split)
-        found.card["command"] = " ".join(["nitro-e", *sys.argv[1:]])
+        found.card["command"] = cards.command_line(sys.argv[1:])
         result |= found.card
         if not json:
             score = found.score
