@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from nitro_e_lite.evaluation import peers
+from nitro_e_lite.evaluation import cards, peers
 
 ALL = peers.load_peers()
 ROWS = peers.table_rows()
@@ -30,6 +30,8 @@ def test_parameters_and_tflops_are_the_papers_or_the_difference_is_explained():
         assert counts.parameters / 1e6 == pytest.approx(one.paper["parameters_m"], rel=0.006), one.name
         same = abs(counts.tflops - one.paper["tflops"]) <= 0.0051
         assert same != (key in EXPLAINED) and (same or one.note), one.name
+        stored = cards.load()["counts"]["rows"][key]
+        assert (counts.parameters, counts.tflops) == (stored["parameters"], pytest.approx(stored["tflops"])), one.name
 
 
 def test_hunyuans_figure_is_that_of_1024_px():

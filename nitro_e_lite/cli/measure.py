@@ -285,6 +285,34 @@ def scores(
             show_table(f"{tool}, {found['images']} pictures", ["", ""], [*rows, ["overall", f"{found['overall']:.4f}"]])
 
 
+@command(app, "tables")
+def tables_command(
+    recount: Annotated[bool, typer.Option("--count", help="Count parameters, FLOPs and bytes again first.")] = False,
+    json: Json = False,
+) -> None:
+    """Build README's results table and the figure beside it from the result cards, and print Table 2."""
+    with output(json) as result:
+        from nitro_e_lite import files
+        from nitro_e_lite.evaluation import cards, tables
+
+        root = files.repo_root()
+        if root is None:
+            raise Unusable("README.md: only a checkout of the repository has it; clone it and install with -e")
+        if recount:
+            cards.write(cards.FOLDER / "counts.json", "counts", tables.count_all(), "nitro-e tables --count")
+        found, readme = cards.load(), root / "README.md"
+        before = readme.read_text(encoding="utf-8")
+        after = tables.rebuild(before, found)
+        if after != before:
+            files.write_atomically(readme, after)
+        figure = tables.save_figure(found)
+        result |= {"cards": sorted(found), "readme_changed": after != before, "figure": figure.name}
+        result["table2"] = tables.table2(found).splitlines()
+        if not json:
+            print(tables.table2(found))
+            console.print(f"README.md {'rebuilt' if after != before else 'unchanged'}, {figure.name}", soft_wrap=True)
+
+
 @command(reward_app, "serve")
 def reward_serve(
     reward: Annotated[str, typer.Argument(help="geneval, partial or redness.")] = "geneval",
