@@ -1,5 +1,6 @@
 """The commands that look at a model or a machine: `nitro-e count`, `benchmark`, `geneval`, ..."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -79,11 +80,27 @@ def benchmark_command(
     transformer: Annotated[
         str | None, typer.Option(help="Time a transformer with random weights instead: full, lite or smoke.")
     ] = None,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Transformer in FP8, as far as the device can.")] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Time E-MMDiT, Sana-0.6B, PixArt-alpha and SD3 with random weights.")
+    ] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="With --peers: compile the transformers.")] = False,
+    out: Annotated[Path | None, typer.Option(help="With --peers: also write a result card to this file.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Time whole pictures and their parts, or one forward and backward pass of the transformer."""
+    """Time whole pictures and their parts, one pass of the transformer, or the models of Table 2 side by side."""
+    for name, value in (("compile", compiled), ("out", out)):
+        if value and not peers:
+            raise InvalidValue(f"{name}: belongs to --peers")
+    if peers:
+        own = {"model": None if model == "lite" else model, "steps": steps, "guidance": guidance, "shift": shift}
+        own |= {"transformer": transformer, "fp8": fp8 or None}
+        for name, value in own.items():
+            if value is not None:
+                raise InvalidValue(f"{name}={value}: peers are timed as Table 2 has them")
+        return benchmark_peers(batch or [1], repeats, compiled, out, device, dtype, json)
     with output(json) as result:
         from nitro_e_lite import load_pipeline, runtime
         from nitro_e_lite.evaluation import benchmark
@@ -92,6 +109,7 @@ def benchmark_command(
         batches = batch or ([4] if transformer else [1, 8])
         if transformer:
             own = {"model": None if model == "lite" else model, "steps": steps, "guidance": guidance, "shift": shift}
+            own["fp8"] = fp8 or None
             for name, value in own.items():
                 if value is not None:
                     raise InvalidValue(f"{name}={value}: a transformer alone, with random weights, has none")
@@ -101,7 +119,7 @@ def benchmark_command(
                 for b in batches
             ]
         else:
-            pipeline = load_pipeline(model, device, dtype)
+            pipeline = load_pipeline(model, device, dtype, quantization="fp8" if fp8 else None)
             pipeline.set_progress_bar_config(disable=True)
             sampler = pipeline.sampler(steps, guidance, shift)
             result |= settings(pipeline, model, sampler)
@@ -110,6 +128,36 @@ def benchmark_command(
         if not json:
             names = [name.replace("_", " ") for name in rows[0]]
             show_table(f"median of {repeats}", names, [[f"{v:.4g}" for v in row.values()] for row in rows])
+
+
+def benchmark_peers(batches, repeats, compiled, out, device, dtype, json) -> None:
+    """`nitro-e benchmark --peers`: seconds by parts, ratios to Sana-0.6B, share of the device's peak."""
+    with output(json) as result:
+        from nitro_e_lite import runtime
+        from nitro_e_lite.evaluation import cards, peers
+
+        if out is not None:
+            check_output(out, "file")
+        result |= {"rows": [], "ratios": {}, "repeats": repeats, "compiled": compiled}
+        result |= {"environment": runtime.environment_report()}
+        for batch in batches:
+            rows = list(peers.time_peers(peers.load_peers(), batch, device, dtype, repeats, compiled))
+            found = result["ratios"][str(batch)] = peers.ratios(rows)
+            result["rows"] += rows
+            if json:
+                continue
+            columns = ["", "steps", "text", "a pass", "decoder", "in all", "img/s", "end to end", "transformer", "peak"]
+            lines = [
+                [row["name"], str(row["steps"])]
+                + [f"{row[part]:.4g}" for part in ("text", "pass", "decoder", "in_all", "images_per_second")]
+                + [f"{found[row['key']][kind]:.2f}x" for kind in ("end_to_end", "transformer")]
+                + ["-" if row["peak_share"] is None else f"{row['peak_share']:.0%}"]
+                for row in rows
+            ]
+            title = f"seconds a batch of {batch}, random weights, median of {repeats}; x: times Sana-0.6B's speed"
+            show_table(title, columns, lines)
+    if out is not None:
+        cards.write(out, "peers", result, cards.command_line(sys.argv[1:]))
 
 
 @command(app, "sensitivity")
@@ -175,6 +223,96 @@ def geneval(
             console.print(f"Score them in GenEval's own environment: evaluation/evaluate_images.py {folder}")
 
 
+@command(app, "export")
+def export_command(
+    tool: Annotated[str, typer.Argument(help="dpg, hpsv2, image_reward or fid.")],
+    prompts: Annotated[Path, typer.Argument(help="The tool's own prompts; see the notes on official tools.")],
+    folder: Annotated[Path, typer.Argument(help="Where the pictures go; nothing else may lie there.")],
+    model: Model = "lite",
+    steps: Steps = None,
+    guidance: Guidance = None,
+    shift: Shift = None,
+    size: Annotated[int | None, typer.Option(help="Side of each picture in pixels; as drawn when not given.")] = None,
+    resize: Annotated[str, typer.Option(help="How it gets there: bicubic or lanczos.")] = "none",
+    batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 16,
+    text_encoder: TextEncoder = None,
+    vae: Vae = None,
+    lora: Lora = None,
+    variant: Variant = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Draw the pictures that DPG-Bench, HPSv2.1, ImageReward or a FID tool reads; continues after a stop."""
+    with output(json) as result:
+        from nitro_e_lite import load_pipeline
+        from nitro_e_lite.evaluation import official_tools
+        from nitro_e_lite.inference.arguments import as_integer
+
+        wanted = official_tools.targets(tool, prompts)
+        as_integer("batch", batch, 1)
+        check_output(folder, "folder")
+        pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora, variant=variant)
+        sampler = pipeline.sampler(steps, guidance, shift)
+        files = official_tools.export(pipeline, tool, wanted, folder, sampler, size, resize, batch)
+        result |= settings(pipeline, model, sampler) | {"tool": tool, "files": files}
+        if not json:
+            console.print(f"{files} files for {tool} in {folder}", soft_wrap=True)
+
+
+@command(app, "scores")
+def scores(
+    tool: Annotated[str, typer.Argument(help="geneval, dpg, hpsv2, image_reward or fid.")],
+    printed: Annotated[Path, typer.Argument(help="What the tool wrote or printed.")],
+    prompts: Annotated[Path, typer.Argument(help="The prompts that the pictures were drawn from.")],
+    folder: Annotated[Path, typer.Argument(help="The folder of the pictures.")],
+    out: Annotated[Path | None, typer.Option(help="Also write a result card to this file.")] = None,
+    json: Json = False,
+) -> None:
+    """Read the output of an official tool, count it, and make a result card of it."""
+    with output(json) as result:
+        from nitro_e_lite.evaluation import cards, official_geneval, official_tools
+
+        if tool == "geneval":
+            found = official_geneval.read_results(printed, official_geneval.read_metadata(prompts))
+        else:
+            found = official_tools.read_scores(tool, printed, official_tools.targets(tool, prompts))
+        result |= official_tools.make_card(tool, found, folder)
+        if out is not None:
+            cards.write(out, tool, result, cards.command_line(["scores", tool]))
+        if not json:
+            rows = [[name, f"{value:.4f}"] for name, value in found.get("categories", {}).items()]
+            show_table(f"{tool}, {found['images']} pictures", ["", ""], [*rows, ["overall", f"{found['overall']:.4f}"]])
+
+
+@command(app, "tables")
+def tables_command(
+    recount: Annotated[bool, typer.Option("--count", help="Count parameters, FLOPs and bytes again first.")] = False,
+    json: Json = False,
+) -> None:
+    """Build README's results table and the figure beside it from the result cards, and print Table 2."""
+    with output(json) as result:
+        from nitro_e_lite import files
+        from nitro_e_lite.evaluation import cards, tables
+
+        root = files.repo_root()
+        if root is None:
+            raise Unusable("README.md: only a checkout of the repository has it; clone it and install with -e")
+        if recount:
+            cards.write(cards.FOLDER / "counts.json", "counts", tables.count_all(), "nitro-e tables --count")
+        found, readme = cards.load(), root / "README.md"
+        before = readme.read_text(encoding="utf-8")
+        after = tables.rebuild(before, found)
+        if after != before:
+            files.write_atomically(readme, after)
+        figure = tables.save_figure(found)
+        result |= {"cards": sorted(found), "readme_changed": after != before, "figure": figure.name}
+        result["table2"] = tables.table2(found).splitlines()
+        if not json:
+            print(tables.table2(found))
+            console.print(f"README.md {'rebuilt' if after != before else 'unchanged'}, {figure.name}", soft_wrap=True)
+
+
 @command(reward_app, "serve")
 def reward_serve(
     reward: Annotated[str, typer.Argument(help="geneval, partial or redness.")] = "geneval",
@@ -234,6 +372,7 @@ def evaluate(
     vae: Vae = None,
     lora: Lora = None,
     variant: Variant = None,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Transformer in FP8, as far as the device can.")] = False,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
@@ -241,6 +380,7 @@ def evaluate(
     """Score a model on GenEval-lite: six categories, a 95 % interval and the whole recipe."""
     with output(json) as result:
         from nitro_e_lite import load_pipeline, viz
+        from nitro_e_lite.evaluation import cards
         from nitro_e_lite.evaluation.geneval_lite import evaluate as run
         from nitro_e_lite.scenes.geneval import SPLITS, load_prompts, read_prompts
 
@@ -252,10 +392,12 @@ def evaluate(
                 check_output(path, "file")
         if grid and grid.suffix.lower() != ".png":
             raise InvalidValue(f"grid: {grid.name!r} must end in .png")
-        pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora, variant=variant)
+        parts = {"text_encoder": text_encoder, "vae": vae, "lora": lora, "variant": variant}
+        pipeline = load_pipeline(model, device, dtype, quantization="fp8" if fp8 else None, **parts)
         sampler = {"steps": steps, "guidance": guidance, "shift": shift, "batch_size": batch}
         found = run(pipeline, asked, seeds=range(seeds), keep_images=grid is not None, **sampler)
         found.card.update(model=model, prompt_list=prompts.name if prompts else split)
+        found.card["command"] = cards.command_line(sys.argv[1:])
         result |= found.card
         if not json:
             score = found.score

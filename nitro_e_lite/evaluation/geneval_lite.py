@@ -22,12 +22,13 @@ from tqdm.auto import tqdm
 
 from nitro_e_lite import runtime
 from nitro_e_lite.errors import InvalidValue
-from nitro_e_lite.evaluation.official_geneval import check_folder, check_names, write_sample
+from nitro_e_lite.evaluation.official_geneval import check_folder, check_names, declare, write_sample
 from nitro_e_lite.files import run_lock, write_atomically
 from nitro_e_lite.inference.arguments import as_integer, seeded_generators
 from nitro_e_lite.inference.hub import weights_hash
 from nitro_e_lite.inference.pipeline import NitroEPipeline, Sampler
 from nitro_e_lite.scenes.geneval import Prompt, Score, Verdict, score, verify
+from nitro_e_lite.scenes.verifier import VERSION
 from nitro_e_lite.viz import image_grid
 
 SEED_STRIDE = 1_000_000  # picture seed = SEED_STRIDE * seed + place of the prompt
@@ -124,8 +125,9 @@ def evaluate(
     asked = [prompt for prompt, _ in jobs]
     result = score(asked, verdicts)
     recipe = {"seconds": round(seconds, 2), "seeds": seeds, **dataclasses.asdict(sampler)}
-    recipe |= {"prompts": len(prompts), "images_expected": len(prompts) * len(seeds)}
-    card = dataclasses.asdict(result) | recipe | describe(pipeline)
+    recipe |= {"prompts": len(prompts), "images_expected": len(prompts) * len(seeds), "verifier": VERSION}
+    recipe["verdicts"] = "".join(str(int(verdict.correct)) for verdict in verdicts)  # one a picture, seed by seed
+    card = {"kind": "geneval_lite"} | dataclasses.asdict(result) | recipe | describe(pipeline)
     return Evaluation(result, card, asked, verdicts, images)
 
 
@@ -154,7 +156,9 @@ def draw_for_geneval(
     """
     each, root, sampler = as_integer("each", each, 1), Path(root), sampler or pipeline.sampler()
     check_names(root, len(metadata))
+    about = dataclasses.asdict(sampler) | {"seeds": list(range(each))} | describe(pipeline)
     with run_lock(root, name="folder"):
+        declare(root, about, free=("environment", "seeds"))
         for place, entry in enumerate(tqdm(metadata, desc="drawing", unit="prompt", disable=None)):
             if not (root / f"{place:05d}").exists():
                 jobs = [(entry["prompt"], picture_seed(number, place)) for number in range(each)]
@@ -188,5 +192,6 @@ def describe(pipeline: NitroEPipeline) -> dict[str, Any]:
         "device": str(pipeline.device),
         "weights_sha256": weights_hash(parts),
         "transformer_parameters": sum(p.numel() for p in pipeline.transformer.parameters()),
+        **({"fp8": report.rung} if (report := getattr(pipeline.transformer, "fp8_report", None)) else {}),
         "environment": runtime.environment_report(),
     }

@@ -17,14 +17,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from nitro_e_lite.errors import InvalidValue
-from nitro_e_lite.files import read_json, read_jsonl
+from nitro_e_lite.files import read_json, read_jsonl, write_atomically
 
 KEYS = {"tag": str, "include": list, "prompt": str}
 
@@ -76,11 +79,72 @@ def read_metadata(path: str | Path) -> list[dict]:
     return found
 
 
+def read_results(path: str | Path, metadata: Sequence[dict], images_per_prompt: int = 4) -> dict[str, Any]:
+    """The official scorer's `results.jsonl`, summed up as its `summary_scores.py` does.
+
+    Args:
+        path: the file, one JSON object a picture.
+        metadata: the benchmark's prompts.
+        images_per_prompt: pictures that each must have.
+
+    Returns:
+        `overall`, the mean of `categories`, which are means over pictures by tag in order of appearance; `images`,
+        `images_expected`, `prompts`, and the shares `correct_images` and `correct_prompts` (any picture of a prompt).
+
+    Raises:
+        ValueError: a line of another form, or prompts that are missing, too many or not the benchmark's.
+    """
+    rows = list(read_jsonl(path))
+    if bad := [k for k, row in enumerate(rows, 1) if not {"tag", "prompt", "correct", "metadata"} <= set(row)]:
+        raise InvalidValue(f"{path}, line {bad[0]}: lacks one of tag, prompt, correct, metadata")
+    tags: dict[str, list[bool]] = {}
+    prompts: dict[str, list[bool]] = {}
+    for row in rows:
+        tags.setdefault(row["tag"], []).append(bool(row["correct"]))
+        prompts.setdefault(str(row["metadata"]), []).append(bool(row["correct"]))
+    found = Counter(row["prompt"] for row in rows)
+    wanted = Counter({entry["prompt"]: images_per_prompt for entry in metadata})
+    if wrong := sorted((wanted - found) + (found - wanted)):
+        rule = f"{found[wrong[0]]} results of {wrong[0]!r}, must be {wanted[wrong[0]]}"
+        raise InvalidValue(f"{path}: {rule}; the first of {len(wrong)} prompts")
+    categories = {tag: fmean(marks) for tag, marks in tags.items()}
+    return {
+        "overall": fmean(categories.values()),
+        "categories": categories,
+        "images": len(rows),
+        "images_expected": len(metadata) * images_per_prompt,
+        "prompts": len(prompts),
+        "correct_images": fmean(bool(row["correct"]) for row in rows),
+        "correct_prompts": fmean(any(marks) for marks in prompts.values()),
+    }
+
+
 def _check_entry(entry: dict) -> dict:
     if any(not isinstance(entry.get(key), kind) for key, kind in KEYS.items()):
         kinds = ", ".join(f"{key} (a {'list' if kind is list else 'string'})" for key, kind in KEYS.items())
         raise InvalidValue(f"must be an object with {kinds}")
     return entry
+
+
+def manifest_path(root: str | Path) -> Path:
+    """Where it is told what the pictures in a folder are: beside it, since tools read all that is inside."""
+    return Path(f"{str(root).rstrip('/')}.export.json")
+
+
+def declare(root: str | Path, about: dict[str, Any], free: Sequence[str] = ("environment",)) -> None:
+    """Writes down what the pictures in a folder are, or compares it with what was written before the first of them.
+
+    Raises:
+        ValueError: the folder holds pictures of other weights or settings; fields in `free` may differ.
+    """
+    path = manifest_path(root)
+    if path.is_file():
+        known = read_json(path)
+        if differ := [name for name in about if name not in free and known.get(name) != about[name]]:
+            was, now = known.get(differ[0]), about[differ[0]]
+            raise InvalidValue(f"{root}: holds pictures with {differ[0]} {was}, not {now}; name another folder")
+    else:
+        write_atomically(path, json.dumps(about, indent=1) + "\n")
 
 
 def check_names(root: str | Path, prompts: int) -> None:

@@ -25,6 +25,7 @@ from nitro_e_lite.scenes.grammar import COLORS, SHAPES
 from nitro_e_lite.scenes.render import signed_distance
 from nitro_e_lite.scenes.segments import Segment, centre_and_area, find_segments, outline
 
+VERSION = 1  # of the verdicts: raised when a picture may be read otherwise; cards of two versions are not compared
 UNKNOWN = "unknown"
 MIN_OVERLAP = 0.85  # IoU with the best template
 MIN_LEAD = 0.05  # and how much the next shape must stay behind

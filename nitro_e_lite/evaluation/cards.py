@@ -1,0 +1,130 @@
+"""Result cards: the only source of tables.
+
+A card is a JSON file that one command wrote: what came out, and all that it depends on. `check` refuses one that lacks
+a part of its recipe, or was made from fewer pictures than its benchmark has: the official tools print a mean of
+whatever they found, and a published 0.66 of 544 prompts is not comparable with one of 553.
+
+`cards/` holds those of this repository. Kinds are in `KINDS`; "noted" is for figures that stood in README before there
+were cards, with the command that printed them: they say so, and are replaced when the command is run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nitro_e_lite import runtime
+from nitro_e_lite.errors import InvalidValue
+from nitro_e_lite.files import read_json, write_atomically
+from nitro_e_lite.scenes.verifier import VERSION
+from nitro_e_lite.stats import paired_interval
+
+FOLDER = Path(__file__).with_suffix("")
+RECIPE = ("weights_sha256", "sampler", "steps", "guidance", "seeds", "environment")  # of every score of a model
+KINDS: dict[str, tuple[str, ...]] = {
+    "geneval_lite": (*RECIPE, "sigma_grid", "shift", "dtype", "overall", "low", "high", "categories", "verifier"),
+    "geneval": (*RECIPE, "overall", "categories"),
+    "dpg": (*RECIPE, "overall"),
+    "hpsv2": (*RECIPE, "overall", "categories"),
+    "image_reward": (*RECIPE, "overall"),
+    "fid": (*RECIPE, "overall", "tool", "resize"),
+    "peers": ("rows", "ratios", "environment"),
+    "counts": ("rows", "environment"),
+    "noted": ("from", "values"),
+}
+"""Kind -> what a card of it must hold besides `command`."""
+PICTURES = {"geneval": 2212, "dpg": 1065, "hpsv2": 3200}
+"""Benchmark -> pictures (for DPG: files of four), when it is complete."""
+PROMPTS = {"held_out_prompts": 300, "held_out_compositions": 96}
+
+
+def command_line(words: Sequence[str]) -> str:
+    """`nitro-e ...` as it was typed, without the place of its output, which is this machine's."""
+    kept, skip = ["nitro-e"], False
+    for word in words:
+        if not skip and word not in ("--out", "--json") and not word.startswith("--out="):
+            kept.append(word)
+        skip = word == "--out"
+    return " ".join(kept)
+
+
+def check(card: Mapping[str, Any], name: str = "card") -> None:
+    """Refuses a card from which no table may be made.
+
+    Raises:
+        ValueError: an unknown kind, a missing part of the recipe, a wrong number of pictures, a score out of its range,
+            or verdicts of another version of the verifier; the first thing wrong is named.
+    """
+    kind = card.get("kind")
+    if kind not in KINDS:
+        raise InvalidValue(f"{name}: kind {kind!r} is not one of {', '.join(KINDS)}")
+    missing = [field for field in ("command", *KINDS[kind]) if card.get(field) in (None, "", [], {})]
+    if missing:
+        raise InvalidValue(f"{name}: lacks {', '.join(missing)}")
+    if "weights_sha256" not in KINDS[kind]:
+        return
+    expected, found = card.get("images_expected"), card.get("images")
+    wanted = _complete(card) or expected
+    if not found == expected == wanted:
+        raise InvalidValue(f"{name}: made from {found} pictures, {expected} asked for; {kind} has {wanted}")
+    if kind == "geneval_lite":
+        if card["verifier"] != VERSION:
+            raise InvalidValue(f"{name}: judged by version {card['verifier']} of the verifier, this is {VERSION}")
+        if not 0 <= card["low"] <= card["overall"] <= card["high"] <= 1:
+            raise InvalidValue(f"{name}: {card['low']} to {card['high']} is no interval around {card['overall']}")
+
+
+def _complete(card: Mapping[str, Any]) -> int | None:
+    """How many pictures a complete run has; None when that depends on a list of the user's own."""
+    if card["kind"] == "geneval_lite" and card.get("prompt_list") in PROMPTS:
+        return PROMPTS[card["prompt_list"]] * len(card["seeds"])
+    return PICTURES.get(card["kind"])
+
+
+def write(path: str | Path, kind: str, values: Mapping[str, Any], command: str) -> Path:
+    """Writes a card, checked.
+
+    Raises:
+        ValueError: see `check`.
+    """
+    path = Path(path)
+    card = {"kind": kind, "command": command, "environment": runtime.environment_report()} | dict(values)
+    check(card, path.name)
+    write_atomically(path, json.dumps(card, indent=1, ensure_ascii=False) + "\n")
+    return path
+
+
+def load(folder: str | Path = FOLDER) -> dict[str, dict[str, Any]]:
+    """The cards of a folder by name, each checked.
+
+    Raises:
+        ValueError: see `check`.
+    """
+    found = {path.stem: read_json(path) for path in sorted(Path(folder).glob("*.json"))}
+    for name, card in found.items():
+        check(card, name)
+    return found
+
+
+def fingerprint(cards: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Name -> hash of the contents: what a figure was made from."""
+    text = {name: json.dumps(card, sort_keys=True) for name, card in cards.items()}
+    return {name: hashlib.sha256(one.encode()).hexdigest()[:12] for name, one in text.items()}
+
+
+def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Difference of two GenEval-lite scores on the same pictures, picture by picture, with its 95 % interval.
+
+    Raises:
+        ValueError: cards of other prompts, seeds or verifiers, or without verdicts.
+    """
+    for name in ("prompt_list", "seeds", "verifier", "prompts"):
+        if first.get(name) != second.get(name):
+            raise InvalidValue(f"cards: {name} differs, {first.get(name)} and {second.get(name)}")
+    if not first.get("verdicts") or not second.get("verdicts"):
+        raise InvalidValue("cards: one has no verdicts; evaluate again")
+    right = [[float(mark) for mark in card["verdicts"]] for card in (first, second)]
+    return paired_interval(*right, [k % first["prompts"] for k in range(len(right[0]))])

@@ -1,0 +1,134 @@
+"""README's results table and the figure beside it, made from result cards and from nothing else.
+
+`results.json` has the rows in words: what, the paper's figure, and a template that names cards and their fields. Table 2
+puts the paper's column beside what is counted here; a figure in the manner of the paper's Figure 1 shows speed against
+quality, the paper's models by its own numbers, the lite models by their cards.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+
+from nitro_e_lite import viz
+from nitro_e_lite.errors import InvalidValue
+from nitro_e_lite.evaluation import cards as result_cards
+from nitro_e_lite.evaluation import peers
+from nitro_e_lite.files import read_json
+from nitro_e_lite.inference.loading import load_transformer
+from nitro_e_lite.model import fp8
+from nitro_e_lite.model.flops import build_on_meta, model_config
+from nitro_e_lite.model.fp8_ladder import Choice
+
+ROWS = Path(__file__).with_name("results.json")
+BEGIN, END = "<!-- written by nitro-e tables -->", "<!-- end of what nitro-e tables wrote -->"
+FIGURE = "speed_and_quality"
+Cards = Mapping[str, Mapping[str, Any]]
+
+
+def count_all() -> dict[str, Any]:
+    """What can be counted without drawing: every row of Table 2, the text encoders, and the bytes in FP8.
+
+    Returns:
+        The values of a card of the kind "counts".
+    """
+    found = {key: peers.count(peer) for key, peer in peers.load_peers().items()}
+    rows = {
+        key: {"parameters": one.parameters, "tflops_weights": one.weights / 1e12, "tflops": one.tflops}
+        for key, one in found.items()
+        if one is not None
+    }
+    ratios = {}
+    for size in ("full", "lite"):
+        model = build_on_meta(model_config(size)).to(torch.bfloat16)
+        ratios[size] = fp8.quantize_model(model, choice=Choice("weight_only")).bytes.ratio
+    with tempfile.TemporaryDirectory() as folder:
+        model = load_transformer("lite").to(torch.bfloat16)
+        fp8.quantize_model(model, choice=Choice("weight_only"))
+        ratios["lite_file"] = fp8.file_bytes(fp8.save(model, folder)).ratio
+    return {"rows": rows, "fp8": ratios}
+
+
+def results_table(cards: Cards) -> str:
+    """The rows of `results.json`, filled in.
+
+    Raises:
+        ValueError: a row names a card or a field that is not there.
+    """
+    lines = ["| what | paper | measured or computed here | command |", "|---|---|---|---|"]
+    for row in read_json(ROWS)["rows"]:
+        try:
+            here, command = (row[name].format(**cards) for name in ("here", "command"))
+        except KeyError as error:
+            raise InvalidValue(f"{ROWS.name}, {row['what']!r}: there is no card or field {error}") from None
+        lines.append(f"| {row['what']} | {row['paper']} | {here} | `{command}` |")
+    return "\n".join(lines)
+
+
+def rebuild(readme: str, cards: Cards) -> str:
+    """README's text with the table rebuilt between its two markers.
+
+    Raises:
+        ValueError: the markers are not there.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise InvalidValue(f"README.md: lacks {BEGIN if not begin else END}")
+    return f"{before}{BEGIN}\n{results_table(cards)}\n{END}{after}"
+
+
+def table2(cards: Cards) -> str:
+    """Table 2: the paper's column, the count of this package, and why they differ where they do."""
+    counts = cards["counts"]["rows"]
+    lines = ["| model | M parameters, paper | here | TFLOPs, paper | here | img/s | GenEval | note |", "|" + "---|" * 8]
+    for key, peer in peers.table_rows().items():
+        told, found = peer.paper, counts.get(key)
+        here = (f"{found['parameters'] / 1e6:,.1f}", f"{found['tflops']:.2f}") if found else ("not counted",) * 2
+        cells = [peer.name, f"{told['parameters_m']:,}", here[0], f"{told['tflops']:.2f}", here[1]]
+        cells += [f"{told['images_per_second']:.2f}", f"{told['geneval']:.2f}", peer.note]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def speed_and_quality(cards: Cards) -> Figure:
+    """Speed against quality: the paper's models by its own numbers, areas by parameters; the lite models by cards."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", width_ratios=(2, 1))
+    counts = cards["counts"]["rows"]
+    for key, peer in peers.table_rows().items():
+        x, y = peer.paper["images_per_second"], peer.paper["geneval"]
+        size = counts[key]["parameters"] if key in counts else 1e6 * peer.paper["parameters_m"]
+        color = viz.COLORS[3] if key.startswith("e_mmdit") else viz.COLORS[6]
+        axes[0].scatter(x, y, s=size / 2e7, color=color, alpha=0.6, linewidths=0)
+        axes[0].annotate(peer.name, (x, y), fontsize=6.5, ha="center", va="center")
+    axes[0].set(xscale="log", xlabel="pictures a second, batch 32, one MI300X (paper)", ylabel="GenEval (paper)")
+    axes[0].set_title("Table 2: areas are parameters", fontsize=9)
+    for name, card in lite_cards(cards).items():
+        x = card["seconds"] / card["images"]
+        error = [[card["overall"] - card["low"]], [card["high"] - card["overall"]]]
+        axes[1].errorbar(x, card["overall"], error, fmt="o", capsize=3, label=f"{name}, {card['steps']} steps")
+    axes[1].set(xlabel="seconds a picture, machine busy with other work", ylabel="GenEval-lite", ylim=(0, 1))
+    axes[1].set_title("lite models: cards of this repository", fontsize=9)
+    axes[1].legend(frameon=False, fontsize=7, loc="lower right")
+    return figure
+
+
+def lite_cards(cards: Cards) -> dict[str, Mapping[str, Any]]:
+    """Those of them that score a lite model."""
+    return {name: card for name, card in cards.items() if card["kind"] == "geneval_lite"}
+
+
+def save_figure(cards: Cards) -> Path:
+    """Draws the figure into `figures/`; its entry in the ledger names the cards by their hashes."""
+    shown = {"counts": cards["counts"], **lite_cards(cards)}
+    alt = "Pictures a second against GenEval for sixteen models, E-MMDiT at the right; GenEval-lite of lite models."
+    params = {"cards": result_cards.fingerprint(shown)}
+    figure = speed_and_quality(cards)
+    plt.close(figure)
+    return viz.save_figure(figure, FIGURE, source="nitro-e tables", params=params, seed=None, alt=alt)
