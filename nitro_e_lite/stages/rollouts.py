@@ -209,6 +209,7 @@ class Rewards(Stage):
         self.modules = {"transformer": Trainable(self.model, optimizers, schedule, config.optimizer.clip)}
         self.sigmas = self._grid()  # (K + 1) numbers from 1 to 0
         self.rollout: dict[str, Tensor] = {}
+        self.teaches: list[bool] = []  # by row: whether it counts
         self.rollout_step, self.asked, self.report = -1, [], {}
         self.no_text = self.pipeline.encode_captions([""])  # (1, L, Dc)
 
@@ -297,17 +298,24 @@ class Rewards(Stage):
     def before_rollout(self, step: int) -> None:
         """What a method does at the start of an iteration."""
 
-    def batch(self, step: int, part: int) -> tuple[dict[str, Tensor], Tensor, list[int]]:
+    def batch(self, step: int, part: int, taught: bool = False) -> tuple[dict[str, Tensor], Tensor, list[int]]:
         """What part `part` of a step learns from: rows of the roll-out, their text features (n, L, Dc), their places.
 
         The first step of an iteration makes the roll-out.
+
+        Args:
+            step, part: see `Stage.losses`.
+            taught: leave out rows that would count for nothing, and with them their cost; "weight" makes up for it.
         """
         first = step - step % self.config.updates
         if self.rollout_step != first:
             self.before_rollout(first)
             self._roll_out(first)
-        places = self._places(step - first, part)
+        places = every = self._places(step - first, part)
+        if taught:
+            places = [place for place in every if self.teaches[place]] or every[:1]
         rows = {name: value[places].to(self.placement.device) for name, value in self.rollout.items()}
+        rows["weight"] = rows["weight"] * (len(places) / len(every))  # the mean over rows stays what it was
         return rows, self.features[self._groups(places)], places
 
     def _places(self, update: int, part: int) -> list[int]:
@@ -345,7 +353,7 @@ class Rewards(Stage):
         weights = row_weights(flat, config.batch_size, config.drop_flat_groups)
         device = self.placement.device
         self.rollout = rollout | {"advantage": advantages.to(device), "weight": weights.to(device)}
-        self.rollout_step = step
+        self.rollout_step, self.teaches = step, (weights > 0).tolist()
         self.prompts.learn(self.asked, scores[:, 0].reshape(-1, config.group) > PASSES)
         self.report = {"reward": float(add_rewards(scores, self.reward_weights, False).mean())}
         self.report |= {f"reward_{r.name}": float(x.mean()) for r, x in zip(self.rewards, scores.T, strict=True)}
@@ -419,6 +427,7 @@ class Rewards(Stage):
         device = self.placement.device
         mine = {name: value for name, value in state.items() if name.startswith("rollout.")}
         self.rollout = {name.removeprefix("rollout."): value.to(device) for name, value in mine.items()}
+        self.teaches = (self.rollout["weight"] > 0).tolist() if mine else []
         if state["asked"]:
             self._ask(self.prompts.read(state["asked"]))
 
