@@ -131,6 +131,7 @@ _REWARDS = RewardConfig(
     precision="auto",
     deviation="group",
     validation_prompts=20,
+    snapshot_every=20,
     optimizer=dataclasses.replace(RewardConfig().optimizer, clip=0.1, decay_steps=60),
 )
 
@@ -148,6 +149,9 @@ _REWARDS_SMOKE = dataclasses.replace(
     sample_every=4,
     rollout_steps=4,
     validation_prompts=1,
+    snapshot_every=0,
+    stop_drop=0.0,  # a few steps on a few pictures: nothing to judge
+    stop_diversity=0.0,
     adapter=AdapterConfig(rank=4, alpha=8.0),
     grpo=GrpoConfig(window=2, window_range=3),
 )
