@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import sys
 import threading
 import time
@@ -25,9 +26,10 @@ from nitro_e_lite.evaluation import learned_judges, watch
 from nitro_e_lite.evaluation import rewards as judges
 from nitro_e_lite.evaluation.rewards import RemoteReward, RewardServer
 from nitro_e_lite.experiments.launch import train_arguments
+from nitro_e_lite.experiments.ship import ship_student
 from nitro_e_lite.experiments.worker import run_name
 from nitro_e_lite.files import read_jsonl
-from nitro_e_lite.inference.loading import load_pipeline
+from nitro_e_lite.inference.loading import load_pipeline, load_transformer
 from nitro_e_lite.model import flow
 from nitro_e_lite.presets import preset
 from nitro_e_lite.scenes import captions, degrade, geneval, grammar
@@ -522,7 +524,7 @@ def test_a_reward_is_served_from_the_command_line(ranks, tmp_path):  # noqa: F81
     ranks.kill()
 
 
-def test_the_adapter_is_what_was_trained(small, tiny_folder, tmp_path):
+def test_the_adapter_is_what_was_trained(small, tiny_folder, tmp_path, monkeypatch):
     """Merged from the exported folder, the plain model draws what the run's average draws."""
     run = start(small("forward", "optimizer.lr=1e-2"), tmp_path)
     final = run.fit()
@@ -539,6 +541,27 @@ def test_the_adapter_is_what_was_trained(small, tiny_folder, tmp_path):
     assert (adapter.r, adapter.lora_alpha) == (4, 8) and {"attn.to_q", "ff.net.2"} <= set(adapter.target_modules)
     names = set(load_file(final / "adapter_model.safetensors"))
     assert "base_model.model.block_groups.0.0.attn.add_k_proj.lora_B.weight" in names
+    with pytest.raises(ValueError, match="or of rewards that started from lite"):
+        ship_student(tmp_path, str(tmp_path / "shipped"))
+    run_file = tmp_path / "config.json"
+    about = json.loads(run_file.read_text())
+    with monkeypatch.context() as patch:  # shipped, it is a name: the base merged, drawn as in its roll-outs
+        patch.setattr("nitro_e_lite.files.weights_dir", lambda: tmp_path / "weights")
+        shutil.copytree(tiny_folder, tmp_path / "weights" / "lite")
+        with pytest.raises(ValueError, match="'lite-grpo'.*nitro-e train rewards"):
+            load_pipeline("lite-grpo", "cpu")
+        run_file.write_text(json.dumps(about | {"config": about["config"] | {"start_from": "lite"}}))
+        folder = ship_student(tmp_path, "lite-grpo")
+        assert folder.name == "lite-grpo" and "hosts" not in (folder / "config.json").read_text()
+        named = load_pipeline("lite-grpo", "cpu")
+        assert named.sampler() == named.sampler(3, 0.0, 1.0)
+        with torch.no_grad():
+            torch.testing.assert_close(named.transformer(*inputs).sample, found, rtol=1e-2, atol=1e-2)  # float16
+        assert torch.equal(load_transformer("lite-grpo").pos_embed.pos_embed, named.transformer.pos_embed.pos_embed)
+        with pytest.raises(ValueError, match="lora: lite-grpo is an adapter itself"):
+            load_pipeline("lite-grpo", "cpu", lora=final)
+    run_file.write_text(json.dumps(about))
+    torch.testing.assert_close(load_pipeline(tmp_path, "cpu").transformer(*inputs).sample, found)
     only = small("forward", "adapter.targets=attention")
     assert not any(".mlp." in name for name in start(only, tmp_path / "attention").stage.adapter)
 
