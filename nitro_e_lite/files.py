@@ -84,7 +84,8 @@ MANIFEST = "SHA256SUMS"
 WINDOWS = os.name == "nt"
 
 
-STUDENTS = {"lite-4step": "distill", "lite-sprint": "sprint"}  # names of students, and the stages that make them
+# Names of models made from "lite", and the stages that make them.
+STUDENTS = {"lite-4step": "distill", "lite-sprint": "sprint", "lite-grpo": "rewards"}
 
 
 def weights_dir() -> Path:
@@ -118,7 +119,7 @@ def find_weights(source: str | Path, *parts: str) -> Path:
     looked_for = f" that holds {' or '.join(parts)}" if parts else ""
     if name in STUDENTS:
         raise MissingFile(
-            f"{name!r}: this student is not among the shipped weights ({', '.join(shipped) or 'none here'}) yet; train "
+            f"{name!r}: this model is not among the shipped weights ({', '.join(shipped) or 'none here'}) yet; train "
             f"it (nitro-e train {STUDENTS[name]}) and name the folder of the run"
         )
     if name in shipped:

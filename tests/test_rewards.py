@@ -1,8 +1,10 @@
 """Learning from rewards: formulae against independent ones, judges that fail, runs that are killed, and learning."""
 
 import dataclasses
+import json
 import math
 import re
+import shutil
 import sys
 import threading
 import time
@@ -20,17 +22,20 @@ from torch.distributions import Normal, kl_divergence
 
 from nitro_e_lite import config as settings
 from nitro_e_lite.config import override
+from nitro_e_lite.evaluation import learned_judges, watch
 from nitro_e_lite.evaluation import rewards as judges
 from nitro_e_lite.evaluation.rewards import RemoteReward, RewardServer
 from nitro_e_lite.experiments.launch import train_arguments
+from nitro_e_lite.experiments.ship import ship_student
 from nitro_e_lite.experiments.worker import run_name
 from nitro_e_lite.files import read_jsonl
-from nitro_e_lite.inference.loading import load_pipeline
+from nitro_e_lite.inference.loading import load_pipeline, load_transformer
 from nitro_e_lite.model import flow
 from nitro_e_lite.presets import preset
-from nitro_e_lite.scenes import captions, geneval, grammar
+from nitro_e_lite.scenes import captions, degrade, geneval, grammar
 from nitro_e_lite.scenes.render import render
 from nitro_e_lite.scenes.verifier import Detection, detect
+from nitro_e_lite.stages import judges as judge_stage
 from nitro_e_lite.stages.rewards_forward import ForwardRewards, forward_loss, old_decay, optimality
 from nitro_e_lite.stages.rewards_grpo import (
     GrpoRewards,
@@ -44,7 +49,7 @@ from nitro_e_lite.stages.rewards_grpo import (
 )
 from nitro_e_lite.stages.rollouts import Prompts, Rewards, group_advantages, group_distance, row_weights
 from nitro_e_lite.training.checkpoints import list_checkpoints, load_latest
-from nitro_e_lite.training.engine import Engine
+from nitro_e_lite.training.engine import Engine, Placement
 
 GOLDEN = Path(__file__).parent / "golden" / "flow_grpo_sde_step.safetensors"
 STAGES = {"grpo": GrpoRewards, "forward": ForwardRewards, "positive": ForwardRewards}
@@ -519,7 +524,7 @@ def test_a_reward_is_served_from_the_command_line(ranks, tmp_path):  # noqa: F81
     ranks.kill()
 
 
-def test_the_adapter_is_what_was_trained(small, tiny_folder, tmp_path):
+def test_the_adapter_is_what_was_trained(small, tiny_folder, tmp_path, monkeypatch):
     """Merged from the exported folder, the plain model draws what the run's average draws."""
     run = start(small("forward", "optimizer.lr=1e-2"), tmp_path)
     final = run.fit()
@@ -536,6 +541,27 @@ def test_the_adapter_is_what_was_trained(small, tiny_folder, tmp_path):
     assert (adapter.r, adapter.lora_alpha) == (4, 8) and {"attn.to_q", "ff.net.2"} <= set(adapter.target_modules)
     names = set(load_file(final / "adapter_model.safetensors"))
     assert "base_model.model.block_groups.0.0.attn.add_k_proj.lora_B.weight" in names
+    with pytest.raises(ValueError, match="or of rewards that started from lite"):
+        ship_student(tmp_path, str(tmp_path / "shipped"))
+    run_file = tmp_path / "config.json"
+    about = json.loads(run_file.read_text())
+    with monkeypatch.context() as patch:  # shipped, it is a name: the base merged, drawn as in its roll-outs
+        patch.setattr("nitro_e_lite.files.weights_dir", lambda: tmp_path / "weights")
+        shutil.copytree(tiny_folder, tmp_path / "weights" / "lite")
+        with pytest.raises(ValueError, match="'lite-grpo'.*nitro-e train rewards"):
+            load_pipeline("lite-grpo", "cpu")
+        run_file.write_text(json.dumps(about | {"config": about["config"] | {"start_from": "lite"}}))
+        folder = ship_student(tmp_path, "lite-grpo")
+        assert folder.name == "lite-grpo" and "hosts" not in (folder / "config.json").read_text()
+        named = load_pipeline("lite-grpo", "cpu")
+        assert named.sampler() == named.sampler(3, 0.0, 1.0)
+        with torch.no_grad():
+            torch.testing.assert_close(named.transformer(*inputs).sample, found, rtol=1e-2, atol=1e-2)  # float16
+        assert torch.equal(load_transformer("lite-grpo").pos_embed.pos_embed, named.transformer.pos_embed.pos_embed)
+        with pytest.raises(ValueError, match="lora: lite-grpo is an adapter itself"):
+            load_pipeline("lite-grpo", "cpu", lora=final)
+    run_file.write_text(json.dumps(about))
+    torch.testing.assert_close(load_pipeline(tmp_path, "cpu").transformer(*inputs).sample, found)
     only = small("forward", "adapter.targets=attention")
     assert not any(".mlp." in name for name in start(only, tmp_path / "attention").stage.adapter)
 
@@ -588,3 +614,92 @@ def test_words_of_a_run_are_its_configuration():
     assert run_name(config) == "rewards" and run_name(preset("base", "lite")) == "transformer"
     with pytest.raises(TypeError, match="RunConfig describes no run"):
         run_name(settings.RunConfig())
+
+
+# -- learned judges
+
+
+def test_preference_is_bradley_and_terry():
+    better, worse = torch.randn(2, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    chance = better.exp() / (better.exp() + worse.exp())
+    torch.testing.assert_close(learned_judges.preference_loss(better, worse), -chance.log())
+
+
+def test_a_fault_is_one(tmp_path):
+    scene = grammar.sample_scene(3, 5)
+    clean, rows = render(scene), {}
+    for fault in degrade.FAULTS:
+        rows[fault] = degrade.degrade(scene, fault, np.random.default_rng(1))
+        assert rows[fault].shape == clean.shape and rows[fault].dtype == np.uint8
+        assert np.array_equal(rows[fault], degrade.degrade(scene, fault, np.random.default_rng(1)))
+        assert not np.array_equal(rows[fault], clean)
+    seen = dict(zip(rows, watch.picture_statistics(np.stack(list(rows.values()))), strict=True))
+    edges, entropy, background = watch.picture_statistics(clean[None])[0]
+    assert seen["noise"][0] > 3 * edges and seen["blur"][0] < edges and seen["background"][2] > 3 * background
+    flat = np.full((1, 16, 16, 3), 200, np.uint8)
+    assert watch.picture_statistics(flat)[0].tolist() == [0, 0, 0] and entropy > 0
+    with pytest.raises(ValueError, match="fault='ugly'"):
+        degrade.degrade(scene, "ugly", np.random.default_rng(0))
+
+
+def test_judges_learn_and_are_loaded_as_they_were(tmp_path):
+    for kind, model in judge_stage.KINDS.items():
+        recipe = override(judge_stage.RECIPES[kind], ["steps=2", "batch_size=5", "validation_scenes=5"])
+        final = judge_stage.train_judge(recipe, tmp_path / kind, device="cpu")
+        rows = list(read_jsonl(tmp_path / kind / "metrics.jsonl"))
+        assert any("held_out_right" in row for row in rows)
+        found, torch_input = learned_judges.load_judge(model, tmp_path / kind), torch.zeros(1, 3, 128, 128)
+        engine = Engine(recipe, judge_stage.Judges, tmp_path / kind, resume=True, device="cpu")
+        for one, two in zip(found(torch_input), engine.stage.model.eval()(torch_input), strict=True):
+            torch.testing.assert_close(one, two)
+        assert [path.name for path in final.iterdir()] == [f"{kind}.safetensors"]
+    with pytest.raises(FileNotFoundError, match="nitro-e train judge reader"):
+        learned_judges.load_judge(learned_judges.SceneReader, tmp_path / "preference")
+
+
+def test_shipped_judges_are_right_on_scenes_they_never_saw(tmp_path):
+    """Forty pairs through the autoencoder; the reader on true scenes of held-out prompts and on wrong ones."""
+    stage = judge_stage.Judges(judge_stage.RECIPES["preference"], Placement(torch.device("cpu"), torch.float32, ()))
+    stage.model = learned_judges.load_judge(learned_judges.PreferenceModel)
+    with torch.no_grad():
+        right = stage.pair_losses(judge_stage.HELD_OUT_SEED, list(range(500, 540)))["right"].mean().item()
+    reader, prompts = learned_judges.load_judge(learned_judges.SceneReader), geneval.load_prompts()[::6]
+    pictures = np.stack([render(geneval.true_scene(prompt)) for prompt in prompts])
+    found, wrong = reader.right(pictures, prompts).mean(), reader.right(pictures, prompts[::-1]).mean()
+    print(f"preference right on {right:.3f} of pairs; reader right on {found:.3f} of true scenes, {wrong:.3f} of wrong")
+    assert right >= 0.9 and found >= 0.9 and wrong < 0.1
+
+
+def test_a_run_that_is_hacked_is_stopped():
+    stop = watch.EarlyStop(0.1, 0.7)
+    for step, distance in enumerate([1.0, 1.1, 0.9, 0.8]):
+        stop.rolled_out(step, distance)
+    stop.held_out(20, 0.8)
+    stop.held_out(40, 0.75)
+    again = watch.EarlyStop(0.1, 0.7)
+    again.load_state(json.loads(json.dumps(stop.state())))
+    with pytest.raises(RuntimeError, match=r"gate held-out: at step 60 .* 0\.690.*best, 0\.800.*that of step 20"):
+        again.held_out(60, 0.69)
+    with pytest.raises(RuntimeError, match=r"gate diversity: .* 0\.\d+, 6\d% of what it was"):
+        for step in range(8):
+            again.rolled_out(step, 0.5)
+    watch.EarlyStop(0, 0).held_out(1, 0.5)
+    rows = [{"step": k, "reward": k / 3, "geneval": 0.5, "geneval_low": 0.4, "geneval_high": 0.6} for k in (2, 4)]
+    assert [len(axis.lines) for axis in watch.reward_figure(rows, "a run").axes] == [2, 0, 0, 0, 0, 0]
+
+
+def test_rows_that_teach_nothing_change_nothing_but_the_cost(small, tmp_path):
+    """The gradient of a step with a flat group is that of the same step with all rows in it."""
+    stage = start(small("forward", "forward.reference_weight=0", "batch_size=8"), tmp_path).stage
+    stage.losses(0, 0)
+    flat = torch.arange(8) < 4
+    stage.rollout["advantage"][:8].masked_fill_(flat, 0.0)
+    stage.rollout["weight"][:8] = row_weights(flat, 8, True)
+    found = []
+    for teaches in ((stage.rollout["weight"] > 0).tolist(), [True] * 16):
+        stage.teaches = teaches
+        loss = stage.losses(0, 0)["transformer"]["loss"]
+        grads = torch.autograd.grad(loss.mean(), [p for n, p in stage.adapter.items() if "lora_B" in n])
+        found.append((len(loss), loss.mean(), torch.cat([g.flatten() for g in grads])))
+    assert (found[0][0], found[1][0]) == (8, 16)  # each at two noise levels
+    torch.testing.assert_close(found[0][1:], found[1][1:], rtol=1e-4, atol=1e-7)

@@ -333,6 +333,23 @@ def reward_serve(
         server.serve_forever()
 
 
+@command(reward_app, "plot")
+def reward_plot(
+    run: Annotated[Path, typer.Argument(help="Folder of a run of nitro-e train rewards.")],
+    out: Annotated[Path, typer.Option(help="The picture, a PNG.")] = Path("rewards.png"),
+) -> None:
+    """Draw what a run was paid beside what nobody pays for: judges, diversity, distances, statistics of pictures."""
+    from nitro_e_lite import files
+    from nitro_e_lite.evaluation.watch import reward_figure
+
+    files.check_output(out, "file")
+    rows = list(files.read_jsonl(run / "metrics.jsonl"))
+    if not any("reward" in row for row in rows):
+        raise InvalidValue(f"run={run}: its metrics.jsonl holds no reward")
+    reward_figure(rows, run.name).savefig(out, dpi=120, format="png")
+    console.print(str(out), markup=False, soft_wrap=True)
+
+
 @command(app, "doctor")
 def doctor(json: Json = False) -> None:
     """Say what is installed, where things would run and what is missing; exit code 1 if something is."""

@@ -201,6 +201,25 @@ def train_vision(
         finish(final)
 
 
+@command(train_app, "judge")
+def train_judge(
+    judge: Annotated[str, typer.Argument(help="preference, which rewards, or reader, which never does.")],
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    device: Device = None,
+) -> None:
+    """Train a small judge of pictures for stage 3; `RUN_DIR/metrics.jsonl` says how often it is right."""
+    from nitro_e_lite import config
+    from nitro_e_lite.stages import judges
+
+    if judge not in judges.RECIPES:
+        raise InvalidValue(f"judge={judge!r}: must be one of {', '.join(judges.RECIPES)}")
+    chosen = config.override(judges.RECIPES[judge], overrides or [])
+    with stoppable():
+        finish(judges.train_judge(chosen, run_dir or Path("runs") / judge, resume, device))
+
+
 def transformer_run(stage, preset, overrides):
     """The configuration of a run of stages 1 or 2, which compare, overfit and plan are about."""
     from nitro_e_lite import config, presets

@@ -4,7 +4,8 @@ Learning from rewards asks one thing of a judge, `score(pictures, prompts) -> (B
 is arithmetic, a network or a program in another environment on another machine is behind that line:
 
 * `geneval` is the strict verdict of GenEval-lite, 0 or 1; `partial` is its credit for what is right already, so that a
-  group of failures still says which way is better; `redness` is the easy reward of tests and lessons.
+  group of failures still says which way is better; `preference` likes clean pictures, see `learned_judges.py`;
+  `redness` is the easy reward of tests and lessons.
 * `RemoteReward` asks a server over HTTP. GenEval's detector and HPSv2.1 need environments of their own; `RewardServer`
   is the reference for such a server, and serves the lite rewards.
 
@@ -42,6 +43,7 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
 from nitro_e_lite.errors import InvalidValue, NotFinite, Unusable
+from nitro_e_lite.evaluation.learned_judges import PreferenceModel, load_judge
 from nitro_e_lite.scenes.geneval import Prompt, judge, true_scene
 from nitro_e_lite.scenes.grammar import COLORS
 from nitro_e_lite.scenes.render import render
@@ -109,6 +111,19 @@ class Redness:
         return red - (green + blue) / 2
 
 
+class Preference:
+    """How nice a picture is, whatever was asked: the lite preference model, see `learned_judges.py`."""
+
+    name = "preference"
+
+    def __init__(self):
+        self.model = load_judge(PreferenceModel)
+
+    def score(self, pictures: np.ndarray, prompts: Sequence[Asked]) -> np.ndarray:
+        """Log-odds (B,)."""
+        return self.model.score(pictures)
+
+
 def partial_credit(found: Sequence[Detection], prompt: Prompt) -> float:
     """The mean over what a prompt asks for, each in [0, 1]; 1 exactly for what `judge` calls correct.
 
@@ -143,7 +158,7 @@ def _detect_bytes(pixels: bytes, shape: tuple[int, ...]) -> tuple[Detection, ...
     return tuple(detect(np.frombuffer(pixels, np.uint8).reshape(shape)))
 
 
-LITE_REWARDS: dict[str, type] = {one.name: one for one in (GenEvalReward, PartialCredit, Redness)}
+LITE_REWARDS: dict[str, type] = {one.name: one for one in (GenEvalReward, PartialCredit, Redness, Preference)}
 
 
 def open_rewards(names: Sequence[str], timeout: float = 60, retries: int = 3, batch: int = 16) -> list[Reward]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from nitro_e_lite import files
 from nitro_e_lite.config import TrainConfig, to_dict
@@ -28,20 +29,21 @@ from nitro_e_lite.files import (
     write_manifest,
 )
 from nitro_e_lite.inference.encoders import load_encoders
-from nitro_e_lite.inference.loading import load_transformer
+from nitro_e_lite.inference.loading import ADAPTER, load_transformer
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.inference.vision import load_vision
 
 
 def ship_student(source: str | Path, name: str) -> Path:
-    """Puts a student of few steps beside the model whose encoders it shares, as its run without checkpoints.
+    """Puts what was made from "lite" beside it, as its run without checkpoints.
 
     Args:
-        source: a finished run of `nitro-e train distill` or `sprint`, trained with the encoders "lite".
+        source: a finished run of `nitro-e train distill` or `sprint` with the encoders "lite", or of `rewards` from it.
         name: of the shipped weights, or a folder.
 
     Returns:
-        The folder: `config.json` says how it was trained and draws, `final/` holds the transformer in float16.
+        The folder: `config.json` says how it was trained and draws, `final/` holds in float16 the student's transformer
+        or the adapter of `rewards`.
 
     Raises:
         ValueError: `source` is no such run.
@@ -49,12 +51,22 @@ def ship_student(source: str | Path, name: str) -> Path:
     run = Path(source) / "config.json"
     about = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
     trained = about.get("config", {})
-    if trained.get("stage") not in STUDENTS.values() or trained["data"]["encoders"] != "lite":
-        raise InvalidValue(f"source={str(source)!r}: is no run of {' or '.join(STUDENTS.values())} with encoders lite")
+    rewards, data = trained.get("stage") == "rewards", dict(trained.get("data", {}))
+    made_from = trained["start_from"] if rewards else data.get("encoders")
+    if trained.get("stage") not in STUDENTS.values() or made_from != "lite":
+        rule = "is no run of distill or sprint with encoders lite, or of rewards that started from lite"
+        raise InvalidValue(f"source={str(source)!r}: {rule}")
+    if not rewards:
+        about |= {"config": trained | {"data": data | {"folders": ["data/drawn"]}}}  # no paths of a machine
+    about.pop("hosts", None)
     folder = files.weights_dir() / name if name in STUDENTS else Path(name)
-    about |= {"config": trained | {"data": trained["data"] | {"folders": ["data/drawn"]}}}  # no paths of a machine
     with atomic_folder(folder, "the run is intact") as partial:
-        load_transformer(source).half().save_pretrained(partial / "final")
+        if rewards:
+            shutil.copytree(find_weights(source, ADAPTER), partial / "final")
+            path = partial / "final" / ADAPTER
+            save_file({key: value.half() for key, value in load_file(path).items()}, path, {"format": "pt"})
+        else:
+            load_transformer(source).half().save_pretrained(partial / "final")
         (partial / run.name).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         shutil.copyfile(run.with_name("metrics.jsonl"), partial / "metrics.jsonl")
         write_manifest(partial)

@@ -43,6 +43,8 @@ VARIANTS = {
 }
 """The published files: how the network differs from the 512 px one, and what a call without settings uses."""
 
+ADAPTER = "adapter_model.safetensors"  # what a run of learning from rewards leaves
+
 
 def load_pipeline(
     source: str | Path = "lite",
@@ -61,8 +63,8 @@ def load_pipeline(
 
     Args:
         source: "lite" or another name of weights shipped in the package; a pipeline folder; a training run or its
-            `final/` (the encoders, guidance and shift are then those of the run, and the steps of a student); another
-            folder with a transformer alone (the rest is then that of "lite"); an official Nitro-E `.safetensors`
+            `final/` (the encoders, guidance and shift are then those of the run, and the steps of a student; an adapter
+            of `nitro-e train rewards` is merged into what it was learned on); another folder with a transformer alone (the rest is then that of "lite"); an official Nitro-E `.safetensors`
             file; or "amd/Nitro-E", the same from the hub, at a pinned commit.
         device: where to run; the accelerator when there is one.
         dtype: "float32", "bfloat16" or "float16"; float32 on the CPU, bfloat16 on a GPU that has it and with FP8.
@@ -90,6 +92,16 @@ def load_pipeline(
     if quantization not in (None, "fp8"):
         raise InvalidValue(f"quantization: {quantization!r} is not 'fp8'")
     device = runtime.pick_device(device)
+    if (rewarded := _rewarded(source)) is not None:
+        adapter, trained = rewarded
+        if lora is not None:
+            raise InvalidValue(f"lora: {source} is an adapter itself and takes no other; name what it was learned on")
+        parts = {"text_encoder": text_encoder, "vae": vae, "variant": variant, **official_config}
+        kinds = {"quantization": quantization, "low_memory": low_memory}
+        pipeline = load_pipeline(trained["start_from"], device, dtype, lora=adapter, **parts, **kinds)
+        drawn = {"steps": "rollout_steps", "guidance": "guidance", "shift": "shift"}  # as in its roll-outs
+        pipeline.register_to_config(**{f"default_{name}": trained[field] for name, field in drawn.items()})
+        return pipeline
     path = _find(source, variant)
     variant = "512px" if variant is None and source == OFFICIAL else variant
     stored = fp8.holds_fp8(path) or fp8.holds_fp8(path / "transformer")
@@ -139,6 +151,8 @@ def load_transformer(source: str | Path) -> EMMDiTTransformer2DModel:
     Raises:
         ValueError: see there; also a folder in FP8, which has lost what training would start from.
     """
+    if (rewarded := _rewarded(source)) is not None:
+        return merge_lora(load_transformer(rewarded[1]["start_from"]), rewarded[0])
     path = _find(source)
     if path.is_file():
         return load_official(path)
@@ -163,6 +177,23 @@ def _find(source: str | Path, variant: str | None = None) -> Path:
         raise InvalidValue(f"model: {error}, and no official .safetensors file") from None
 
 
+def _rewarded(source: str | Path) -> tuple[Path, dict[str, Any]] | None:
+    """The adapter that `source` names and the settings of its run, if it is one of learning from rewards."""
+    try:
+        adapter = find_weights(source, ADAPTER)
+    except FileNotFoundError:
+        return None
+    trained = _run_of(adapter).get("config", {})
+    return (adapter, trained) if trained.get("stage") == "rewards" else None
+
+
+def _run_of(path: Path) -> dict[str, Any]:
+    """What a run says of itself that has written the folder `path`; nothing where none has."""
+    parents = {"final": path.parent, "snapshots": path.parent.parent}
+    file = parents.get(path.name, parents.get(path.parent.name, path)) / "config.json"
+    return read_json(file) if file.parent != path and file.is_file() else {}
+
+
 def _stored_variant(path: Path) -> dict[str, str]:
     """The argument for a folder that `save_pretrained(variant="fp16")` wrote, which holds no other weights."""
     names = {file.name for file in (path / "transformer").glob("diffusion_pytorch_model*.safetensors")}
@@ -171,9 +202,7 @@ def _stored_variant(path: Path) -> dict[str, str]:
 
 def _trained_pipeline(path: Path, parts: dict, dtype: torch.dtype) -> NitroEPipeline:
     """A transformer alone, drawn with what it was trained with as far as its run says, else with the rest of "lite"."""
-    parents = {"final": path.parent, "snapshots": path.parent.parent}  # of what a run has written
-    file = parents.get(path.name, parents.get(path.parent.name, path)) / "config.json"
-    run = read_json(file) if file.parent != path and file.is_file() else {}
+    run = _run_of(path)
     trained = run.get("config", {"data": {"encoders": "lite"}})
     source, given = trained["data"]["encoders"], "vae" in parts or "text_encoder" in parts
     parts = {"transformer": EMMDiTTransformer2DModel.from_pretrained(path, dtype=dtype, use_safetensors=True), **parts}

@@ -133,9 +133,9 @@ class ForwardRewards(Rewards):
             return {"x0": self.walk(self.noise(step, "start", places), features, 0, len(self.sigmas) - 1)}
 
     def losses(self, step: int, part: int) -> dict[str, dict[str, Tensor]]:
-        """The loss of each picture at each of its noise levels (B * times,)."""
+        """The loss of each picture that teaches, at each of its noise levels (n * times,)."""
         config = self.config
-        rows, features, places = self.batch(step, part)
+        rows, features, places = self.batch(step, part, taught=True)
         times, device = config.forward.times, self.placement.device
         x0 = rows["x0"].repeat_interleave(times, 0)  # (B * times, C, h, w)
         features = features.repeat_interleave(times, 0)  # (B * times, L, Dc)

@@ -42,8 +42,10 @@ from torch import Tensor
 from nitro_e_lite.config import RewardConfig
 from nitro_e_lite.errors import InvalidValue, NotFinite
 from nitro_e_lite.evaluation.geneval_lite import draw, picture_seed
+from nitro_e_lite.evaluation.learned_judges import SceneReader, load_judge
 from nitro_e_lite.evaluation.official_geneval import read_metadata
 from nitro_e_lite.evaluation.rewards import EPS, add_rewards, check_scores, open_rewards, preflight
+from nitro_e_lite.evaluation.watch import STATISTICS, EarlyStop, picture_statistics
 from nitro_e_lite.inference.hub import weights_hash
 from nitro_e_lite.inference.loading import load_pipeline
 from nitro_e_lite.model import flow
@@ -195,6 +197,8 @@ class Rewards(Stage):
         servers = {"timeout": config.reward_timeout, "retries": config.reward_retries, "batch": config.reward_batch}
         names, self.reward_weights = zip(*config.rewards, strict=True)
         self.rewards = open_rewards(names, **servers)
+        self.reader = load_judge(SceneReader) if self.prompts.of_file is None and SceneReader.ships() else None
+        self.early_stop = EarlyStop(config.stop_drop, config.stop_diversity)
         self.pipeline = load_pipeline(config.start_from, placement.device, torch.float32)
         self.pipeline.set_progress_bar_config(disable=True)
         self.model = self.pipeline.transformer
@@ -209,6 +213,7 @@ class Rewards(Stage):
         self.modules = {"transformer": Trainable(self.model, optimizers, schedule, config.optimizer.clip)}
         self.sigmas = self._grid()  # (K + 1) numbers from 1 to 0
         self.rollout: dict[str, Tensor] = {}
+        self.teaches: list[bool] = []  # by row: whether it counts
         self.rollout_step, self.asked, self.report = -1, [], {}
         self.no_text = self.pipeline.encode_captions([""])  # (1, L, Dc)
 
@@ -297,17 +302,24 @@ class Rewards(Stage):
     def before_rollout(self, step: int) -> None:
         """What a method does at the start of an iteration."""
 
-    def batch(self, step: int, part: int) -> tuple[dict[str, Tensor], Tensor, list[int]]:
+    def batch(self, step: int, part: int, taught: bool = False) -> tuple[dict[str, Tensor], Tensor, list[int]]:
         """What part `part` of a step learns from: rows of the roll-out, their text features (n, L, Dc), their places.
 
         The first step of an iteration makes the roll-out.
+
+        Args:
+            step, part: see `Stage.losses`.
+            taught: leave out rows that would count for nothing, and with them their cost; "weight" makes up for it.
         """
         first = step - step % self.config.updates
         if self.rollout_step != first:
             self.before_rollout(first)
             self._roll_out(first)
-        places = self._places(step - first, part)
+        places = every = self._places(step - first, part)
+        if taught:
+            places = [place for place in every if self.teaches[place]] or every[:1]
         rows = {name: value[places].to(self.placement.device) for name, value in self.rollout.items()}
+        rows["weight"] = rows["weight"] * (len(places) / len(every))  # the mean over rows stays what it was
         return rows, self.features[self._groups(places)], places
 
     def _places(self, update: int, part: int) -> list[int]:
@@ -333,10 +345,12 @@ class Rewards(Stage):
                 found = self.roll_out(step, some, self.features[self._groups(some)])
                 if not found["x0"].isfinite().all():
                     raise NotFinite(f"roll-out of step {step}: gave NaN or infinity; lower optimizer.lr")
-                found["scores"] = self._judge(found["x0"], [self.asked[group] for group in self._groups(some)])
+                asked = [self.asked[group] for group in self._groups(some)]
+                found["scores"], found["seen"] = self._judge(found["x0"], asked)
                 kept.append(found)
                 places += some
         rollout = {name: fill_rows(torch.cat([one[name] for one in kept]), places, count) for name in kept[0]}
+        seen = rollout.pop("seen").double().mean(0).tolist()
         scores = rollout["scores"].double().cpu().numpy()  # (n, R)
         for reward, column in zip(self.rewards, scores.T, strict=True):
             check_scores(reward.name, column, count)
@@ -345,7 +359,7 @@ class Rewards(Stage):
         weights = row_weights(flat, config.batch_size, config.drop_flat_groups)
         device = self.placement.device
         self.rollout = rollout | {"advantage": advantages.to(device), "weight": weights.to(device)}
-        self.rollout_step = step
+        self.rollout_step, self.teaches = step, (weights > 0).tolist()
         self.prompts.learn(self.asked, scores[:, 0].reshape(-1, config.group) > PASSES)
         self.report = {"reward": float(add_rewards(scores, self.reward_weights, False).mean())}
         self.report |= {f"reward_{r.name}": float(x.mean()) for r, x in zip(self.rewards, scores.T, strict=True)}
@@ -353,14 +367,20 @@ class Rewards(Stage):
             "flat_groups": flat.float().mean().item(),
             "group_distance": group_distance(rollout["x0"], config.group),
         }
+        names = STATISTICS if self.reader is None else (*STATISTICS, "reader")
+        self.report |= dict(zip(names, seen, strict=True))
+        self.early_stop.rolled_out(step, self.report["group_distance"])
 
-    def _judge(self, latents: Tensor, prompts: Sequence[Prompt | FilePrompt]) -> Tensor:
-        """What each reward says of the pictures: (n, R)."""
+    def _judge(self, latents: Tensor, prompts: Sequence[Prompt | FilePrompt]) -> tuple[Tensor, Tensor]:
+        """What each reward says of the pictures (n, R), and what is seen in them that is not paid for (n, S)."""
         with torch.no_grad():
             images = self.pipeline.decode(latents, "np")  # (n, H, W, 3)
         pictures = (images * 255).round().astype(np.uint8)
         said = [check_scores(r.name, r.score(pictures, prompts), len(prompts), constant=False) for r in self.rewards]
-        return torch.from_numpy(np.stack(said, 1)).to(latents.device, torch.float32)
+        seen = [*picture_statistics(pictures).T]
+        if self.reader is not None:
+            seen.append(self.reader.right(pictures, prompts))
+        return tuple(torch.from_numpy(np.stack(x, 1)).to(latents.device, torch.float32) for x in (said, seen))
 
     def reported(self) -> dict[str, Tensor]:
         """What the roll-out showed, for the metrics of each of its steps."""
@@ -369,7 +389,11 @@ class Rewards(Stage):
     # -- looking at the run
 
     def validate(self) -> dict[str, float]:
-        """GenEval-lite of fixed held-out prompts, drawn as in roll-outs; nothing when prompts come from a file."""
+        """GenEval-lite of fixed held-out prompts, drawn as in roll-outs; nothing when prompts come from a file.
+
+        Raises:
+            GateFailed: the score has fallen and there are steps left, see `EarlyStop`.
+        """
         if self.prompts.of_file is not None:
             return {}
         prompts = self._held_out(self.config.validation_prompts)
@@ -377,6 +401,11 @@ class Rewards(Stage):
         verdicts = [verify(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
         found = score(prompts, verdicts)
         by_kind = {f"geneval_{kind}": value for kind, value in found.categories.items()}
+        if self.reader is not None:
+            by_kind["held_out_reader"] = float(self.reader.right(np.stack(pictures), prompts).mean())
+        done = self.rollout_step + self.config.updates
+        if done < self.config.steps:
+            self.early_stop.held_out(done, found.overall)
         return {"geneval": found.overall, "geneval_low": found.low, "geneval_high": found.high, **by_kind}
 
     @staticmethod
@@ -402,7 +431,7 @@ class Rewards(Stage):
         tensors = {f"rollout.{name}": value for name, value in self.rollout.items()}
         asked = [prompt.metadata() for prompt in self.asked]
         facts = {"base": self.base, "rollout_step": self.rollout_step, "asked": asked, "report": self.report}
-        return tensors | facts | {"pass_rates": self.prompts.pass_rates}
+        return tensors | facts | {"pass_rates": self.prompts.pass_rates, "early_stop": self.early_stop.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on with the roll-out of the checkpoint.
@@ -416,9 +445,12 @@ class Rewards(Stage):
             raise InvalidValue(f"prompts={self.config.prompts!r}: the run was started with other kinds of prompt")
         self.prompts.pass_rates = {kind: state["pass_rates"][kind] for kind in self.prompts.pass_rates}
         self.rollout_step, self.report = state["rollout_step"], state["report"]
+        if "early_stop" in state:  # a checkpoint of before it was there
+            self.early_stop.load_state(state["early_stop"])
         device = self.placement.device
         mine = {name: value for name, value in state.items() if name.startswith("rollout.")}
         self.rollout = {name.removeprefix("rollout."): value.to(device) for name, value in mine.items()}
+        self.teaches = (self.rollout["weight"] > 0).tolist() if mine else []
         if state["asked"]:
             self._ask(self.prompts.read(state["asked"]))
 
