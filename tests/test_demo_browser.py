@@ -15,6 +15,8 @@ import psutil
 import pytest
 from PIL import Image
 
+from nitro_e_lite.course import demo_html
+
 pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 REQUIRED = os.environ.get("NITRO_E_BROWSER") == "required"
@@ -322,6 +324,15 @@ def test_page_fits_a_telephone_and_follows_the_systems_colours(visit, scheme):
     write(page, "a red dog")
     page.locator(".nl-hint").get_by_text("dog").wait_for()
     assert page.evaluate(LOW_CONTRAST) == [], "WCAG AA"
+
+
+@pytest.mark.parametrize("light", [True, False])
+def test_in_jupyterlab_the_widgets_follow_its_theme_whatever_the_systems(browser, light):
+    page = browser.new_page(color_scheme="dark" if light else "light")
+    page.set_content(f"<body data-jp-theme-light={str(light).lower()}>{demo_html.style()}<div class=nl>text</div>")
+    ink, paper = page.evaluate("(e => [e.color, e.backgroundColor])(getComputedStyle(document.querySelector('.nl')))")
+    assert (ink, paper)[light] == max(ink, paper, key=lambda color: sum(map(int, re.findall(r"\d+", color)[:3])))
+    page.close()
 
 
 def test_a_killed_worker_is_started_again_and_the_visitor_is_told(visit, server):

@@ -37,7 +37,7 @@ DATA = Path(__file__).resolve().parent / "demo"
 PORT = 8866
 MAX_VISITORS = 60  # pages open at once
 GRACE_SECONDS = 10  # for which a page may lose its connection before its kernel is ended
-UNSEEN_SECONDS = 60  # for which a kernel may wait for a page that was asked for and never opened
+UNSEEN_SECONDS = 120  # for which a kernel may wait for a page that was asked for and never opened
 SHORT_SECONDS, MAX_SHORT_LIVES = 30, 3  # a worker that ends so soon, so often, is not started again
 START_SECONDS = 600  # for which a worker may load its models; official files are large
 
