@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from safetensors import SafetensorError
 
@@ -270,11 +270,42 @@ def run_lock(run_dir: Path, writes: bool = True) -> Iterator[None]:
         return
     run_dir.mkdir(parents=True, exist_ok=True)
     with open(run_dir / ".lock", "w") as file:
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Unusable(f"run_dir={run_dir}: another process is training there; stop it or let it end") from None
-        except OSError:  # a file system without locks
-            pass
+        if not try_lock(file):
+            raise Unusable(f"run_dir={run_dir}: another process is training there; stop it or let it end")
+        yield
+
+
+def try_lock(file: IO[str]) -> bool:
+    """Locks an open file until it is closed; False when somebody else holds it. A kill frees it too."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+@contextmanager
+def share_lock(folder: Path, rank: int, world: int) -> Iterator[None]:
+    """Holds one process's share of a folder that `world` processes write; who shares it otherwise is refused.
+
+    Raises:
+        RuntimeError: this share is held already, or another number of processes is at work.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = folder / f".writer-{rank}-of-{world}.lock"
+    with open(mine, "w") as file:
+        if not try_lock(file):
+            raise Unusable(f"{folder}: process {rank} of {world} writes there already; let it end or stop it")
+        for path in sorted(folder.glob(".writer-*-of-*.lock")):
+            if not path.stem.endswith(f"-of-{world}"):
+                with open(path, "a") as other:
+                    if not try_lock(other):
+                        others = path.stem.rpartition("-of-")[2]
+                        raise Unusable(
+                            f"{folder}: {others} processes share the work there, this is one of {world}; they would "
+                            "write the same parts. Let them end, or stop them"
+                        )
         yield

@@ -36,7 +36,7 @@ def test_good_data_set(folder):
     found = check(folder)
     assert found["ok"] and not found["problems"] and not (folder / "quarantine.jsonl").exists()
     assert (found["rows"], found["captions"], found["sources"]) == (48, 96, {"a": 10, "b": 38})
-    assert found["shards"] == {"all": 3, "quarantined": 0} and found["parts"] is None
+    assert found["shards"] == {"all": 3, "quarantined": 0, "out_of_reach": 0} and found["parts"] is None
     everything = LatentDataset(folder, "abc").batch(range(48)).latents.double().transpose(0, 1).flatten(1)
     assert found["latent_mean"] == pytest.approx(everything.mean(1).tolist(), abs=1e-4)
     assert found["latent_std"] == pytest.approx(everything.std(1, correction=0).tolist(), abs=1e-4)
@@ -84,7 +84,7 @@ def test_a_shard_cut_short_is_found(folder):
     path = folder / "shards" / "000002.arrow"
     path.write_bytes(path.read_bytes()[:-7])
     found = check(folder)
-    assert found["rows"] == 32 and found["shards"] == {"all": 3, "quarantined": 1}
+    assert found["rows"] == 32 and found["shards"] == {"all": 3, "quarantined": 1, "out_of_reach": 0}
 
 
 def test_repeated_pictures_and_captions(tmp_path):
@@ -131,9 +131,11 @@ def test_command(folder, monkeypatch):
     run = CliRunner().invoke
     result = run(app, ["data", "check", str(folder)])
     assert result.exit_code == 0 and "Nothing is wrong." in result.stdout and "from a" in result.stdout
+    monkeypatch.setattr("nitro_e_lite.data.shard_files.PAUSES", (0,))
     (folder / "shards" / "000000.arrow").unlink()
     result = run(app, ["data", "check", str(folder)])
-    assert result.exit_code == 1 and "Wrong: 1 of 3 shards are damaged" in result.stderr
+    assert result.exit_code == 1 and "Wrong: 1 of 3 shards cannot be reached" in result.stderr
+    assert not read_quarantine(folder)
     result = run(app, ["data", "check", str(folder), "--json"])
     assert result.exit_code == 1 and json.loads(result.stdout)["rows"] == 32
     assert run(app, ["data", "check", "nowhere"]).exit_code == 2

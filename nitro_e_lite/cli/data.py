@@ -49,6 +49,9 @@ def encode(
     vision: Annotated[
         str | None, typer.Option(help="Store features of this vision model too; folder or hub id.")
     ] = None,
+    pictures: Annotated[
+        int | None, typer.Option(help="Store pictures of this side in pixels for REPA to look at; DINOv2 takes 224.")
+    ] = None,
     captions: Annotated[Path | None, typer.Option(help="sa1b: folder of the caption files.")] = None,
     generator: Annotated[str | None, typer.Option(help="fluxdb: pipeline that draws; FLUX.1-dev by default.")] = None,
     draw: Annotated[list[str] | None, typer.Option(help="fluxdb: argument=value of the pipeline's call.")] = None,
@@ -80,7 +83,7 @@ def encode(
             source = precompute.open_source(kind, path, captions)
         models = load_encoders(encoders, device, number_type)
         eyes = load_vision(vision, device, number_type) if vision else None
-        options = {"size": size, "batch": batch, "shard_rows": shard_rows, "threads": threads}
+        options = {"size": size, "pictures": pictures, "batch": batch, "shard_rows": shard_rows, "threads": threads}
         encoding = precompute.Encoding(source, models, out, text=text, vision=eyes, rank=rank, world=world, **options)
         result |= {"out": str(out), "rank": rank, "world": world} | encoding.run()
         if not json:

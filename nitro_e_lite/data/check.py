@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import Dinov2Config
 
 from nitro_e_lite.data.batches import batch_indices
+from nitro_e_lite.data.shard_files import ShardFile
 from nitro_e_lite.data.shard_writer import write_latents
 from nitro_e_lite.data.shards import (
     QUARANTINE,
@@ -82,10 +83,10 @@ def check(folder: str | Path, max_repeated: float = 0.01) -> dict[str, Any]:
     ]
     damaged = {line["shard"] for line in lines}
     chunks = [chunk for chunk in open_shards(folder, card) if chunk.shard.name not in damaged]
-    unreadable = {chunk.shard.name: chunk.shard.reason for chunk in chunks if chunk.shard.reason}
-    lines += [{"shard": name, "row": None, "reason": reason} for name, reason in unreadable.items()]
+    broken = {chunk.shard.name: chunk.shard for chunk in chunks if chunk.shard.reason}
+    lines += [{"shard": s.name, "row": None, "reason": s.reason} for s in broken.values() if not s.passing]
     survey = _Survey(card)
-    for chunk in tqdm([c for c in chunks if c.arrays is not None], desc="rows", disable=None):
+    for chunk in tqdm([c for c in chunks if c.layout is not None], desc="rows", disable=None):
         lines += survey.look_at(chunk)
     if lines:
         write_atomically(folder / QUARANTINE, "".join(json.dumps(line) + "\n" for line in lines))
@@ -94,7 +95,11 @@ def check(folder: str | Path, max_repeated: float = 0.01) -> dict[str, Any]:
         named = (dict(zip(("shard", "key", "reason", "count"), item, strict=True)) for item in left_out)
         write_atomically(folder / SKIPPED, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in named))
     facts = survey.facts() | _account(card, states)
-    facts["shards"] = {"all": len(states) or 1, "quarantined": len(damaged) + len(unreadable)}
+    facts["shards"] = {
+        "all": len(states) or 1,
+        "quarantined": len(damaged) + sum(not shard.passing for shard in broken.values()),
+        "out_of_reach": sum(shard.passing for shard in broken.values()),
+    }
     facts["quarantined_rows"] = sum(line["row"] is not None for line in lines)
     facts["problems"] = _problems(facts, max_repeated)
     return {"folder": str(folder), "fingerprint": card["fingerprint"], **facts, "ok": not facts["problems"]}
@@ -119,20 +124,25 @@ class _Survey:
 
     def look_at(self, chunk: Chunk) -> list[dict[str, Any]]:
         """Counts a chunk; returns the lines for the quarantine."""
-        texts = [read_captions(value) for value in chunk.captions]
-        bad = {int(k): f"{name} not finite" for name, x in chunk.arrays.items() for k in np.flatnonzero(bad_rows(x))}
+        file, strings = ShardFile(chunk.shard.path), chunk.layout.strings
+        arrays = {name: column.read_all(file, chunk.rows) for name, column in chunk.layout.numbers.items()}
+        texts = [read_captions(strings["captions"].read(file, k)) for k in range(chunk.rows)]
+        bad = {int(k): f"{name} not finite" for name, x in arrays.items() for k in np.flatnonzero(bad_rows(x))}
         silent = [k for k, captions in enumerate(texts) if not captions]
         self.rows += chunk.rows
         self.not_finite += len(bad)
         self.no_caption += len(silent)
         self.captions += sum(map(len, texts))
-        self.sources.update(chunk.sources.to_pylist() if chunk.sources is not None else {"": chunk.rows})
+        if "source" in strings:
+            self.sources.update(strings["source"].read(file, k)[0].decode("utf-8") for k in range(chunk.rows))
+        else:
+            self.sources[""] += chunk.rows
         good = [k for k in range(chunk.rows) if k not in bad]
-        latents = chunk.arrays["latents"][good].astype(np.float64).reshape(len(good), self.channels, -1)  # (B, C, h*w)
+        latents = arrays["latents"][good].astype(np.float64).reshape(len(good), self.channels, -1)  # (B, C, h*w)
         self.total += latents.sum((0, 2))
         self.squares += np.square(latents).sum((0, 2))
         self.count += latents.shape[0] * latents.shape[2]
-        self.pictures.append(_digests(row.tobytes() for row in chunk.arrays["latents"]))
+        self.pictures.append(_digests(row.tobytes() for row in arrays["latents"]))
         self.texts.append(_digests("\n".join(captions).encode() for captions in texts if captions))
         reasons = dict.fromkeys(silent, "no caption") | bad
         return [{"shard": chunk.shard.name, "row": chunk.first + k, "reason": r} for k, r in sorted(reasons.items())]
@@ -187,6 +197,7 @@ def _problems(facts: dict[str, Any], max_repeated: float) -> list[str]:
     found = {
         "there is no row that can be read": not rows,
         f"{shards['quarantined']} of {shards['all']} shards are damaged": shards["quarantined"],
+        f"{shards['out_of_reach']} of {shards['all']} shards cannot be reached": shards["out_of_reach"],
         f"{facts['not_finite']} rows hold numbers that are not finite": facts["not_finite"],
         f"{facts['without_caption']} rows have no caption": facts["without_caption"],
         f"{facts['repeated_pictures']} pictures occur before": facts["repeated_pictures"] > max_repeated * rows,
