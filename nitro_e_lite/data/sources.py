@@ -114,10 +114,11 @@ def square(image: bytes | Path | Image.Image, size: int) -> np.ndarray:
     raise InvalidValue(reason)
 
 
-def to_jpeg(pixels: np.ndarray, size: int) -> bytes:
-    """Pixels uint8 (n, n, 3) as a JPEG of `size` a side, colours at full resolution."""
-    buffer = io.BytesIO()
-    picture = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
+def to_jpeg(pixels: np.ndarray, size: int | None = None) -> bytes:
+    """Pixels uint8 (H, W, 3) as a JPEG, of `size` a side if given; colours at full resolution."""
+    buffer, picture = io.BytesIO(), Image.fromarray(pixels)
+    if size is not None:
+        picture = picture.resize((size, size), Image.Resampling.BICUBIC)
     picture.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()
 
