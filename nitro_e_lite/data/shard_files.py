@@ -17,6 +17,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -139,14 +140,12 @@ class Strings:
         if not self._kept:
             self._kept[:] = [np.frombuffer(file.read(at, n * INT32), np.int32) for at, n in self.bounds]
         *lists, ends = self._kept
-        first, last = (int(x) for x in lists[0][row : row + 2]) if lists else (row, row + 1)
-        if not 0 <= first <= last < len(ends):
+        first, last = lists[0][row : row + 2].tolist() if lists else (row, row + 1)
+        cuts = ends[first : last + 1].tolist() if 0 <= first <= last < len(ends) else [-1]
+        if cuts != sorted(cuts) or cuts[0] < 0 or cuts[-1] > self.data[1]:
             raise Damaged("the bounds of its strings are damaged")
-        cuts = ends[first : last + 1].astype(np.int64)
-        if cuts[0] < 0 or cuts[-1] > self.data[1] or (np.diff(cuts) < 0).any():
-            raise Damaged("the bounds of its strings are damaged")
-        found = bytes(file.read(self.data[0] + int(cuts[0]), int(cuts[-1] - cuts[0]))) if last > first else b""
-        return [found[a:b] for a, b in zip(cuts[:-1] - cuts[0], cuts[1:] - cuts[0], strict=True)]
+        found = bytes(file.read(self.data[0] + cuts[0], cuts[-1] - cuts[0]))
+        return [found[a - cuts[0] : b - cuts[0]] for a, b in pairwise(cuts)]
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,12 @@ import io
 import json
 import time
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,7 @@ from nitro_e_lite.errors import InvalidValue, MissingFile, Unusable
 from nitro_e_lite.files import append_jsonl, read_jsonl
 
 CARD, SHARDS, QUARANTINE = "card.json", "shards", "quarantine.jsonl"
-READERS, ROWS_EACH = 16, 8  # threads that read a batch, and the rows that one of them takes at a time
+READERS, ROWS_EACH = 8, 8  # threads that read a batch, and the rows that one of them takes at a time
 ARRAYS = ("latents", "text", "vision", "states")  # columns of float16 numbers
 SHARD_ROWS = 10_000
 LARGEST_FINITE = 0x7BFF  # bits of the largest finite float16, sign left out
@@ -105,7 +107,7 @@ class Shard:
     reason: str = ""
     passing: bool = False
 
-    @property
+    @cached_property
     def path(self) -> Path:
         """Its Arrow file."""
         return self.folder / SHARDS / f"{self.name}.arrow"
@@ -157,9 +159,9 @@ class LatentDataset:
         found = [open_shards(path, card) for path, card in zip(self.folders, cards, strict=True)]
         self.chunks = [chunk for chunks in found for chunk in chunks]
         self.shards = list(dict.fromkeys(chunk.shard for chunk in self.chunks))
-        self._ends = np.cumsum([chunk.rows for chunk in self.chunks])
+        self._ends = [*accumulate(chunk.rows for chunk in self.chunks)]
         self._good = [chunk for chunk in self.chunks if chunk.layout is not None and chunk.rows]
-        self._good_ends = np.cumsum([chunk.rows for chunk in self._good])
+        self._good_ends = [*accumulate(chunk.rows for chunk in self._good)]
         self._warned, self._named = False, set()  # of bad rows; shards that a passing error was told of
         self._open = lru_cache(shard_files.files_to_keep_open())(ShardFile)
         self._readers = ThreadPoolExecutor(READERS, "rows")
@@ -211,7 +213,7 @@ class LatentDataset:
                 warnings.warn(f"{path}: only {done} of {card['parts']} parts are encoded yet", stacklevel=3)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     @property
     def has_bad_rows(self) -> bool:
@@ -311,12 +313,12 @@ class LatentDataset:
 
     def _locate(self, row: int, attempt: int) -> tuple[Chunk, int]:
         """Chunk and place in it of a row, or of the row that takes its turn: a pure function of its arguments."""
-        k = int(np.searchsorted(self._ends, row, "right"))
+        k = bisect_right(self._ends, row)
         if attempt == 0 and self.chunks[k].layout is not None:
-            return self.chunks[k], row - int(self._ends[k]) + self.chunks[k].rows
-        other = (row * 2_654_435_761 + attempt) % int(self._good_ends[-1])  # spreads a lost shard over all others
-        k = int(np.searchsorted(self._good_ends, other, "right"))
-        return self._good[k], other - int(self._good_ends[k]) + self._good[k].rows
+            return self.chunks[k], row - self._ends[k] + self.chunks[k].rows
+        other = (row * 2_654_435_761 + attempt) % self._good_ends[-1]  # spreads a lost shard over all others
+        k = bisect_right(self._good_ends, other)
+        return self._good[k], other - self._good_ends[k] + self._good[k].rows
 
 
 @dataclass(frozen=True)
