@@ -135,7 +135,7 @@ class Batches:
                 )
         self.needs_images, self._pin = False, device is not None and device.type == "cuda"
         self._thread = ThreadPoolExecutor(1, "next batches")
-        self._ahead: dict[int, Future[LocalBatch]] = {}  # by step: the current one and the next
+        self._ahead: dict[int, Future[LocalBatch]] = {}  # by step: the current one and the next ones
 
     @property
     def counts(self) -> list[int]:

@@ -206,7 +206,7 @@ class Drawing:
     def run(self) -> dict[str, Any]:
         """Draws this process's shards; returns what it did: pictures, prompts left out, seconds, pictures a second."""
         started, rows, skipped = time.perf_counter(), 0, 0
-        with share_lock(self.out, *self._share), self._bar:
+        with self._bar, share_lock(self.out, *self._share):
             for first in self.parts:
                 if not self._finished(first):
                     drawn = self._draw_shard(first)

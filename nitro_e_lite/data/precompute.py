@@ -154,7 +154,7 @@ class Encoding:
             RuntimeError: somebody else is encoding the same parts into this folder.
         """
         started = time.perf_counter()
-        with share_lock(self.out, *self._share), self._bar:
+        with self._bar, share_lock(self.out, *self._share):
             for part in self.parts:
                 self._encode_part(part)
         self.seconds = time.perf_counter() - started
