@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from safetensors import SafetensorError
 
@@ -346,14 +346,13 @@ def atomic_folder(final: Path, otherwise: str) -> Iterator[Path]:
 
 
 @contextmanager
-def run_lock(run_dir: Path, writes: bool = True, name: str = "run_dir", rank: int = 0) -> Iterator[None]:
+def run_lock(run_dir: Path, writes: bool = True, name: str = "run_dir") -> Iterator[None]:
     """Holds a folder that two processes at once would spoil; a kill frees it too.
 
     Args:
         run_dir: made when missing.
         writes: whether this process is the one that writes; the others of the run hold nothing.
         name: what the folder is called in the message.
-        rank: of this process, where each writes its own files.
 
     Raises:
         RuntimeError: another run holds it.
@@ -362,14 +361,45 @@ def run_lock(run_dir: Path, writes: bool = True, name: str = "run_dir", rank: in
         yield
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / (f".lock-{rank}" if rank else ".lock"), "w") as file:
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except (BlockingIOError, PermissionError):  # of Linux and macOS; of Windows
-            raise Unusable(f"{name}={run_dir}: another process is writing there; stop it or let it end") from None
-        except OSError:  # a file system without locks
-            pass
+    with open(run_dir / ".lock", "w") as file:
+        if not try_lock(file):
+            raise Unusable(f"{name}={run_dir}: another process is writing there; stop it or let it end")
+        yield
+
+
+def try_lock(file: IO[str]) -> bool:
+    """Locks an open file until it is closed; False when somebody else holds it. A kill frees it too."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):  # of Linux and macOS; of Windows
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+@contextmanager
+def share_lock(folder: Path, rank: int, world: int) -> Iterator[None]:
+    """Holds one process's share of a folder that `world` processes write; who shares it otherwise is refused.
+
+    Raises:
+        RuntimeError: this share is held already, or another number of processes is at work.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = folder / f".writer-{rank}-of-{world}.lock"
+    with open(mine, "w") as file:
+        if not try_lock(file):
+            raise Unusable(f"out={folder}: process {rank} of {world} is writing there already; stop it or let it end")
+        for path in sorted(folder.glob(".writer-*-of-*.lock")):
+            if not path.stem.endswith(f"-of-{world}"):
+                with open(path, "a") as other:
+                    if not try_lock(other):
+                        others = path.stem.rpartition("-of-")[2]
+                        raise Unusable(
+                            f"out={folder}: {others} processes share the work there, this is one of {world}; they "
+                            "would write the same parts. Let them end, or stop them"
+                        )
         yield

@@ -4,8 +4,8 @@
 `weights/lite/transformer/training.json`. Stage "base" learns from everything, stage "finetune" continues on the better
 part of the data with a lower learning rate and a longer average; stage "1024px" goes on from there with pictures of
 twice the side; stage "rewards" moves a model towards what rewards like. The full presets are the paper's: 100,000 and
-50,000 steps of 2048 pictures, 2,000 roll-outs; of "1024px" the shape alone is published. What a field means, what it may
-hold and its default are in `config.py`.
+50,000 steps of 2048 pictures, 2,000 roll-outs; of "1024px" the shape alone is published. What a field means, what it
+may hold and its default are in `config.py`.
 """
 
 from __future__ import annotations

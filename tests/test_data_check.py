@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from nitro_e_lite.cli.app import app
-from nitro_e_lite.data.check import FULL_SHAPES, NEEDED_SAMPLES_PER_SECOND, check, measure_reading
+from nitro_e_lite.data.check import FULL_SHAPES, NEEDED_SAMPLES_PER_SECOND, check, measure_decoding, measure_reading
 from nitro_e_lite.data.shard_writer import ShardWriter, write_latents
 from nitro_e_lite.data.shards import CARD, LatentBatch, LatentDataset, read_quarantine
 
@@ -36,7 +36,7 @@ def test_good_data_set(folder):
     found = check(folder)
     assert found["ok"] and not found["problems"] and not (folder / "quarantine.jsonl").exists()
     assert (found["rows"], found["captions"], found["sources"]) == (48, 96, {"a": 10, "b": 38})
-    assert found["shards"] == {"all": 3, "quarantined": 0} and found["parts"] is None
+    assert found["shards"] == {"all": 3, "quarantined": 0, "out_of_reach": 0} and found["parts"] is None
     everything = LatentDataset(folder, "abc").batch(range(48)).latents.double().transpose(0, 1).flatten(1)
     assert found["latent_mean"] == pytest.approx(everything.mean(1).tolist(), abs=1e-4)
     assert found["latent_std"] == pytest.approx(everything.std(1, correction=0).tolist(), abs=1e-4)
@@ -84,7 +84,7 @@ def test_a_shard_cut_short_is_found(folder):
     path = folder / "shards" / "000002.arrow"
     path.write_bytes(path.read_bytes()[:-7])
     found = check(folder)
-    assert found["rows"] == 32 and found["shards"] == {"all": 3, "quarantined": 1}
+    assert found["rows"] == 32 and found["shards"] == {"all": 3, "quarantined": 1, "out_of_reach": 0}
 
 
 def test_repeated_pictures_and_captions(tmp_path):
@@ -131,9 +131,11 @@ def test_command(folder, monkeypatch):
     run = CliRunner().invoke
     result = run(app, ["data", "check", str(folder)])
     assert result.exit_code == 0 and "Nothing is wrong." in result.stdout and "from a" in result.stdout
+    monkeypatch.setattr("nitro_e_lite.data.shard_files.PAUSES", (0,))
     (folder / "shards" / "000000.arrow").unlink()
     result = run(app, ["data", "check", str(folder)])
-    assert result.exit_code == 1 and "Wrong: 1 of 3 shards are damaged" in result.stderr
+    assert result.exit_code == 1 and "Wrong: 1 of 3 shards cannot be reached" in result.stderr
+    assert not read_quarantine(folder)
     result = run(app, ["data", "check", str(folder), "--json"])
     assert result.exit_code == 1 and json.loads(result.stdout)["rows"] == 32
     assert run(app, ["data", "check", "nowhere"]).exit_code == 2
@@ -143,14 +145,23 @@ def test_reader_reads_faster_than_the_full_run_needs():
     found = measure_reading(rows=1024, batch=128, seconds=0.3)
     assert found["needed_samples_per_second"] == NEEDED_SAMPLES_PER_SECOND == round(150_000 * 2048 / 1.5 / 86_400)
     assert FULL_SHAPES == {"latents": (32, 16, 16), "text": (128, 2048), "vision": (256, 768)}
-    assert found["bytes_per_sample"] == 16_384
+    assert 16_384 < found["bytes_per_sample"] < 17_500  # and the caption
+    assert 0 < found["samples_per_second_cold"] and found["needed_samples_per_second_per_process"] == 296
+    assert found["cold_share_of_the_disk"] == pytest.approx(
+        found["samples_per_second_cold"] / found["samples_per_second_of_the_disk"], rel=0.01
+    )
     assert found["margin"] > 1 and found["margin"] == round(found["samples_per_second_per_core"] / 2370, 2)
 
 
-def test_reading_with_features_and_bad_arguments():
-    found = measure_reading(("latents", "text"), rows=16, batch=8, seconds=0.05)
-    assert found["columns"] == ["latents", "text"] and found["bytes_per_sample"] == 16_384 + 524_288
-    with pytest.raises(ValueError, match="columns are latents, text, vision"):
+def test_reading_with_features_and_bad_arguments(tmp_path):
+    found = measure_reading(("latents", "text", "pictures"), rows=16, batch=8, seconds=0.05)
+    assert found["columns"] == ["latents", "text", "pictures"] and found["bytes_per_sample"] > 16_384 + 524_288 + 5_000
+    with pytest.raises(ValueError, match="columns are latents, text, vision, pictures"):
         measure_reading(("pixels",))
+    decoding = measure_decoding(seconds=0.05)
+    cores = 25e6 / 86_400 / decoding["pictures_per_second_per_core"]
+    assert decoding["cores_for_25_million_in_a_day"] == pytest.approx(cores, rel=0.05)
+    with pytest.raises(FileNotFoundError, match="holds no JPEG"):
+        measure_decoding(tmp_path)
     with pytest.raises(ValueError, match="batch is 1 to 4"):
         measure_reading(rows=4, batch=8)

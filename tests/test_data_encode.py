@@ -29,6 +29,7 @@ from nitro_e_lite.data.precompute import Encoding, drawn_source, open_source
 from nitro_e_lite.data.shard_writer import write_latents
 from nitro_e_lite.data.shards import LatentBatch, LatentDataset, sidecars
 from nitro_e_lite.data.sources import Folder, square
+from nitro_e_lite.errors import UserError
 from nitro_e_lite.inference import encoders
 from nitro_e_lite.inference.encoders import Encoders, LatentStats
 from nitro_e_lite.inference.hub import EncoderUnavailable
@@ -219,6 +220,70 @@ def test_kill_loses_the_unfinished_shard_only(raw, models, whole, tmp_path):
         [f"a red star {k}", f"ein Stern № {k}"] for k in GOOD[6:]
     ]
     assert not list(shards.glob("*.partial"))
+
+
+def test_two_at_once_do_not_write_the_same_parts(raw, models, tmp_path):
+    class Slow(Encoders):
+        """While it encodes, others try."""
+
+        def encode_images(self, images):
+            for rank, world in () if said else ((0, 2), (0, 1), (1, 3)):
+                with pytest.raises(UserError) as found:
+                    encode(raw, models, out, rank=rank, world=world)
+                said.append(str(found.value))
+            encode(raw, models, out, rank=1, world=2)  # the other half is the other process's
+            return super().encode_images(images)
+
+    out, said = tmp_path / "out", []
+    slow = Slow(**{name: getattr(models, name) for name in Encoders.__dataclass_fields__})
+    assert encode(raw, slow, out, world=2)["rows"] == len(GOOD)
+    assert said[0].endswith("process 0 of 2 is writing there already; stop it or let it end")
+    assert "2 processes share the work there, this is one of 1" in said[1] and "one of 3" in said[2]
+    assert encode(raw, models, out)["rows"] == 0  # it ended, and with it what it held
+
+
+def test_a_whole_batch_is_decoded_while_the_one_before_is_encoded(raw, models, tmp_path, monkeypatch):
+    begun, ready = [], []
+
+    class Watching(Encoders):
+        def encode_images(self, images):
+            deadline = time.monotonic() + 5
+            while not ready and len(begun) < 16 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            ready.append(len(begun))
+            return super().encode_images(images)
+
+    monkeypatch.setattr("nitro_e_lite.data.precompute.square", lambda *a: [begun.append(1), square(*a)][1])
+    watching = Watching(**{name: getattr(models, name) for name in Encoders.__dataclass_fields__})
+    encode(raw, watching, tmp_path / "out", batch=8, shard_rows=99, threads=1)
+    assert ready[0] >= 16  # it was 13
+
+
+def test_pictures_are_stored_for_a_vision_model_to_look_at(raw, models, vision, tmp_path):
+    encode(raw, models, tmp_path / "out", pictures=48)
+    data = LatentDataset(tmp_path / "out", models.image_fingerprint)
+    batch = data.batch([7, 0, 7], images=True)
+    assert data.has_pictures and batch.images.shape == (3, 48, 48, 3) and torch.equal(batch.images[0], batch.images[2])
+    assert data.batch([0]).images is None
+    for place, k in ((0, GOOD[7]), (1, GOOD[0])):
+        wanted = Image.fromarray(square(raw / f"{k:02d}.png", SIZE)).resize((48, 48), Image.Resampling.BICUBIC)
+        off = np.abs(batch.images[place].numpy().astype(int) - np.asarray(wanted))
+        assert off.mean() < 10  # of noise, which JPEG likes least; another picture is 60 off
+    with pytest.raises(ValueError, match="holds no pictures; nitro-e data encode --pictures"):
+        encode(raw, models, tmp_path / "none")
+        LatentDataset(tmp_path / "none", None).batch([0], images=True)
+    with pytest.raises(ValueError, match="other columns"):
+        LatentDataset([tmp_path / "out", tmp_path / "none"], None)
+    with pytest.raises(ValueError, match="pictures=99: must be 1 to size=64"):
+        encode(raw, models, tmp_path / "large", pictures=99)
+    shard = data.chunks[0]
+    at, _ = shard.layout.strings["picture"].data
+    with open(shard.shard.path, "rb+") as file:
+        file.seek(at)
+        file.write(b"?" * 9)  # where the first picture begins
+    with pytest.warns(UserWarning, match="picture cannot be read"):
+        again = data.batch([7, 0], images=True)
+    assert torch.equal(again.images[0], batch.images[0]) and again.captions[1] != batch.captions[1]
 
 
 # the command

@@ -30,7 +30,7 @@ def test_windows_locks_a_folder(monkeypatch, tmp_path):
 
     monkeypatch.setattr(files, "fcntl", None)
     monkeypatch.setattr(files, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK=2), raising=False)
-    with files.run_lock(tmp_path), files.run_lock(tmp_path, rank=1):
+    with files.run_lock(tmp_path), files.share_lock(tmp_path, 0, 2), files.share_lock(tmp_path, 1, 2):
         with pytest.raises(RuntimeError, match="another process is writing there"), files.run_lock(tmp_path):
             pass
 

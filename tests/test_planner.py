@@ -115,6 +115,8 @@ def test_a_range_of_hours_and_all_that_comes_with_them(full):
     assert fast.hours["all stored"] == pytest.approx(24.4 * 0.056 / 0.4, rel=0.02)
     row = 2 * (32 * 256 + 128 * 2048 + 256 * 768)
     assert fast.reading["all stored"] == pytest.approx(8 * full.peak * 0.4 / full.sample_flops["all stored"] * row)
+    seen = 8 * full.peak * 0.4 / full.sample_flops["latents stored"] * (2 * 32 * 256 + 22_000)  # and pictures for REPA
+    assert fast.reading["latents stored"] == pytest.approx(seen)
     assert fast.reading["nothing stored"] == 0 and 0 < fast.validation < slow.validation < 0.02 * 24.4
     assert drawing_days(FULL, 8, full.peak) == pytest.approx(25, rel=0.03)  # data_cards/fluxdb.md
     assert drawing_days(override(FULL, ["data.folders=[data/sa1b]"]), 8, full.peak) == 0

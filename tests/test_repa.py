@@ -1,7 +1,9 @@
 """REPA: the loss, the vision model, features stored and on-line, and the training of the lite vision model."""
 
+import dataclasses
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from transformers import Dinov2Config, Dinov2Model
 from nitro_e_lite.config import override
 from nitro_e_lite.data.shard_writer import write_latents
 from nitro_e_lite.data.shards import LatentBatch
+from nitro_e_lite.data.sources import to_jpeg
 from nitro_e_lite.experiments.ship import ship
 from nitro_e_lite.files import check_manifest, write_manifest
 from nitro_e_lite.inference.encoders import load_encoders
@@ -204,6 +207,9 @@ def shards(vision, tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("shards")
     write_latents(folder / "with", [batch], encoders.image_fingerprint)
+    pictures = [to_jpeg(image, 128) for image in images]
+    seen = LatentBatch(batch.latents, captions, batch.text, pictures=pictures)
+    write_latents(folder / "pictures", [seen], encoders.image_fingerprint)
     write_latents(folder / "without", [LatentBatch(batch.latents, captions)], encoders.image_fingerprint)
     return folder
 
@@ -218,7 +224,7 @@ def test_stored_features_train_as_on_line_ones_do(shards, vision, tmp_path):
     share = stored.stage.batches.local(0)
     assert share.text is not None and share.vision is not None and share.images is None
     dropped = [k for k, caption in enumerate(share.captions) if caption == ""]
-    text = stored.stage._text(share)
+    text, _ = stored.stage._text(share)
     for k, caption in enumerate(share.captions):
         assert torch.allclose(text[k], stored.stage.encoders.encode_text([caption])[0], atol=2e-2), caption
     where = [line.replace("with", "without") for line in where]
@@ -229,6 +235,40 @@ def test_stored_features_train_as_on_line_ones_do(shards, vision, tmp_path):
     plain = Engine(override(preset("base", "smoke"), [*where, "steps=4"]), Pretrain, tmp_path / "plain", device="cpu")
     assert plain.stage.batches.local(0).text is None and len(dropped) < 8
     assert plain.step()["loss"] == pytest.approx(row["loss"], rel=0.5)
+
+
+def test_the_vision_model_looks_at_pictures_from_shards(shards, vision, tmp_path):
+    """The way of the published code: nothing of it is stored but small pictures. It equals stored features."""
+    rows, stages = {}, {}
+    for kind in ("with", "pictures"):
+        where = [f"data.folders=[{shards / kind}]", f"data.validation_folders=[{shards / kind}]"]
+        config = override(preset("base", "smoke"), [*REPA, *where, f"repa.vision={vision}"])
+        engine = Engine(config, Pretrain, tmp_path / kind, device="cpu")
+        stages[kind], rows[kind] = engine.stage, [engine.step() for _ in range(2)]
+    share = stages["pictures"].batches.local(1)
+    assert stages["pictures"].vision is not None and share.images.shape == (8, 128, 128, 3) and share.vision is None
+    assert stages["with"].vision is None and stages["with"].batches.local(1).images is None
+    seen, stored = stages["pictures"].vision.encode(share.images), stages["with"].batches.local(1).vision
+    alike = torch.nn.functional.cosine_similarity(seen, stored.float(), dim=-1)
+    print(f"features of stored pictures and stored features: cosine {alike.mean():.5f}, smallest {alike.min():.5f}")
+    assert alike.mean() > 0.99
+    for one, other in zip(rows["with"], rows["pictures"], strict=True):
+        assert one["flow_loss"] == pytest.approx(other["flow_loss"], rel=1e-3)
+        assert one["repa_loss"] == pytest.approx(other["repa_loss"], abs=0.02)
+
+
+def test_captions_that_are_too_long_are_counted_not_told_one_by_one(shards, tmp_path):
+    """Each was a line in the log with its text, kept for ever."""
+    where = [f"data.folders=[{shards / 'without'}]", f"data.validation_folders=[{shards / 'without'}]"]
+    config = override(preset("base", "smoke"), [*where, "steps=4", "caption_dropout=0"])
+    stage = Engine(config, Pretrain, tmp_path / "run", device="cpu").stage
+    batch = stage.batches.local(0)
+    long = dataclasses.replace(batch, captions=["a red star " * 40, *batch.captions[1:]])
+    stage.batches.microbatch = lambda step, part, count: long
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        losses = stage.losses(0, 0)["transformer"]
+    assert losses["captions_cut"].tolist() == [1.0] + [0.0] * 7  # its mean is in the metrics, once an interval
 
 
 # -- the lite vision model

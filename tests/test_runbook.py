@@ -122,9 +122,8 @@ def test_the_printed_command_runs_as_printed(fresh, name):
     """All of them failed in a clone: there was no folder `runs`."""
     lines = [line.strip("` ") for text in TEXTS[name] for line in text.splitlines()]
     command = next(line for line in lines if f"papermill notebooks/{name}.ipynb " in line)
-    values = {"preset": "smoke", "devices": 1, "encoders": "lite", "overrides": ["steps=2", *MORE.get(name, [])]}
-    if any("vision = " in text for text in TEXTS[name]):
-        values["vision"] = "lite"
+    values = {"preset": "smoke", "devices": 1, "overrides": ["steps=2", *MORE.get(name, [])]}
+    values |= {one: "lite" for one in ("encoders", "vision") if any(f"\n{one} = " in text for text in TEXTS[name])}
     before = (ROOT / "figures" / "ledger.json").read_bytes()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     words = f"{command} --no-progress-bar -y {shlex.quote(json.dumps(values))}"
@@ -177,9 +176,19 @@ def test_preflight_of_shards_and_processes(tmp_path, monkeypatch):
     write_latents(tmp_path / "mine", [rows], "fingerprint")
     folders = [f"data.folders=[{tmp_path / 'mine'}]", f"data.validation_folders=[{tmp_path / 'mine'}]"]
     found = preflight.preflight(override(preset("base", "smoke"), [*folders, "repa.weight=0.5"]), tmp_path, 1, "cpu")
-    assert lacks(found) == {"rows in all": "3; a batch has 8"}
-    (data,) = [one for one in found if one.name == f"data: {tmp_path / 'mine'}"]
-    assert "3 rows of latents; text is encoded in training; no vision features" in data.says
+    missing = lacks(found)
+    assert missing.pop("rows in all") == "3; a batch has 8"
+    says = "3 rows of latents; text is encoded in training; no vision features and no pictures (--vision, --pictures)"
+    assert missing == {f"data: {tmp_path / 'mine'}": says}
+    card = tmp_path / "mine" / "card.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "pictures": 224}))
+    found = preflight.preflight(override(preset("base", "smoke"), [*folders, "repa.weight=0.5"]), tmp_path, 1, "cpu")
+    assert lacks(found).keys() == {"rows in all"}, "the vision model looks at the pictures"
+
+    full = preflight.preflight(preset("distill", "full"), tmp_path, 1, "cpu")
+    assert {"teacher", "drawn: data/drawn"} < lacks(full).keys()
+    small = preflight.preflight(override(preset("distill", "smoke"), ["teacher=lite"]), tmp_path, 1, "cpu")
+    assert not lacks(small) and any("drawn here" in one.says for one in small)
 
     said = 'handshake {"backend": "gloo", "world": 2, "right": true, "met": 1.0, "sent": 3e9}'
     monkeypatch.setattr(launch, "run_processes", lambda words, count, environment, on_line: on_line(said))

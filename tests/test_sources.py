@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -458,3 +459,20 @@ def test_prompt_files_that_cannot_be_read(tmp_path, monkeypatch):
     (tmp_path / "p.jsonl").write_text('{"words": "a"}\n')
     with pytest.raises(ValueError, match="has words, none of prompt"):
         Prompts(tmp_path / "p.jsonl", None, {})
+
+
+def test_a_name_that_is_not_utf_8_costs_one_item_and_not_the_tar(tmp_path):
+    """Its name could not be written into the JSON file of the shard, which ended the whole part."""
+    (tmp_path / "captions").mkdir()
+    picture, names = encoded(Image.new("RGB", (64, 64))), [b"sa_1", b"sa_\xe9", b"sa_\xff", b"sa_3"]
+    with tarfile.open(tmp_path / "sa_000000.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name in names:
+            member = tarfile.TarInfo(os.fsdecode(name) + ".jpg")
+            member.size = len(picture)
+            tar.addfile(member, io.BytesIO(picture))
+    for name in (names[0], names[1], names[3]):
+        (tmp_path / "captions" / os.fsdecode(name + b".txt")).write_text("a caption")
+    items = list(SA1B(tmp_path).items("sa_000000"))
+    json.dumps([item.key for item in items], ensure_ascii=False).encode()
+    assert [item.key for item in items] == ["sa_1", r"sa_\udce9", r"sa_\udcff", "sa_3"]
+    assert [type(item) for item in items] == [Record, Record, Problem, Record]

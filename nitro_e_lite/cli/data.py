@@ -51,6 +51,9 @@ def encode(
     vision: Annotated[
         str | None, typer.Option(help="Store features of this vision model too; folder or hub id.")
     ] = None,
+    pictures: Annotated[
+        int | None, typer.Option(help="Store pictures of this side in pixels for REPA to look at; DINOv2 takes 224.")
+    ] = None,
     captions: Annotated[Path | None, typer.Option(help="sa1b: folder of the caption files.")] = None,
     generator: Annotated[str | None, typer.Option(help="fluxdb: pipeline that draws; FLUX.1-dev by default.")] = None,
     draw: Annotated[list[str] | None, typer.Option(help="fluxdb: argument=value of the pipeline's call.")] = None,
@@ -89,7 +92,7 @@ def encode(
             raise InvalidValue(f"out={out}: is the folder of the raw data; name another")
         models = load_encoders(encoders, device, number_type)
         eyes = load_vision(vision, device, number_type) if vision else None
-        options = {"size": size, "batch": batch, "shard_rows": shard_rows, "threads": threads}
+        options = {"size": size, "pictures": pictures, "batch": batch, "shard_rows": shard_rows, "threads": threads}
         encoding = precompute.Encoding(source, models, out, text=text, vision=eyes, rank=rank, world=world, **options)
         result |= {"out": str(out), "rank": rank, "world": world} | encoding.run()
         if not json:
@@ -176,30 +179,47 @@ def check(
 
 @command(app, "benchmark")
 def benchmark(
+    folder: Annotated[
+        Path | None, typer.Option(help="On the disk to be measured; by default where temporary files go.")
+    ] = None,
+    jpegs: Annotated[Path | None, typer.Option(help="Folder of pictures to decode, in place of made ones.")] = None,
     batch: Annotated[int, typer.Option(help="Rows read at once.")] = 256,
     seconds: Annotated[float, typer.Option(help="How long to measure each.")] = 3.0,
     json: Json = False,
 ) -> None:
-    """Measure how fast one core reads rows of the full model's shapes, against what the full run needs."""
+    """Measure how fast rows of the full model's shapes are read, cold and warm, and how fast pictures are decoded."""
     with output(json) as result:
         from nitro_e_lite import runtime
         from nitro_e_lite.data import check
 
-        sets = (("latents",), ("latents", "text"), ("latents", "text", "vision"))
-        result["rows"] = [check.measure_reading(columns, batch=batch, seconds=seconds) for columns in sets]
+        sets = (("latents",), ("latents", "pictures"), ("latents", "text"), ("latents", "text", "vision"))
+        options = {"batch": batch, "seconds": seconds, "folder": folder}
+        result["rows"] = [check.measure_reading(columns, **options) for columns in sets]
+        result["decoding"] = check.measure_decoding(jpegs, seconds)
         result["environment"] = runtime.environment_report()
         if not json:
+            process = result["rows"][0]["needed_samples_per_second_per_process"]
             show_table(
-                f"One core; the full run needs {check.NEEDED_SAMPLES_PER_SECOND:,} samples a second",
-                ["columns", "samples/s a core", "margin", "KB a sample", "GB/s for the full run"],
+                f"Samples a second of one process; the full run needs {process:,} of each of eight",
+                ["columns", "KB each", "cold", "disk, end to end", "cold / disk", "warm, a core", "GB/s of the node"],
                 [
                     [
                         " + ".join(row["columns"]),
-                        f"{row['samples_per_second_per_core']:,.0f}",
-                        f"{row['margin']:.1f}x",
                         f"{row['bytes_per_sample'] / 1e3:,.1f}",
+                        f"{row['samples_per_second_cold']:,.0f}",
+                        f"{row['samples_per_second_of_the_disk']:,.0f}",
+                        f"{row['cold_share_of_the_disk']:.0%}",
+                        f"{row['samples_per_second_per_core']:,.0f}",
                         f"{row['gigabytes_per_second']:.2f}",
                     ]
                     for row in result["rows"]
                 ],
+            )
+            found = result["decoding"]
+            console.print(
+                f"Decoding JPEGs ({found['source']}, {found['bytes_per_picture'] / 1e3:,.0f} KB each) to 512 px: "
+                f"{found['pictures_per_second_per_core']:,.1f} a second and core; 25 million pictures in a day take "
+                f"{found['cores_for_25_million_in_a_day']:,.0f} cores.",
+                markup=False,
+                soft_wrap=True,
             )

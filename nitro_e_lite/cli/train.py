@@ -365,6 +365,9 @@ def plan_command(
         rows += [[f"memory: {name}, GB", f"{size / 1e9:.2f}"] for name, size in found.memory.items()]
         rows.append(["memory in all / of the device, GB", f"{found.needed / 1e9:.1f} / {found.capacity / 1e9:.0f}"])
         rows += [[f"disk: {name}, GB", f"{size / 1e9:,.1f}"] for name, size in found.disk.items()]
+        if "vision" in found.disk:
+            size = plan.SMALL_PICTURE * found.disk["latents"] / found.encoders["latents"].stored
+            rows.append(["disk: or pictures for it to look at, GB", f"{size / 1e9:,.1f}"])
         show_table(f"{stage}/{preset} on {devices} x {hardware}", ["", ""], rows)
         show_outlook(stage, chosen, found, devices, outlooks)
         source, published = HARDWARE[hardware].source, plan.published_mfu()

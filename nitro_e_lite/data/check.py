@@ -5,14 +5,17 @@ and captions, the mean and spread of each latent channel. Latents are normalised
 forgotten scaling factor, which no loss curve shows before hours have gone, is off by more than a factor of two. What is
 wrong with single rows and shards goes into `quarantine.jsonl`, what gave no row at all into `skipped.jsonl`.
 
-`measure_reading` fills a folder with random rows and reads them in training order with one core.
+`measure_reading` fills a folder with random rows and reads them in training order, from the disk and from memory;
+`measure_decoding` decodes pictures as `nitro-e data encode` does.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
+import os
 import tempfile
 import time
 import warnings
@@ -28,6 +31,7 @@ from tqdm.auto import tqdm
 from transformers import Dinov2Config
 
 from nitro_e_lite.data.batches import batch_indices
+from nitro_e_lite.data.shard_files import Damaged, ShardFile, explain
 from nitro_e_lite.data.shard_writer import write_latents
 from nitro_e_lite.data.shards import (
     QUARANTINE,
@@ -42,14 +46,17 @@ from nitro_e_lite.data.shards import (
     read_card,
     sidecars,
 )
-from nitro_e_lite.errors import InvalidValue
+from nitro_e_lite.data.sources import square, to_jpeg
+from nitro_e_lite.errors import InvalidValue, MissingFile
 from nitro_e_lite.files import sha256_file, write_atomically
 from nitro_e_lite.inference.vision import FULL_VISION_SIZES, GRID
-from nitro_e_lite.model.flops import published_samples_per_second
+from nitro_e_lite.model.flops import PUBLISHED_DEVICES, published_samples_per_second
 from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH
 from nitro_e_lite.presets import preset
+from nitro_e_lite.runtime import tune_cpu
 
 MEAN_LIMIT, SPREAD_LIMITS = 0.5, (0.7, 1.4)  # of the mean over channels, in absolute value
+FULL_PIXELS = 512  # a side
 CHANNEL_MEAN_LIMIT, CHANNEL_SPREAD_LIMITS = 1.5, (0.2, 5.0)
 SKIPPED = "skipped.jsonl"
 NEEDED_SAMPLES_PER_SECOND = round(published_samples_per_second())
@@ -85,18 +92,26 @@ def check(folder: str | Path, max_repeated: float = 0.01) -> dict[str, Any]:
     ]
     damaged = {line["shard"] for line in lines}
     chunks = [chunk for chunk in open_shards(folder, card, fresh=True) if chunk.shard.name not in damaged]
-    unreadable = {chunk.shard.name: chunk.shard.reason for chunk in chunks if chunk.shard.reason}
-    lines += [{"shard": name, "row": None, "reason": reason} for name, reason in unreadable.items()]
+    broken = {chunk.shard.name: chunk.shard for chunk in chunks if chunk.shard.reason}
+    lines += [{"shard": s.name, "row": None, "reason": s.reason} for s in broken.values() if not s.passing]
     survey = _Survey(card)
-    for chunk in tqdm([c for c in chunks if c.arrays is not None], desc="rows", disable=None):
-        lines += survey.look_at(chunk)
+    for chunk in tqdm([c for c in chunks if c.layout is not None], desc="rows", disable=None):
+        try:
+            lines += survey.look_at(chunk)
+        except Damaged as error:
+            damaged.add(chunk.shard.name)
+            lines.append({"shard": chunk.shard.name, "row": None, "reason": explain(error)})
     left_out = [[name, *item] for name, state in states.items() for item in (state or {}).get("skipped", ())]
     if left_out:
         named = [dict(zip(("shard", "key", "reason", "count"), item, strict=True)) for item in left_out]
         _keep(folder / SKIPPED, named)
     _keep(folder / QUARANTINE, lines)
     facts = survey.facts() | _account(card, states)
-    facts["shards"] = {"all": len(states) or 1, "quarantined": len(damaged) + len(unreadable)}
+    facts["shards"] = {
+        "all": len(states) or 1,
+        "quarantined": len(damaged) + sum(not shard.passing for shard in broken.values()),
+        "out_of_reach": sum(shard.passing for shard in broken.values()),
+    }
     facts["quarantined_rows"] = sum(line["row"] is not None for line in lines)
     facts["problems"] = _problems(facts, max_repeated)
     return {"folder": str(folder), "fingerprint": card["fingerprint"], **facts, "ok": not facts["problems"]}
@@ -132,20 +147,27 @@ class _Survey:
 
     def look_at(self, chunk: Chunk) -> list[dict[str, Any]]:
         """Counts a chunk; returns the lines for the quarantine."""
-        texts = [read_captions(value) for value in chunk.captions]
-        bad = {int(k): f"{name} not finite" for name, x in chunk.arrays.items() for k in np.flatnonzero(bad_rows(x))}
+        file, strings = ShardFile(chunk.shard.path), chunk.layout.strings
+        arrays = {name: column.read_all(file, chunk.rows) for name, column in chunk.layout.numbers.items()}
+        texts = [read_captions(strings["captions"].read(file, k)) for k in range(chunk.rows)]
+        bad = {int(k): f"{name} not finite" for name, x in arrays.items() for k in np.flatnonzero(bad_rows(x))}
         silent = [k for k, captions in enumerate(texts) if not captions]
         self.rows += chunk.rows
         self.not_finite += len(bad)
         self.no_caption += len(silent)
         self.captions += sum(map(len, texts))
-        self.sources.update(chunk.sources.to_pylist() if chunk.sources is not None else {"": chunk.rows})
+        if "source" in strings:
+            self.sources.update(
+                strings["source"].read(file, k)[0].decode("utf-8", "replace") for k in range(chunk.rows)
+            )
+        else:
+            self.sources[""] += chunk.rows
         good = [k for k in range(chunk.rows) if k not in bad]
-        latents = chunk.arrays["latents"][good].astype(np.float64).reshape(len(good), self.channels, -1)  # (B, C, h*w)
+        latents = arrays["latents"][good].astype(np.float64).reshape(len(good), self.channels, -1)  # (B, C, h*w)
         self.total += latents.sum((0, 2))
         self.squares += np.square(latents).sum((0, 2))
         self.count += latents.shape[0] * latents.shape[2]
-        self.pictures.append(_digests(row.tobytes() for row in chunk.arrays["latents"]))
+        self.pictures.append(_digests(row.tobytes() for row in arrays["latents"]))
         self.texts.append(_digests("\n".join(captions).encode() for captions in texts if captions))
         reasons = dict.fromkeys(silent, "no caption") | bad
         return [{"shard": chunk.shard.name, "row": chunk.first + k, "reason": r} for k, r in sorted(reasons.items())]
@@ -200,6 +222,7 @@ def _problems(facts: dict[str, Any], max_repeated: float) -> list[str]:
     found = {
         "there is no row that can be read": not rows,
         f"{shards['quarantined']} of {shards['all']} shards are damaged": shards["quarantined"],
+        f"{shards['out_of_reach']} of {shards['all']} shards cannot be reached": shards["out_of_reach"],
         f"{facts['not_finite']} rows hold numbers that are not finite": facts["not_finite"],
         f"{facts['without_caption']} rows have no caption": facts["without_caption"],
         f"{facts['repeated_pictures']} pictures occur before": facts["repeated_pictures"] > max_repeated * rows,
@@ -223,22 +246,29 @@ def _problems(facts: dict[str, Any], max_repeated: float) -> list[str]:
 
 
 def measure_reading(
-    columns: Sequence[str] = ("latents",), rows: int | None = None, batch: int = 256, seconds: float = 3.0
+    columns: Sequence[str] = ("latents",),
+    rows: int | None = None,
+    batch: int = 256,
+    seconds: float = 3.0,
+    folder: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Samples a second that one core reads in training order, at the shapes of the full model.
+    """Samples a second that one process reads in training order, at the shapes of the full model: cold and warm.
 
-    The data set is written to a temporary folder first: random latents, captions of 128 words and, if named, text and
-    vision features. Files just written are in the memory of the operating system, so that this measures the reader and
-    not the disk; `gigabytes_per_second` says what a disk has to deliver to keep up.
+    A data set is written to a temporary folder first: random latents, captions of 128 words and, if named, text and
+    vision features or pictures. **Cold**: the operating system is told to forget the files, then each row is read once
+    at most, in turns with the same files read from end to end, which is the disk's raw speed. **Warm**: what is left in
+    memory is read again, which measures the reader alone, by its processor time. Where the folder is in memory, or the
+    disk has a memory of its own (a virtual one often does), cold is not quite cold.
 
     Args:
-        columns: of "latents", "text", "vision"; latents are always there.
+        columns: of "latents", "text", "vision", "pictures"; latents are always there.
         rows: size of the data set; by default what makes half a gigabyte, more than a processor keeps.
         batch: rows read at once; 256 is one GPU's share of the full batch.
-        seconds: how long to measure.
+        seconds: how long to measure each.
+        folder: on the disk to be measured; the system's folder for temporary files when None.
 
     Returns:
-        Samples a second of one core, the number the full run needs, the margin, and the sizes.
+        Samples a second, what the full run needs of a node and of one of its eight processes, and the sizes.
 
     Raises:
         ValueError: an unknown column, fewer rows than one batch, or no time to measure.
@@ -246,45 +276,137 @@ def measure_reading(
     if not 0 < seconds < math.inf:
         raise InvalidValue(f"seconds={seconds}: must be a number above 0")
     shapes = {name: shape for name, shape in FULL_SHAPES.items() if name == "latents" or name in columns}
+    pictures = "pictures" in columns
     size = sum(2 * prod(shape) for shape in shapes.values())
     rows = max(batch, 2**29 // size) if rows is None else rows
-    if not set(columns) <= set(FULL_SHAPES) or not 1 <= batch <= rows:
-        raise InvalidValue(
-            f"columns={columns}, batch={batch}: columns are {', '.join(FULL_SHAPES)}; batch is 1 to {rows}"
-        )
+    known = (*FULL_SHAPES, "pictures")
+    if not set(columns) <= set(known) or not 1 <= batch <= rows:
+        raise InvalidValue(f"columns={columns}, batch={batch}: columns are {', '.join(known)}; batch is 1 to {rows}")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    tune_cpu()  # as every training run does: memory of a batch is used again for the next
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            write_latents(Path(folder) / "data", _random_rows(shapes, rows), "")
-            data = LatentDataset(Path(folder) / "data", "")
-            data.batch(range(rows))  # every page once
-            samples, step, started, cpu = 0, 0, time.perf_counter(), time.process_time()
-            while time.perf_counter() - started < seconds:
-                samples += len(data.batch(batch_indices(0, rows, batch, step)).captions)
-                step += 1
-            wall, cpu = time.perf_counter() - started, time.process_time() - cpu
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            write_latents(Path(place) / "data", _random_rows(shapes, rows, pictures), "")
+            files = sorted((Path(place) / "data" / SHARDS).glob("*.arrow"))
+            stored = sum(path.stat().st_size for path in files)
+            data = LatentDataset(Path(place) / "data", "")
+
+            def steps(first: int, last: int, limit: float) -> tuple[int, float]:
+                """Samples and seconds of the steps of training from `first` to `last`, or till the time is over."""
+                started, count = time.perf_counter(), 0
+                for step in range(first, last):
+                    count += len(data.batch(batch_indices(0, rows, batch, step), images=pictures).captions)
+                    if time.perf_counter() - started > limit:
+                        break
+                return count, time.perf_counter() - started
+
+            cold, raw = np.zeros(2), np.zeros(2)
+            turns = min(3, rows // batch)
+            for turn in range(turns):
+                forget(files)
+                raw += read_through(files, seconds / turns)
+                forget(files)
+                cold += steps(turn * (rows // batch) // turns, (turn + 1) * (rows // batch) // turns, seconds / turns)
+            data.batch(range(rows), images=pictures)  # every page once
+            cpu = time.process_time()
+            samples, wall = steps(0, 2**40, seconds)
+            cpu = time.process_time() - cpu
     finally:
         torch.set_num_threads(threads)
-    speed = samples / cpu
+    size, warm, read, disk = stored / rows, samples / cpu, float(cold[0] / cold[1]), float(raw[0] / raw[1])
     return {
-        "columns": list(shapes),
+        "columns": [*shapes, *(["pictures"] if pictures else [])],
         "rows": rows,
-        "samples_per_second_per_core": round(speed, 1),
+        "samples_per_second_per_core": round(warm, 1),
         "samples_per_second_wall": round(samples / wall, 1),
+        "samples_per_second_cold": round(read, 1),
+        "samples_per_second_of_the_disk": round(disk / size, 1),
+        "cold_share_of_the_disk": round(read * size / disk, 3),
+        "disk_gigabytes_per_second": round(disk / 1e9, 3),
         "needed_samples_per_second": NEEDED_SAMPLES_PER_SECOND,
-        "margin": round(speed / NEEDED_SAMPLES_PER_SECOND, 2),
-        "bytes_per_sample": size,
+        "needed_samples_per_second_per_process": round(NEEDED_SAMPLES_PER_SECOND / PUBLISHED_DEVICES),
+        "margin": round(warm / NEEDED_SAMPLES_PER_SECOND, 2),
+        "bytes_per_sample": round(size),
         "gigabytes_per_second": round(size * NEEDED_SAMPLES_PER_SECOND / 1e9, 3),
     }
 
 
-def _random_rows(shapes: dict[str, tuple[int, ...]], rows: int, size: int = 64) -> Iterator[LatentBatch]:
+def forget(files: Iterable[Path]) -> None:
+    """Asks the operating system to drop files from its memory, so that the disk has to read them."""
+    for path in files:
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_through(files: Iterable[Path], limit: float) -> tuple[int, float]:
+    """Bytes and seconds of reading files from end to end, or till the time is over."""
+    buffer, count, started = bytearray(2**23), 0, time.perf_counter()
+    for path in files:
+        with open(path, "rb", buffering=0) as file:
+            while got := file.readinto(buffer):
+                count += got
+                if time.perf_counter() - started > limit:
+                    return count, time.perf_counter() - started
+    return count, time.perf_counter() - started
+
+
+def _random_rows(
+    shapes: dict[str, tuple[int, ...]], rows: int, pictures: bool = False, size: int = 64
+) -> Iterator[LatentBatch]:
     generator = torch.Generator().manual_seed(0)
+    stored = [to_jpeg(cloudy_picture(224, 224, seed), 224) for seed in range(8)] if pictures else None
     for first in range(0, rows, size):
         count = min(size, rows - first)
         arrays = {n: torch.randn(count, *shape, generator=generator).half() for n, shape in shapes.items()}
         captions = [
             [f"row {first + k}: " + "a caption of one hundred and twenty-six words " * 14] for k in range(count)
         ]
-        yield LatentBatch(captions=captions, **arrays)
+        jpegs = [stored[k % len(stored)] for k in range(count)] if stored else None
+        yield LatentBatch(captions=captions, pictures=jpegs, **arrays)
+
+
+def cloudy_picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Noise as smooth as photographs, by the bytes that a JPEG of it takes: uint8 (height, width, 3)."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])  # (H, W // 2 + 1)
+    frequency[0, 0] = np.inf
+    noise = np.fft.rfft2(rng.standard_normal((3, height, width)), axes=(1, 2)) / frequency**1.5
+    values = np.fft.irfft2(noise, (height, width), axes=(1, 2))  # (3, H, W)
+    values = values.mean(0) + 0.3 * values  # colours go together
+    return (128 + 50 * values / values.std()).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+
+
+def measure_decoding(folder: str | Path | None = None, seconds: float = 3.0, count: int = 8) -> dict[str, Any]:
+    """Pictures a second that one core decodes and cuts to 512 px: the bottleneck of encoding.
+
+    Args:
+        folder: of JPEG files; None: made ones of 1,500 x 2,250 px, as in SA-1B.
+        seconds: how long to measure.
+        count: files that are taken.
+
+    Returns:
+        The speed, the mean bytes of a file, and the cores that 25 million pictures in a day need.
+
+    Raises:
+        FileNotFoundError: the folder holds no JPEG.
+    """
+    if folder is None:
+        files = [to_jpeg(cloudy_picture(1500, 2250, seed)) for seed in range(2)]
+    else:
+        files = [p.read_bytes() for p in itertools.islice(sorted(Path(folder).rglob("*.jp*g")), count)]
+    if not files:
+        raise MissingFile(f"{folder}: holds no JPEG")
+    started, cpu, done = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() - started < seconds:
+        square(files[done % len(files)], FULL_PIXELS)
+        done += 1
+    speed = done / (time.process_time() - cpu)
+    return {
+        "source": "made, 1500 x 2250" if folder is None else str(folder),
+        "bytes_per_picture": round(sum(map(len, files)) / len(files)),
+        "pictures_per_second_per_core": round(speed, 1),
+        "cores_for_25_million_in_a_day": round(25e6 / 86_400 / speed, 1),
+    }

@@ -42,7 +42,7 @@ from tqdm.auto import tqdm
 from nitro_e_lite.data.shard_writer import ShardWriter, keep_card
 from nitro_e_lite.data.shards import SHARDS, LatentBatch, LatentDataset, array_shapes, bad_rows, read_card, sidecars
 from nitro_e_lite.errors import InvalidValue
-from nitro_e_lite.files import run_lock
+from nitro_e_lite.files import share_lock
 from nitro_e_lite.inference.arguments import as_integer, draw_noise, seeded_generators
 from nitro_e_lite.inference.encoders import Encoders
 from nitro_e_lite.inference.hub import weights_hash
@@ -169,7 +169,7 @@ class Drawing:
         )
         self.encoders = encoders_of(pipeline)
         firsts = range(0, len(prompts), shard_rows)
-        self.rank, self.parts = rank, firsts[rank::world]
+        self.parts, self._share = firsts[rank::world], (rank, world)
         card = self._card(len(firsts))
         self.shapes = array_shapes(card)
         keep_card(self.out, card)
@@ -206,7 +206,7 @@ class Drawing:
     def run(self) -> dict[str, Any]:
         """Draws this process's shards; returns what it did: pictures, prompts left out, seconds, pictures a second."""
         started, rows, skipped = time.perf_counter(), 0, 0
-        with self._bar, run_lock(self.out, name="out", rank=self.rank):
+        with self._bar, share_lock(self.out, *self._share):
             for first in self.parts:
                 if not self._finished(first):
                     drawn = self._draw_shard(first)

@@ -18,10 +18,10 @@ from __future__ import annotations
 import inspect
 import sys
 import time
-import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +43,26 @@ from nitro_e_lite.data.sources import (
     Source,
     read_prompts,
     square,
+    to_jpeg,
 )
 from nitro_e_lite.errors import InvalidValue
-from nitro_e_lite.files import run_lock
-from nitro_e_lite.inference.encoders import CaptionCut, Encoders
+from nitro_e_lite.files import share_lock
+from nitro_e_lite.inference.encoders import Encoders
 from nitro_e_lite.inference.hub import EncoderUnavailable
 from nitro_e_lite.inference.vision import GRID
 
 GENERATOR = "black-forest-labs/FLUX.1-dev"
 GENERATOR_REVISIONS = {GENERATOR: "3de623fc3c33e44ffbe2bad470d0f45bccf2eb21"}
 SOURCES = {source.kind: source for source in (SA1B, JourneyDB, Folder)}
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An item with its pixels uint8 (size, size, 3) and, if it is to be stored, a smaller JPEG of them."""
+
+    record: Record
+    pixels: np.ndarray
+    jpeg: bytes | None
 
 
 class Encoding:
@@ -66,6 +76,8 @@ class Encoding:
         text: store text features too: those of the first caption, the only one that is then kept.
         vision: stores vision features too: a `VisionEncoder` of `inference/vision.py` or anything with its
             `encode`, `width`, `fingerprint`.
+        pictures: side in pixels of pictures to store, as JPEG, for a vision model that looks at them in training;
+            DINOv2 looks at 224. None stores none.
         batch: pictures encoded at once.
         shard_rows: rows after which the next shard begins.
         threads: for reading and decoding pictures.
@@ -85,6 +97,7 @@ class Encoding:
         size: int | None = None,
         text: bool = False,
         vision: Any = None,
+        pictures: int | None = None,
         batch: int = 32,
         shard_rows: int = SHARD_ROWS,
         threads: int = 4,
@@ -98,10 +111,13 @@ class Encoding:
         self.size = GRID * ratio if size is None else size
         if self.size < ratio or self.size % ratio:
             raise InvalidValue(f"size={size}: must be a multiple of {ratio}, the autoencoder's compression")
+        if pictures is not None and not 1 <= pictures <= self.size:
+            raise InvalidValue(f"pictures={pictures}: must be 1 to size={self.size}")
         self.source, self.encoders, self.out, self.text, self.vision = source, encoders, Path(out), text, vision
+        self.pictures, self._share = pictures, (rank, world)
         self.batch, self.shard_rows, self.threads = batch, shard_rows, threads
         parts = source.parts()
-        self.rank, self.parts = rank, parts[rank::world]
+        self.parts = parts[rank::world]
         card = self._card(parts)
         self.shapes = array_shapes(card)
         keep_card(self.out, card)
@@ -124,6 +140,7 @@ class Encoding:
             "shape": [self.encoders.latent_channels, side, side],
             "arrays": arrays,
             "features": made_by,
+            "pictures": self.pictures,
             "image_size": self.size,
             "shard_rows": self.shard_rows,
             **self.source.describe(),
@@ -131,9 +148,13 @@ class Encoding:
         }
 
     def run(self) -> dict[str, Any]:
-        """Encodes this process's parts; returns what it did: rows, skipped items, seconds, rows a second."""
+        """Encodes this process's parts; returns what it did: rows, skipped items, seconds, rows a second.
+
+        Raises:
+            RuntimeError: somebody else is encoding the same parts into this folder.
+        """
         started = time.perf_counter()
-        with self._bar, run_lock(self.out, name="out", rank=self.rank):
+        with self._bar, share_lock(self.out, *self._share):
             for part in self.parts:
                 self._encode_part(part)
         self.seconds = time.perf_counter() - started
@@ -163,7 +184,7 @@ class Encoding:
             return
         items = self._decoded(self.source.items(part, start))
         while not ended:
-            writer = ShardWriter(self.out, f"{part}-{number:05d}", self.shapes)
+            writer = ShardWriter(self.out, f"{part}-{number:05d}", self.shapes, self.pictures is not None)
             skipped, notes, pending, position, ended, cut_at = Counter(), Counter(), [], start, True, None
             for item in items:
                 cut_at = item.cut_at if isinstance(item, Problem) else None
@@ -185,40 +206,39 @@ class Encoding:
             self.rows, self.skipped = self.rows + writer.rows, self.skipped + skipped.total()
             number, start = number + 1, position
 
-    def _decoded(self, items: Iterable[Record | Problem]) -> Iterator[tuple[Record, np.ndarray] | Problem]:
-        """The items in their order, pictures decoded a little ahead by several threads."""
+    def _decoded(self, items: Iterable[Record | Problem]) -> Iterator[Decoded | Problem]:
+        """The items in their order, decoded by several threads: a whole batch while the one before is encoded."""
         with ThreadPoolExecutor(self.threads) as pool:
             ahead: deque = deque()
             for item in items:
                 ahead.append(pool.submit(self._decode, item))
-                if len(ahead) > 4 * self.threads:
+                if len(ahead) > self.batch + self.threads:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
 
-    def _decode(self, item: Record | Problem) -> tuple[Record, np.ndarray] | Problem:
+    def _decode(self, item: Record | Problem) -> Decoded | Problem:
         if isinstance(item, Problem):
             return item
         try:
-            return item, square(item.image, self.size)
+            pixels = square(item.image, self.size)
         except ValueError as error:
             return Problem(item.key, str(error))
+        return Decoded(item, pixels, None if self.pictures is None else to_jpeg(pixels, self.pictures))
 
-    def _encode(self, pending: list[tuple[Record, np.ndarray]], writer: ShardWriter, skipped, notes) -> None:
+    def _encode(self, pending: list[Decoded], writer: ShardWriter, skipped, notes) -> None:
         """Encodes what is pending, writes it and empties the list."""
         if not pending:
             return
-        records, pictures = [record for record, _ in pending], np.stack([picture for _, picture in pending])
+        records, pictures = [one.record for one in pending], np.stack([one.pixels for one in pending])
         captions = [record.captions for record in records]
         features = {"latents": self.encoders.encode_images(pictures)}
         if self.text:
             notes["further caption left out"] += sum(len(texts) - 1 for texts in captions)
             captions = [texts[:1] for texts in captions]
-            with warnings.catch_warnings(record=True) as cut:
-                warnings.simplefilter("always")
-                features["text"] = self.encoders.encode_text([texts[0] for texts in captions])
-            short = sum(issubclass(one.category, CaptionCut) for one in cut)
-            notes[f"caption cut to {self.encoders.max_text_length} tokens"] += short
+            cut: list[int] = []
+            features["text"] = self.encoders.encode_text([texts[0] for texts in captions], cut)
+            notes[f"caption cut to {self.encoders.max_text_length} tokens"] += len(cut)
         if self.vision is not None:
             features["vision"] = self.vision.encode(pictures)
         features = {name: x.to(torch.float16).cpu() for name, x in features.items()}
@@ -229,7 +249,9 @@ class Encoding:
         if good:
             keys, names = [records[k].key for k in good], [self.source.kind] * len(good)
             features = {name: x[good] for name, x in features.items()}
-            writer.add(LatentBatch(captions=[captions[k] for k in good], sources=names, keys=keys, **features))
+            stored = None if self.pictures is None else [pending[k].jpeg for k in good]
+            texts = [captions[k] for k in good]
+            writer.add(LatentBatch(captions=texts, pictures=stored, sources=names, keys=keys, **features))
         self._bar.update(len(pending))
         pending.clear()
 

@@ -5,6 +5,7 @@ The JSON file of a shard is written last, by one atomic rename; what a shard is 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import datasets
 import numpy as np
 import torch
 from datasets.arrow_writer import ArrowWriter
+from PIL import Image
 
 from nitro_e_lite.data.shards import ARRAYS, CARD, SHARD_ROWS, SHARDS, LatentBatch, read_card
 from nitro_e_lite.errors import InvalidValue
@@ -40,37 +42,41 @@ class ShardWriter:
     Args:
         folder: of the data set.
         name: of the shard; rows are read in the order of the names.
-        shapes: of one row of each column, as `array_shapes` gives them.
+        shapes: of one row of each column of numbers, as `array_shapes` gives them.
+        pictures: whether the rows have pictures too.
     """
 
-    def __init__(self, folder: str | Path, name: str, shapes: dict[str, tuple[int, ...]]):
+    def __init__(self, folder: str | Path, name: str, shapes: dict[str, tuple[int, ...]], pictures: bool = False):
         self._path = Path(folder) / SHARDS / f"{name}.arrow"
         self._partial = self._path.with_suffix(f".{os.getpid()}.partial")  # two processes never share a file
         self._path.parent.mkdir(parents=True, exist_ok=True)
         strings = datasets.Value("string")
         features = {n: datasets.List(datasets.Value("float16"), length=prod(s)) for n, s in shapes.items()}
         features |= {"captions": datasets.List(strings), "source": strings, "key": strings}
+        features |= {"picture": datasets.Value("binary")} if pictures else {}
+        self._texts = [name for name in features if name not in shapes]
         self._shapes, self._writer = shapes, ArrowWriter(path=str(self._partial), features=datasets.Features(features))
-        self.rows, self._sources, self._waiting = 0, Counter(), []
+        self.rows, self._sources, self._waiting, self._bytes = 0, Counter(), [], 0
 
     def add(self, batch: LatentBatch) -> None:
         """Appends rows; numbers are stored as float16."""
         count = len(batch.captions)
         columns = {n: getattr(batch, n).to(torch.float16).flatten(1).cpu().numpy() for n in self._shapes}
         columns |= {"captions": batch.captions, "source": batch.sources or [""] * count}
-        columns |= {"key": batch.keys or [""] * count}
+        columns |= {"key": batch.keys or [""] * count, "picture": batch.pictures}
         self._waiting.append(columns)
         self.rows += count
         self._sources.update(columns["source"])
-        if sum(c[n].nbytes for c in self._waiting for n in self._shapes) > WRITE_BYTES:
+        self._bytes += sum(columns[n].nbytes for n in self._shapes) + sum(map(len, batch.pictures or ()))
+        if self._bytes > WRITE_BYTES:
             self._write()
 
     def _write(self) -> None:
         if self._waiting:
             joined = {n: np.concatenate([c[n] for c in self._waiting]) for n in self._shapes}
-            joined |= {n: sum((c[n] for c in self._waiting), []) for n in ("captions", "source", "key")}
+            joined |= {n: sum((c[n] for c in self._waiting), []) for n in self._texts}
             self._writer.write_batch(joined)
-            self._waiting = []
+            self._waiting, self._bytes = [], 0
 
     def finish(self, **about: Any) -> None:
         """Closes the shard; from now on it counts. `about` goes into its JSON file."""
@@ -139,10 +145,12 @@ def write_latents(
         if time.time() - old.stat().st_mtime > STALE:
             shutil.rmtree(old, ignore_errors=True)
     partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    shapes, writer, shard = {}, None, 0
+    shapes, writer, shard, pictures = {}, None, 0, {}
     for batch in batches:
         shapes = shapes or {n: list(x.shape[1:]) for n in ARRAYS if (x := getattr(batch, n)) is not None}
-        writer = writer or ShardWriter(partial, f"{shard:06d}", shapes)
+        if batch.pictures and not pictures:
+            pictures = {"pictures": Image.open(io.BytesIO(batch.pictures[0])).width}
+        writer = writer or ShardWriter(partial, f"{shard:06d}", shapes, bool(pictures))
         writer.add(batch)
         if writer.rows >= shard_rows:
             writer.finish()
@@ -151,7 +159,7 @@ def write_latents(
         writer.finish()
     if not shapes:
         raise InvalidValue(f"{folder}: no data to write")
-    card = {"fingerprint": fingerprint, "shape": shapes.pop("latents"), "arrays": shapes, **(about or {})}
+    card = {"fingerprint": fingerprint, "shape": shapes.pop("latents"), "arrays": shapes, **pictures, **(about or {})}
     write_atomically(partial / CARD, json.dumps(card, indent=1) + "\n")
     try:
         os.replace(partial, folder)

@@ -1,8 +1,8 @@
 """Shards: what training reads instead of encoding the same images again and again.
 
-A data set is a folder: `card.json` and any number of shards. A shard is an Arrow file, written and mapped into memory
-by Hugging Face `datasets`, and a small JSON file beside it with its rows, size and SHA-256. The JSON file is written
-last, so a shard without one does not exist: a writer killed at any moment loses the shard it was writing and no other.
+A data set is a folder: `card.json` and any number of shards. A shard is an Arrow file, written by Hugging Face
+`datasets`, and a small JSON file beside it with its rows, size and SHA-256. The JSON file is written last, so a shard
+without one does not exist: a writer killed at any moment loses the shard it was writing and no other.
 
 =========  ============================================================================================
 column     holds
@@ -11,6 +11,7 @@ latents    float16 (C * h * w): normalised latents
 captions   strings, at least one
 text       float16 (L * Dc), optional: features of the first caption
 vision     float16 (P * Dv), optional: features of the image for REPA
+picture    bytes of a JPEG, optional: the image itself, for a vision model that looks at it in training
 states     float16 (K * C * h * w), optional: where a teacher was on its way, see `drawn.py`
 source     where the image is from, such as `sa1b`
 key        its name there, so that a picture can be found again
@@ -19,30 +20,46 @@ key        its name there, so that a picture can be found again
 The card holds the fingerprint of the encoder that made the latents. Opening a folder made by another encoder is an
 error: a model trained on it would learn nothing of use. The same holds for stored text features.
 
+**Reading.** Rows are read in random order by `READERS` threads at once, with plain reads of just their bytes, see
+`shard_files.py`: a disk with a queue is far faster when the queue is full.
+
 **Quarantine.** Files rot. A shard that is cut short or unreadable, a row with a NaN or without a caption, is put into
 `quarantine.jsonl` with its reason, is said once, and never stops a run. Its turn goes to another row, chosen by
-its number alone: the length and the place of every other row stay as they are, and with them the exact order.
+its number alone: the length and the place of every other row stay as they are, and with them the exact order. What may
+pass (a shard that is away, no permission, no memory) is tried again, then named and replaced in the same way, but not
+remembered: the next run finds it again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
+import json
+import time
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from nitro_e_lite.errors import InvalidValue, MissingFile
+from nitro_e_lite.data import shard_files
+from nitro_e_lite.data.shard_files import CutShort, Damaged, Layout, ShardFile, explain, is_passing, patiently
+from nitro_e_lite.errors import InvalidValue, MissingFile, Unusable
 from nitro_e_lite.files import append_jsonl, read_json, read_jsonl
 
 CARD, SHARDS, QUARANTINE = "card.json", "shards", "quarantine.jsonl"
+READERS, ROWS_EACH = 8, 8  # threads that read a batch, and the rows that one of them takes at a time
 ARRAYS = ("latents", "text", "vision", "states")  # columns of float16 numbers
 SHARD_ROWS = 10_000
 LARGEST_ROW = 2**31  # numbers; a card that says more is damaged, and nothing is made room for
@@ -54,8 +71,9 @@ class LatentBatch:
     """`latents` float32 (B, C, h, w) and the captions of each image (at least one).
 
     `text` (B, L, Dc), `vision` (B, P, Dv) and `states` (B, K, C, h, w) are float16, or None when the data set has none.
-    `sources` and `keys` are for writing; a reader leaves them None, but gives the keys of drawn pictures, which are the
-    seeds of their noise.
+    `images` uint8 (B, H, W, 3) is what a reader makes of `pictures`, the JPEG files that were written. `sources` and
+    `keys` are for writing; a reader leaves them None, but gives the keys of drawn pictures, which are the seeds of
+    their noise.
     """
 
     latents: Tensor
@@ -63,6 +81,8 @@ class LatentBatch:
     text: Tensor | None = None
     vision: Tensor | None = None
     states: Tensor | None = None
+    images: Tensor | None = None
+    pictures: list[bytes] | None = None
     sources: list[str] | None = None
     keys: list[str] | None = None
 
@@ -80,25 +100,39 @@ def bad_rows(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard as it was found; `reason` says what is wrong with it, if anything is."""
+    """One shard as it was found; `reason` says what is wrong with it, if anything is, and `passing` if it may pass."""
 
     folder: Path
     name: str
     rows: int
     reason: str = ""
+    passing: bool = False
+
+    @cached_property
+    def path(self) -> Path:
+        """Its Arrow file."""
+        return self.folder / SHARDS / f"{self.name}.arrow"
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why a row cannot be trained on: its own fault, or that of its whole shard; damage or something that may pass."""
+
+    chunk: Chunk
+    row: int  # within the chunk
+    reason: str
+    of_shard: bool = False
+    passing: bool = False
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive rows of one shard, in memory-mapped arrays; `arrays` is None in a shard that cannot be read."""
+    """Consecutive rows of one shard; `layout` says where in its file, and is None in a shard that cannot be read."""
 
     shard: Shard
     first: int  # number of its first row within the shard
     rows: int
-    arrays: dict[str, np.ndarray] | None = None  # float16 (rows, n) by column
-    captions: Any = None  # Arrow column of lists of strings
-    sources: Any = None  # Arrow column of strings, or None
-    keys: Any = None  # likewise
+    layout: Layout | None = None
 
 
 class LatentDataset:
@@ -126,10 +160,12 @@ class LatentDataset:
         found = [open_shards(path, card) for path, card in zip(self.folders, cards, strict=True)]
         self.chunks = [chunk for chunks in found for chunk in chunks]
         self.shards = list(dict.fromkeys(chunk.shard for chunk in self.chunks))
-        self._ends = np.cumsum([chunk.rows for chunk in self.chunks])
-        self._good = [chunk for chunk in self.chunks if chunk.arrays is not None and chunk.rows]
-        self._good_ends = np.cumsum([chunk.rows for chunk in self._good])
-        self._warned = False
+        self._ends = [*accumulate(chunk.rows for chunk in self.chunks)]
+        self._good = [chunk for chunk in self.chunks if chunk.layout is not None and chunk.rows]
+        self._good_ends = [*accumulate(chunk.rows for chunk in self._good)]
+        self._warned, self._named = False, set()  # of bad rows; shards that a passing error was told of
+        self._open = lru_cache(shard_files.files_to_keep_open())(ShardFile)
+        self._readers = ThreadPoolExecutor(READERS, "rows")
         self._report_shards(cards)
 
     def _check_card(self, path: Path, card: dict[str, Any], wanted: dict[str, str | None]) -> None:
@@ -144,6 +180,7 @@ class LatentDataset:
                     "encode the data again (delete the folder) or name the matching encoder"
                 )
         mixed = any(first.get(name, made) != made for name, made in features.items())
+        mixed |= card.get("pictures") != self.card.get("pictures")
         if mixed or card["fingerprint"] != self.card["fingerprint"] or array_shapes(card) != self.shapes:
             raise InvalidValue(
                 f"{path}: another encoder, or other columns or shapes, than {self.folders[0]}; encode both alike"
@@ -151,35 +188,57 @@ class LatentDataset:
 
     def _report_shards(self, cards: list[dict[str, Any]]) -> None:
         broken = [shard for shard in self.shards if shard.reason]
-        for shard in broken:
+        damaged, away = ([shard for shard in broken if shard.passing is passing] for passing in (False, True))
+        for shard in damaged:
             quarantine(shard.folder, shard.name, None, shard.reason)
         if not self._good:
+            first = f"; first: {broken[0].name}, {broken[0].reason}" if broken else ""
             raise InvalidValue(
-                f"{', '.join(map(str, self.folders))}: no row can be read ({len(broken)} shards are in {QUARANTINE}); "
-                "encode the data again"
+                f"{', '.join(map(str, self.folders))}: no row can be read ({len(damaged)} shards are in {QUARANTINE}, "
+                f"{len(away)} cannot be reached{first}); encode the data again, or make it readable"
             )
-        if broken:
-            warnings.warn(
-                f"{len(broken)} of {len(self.shards)} shards, {sum(s.rows for s in broken):,} of {len(self):,} rows, "
-                f"are in quarantine (first: {broken[0].name}, {broken[0].reason}); other rows take their turns. "
-                f"See {QUARANTINE} in {broken[0].folder}",
-                stacklevel=3,
-            )
+        for shards, what, where in (
+            (damaged, "are in quarantine", f"See {QUARANTINE} in {{}}"),
+            (away, "cannot be reached", "Nothing is remembered of it: the next start tries again in {}"),
+        ):
+            if shards:
+                warnings.warn(
+                    f"{len(shards)} of {len(self.shards)} shards, {sum(s.rows for s in shards):,} of {len(self):,} "
+                    f"rows, {what} (first: {shards[0].name}, {shards[0].reason}); other rows take their turns. "
+                    f"{where.format(shards[0].folder)}",
+                    stacklevel=3,
+                )
         for path, card in zip(self.folders, cards, strict=True):
             done = sum(bool(state and state["end"]) for state in sidecars(path).values())
             if done < card.get("parts", 0):
                 warnings.warn(f"{path}: only {done} of {card['parts']} parts are encoded yet", stacklevel=3)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     @property
     def has_bad_rows(self) -> bool:
         """Whether a row was found that another takes the turns of."""
-        return self._warned or len(self._good) < len(self.chunks)
+        return self._warned or bool(self._named) or len(self._good) < len(self.chunks)
 
-    def batch(self, indices: Iterable[int]) -> LatentBatch:
+    @property
+    def has_pictures(self) -> bool:
+        """Whether the pictures themselves are stored."""
+        return self.card.get("pictures") is not None
+
+    @property
+    def digest(self) -> str:
+        """Names the shards, their rows and which can be read: with a seed, the order of training."""
+        found = [[s.name, s.rows, bool(s.reason)] for s in self.shards]
+        return hashlib.blake2b(json.dumps(found).encode(), digest_size=8).hexdigest()
+
+    def batch(self, indices: Iterable[int], images: bool = False, pin: bool = False) -> LatentBatch:
         """The rows `indices` as one batch; a row in quarantine is replaced by another, always by the same one.
+
+        Args:
+            indices: numbers of the rows.
+            images: decode the stored pictures too.
+            pin: into memory from which an accelerator copies without waiting.
 
         Raises:
             IndexError: for a row that is not there.
@@ -188,55 +247,134 @@ class LatentDataset:
         rows = [int(i) for i in indices]
         if not all(0 <= row < len(self) for row in rows):
             raise IndexError(f"indices: between {min(rows)} and {max(rows)}; there are {len(self)} rows")
-        arrays = {name: np.empty((len(rows), prod(shape)), np.float16) for name, shape in self.shapes.items()}
-        captions: list[list[str]] = [[]] * len(rows)
-        keys: list[str] | None = [""] * len(rows) if "states" in self.shapes else None
-        places = range(len(rows))
+        batch = _Draft.empty(len(rows), self, images, pin)
+        parts = [range(k, min(k + ROWS_EACH, len(rows))) for k in range(0, len(rows), ROWS_EACH)]
         for attempt in range(100):
-            for place in places:
-                chunk, within = self._locate(rows[place], attempt)
-                for name, array in arrays.items():
-                    array[place] = chunk.arrays[name][within]
-                captions[place] = read_captions(chunk.captions[within])
-                if keys is not None:
-                    keys[place] = chunk.keys[within].as_py()
-            places = self._bad(places, arrays, captions, rows, attempt)
-            if not places:
-                tensors = {name: torch.from_numpy(x).unflatten(1, self.shapes[name]) for name, x in arrays.items()}
-                return LatentBatch(tensors.pop("latents").float(), captions, keys=keys, **tensors)
-        raise InvalidValue(f"{self.folders[0]}: row {rows[places[0]]} and 99 others are bad; run `nitro-e data check`")
 
-    def _locate(self, row: int, attempt: int) -> tuple[Chunk, int]:
-        """Chunk and place in it of a row, or of the row that takes its turn: a pure function of its arguments."""
-        k = int(np.searchsorted(self._ends, row, "right"))
-        if attempt == 0 and self.chunks[k].arrays is not None:
-            return self.chunks[k], row - int(self._ends[k]) + self.chunks[k].rows
-        other = (row * 2_654_435_761 + attempt) % int(self._good_ends[-1])  # spreads a lost shard over all others
-        k = int(np.searchsorted(self._good_ends, other, "right"))
-        return self._good[k], other - int(self._good_ends[k]) + self._good[k].rows
+            def read(places: range, attempt: int = attempt) -> dict[int, Trouble]:
+                return self._read(batch, rows, places, attempt)
 
-    def _bad(self, places, arrays: dict[str, np.ndarray], captions: list, rows: list[int], attempt: int) -> list[int]:
-        """Those of `places` that hold a row nobody should train on; the rows go into quarantine."""
-        reasons = {place: "no caption" for place in places if not captions[place]}
-        for name, array in arrays.items():
-            reasons |= {int(place): f"{name} not finite" for place in np.flatnonzero(bad_rows(array))}
-        for place, reason in reasons.items():
+            found = self._readers.map(read, parts) if len(parts) > 1 else map(read, parts)
+            troubles = {place: trouble for part in found for place, trouble in part.items()}
+            if not troubles:
+                return batch.finish(self.shapes)
+            self._report(troubles.values())
+            parts = [range(place, place + 1) for place in troubles]
+        place, trouble = next(iter(troubles.items()))
+        raise InvalidValue(
+            f"{self.folders[0]}: row {rows[place]} and 99 others are bad (last: {trouble.reason}); "
+            "run `nitro-e data check`"
+        )
+
+    def _read(self, batch: _Draft, rows: list[int], places: range, attempt: int) -> dict[int, Trouble]:
+        """Reads the rows of neighbouring `places`; returns what is wrong, by place."""
+        troubles = {}
+        for place in places:
             chunk, within = self._locate(rows[place], attempt)
-            quarantine(chunk.shard.folder, chunk.shard.name, chunk.first + within, reason)
-        if reasons and not self._warned:
+
+            def read(chunk: Chunk = chunk, within: int = within, place: int = place) -> str:
+                return batch.read(self._open(chunk.shard.path), chunk, within, place)
+
+            try:
+                reason = patiently(read, () if chunk.shard in self._named else shard_files.PAUSES)
+                if reason:
+                    troubles[place] = Trouble(chunk, within, reason)
+            except (Damaged, OSError, MemoryError) as error:
+                of_shard, passing = not isinstance(error, Damaged) or isinstance(error, CutShort), is_passing(error)
+                troubles[place] = Trouble(chunk, within, explain(error), of_shard, passing)
+        for name, array in batch.arrays.items():
+            for k in np.flatnonzero(bad_rows(array[places.start : places.stop])):
+                place = places.start + int(k)
+                if place not in troubles or not troubles[place].of_shard:
+                    troubles[place] = Trouble(*self._locate(rows[place], attempt), f"{name} not finite")
+        return troubles
+
+    def _report(self, troubles: Iterable[Trouble]) -> None:
+        """Damage goes into quarantine; a passing error is told once for each shard."""
+        for trouble in troubles:
+            shard = trouble.chunk.shard
+            if trouble.passing and shard not in self._named:
+                self._named.add(shard)
+                warnings.warn(
+                    f"{shard.path}: {trouble.reason}, after {len(shard_files.PAUSES) + 1} attempts; other rows take "
+                    "its rows' turns as long as it cannot be read",
+                    stacklevel=3,
+                )
+            if not trouble.passing:
+                row = None if trouble.of_shard else trouble.chunk.first + trouble.row
+                quarantine(shard.folder, shard.name, row, trouble.reason)
+        first = next((t for t in troubles if not t.passing), None)
+        if first and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{self.folders[0]}: bad rows found (first: {next(iter(reasons.values()))}); other rows take their "
+                f"{self.folders[0]}: bad rows found (first: {first.reason}); other rows take their "
                 f"turns, {QUARANTINE} lists them, `nitro-e data check` counts them",
                 stacklevel=3,
             )
-        return list(reasons)
+
+    def _locate(self, row: int, attempt: int) -> tuple[Chunk, int]:
+        """Chunk and place in it of a row, or of the row that takes its turn: a pure function of its arguments."""
+        k = bisect_right(self._ends, row)
+        if attempt == 0 and self.chunks[k].layout is not None:
+            return self.chunks[k], row - self._ends[k] + self.chunks[k].rows
+        other = (row * 2_654_435_761 + attempt) % self._good_ends[-1]  # spreads a lost shard over all others
+        k = bisect_right(self._good_ends, other)
+        return self._good[k], other - self._good_ends[k] + self._good[k].rows
 
 
-def read_captions(value: Any) -> list[str]:
+@dataclass(frozen=True)
+class _Draft:
+    """A batch while it is read, several rows at once."""
+
+    tensors: dict[str, Tensor]
+    arrays: dict[str, np.ndarray]  # the same memory: float16 (B, n)
+    captions: list[list[str]]
+    keys: list[str] | None
+    images: Tensor | None
+
+    @classmethod
+    def empty(cls, count: int, data: LatentDataset, images: bool, pin: bool) -> _Draft:
+        tensors = {
+            name: torch.empty(count, prod(shape), dtype=torch.float16, pin_memory=pin)
+            for name, shape in data.shapes.items()
+        }
+        side = data.card.get("pictures")
+        if images and side is None:
+            raise InvalidValue(f"{data.folders[0]}: holds no pictures; nitro-e data encode --pictures stores them")
+        pixels = torch.empty(count, side, side, 3, dtype=torch.uint8, pin_memory=pin) if images else None
+        keys = [""] * count if "states" in data.shapes else None
+        return cls(tensors, {name: x.numpy() for name, x in tensors.items()}, [[]] * count, keys, pixels)
+
+    def read(self, file: ShardFile, chunk: Chunk, row: int, place: int) -> str:
+        """Reads one row; returns what is wrong with it, besides its numbers."""
+        layout = chunk.layout
+        for name, array in self.arrays.items():
+            layout.numbers[name].read_into(file, row, array[place])
+        self.captions[place] = read_captions(layout.strings["captions"].read(file, row))
+        if self.keys is not None:
+            (key,) = layout.strings["key"].read(file, row)
+            self.keys[place] = key.decode("utf-8", "replace")
+        if self.images is not None:
+            (picture,) = layout.strings["picture"].read(file, row)
+            try:
+                self.images[place] = torch.from_numpy(np.array(Image.open(io.BytesIO(picture)).convert("RGB")))
+            except MemoryError:
+                raise
+            except Exception:  # Pillow's readers raise many kinds on damaged bytes
+                return "picture cannot be read"
+        return "" if self.captions[place] else "no caption"
+
+    def finish(self, shapes: dict[str, tuple[int, ...]]) -> LatentBatch:
+        """The batch itself, latents in float32."""
+        tensors = {name: x.unflatten(1, shapes[name]) for name, x in self.tensors.items()}
+        latents = tensors.pop("latents").float()
+        return LatentBatch(latents, self.captions, keys=self.keys, images=self.images, **tensors)
+
+
+def read_captions(texts: Iterable[bytes]) -> list[str]:
     """The captions of one row that say something; none where the bytes are no text."""
-    with contextlib.suppress(ValueError):
-        return [text for text in value.as_py() or () if text and text.strip()]
+    with contextlib.suppress(UnicodeDecodeError):
+        return [text for text in (found.decode("utf-8") for found in texts) if text.strip()]
     return []
 
 
@@ -268,15 +406,21 @@ def array_shapes(card: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def sidecars(folder: Path, names: str = "*") -> dict[str, dict[str, Any] | None]:
-    """Shard name -> what its JSON file says (None: unreadable), in the order of the rows."""
+    """Shard name -> what its JSON file says (None: damaged), in the order of the rows.
+
+    Raises:
+        RuntimeError: a file cannot be reached; without it nobody knows how many rows there are.
+    """
     found = {}
     for path in sorted((folder / SHARDS).glob(f"{names}.json")):
         try:
-            state = read_json(path)
+            state = patiently(lambda p=path: read_json(p))
             whole = all(type(state.get(name)) is int and state[name] >= 0 for name in ("rows", "bytes"))
             found[path.stem] = {"end": True, "next": 0, "sha256": "", **state} if whole else None
         except ValueError:
             found[path.stem] = None
+        except (OSError, MemoryError) as error:
+            raise Unusable(f"{path}: cannot be read ({explain(error)}); make it readable and start again") from None
     return found
 
 
@@ -290,60 +434,40 @@ def open_shards(folder: Path, card: dict[str, Any], fresh: bool = False) -> list
     """
     held = [] if fresh else read_quarantine(folder)
     listed = {line["shard"]: line["reason"] for line in held if line["row"] is None}
-    chunks: list[Chunk] = []
-    for name, state in sidecars(folder).items():
-        path, rows = folder / SHARDS / f"{name}.arrow", state["rows"] if state else 0
-        try:
-            if state is None:
-                raise InvalidValue("its JSON file cannot be read")
-            if name in listed:
-                raise InvalidValue(listed[name])
-            if rows == 0:
-                continue
-            if path.stat().st_size != state["bytes"]:
-                raise InvalidValue(f"{path.stat().st_size} of {state['bytes']} bytes are there")
-            table = datasets.Dataset.from_file(str(path)).data.table
-            if table.num_rows != rows:
-                raise InvalidValue(f"{table.num_rows} of {rows} rows are there")
-            chunks += _chunks(table, Shard(folder, name, rows), array_shapes(card))
-        except Exception as error:  # whatever Arrow says of a damaged file: it costs this shard, not the run
-            shard = Shard(folder, name, rows, " ".join(str(error).split()))
-            chunks.append(Chunk(shard, 0, rows))
-    return chunks
+    states = sidecars(folder)
+    shards = {name: Shard(folder, name, state["rows"] if state else 0) for name, state in states.items()}
+    found: dict[str, list[Chunk]] = {}
+    for pause in (*shard_files.PAUSES, None):
+        for name, shard in shards.items():
+            if name not in found or found[name] and found[name][0].shard.passing:
+                found[name] = _open_shard(shard, states[name], listed.get(name), card)
+        away = any(chunk.shard.passing for chunks in found.values() for chunk in chunks)
+        if not away or pause is None:
+            break
+        time.sleep(pause)  # all that are away are tried again, together
+    return [chunk for name in shards for chunk in found[name]]
 
 
-def _chunks(table: Any, shard: Shard, shapes: dict[str, tuple[int, ...]]) -> list[Chunk]:
-    """The record batches of an Arrow table as arrays that share its memory."""
-    chunks, first = [], 0
-    for batch in table.to_batches():
-        arrays = {}
-        for name, shape in shapes.items():
-            column, width = batch.column(name), prod(shape)
-            if getattr(column.type, "list_size", None) != width or column.null_count:
-                raise InvalidValue(
-                    f"{name}: {column.type}, {column.null_count} empty rows; expected {width} numbers a row"
-                )
-            values = column.values.to_numpy(zero_copy_only=True)
-            arrays[name] = values[column.offset * width :][: len(column) * width].reshape(-1, width)
-        named = [batch.column(name) if name in batch.schema.names else None for name in ("source", "key")]
-        for column in (batch.column("captions"), *named):
-            _check_places(column)
-        chunks.append(Chunk(shard, first, len(batch), arrays, batch.column("captions"), *named))
-        first += len(batch)
-    return chunks
-
-
-def _check_places(column: Any) -> None:
-    """Whether all texts of an Arrow column lie within it: reading one that does not would end the process."""
-    if column is None or not len(column):
-        return
-    inner, places = getattr(column, "values", None), column.buffers()[1]  # lists have values, texts have bytes
-    kind = np.int64 if str(column.type).startswith("large") else np.int32
-    ends = np.frombuffer(places, kind, len(column) + 1, column.offset * np.dtype(kind).itemsize)
-    size = len(inner) if inner is not None else column.buffers()[2].size if column.buffers()[2] else 0
-    if ends[0] < 0 or ends[-1] > size or (ends[1:] < ends[:-1]).any():
-        raise InvalidValue("a text leads out of the file")
-    _check_places(inner)
+def _open_shard(shard: Shard, state: dict[str, Any] | None, listed: str | None, card: dict[str, Any]) -> list[Chunk]:
+    """The chunks of one shard; one without a layout when it cannot be read."""
+    try:
+        if state is None:
+            raise Damaged("its JSON file cannot be read")
+        if listed is not None:
+            raise Damaged(listed)
+        if not shard.rows:
+            return []
+        if (size := shard.path.stat().st_size) != state["bytes"]:
+            raise Damaged(f"{size} of {state['bytes']} bytes are there")
+        layouts = shard_files.find_layouts(shard.path, array_shapes(card))
+        rows = [layout.rows for layout in layouts]
+        if sum(rows) != shard.rows:
+            raise Damaged(f"{sum(rows)} of {shard.rows} rows are there")
+        firsts = np.cumsum([0, *rows]).tolist()
+        return [Chunk(shard, *place) for place in zip(firsts[:-1], rows, layouts, strict=True)]
+    except Exception as error:  # whatever Arrow says of a damaged file: it costs this shard, not the run
+        broken = replace(shard, reason=explain(error), passing=is_passing(error))
+        return [Chunk(broken, 0, shard.rows)]
 
 
 def read_quarantine(folder: Path) -> list[dict[str, Any]]:

@@ -45,6 +45,7 @@ from nitro_e_lite.files import explain_json, read_json_line, read_jsonl
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow warns of odd files that it can read
 
+JPEG_QUALITY = 90  # of stored pictures
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LINES = 2_000  # of a list of captions that make one part: the grain in which processes share the work
 FLUX = {"height": 512, "width": 512, "num_inference_steps": 20, "guidance_scale": 3.5, "max_sequence_length": 512}
@@ -70,6 +71,9 @@ class Problem:
     key: str
     reason: str
     cut_at: int | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "key", _printable(self.key))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -117,6 +121,15 @@ def square(image: bytes | Path | Image.Image, size: int) -> np.ndarray:
     raise InvalidValue(reason)
 
 
+def to_jpeg(pixels: np.ndarray, size: int | None = None) -> bytes:
+    """Pixels uint8 (H, W, 3) as a JPEG, of `size` a side if given; colours at full resolution."""
+    buffer, picture = io.BytesIO(), Image.fromarray(pixels)
+    if size is not None:
+        picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+    picture.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue()
+
+
 # -----------------------------------------------------------------------------------------------------------
 # Layouts
 # -----------------------------------------------------------------------------------------------------------
@@ -151,11 +164,14 @@ def record(key: str, image: bytes | Path | Image.Image, captions: Any) -> Record
     whole = [text for text in texts if _printable(text) == text]
     if whole:
         return Record(_printable(key), image, whole)
-    return Problem(_printable(key), "caption is no valid Unicode" if texts else "caption is missing or empty")
+    return Problem(key, "caption is no valid Unicode" if texts else "caption is missing or empty")
 
 
 def _printable(text: str) -> str:
-    r"""The text with halves of surrogate pairs, which JSON allows and no file can hold, spelled out as `\ud83d`."""
+    r"""The text with what no file can hold spelled out as `\ud83d`.
+
+    That is halves of surrogate pairs, which JSON allows, and bytes of a file's name that are not UTF-8.
+    """
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -329,9 +345,9 @@ class JourneyDB(JsonLines):
     def read(self, entry: dict[str, Any]) -> Record | Problem:
         path = self.inside(entry.get("img_path"))
         if path is None:
-            return Problem(_printable(str(entry.get("img_path"))), "img_path is missing or leads out of the folder")
+            return Problem(str(entry.get("img_path")), "img_path is missing or leads out of the folder")
         if path.parts[0] not in self._archives:
-            return Problem(_printable(f"archive {path.parts[0]}"), "archive was not downloaded")
+            return Problem(f"archive {path.parts[0]}", "archive was not downloaded")
         return record(str(path), self.images / path, entry.get("prompt"))
 
 
@@ -372,7 +388,7 @@ class Folder(JsonLines):
         name = next((entry[field] for field in ("file_name", "image") if entry.get(field) is not None), None)
         path = self.inside(name)
         if path is None:
-            return Problem(_printable(str(name)), "file_name is missing or leads out of the folder")
+            return Problem(str(name), "file_name is missing or leads out of the folder")
         fields = ("text", "caption", "captions")
         texts = next((entry[field] for field in fields if entry.get(field) is not None), None)
         if not os.path.isfile(self.file.parent / path):  # False for a name that is too long, too

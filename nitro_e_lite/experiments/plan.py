@@ -62,6 +62,9 @@ from nitro_e_lite.training.distributed import BUCKET
 from nitro_e_lite.training.optimizers import hidden_matrices
 
 STORED = {"all stored": ("latents", "text", "vision"), "latents stored": ("latents",), "nothing stored": ()}
+SMALL_PICTURE = (
+    22_000  # bytes of a JPEG of 224 px, for a vision model that looks in training: data_cards/nitro_e_25m.md
+)
 DISK = 1e9  # bytes/s that a checkpoint is written with, copied and hashed; ours
 DRAWN, DRAWN_PER_SECOND = "fluxdb", 0.56  # FLUX.1-dev on one MI300X, 512 px, batch 32: Table 2 of the Nitro-E report
 PICTURES = {"sa1b": 11_100_000, "journeydb": 4_400_000, "fluxdb": 9_500_000}  # in the paper's folders
@@ -184,6 +187,7 @@ def outlook(config: TrainConfig, found: Plan, devices: int, mfus: Sequence[Utili
     looked_at = min(rows or limit, limit) * config.steps / config.validate_every
     encoded = sum(found.disk.values()) / sum(encoder.stored for encoder in found.encoders.values())
     stored = {way: sum(found.encoders[n].stored for n in names if n in found.encoders) for way, names in STORED.items()}
+    stored["latents stored"] += SMALL_PICTURE * ("vision" in found.encoders)
     outlooks = []
     for mfu in mfus or stated_mfus():
         speed = devices * found.peak * mfu.share

@@ -5,8 +5,8 @@ checkpoints of three, a licence that was never accepted, eight processes on a ma
 for all of it in seconds and says what to do; `require` prints the findings and ends the notebook where something is
 missing that the run cannot do without.
 
-The stages of the transformer are looked at in full. Any other stage gets what its settings have in common with them
-(start, processes, disk); it adds findings of its own.
+The stages of the transformer are looked at in full, students of few steps all but their memory. Any other stage gets
+what its settings have in common with them (start, processes, disk); it adds findings of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
-from nitro_e_lite.config import RunConfig, TrainConfig
+from nitro_e_lite.config import RunConfig, StudentConfig, TrainConfig
 from nitro_e_lite.data.shards import array_shapes, read_card, sidecars
 from nitro_e_lite.errors import Unusable, UserError
 from nitro_e_lite.experiments import handshake, launch
@@ -71,6 +71,8 @@ def preflight(
     found += _start(config, made_before)
     if isinstance(config, TrainConfig):
         found += [*_data(config), *_encoders(config), *_memory(config, processes, device)]
+    if isinstance(config, StudentConfig):
+        found += [_weights("teacher", config.teacher), *_drawn(config), *_encoders(config)]
     return [*found, *_disk(config, Path(run_dir))]
 
 
@@ -131,13 +133,14 @@ def _start(config: RunConfig, made_before: bool) -> Iterator[Finding]:
     if made_before:
         yield Finding("weights to start from", True, "made by the stage before")
     elif source or getattr(config, "stage", "") == "finetune":
-        names = ("model_index.json", "diffusion_pytorch_model*", "transformer/diffusion_pytorch_model*")
-        try:
-            if not Path(source).is_file():  # an official .safetensors file
-                find_weights(source, *names)
-            yield Finding("weights to start from", True, source)
-        except UserError as error:
-            yield Finding("weights to start from", False, str(error))
+        yield _weights("weights to start from", source)
+
+
+def _weights(name: str, source: str) -> Finding:
+    if Path(source).is_file():  # an official .safetensors file
+        return Finding(name, True, source)
+    files = ("model_index.json", "diffusion_pytorch_model*", "transformer/diffusion_pytorch_model*")
+    return _folder(name, source, *files)
 
 
 def _data(config: TrainConfig) -> Iterator[Finding]:
@@ -148,7 +151,8 @@ def _data(config: TrainConfig) -> Iterator[Finding]:
     rows = 0
     for folder in map(Path, data.folders):
         try:
-            columns = array_shapes(read_card(folder))
+            card = read_card(folder)
+            columns = array_shapes(card)
         except (FileNotFoundError, KeyError, ValueError):
             says = "no shards (card.json is missing or broken); nitro-e data encode makes them"
             yield Finding(f"data: {folder}", False, says)
@@ -156,10 +160,12 @@ def _data(config: TrainConfig) -> Iterator[Finding]:
         there = sum(state["rows"] for state in sidecars(folder).values() if state)
         rows += there
         lacks = "; text is encoded in training" * ("text" not in columns)
-        lacks += "; no vision features: encoded in training from stored pictures" * (
-            config.repa.weight > 0 and "vision" not in columns
-        )
-        yield Finding(f"data: {folder}", there > 0, f"{there:,} rows of {', '.join(columns)}{lacks}")
+        unseen, pictures = config.repa.weight > 0 and "vision" not in columns, card.get("pictures") is not None
+        if unseen:
+            nothing = "; no vision features and no pictures (--vision, --pictures)"
+            lacks += "; vision features are computed from pictures" if pictures else nothing
+        fine = there > 0 and (pictures or not unseen)
+        yield Finding(f"data: {folder}", fine, f"{there:,} rows of {', '.join(columns)}{lacks}")
     enough = rows >= config.batch_size
     yield Finding("rows in all", enough, f"{rows:,}; a batch has {config.batch_size:,}")
     if not data.validation_folders:
@@ -169,13 +175,25 @@ def _data(config: TrainConfig) -> Iterator[Finding]:
         yield Finding(f"validation data: {folder}", there > 0, f"{there:,} rows" if there else "no shards there")
 
 
-def _encoders(config: TrainConfig) -> Iterator[Finding]:
+def _drawn(config: StudentConfig) -> Iterator[Finding]:
+    """A lesson draws the pictures of small students itself; those of the full one take days."""
+    if config.preset != "full":
+        yield Finding("drawn pictures", True, "drawn here before the training, as far as they are missing")
+        return
+    needed = config.batch_size + config.data.validation_rows
+    for folder in map(Path, config.data.folders):
+        there = sum(state["rows"] for state in sidecars(folder).values() if state)
+        says = f"{there:,} pictures; a batch and validation take {needed:,}; nitro-e data draw makes them"
+        yield Finding(f"drawn: {folder}", there >= needed, says)
+
+
+def _encoders(config: TrainConfig | StudentConfig) -> Iterator[Finding]:
     source, wanted = config.data.encoders, []
     if source == "full":
         wanted = [(FULL_AUTOENCODER, HUB_REVISIONS), (FULL_TEXT_ENCODER, HUB_REVISIONS)]
     else:
         yield _folder("encoders", source, "vae/latent_stats.json")
-    if config.repa.weight:
+    if isinstance(config, TrainConfig) and config.repa.weight:
         if config.repa.vision in VISION_REVISIONS:
             wanted.append((config.repa.vision, VISION_REVISIONS))
         else:

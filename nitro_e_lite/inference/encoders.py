@@ -170,7 +170,11 @@ def clean_caption(text: str) -> str:
 
 @torch.no_grad()
 def encode_text(
-    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, captions: Sequence[str], max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    captions: Sequence[str],
+    max_length: int,
+    cut: list[int] | None = None,
 ) -> Tensor:
     """Captions to features: the last hidden state after the final norm.
 
@@ -179,6 +183,7 @@ def encode_text(
         model: the language model.
         captions: texts; cleaned here. The empty text is the unconditional caption.
         max_length: tokens a caption is padded or cut to.
+        cut: takes the places of captions that are longer, for a caller who counts them; None warns of each.
 
     Returns:
         Features (B, max_length, D), padding included; each row depends on its own caption alone.
@@ -193,9 +198,12 @@ def encode_text(
     with _TOKENIZING:
         counts = [len(tokens) for tokens in tokenizer(texts, verbose=False)["input_ids"]]
         batch = tokenizer(texts, return_tensors="pt", **padding)
-    for text, count in zip(texts, counts, strict=True):
-        if count > max_length:
-            warnings.warn(f"caption cut to {max_length} of {count} tokens: {text!r}", CaptionCut, stacklevel=2)
+    too_long = [place for place, count in enumerate(counts) if count > max_length]
+    if cut is not None:
+        cut += too_long
+    for place in too_long if cut is None else ():
+        text = f"caption cut to {max_length} of {counts[place]} tokens: {texts[place]!r}"
+        warnings.warn(text, CaptionCut, stacklevel=2)
     device = execution_device(model)
     tokens, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)  # (B, L)
     return model(input_ids=tokens, attention_mask=mask).last_hidden_state  # (B, L, D)
@@ -257,9 +265,9 @@ class Encoders:
         """Images (see `encode_images`) to normalised latents (B, C, h, w)."""
         return encode_images(self.vae, images, self.stats)
 
-    def encode_text(self, captions: list[str]) -> Tensor:
-        """Captions to features (B, L, Dc)."""
-        return encode_text(self.tokenizer, self.text_encoder, captions, self.max_text_length)
+    def encode_text(self, captions: list[str], cut: list[int] | None = None) -> Tensor:
+        """Captions to features (B, L, Dc); `cut` takes the places of those that are too long, see `encode_text`."""
+        return encode_text(self.tokenizer, self.text_encoder, captions, self.max_text_length, cut)
 
     def parts(self) -> dict:
         """The same as keyword arguments of `NitroEPipeline`, which then draws with these encoders."""

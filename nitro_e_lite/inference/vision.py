@@ -58,7 +58,7 @@ class VisionEncoder:
     @torch.no_grad()
     def encode(self, images: np.ndarray | Tensor) -> Tensor:
         """Pictures, see `encoders.images_to_tensor`, to normalised patch features (B, 256, C)."""
-        pixels = images_to_tensor(images).to(self.model.device)  # (B, 3, H, W) in [-1, 1]
+        pixels = images_to_tensor(torch.as_tensor(images).to(self.model.device))  # (B, 3, H, W) in [-1, 1]
         return patch_features(self.model, prepare_pixels(pixels, self.size))
 
 

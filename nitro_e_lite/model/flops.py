@@ -10,7 +10,9 @@ with them it is 0.0804, and either rounds to the published 0.08.
 
 Model FLOPs utilisation (MFU) is the arithmetic a model needs over what the device could have done in the same time. The
 peaks in `HARDWARE` are those of dense bfloat16 matrix products with float32 accumulation; figures with "sparsity" are
-twice as high and belong to no program here.
+twice as high and belong to no program here. AMD's are compute units x FLOPs a clock x clock: 208 (MI250) or 220
+(MI250X) x 1,024 x 1.7 GHz, 304 x 2,048 x 2.1 GHz (MI300X, MI325X), 256 x 4,096 x 2.4 GHz (MI355X; AMD rounds to 2.5
+PFLOPS). Compute units and memory of the newer ones: rocm.docs.amd.com/en/latest/reference/gpu-specs.html.
 """
 
 from __future__ import annotations
@@ -149,8 +151,8 @@ class Hardware:
 HARDWARE = {
     device.name: device
     for device in (
-        Hardware("mi250x", "MI250X", 64e9, 191.5e12, "AMD Instinct MI250X data sheet, one of its two dies"),
-        Hardware("mi250", "MI250", 64e9, 181.05e12, "AMD Instinct MI250 data sheet, one of its two dies"),
+        Hardware("mi250x", "MI250X", 64e9, 191.5e12, "AMD Instinct MI250X data sheet (383.0), one of its two dies"),
+        Hardware("mi250", "MI250", 64e9, 181.05e12, "AMD Instinct MI250 data sheet (362.1), one of its two dies"),
         Hardware("mi300x", "MI300X", 192e9, 1307.4e12, "AMD Instinct MI300X data sheet"),
         Hardware("mi325x", "MI325X", 256e9, 1307.4e12, "AMD Instinct MI325X data sheet"),
         Hardware("mi355x", "MI355X", 288e9, 2516.6e12, "AMD Instinct MI355X data sheet, without sparsity"),

@@ -90,7 +90,7 @@ class Pretrain(Stage):
         check_folders(config.data)
         self.encoders = load_encoders(config.data.encoders, device=placement.device, dtype=placement.dtype)
         self._check_encoders()
-        self.batches = Batches(config, self.encoders, placement.rows)
+        self.batches = Batches(config, self.encoders, placement.rows, placement.device)
         self.vision = None
         self.model = self._build()
         matrices = set() if config.lora.rank else hidden_matrices(self.model)  # an adapter learns with AdamW alone
@@ -114,14 +114,14 @@ class Pretrain(Stage):
         return arguments
 
     def _open_vision(self) -> int:
-        """Finds the vision features: stored ones, or a vision model that looks at scenes; returns their width."""
+        """Finds the vision features: stored ones, or a vision model that looks at pictures; returns their width."""
         stored = self.batches.training.batch([0]).vision
         if stored is not None:
             return stored.shape[-1]
-        if self.config.data.folders:
+        if self.config.data.folders and not self.batches.training.has_pictures:
             raise InvalidValue(
-                f"repa.weight={self.config.repa.weight}: {self.config.data.folders[0]} holds no vision features; "
-                "encode the data with them, or train with repa.weight=0"
+                f"repa.weight={self.config.repa.weight}: {self.config.data.folders[0]} holds no vision features and no "
+                "pictures; encode the data with --pictures or --vision, or train with repa.weight=0"
             )
         self.vision = load_vision(self.config.repa.vision, self.placement.device, self.placement.dtype)
         self.batches.needs_images = True
@@ -155,31 +155,37 @@ class Pretrain(Stage):
     def losses(self, step: int, part: int) -> dict[str, dict[str, Tensor]]:
         """The loss of each sample (B,); with REPA also its two terms."""
         with self.placement.clock.measure("data"):
-            batch = self.batches.microbatch(step, part, len(self.placement.microbatches))
-        flow_loss, projected = self._flow_loss(batch)
-        if projected is None:
-            return {"transformer": {"loss": flow_loss}}
-        target = batch.vision.to(projected.device) if self.vision is None else self.vision.encode(batch.images)
-        alignment = repa_loss(projected, target)
-        total = flow_loss + self.config.repa.weight * alignment
-        return {"transformer": {"loss": total, "flow_loss": flow_loss, "repa_loss": alignment}}
+            batch = self.batches.microbatch(step, part, len(self.placement.microbatches)).to(self.placement.device)
+        flow_loss, projected, cut = self._flow_loss(batch)
+        losses = {"loss": flow_loss} if cut is None else {"loss": flow_loss, "captions_cut": cut}
+        if projected is not None:
+            target = batch.vision if self.vision is None else self.vision.encode(batch.images)
+            alignment = repa_loss(projected, target)
+            total = flow_loss + self.config.repa.weight * alignment
+            losses |= {"loss": total, "flow_loss": flow_loss, "repa_loss": alignment}
+        return {"transformer": losses}
 
-    def _flow_loss(self, batch: LocalBatch) -> tuple[Tensor, Tensor | None]:
-        """Squared velocity error of each sample, float32 (B,), and the projected tokens for REPA, if any."""
-        dtype, device = self.placement.dtype, self.placement.device
-        latents, noise, t = (x.to(device) for x in (batch.latents, batch.noise, batch.t))
-        x_t = flow.interpolate(latents, noise, t)
-        output = self.model(x_t.to(dtype), self._text(batch), flow.TIMESTEP_SCALE * t)
-        error = output.sample.float() - flow.velocity_target(latents, noise)
-        return error.square().flatten(1).mean(1), output.features
+    def _flow_loss(self, batch: LocalBatch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Squared velocity error of each sample, float32 (B,); projected tokens for REPA, if any; and see `_text`."""
+        text, cut = self._text(batch)
+        x_t = flow.interpolate(batch.latents, batch.noise, batch.t)
+        output = self.model(x_t.to(self.placement.dtype), text, flow.TIMESTEP_SCALE * batch.t)
+        error = output.sample.float() - flow.velocity_target(batch.latents, batch.noise)
+        return error.square().flatten(1).mean(1), output.features, cut
 
-    def _text(self, batch: LocalBatch) -> Tensor:
-        """Text features (B, L, Dc) in the number type of the computation."""
+    def _text(self, batch: LocalBatch) -> tuple[Tensor, Tensor | None]:
+        """Text features (B, L, Dc) in the number type of the computation.
+
+        Where they are computed here: also 1 for each caption longer than the encoder takes, else 0 (B,). Its mean, the
+        share of captions that lose their end, is reported with the losses.
+        """
         dtype, device = self.placement.dtype, self.placement.device
         if batch.text is None:
-            return self.encoders.encode_text(batch.captions).to(dtype)
-        dropped = torch.tensor([caption == "" for caption in batch.captions], device=device)
-        return torch.where(dropped[:, None, None], self._no_text, batch.text.to(device, dtype))
+            places: list[int] = []
+            text = self.encoders.encode_text(batch.captions, places).to(dtype)
+            return text, torch.tensor([float(k in places) for k in range(len(batch.captions))]).to(device)
+        dropped = torch.tensor([caption == "" for caption in batch.captions]).to(device, non_blocking=True)
+        return torch.where(dropped[:, None, None], self._no_text, batch.text.to(dtype)), None
 
     # -- looking at the run
 
@@ -187,7 +193,7 @@ class Pretrain(Stage):
         """Flow loss on fixed pictures, captions, timesteps and noise: overall, and by range of t."""
         place, found = self.placement, [torch.empty(0, 2)]
         for batch in self.batches.validation_batches(place.rank, place.world):
-            found.append(torch.stack([self._flow_loss(batch)[0].cpu(), batch.t], dim=1))
+            found.append(torch.stack([self._flow_loss(batch.to(place.device))[0].cpu(), batch.t], dim=1))
         mine = [row for rows in self.batches.validation_rows(place.rank, place.world) for row in rows]
         rows = fill_rows(torch.cat(found).to(place.device), mine, self.batches.validation_rows()[-1].stop)
         losses, times = rows.cpu().T.contiguous()  # (N,) each
@@ -243,6 +249,10 @@ class Pretrain(Stage):
         roots = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         if roots.keys() == weights.white_roots(self.model).keys():  # otherwise the engine's comparison raises
             weights.set_white_roots(self.model, roots)
+
+    def data_digest(self) -> str:
+        """Names the shards, their rows and which can be read."""
+        return self.batches.digest
 
     def describe(self) -> dict[str, Any]:
         """The encoders' fingerprint, by which a loader knows whether it has the right ones."""

@@ -170,7 +170,8 @@ class Student(Stage):
 
     def text(self, batch: DrawnBatch) -> Tensor:
         """Text features (B, L, Dc) in the number type of the computation."""
-        text = self.encoders.encode_text(batch.captions) if batch.text is None else batch.text
+        cut: list[int] = []  # the teacher lost the same ends and said so when it drew
+        text = self.encoders.encode_text(batch.captions, cut) if batch.text is None else batch.text
         return text.to(self.placement.device, self.placement.dtype)
 
     @abstractmethod
@@ -276,6 +277,10 @@ class Student(Stage):
         self.balance.restore(state["turns"], state["right"])
         if self.heads is not None:
             self.heads.restore(state)
+
+    def data_digest(self) -> str:
+        """Names the shards, their rows and which can be read."""
+        return self.drawn.data.digest
 
     def describe(self) -> dict[str, Any]:
         """The encoders' fingerprint, by which a loader knows whether it has the right ones; who drew, and how."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -169,4 +170,20 @@ def check_together(accelerator: Accelerator, step: int, run_dir: Path) -> None:
         raise Unusable(
             f"run_dir={run_dir}: the processes found checkpoints of steps {steps}; "
             "all machines must see the same folder"
+        )
+
+
+def check_same_data(accelerator: Accelerator, digest: str) -> None:
+    """All processes must see the same shards; others would give them another order of training.
+
+    Raises:
+        RuntimeError: they do not; the message names the processes that differ from the first.
+    """
+    number = int.from_bytes(hashlib.blake2b(digest.encode(), digest_size=7).digest(), "big")
+    seen = accelerator.gather(torch.tensor([number], device=accelerator.device)).tolist()
+    others = [rank for rank, one in enumerate(seen) if one != seen[0]]
+    if others:
+        raise Unusable(
+            f"data: the processes {', '.join(map(str, others))} see other shards, or fewer that they can read, than "
+            "process 0; all machines must see the same folders, see the warnings above"
         )

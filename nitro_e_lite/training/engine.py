@@ -48,6 +48,7 @@ from nitro_e_lite.training.clock import Clock
 from nitro_e_lite.training.distributed import (
     any_rank,
     average_gradients,
+    check_same_data,
     check_together,
     mean_over_processes,
     set_patience,
@@ -158,6 +159,10 @@ class Stage:
             ValueError: the run cannot go on with these settings, for example with other encoders.
         """
 
+    def data_digest(self) -> str:
+        """Names the data that this process reads; it must be the same on all of them."""
+        return ""
+
     def describe(self) -> dict[str, Any]:
         """JSON-able facts for the run's `config.json`."""
         return {}
@@ -236,7 +241,7 @@ class Engine:
 
     Raises:
         FileExistsError: `run_dir` holds a run and `resume` is False.
-        RuntimeError: fewer processes found each other than were started, or they found different checkpoints.
+        RuntimeError: fewer processes found each other than were started, or they found different checkpoints or data.
         ValueError: a checkpoint of a differently shaped model is resumed, or the batch cannot be divided.
     """
 
@@ -264,6 +269,7 @@ class Engine:
             torch.backends.cudnn.benchmark = False  # MIOpen would search for minutes
         with self.accelerator.main_process_first():  # it fills the caches that the others read
             self.stage = stage(config, placement)
+        check_same_data(self.accelerator, self.stage.data_digest())
         self.learners = {name: _Learner(one, placement, config) for name, one in self.stage.modules.items()}
         self.host_decides = not all(one.leaves_out for one in self.learners.values())
         self.progress = Progress(self.accelerator, config, self.run_dir, self.stage.flops, self.clock)
