@@ -1,7 +1,7 @@
 """Checks that can fail, notebooks 06 to 10: see `test_lesson_mutations`, whose bench runs them."""
 
 import pytest
-from test_lesson_mutations import elsewhere, run  # noqa: F401  (elsewhere: where lessons write)
+from test_lesson_mutations import QUICK, elsewhere, run  # noqa: F401  (elsewhere: where lessons write)
 
 LAYER, BLOCK, MODEL, TAP, AVERAGE = (
     "split, merge and the whole layer agree",
@@ -10,6 +10,21 @@ LAYER, BLOCK, MODEL, TAP, AVERAGE = (
     "the place of the tap agree",
     "the engine's differ by at most",
 )
+QUICK |= {
+    "07": [("count=24", "count=2")],
+    "09": [
+        ("scenes=96", "scenes=4"),
+        ("(0.5, 0.7, 0.85, 0.95)", "(0.7,)"),
+        ('stage_run.prepare(run, again=preset == "smoke")', "None"),
+    ],
+    "10": [
+        ("steps=2000", "steps=20"),
+        ("steps=1200", "steps=12"),
+        ('stage_run.prepare(*stages, again=preset == "smoke")', "None"),
+        ("stage1.train()", "pass"),
+        ("run.train()", "None"),
+    ],
+}
 WRONG = [
     ("06", LAYER, "layer.norm_q_context(q_text)", "layer.norm_q(q_text)"),  # the wrong stream's gain
     ("06", LAYER, "layer.norm_k(k), ", "k, "),  # no gain
@@ -21,9 +36,10 @@ WRONG = [
     ("07", BLOCK, "block.text.norm2, block.text.mlp", "block.text.norm1, block.text.mlp"),  # a gain too many
     ("07", BLOCK, "[angles.cos(), angles.sin()]", "[angles.sin(), angles.cos()]"),
     ("07", BLOCK, "self.bias + six * (1 + self.scale)", "self.bias + six * self.scale"),
-    ("08", MODEL, "self.reconstructor(image, saved, height, width) + positions", "self.reconstructor(image, saved, height, width)"),
+    ("08", MODEL, "saved, height, width) + positions", "saved, height, width)"),  # no position reinforcement
     ("08", MODEL, "patterns[i % 3], context", "patterns[(i + 1) % 3], context"),
-    ("08", MODEL, "elementwise_affine=False, eps=1e-6", "elementwise_affine=False, eps=1e-2"),
+    ("08", MODEL, "self.norm_out(image)", "image"),
+    ("08", MODEL, "saved, image = image, self.comp", "saved, image = image.flip(1), self.comp"),
     ("09", TAP, "text, 1000 * t)", "text, t)"),
     ("09", TAP, "patchify(x_t, 1)) + crop_positions(model.positions, 16, 16)", "patchify(x_t, 1))"),
     ("09", TAP, "nn.Sequential(first, nn.SiLU(), second", "nn.Sequential(first, nn.GELU(), second"),
