@@ -27,7 +27,8 @@ def interval(values: Sequence[float], together: int = 1) -> tuple[float, float]:
     count = len(values)
     if count < 2:
         raise InvalidValue(f"values: {count} given; an interval needs at least two repeats")
-    return statistics.fmean(values), float(t.ppf(1 - 0.025 / together, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+    quantile = float(t.ppf(1 - 0.025 / together, count - 1))
+    return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(count)
 
 
 def share_interval(right: int, count: int) -> tuple[float, float]:

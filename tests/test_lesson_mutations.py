@@ -11,23 +11,124 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
-QUICK = {}
-WRONG = []
+QUICK = {  # fewer steps, so that a row costs a second
+    "02": [("range(64)", "range(4)")],
+    "03": [("prompts=6", "prompts=2")],
+    "00": [
+        ("(caption, 20,", "(caption, 2,"),
+        ("picture = pipeline(caption,", "picture = pipeline(caption, 1,"),
+        ("s(20)", "s(2)"),
+    ],
+}
+WRONG = [
+    (
+        "00",
+        "assert_close(x, final",
+        "none + guidance * (with_caption - none)",
+        "with_caption + guidance * (none - with_caption)",
+    ),
+    (
+        "00",
+        "assert_close(x, final",
+        "x.repeat(2, 1, 1, 1), features, 1000 * sigma)",
+        "x.repeat(2, 1, 1, 1), features, 1000 * following)",
+    ),
+    (
+        "00",
+        "assert_close(x, final",
+        'features = pipeline.encode_captions(["", caption])',
+        "features = pipeline.encode_captions([caption, caption])",
+    ),
+    ("00", "assert_close(x, final", "(following - sigma) * v", "following * v - sigma * x"),
+    ("01", "assert mine ==", "(z >> 27)", "(z >> 28)"),
+    ("01", "assert mine ==", "(state ^ key) + STEP", "(state ^ key)"),
+    ("01", "assert mine ==", ">> 11) * 2.0**-53", ">> 12) * 2.0**-52"),
+    ("01", "equal to the last rounding", "c * y - s * x", "c * y + s * x"),
+    ("01", "equal to the last rounding", "np.clip(0.5 - distance", "np.clip(-distance"),
+    ("01", "equal to the last rounding", "* o.radius * size  # pixels", "* size  # pixels"),
+    ("01", 'check("1 gigabytes of latents", latent_gigabytes', "return None  # your formula", "return 227.7"),
+    ("01", 'check("2 ring", ring', "return None  # your formula", "return distance - w"),
+    (
+        "02",
+        "assert_close(space_to_channel(x), F.pixel_unshuffle",
+        "permute(0, 1, 3, 5, 2, 4)",
+        "permute(0, 1, 5, 3, 2, 4)",
+    ),
+    ("02", "theirs.load_state_dict(mine", ".mean(2)  # mean over each group", ".sum(2)"),
+    ("02", "theirs.load_state_dict(mine", "x.repeat_interleave(self.repeats, 1)", "x.repeat(1, self.repeats, 1, 1)"),
+    ("02", "theirs.load_state_dict(mine", "        if self.shortcut:\n", "        if False:\n"),
+    ("02", "by_hand = (raw", " / torch.tensor(stored.std).view(1, -1, 1, 1)", ""),
+    ("02", 'check("3 first that knows", first', "return None  # an integer", "return 6  #"),
+    ("03", "line, target and both ends", "(1 - t) * x0 + t * noise", "t * x0 + (1 - t) * noise"),
+    ("03", "line, target and both ends", "x_t - t * v, x_t + (1 - t) * v", "x_t - v, x_t + (1 - t) * v"),
+    ("03", "from the score is the exact field", "(x - weight @ known) / t", "(x - weight @ known)"),
+    ("03", "from the score is the exact field", "/ (2 * t**2), dim=1)\n    return", "/ t**2, dim=1)\n    return"),
+    ("03", "equal to {(mine - theirs)", "none + scale * (v - none)", "v + scale * (v - none)"),
+    ("03", "equal to {(mine - theirs)", "torch.tensor(1000.0 * t", "torch.tensor(1000.0 * t**2"),
+    ("03", 'check("2 Heun", heun_step', "None  # velocity(x, t) may", "x + (t_next - t) * velocity(x, t)  #"),
+    ("03", 'check("3 useful steps", useful', "None  # your answer", "3"),
+    ("04", "equal to torch's RMSNorm", "return self.weight * x *", "return x *"),
+    ("04", "equal to torch's RMSNorm", "+ 1e-6).rsqrt()", "+ 1e-5).rsqrt()"),
+    ("04", "(MyBlock(M, E), JointBlock(M, E))", "self.norm_q_context(q_text)", "self.norm_q(q_text)"),
+    ("04", "(MyBlock(M, E), JointBlock(M, E))", "nn.LayerNorm(width)", "nn.LayerNorm(width, eps=1e-6)"),
+    ("04", "(MyBlock(M, E), JointBlock(M, E))", "* (1 + six[1]) + six[0]", "* (1 + six[0]) + six[1]"),
+    ("04", "(MyBlock(M, E), JointBlock(M, E))", "tokens + six[2] * mixed", "tokens + mixed"),
+    ("04", "(MyBlock(M, E), JointBlock(M, E))", ', approximate="tanh"', ""),
+    ("04", 'check("Exercise 1", largest', "return None  # your line 1", "return 32**0.5"),
+    ("04", 'check("Exercise 1", largest', "return None  # your line 3", "return 2 * (8 * width + 32)"),
+    (
+        "05",
+        "equal to torch's pixel unshuffle",
+        "grid.transpose(2, 3).flatten(3)",
+        "grid.permute(0, 1, 3, 4, 2, 5).flatten(3)",
+    ),
+    ("05", "torch.equal(scatter(y", "permute(0, 1, 4, 2, 5, 3)", "permute(0, 1, 5, 2, 4, 3)"),
+    ("05", "crop_positions(tokens.position_table(64", "for place in (columns, rows)", "for place in (rows, columns)"),
+    ("05", "crop_positions(tokens.position_table(64", " + (table_side - side) // 2", ""),
+    ("05", "(MyCompressor(64), tokens", 'nn.GELU("tanh")', "nn.GELU()"),
+    ("05", "(MyCompressor(64), tokens", "torch.cat([*fine, saved]", "torch.cat([saved, *fine]"),
+    ("05", '"reconstructor": MyReinforced(32)', " + my_positions(height, saved.shape[2])", ""),
+    ("05", 'check("Exercise 1", middle', "return None  # your line 1", "return 480"),
+]
 
 
-def names(tree: ast.AST, context: type, inside: bool) -> set[str]:
-    """Names that a cell stores or loads: at its own level, or inside its functions and classes."""
-    found, todo = set(), [(node, False) for node in ast.iter_child_nodes(tree)]
+def stored(tree: ast.AST) -> set[str]:
+    """Names that a piece of code defines, those inside its functions and classes left out."""
+    found, todo = set(), [tree]
     while todo:
-        node, deep = todo.pop()
-        if isinstance(node, ast.Name) and isinstance(node.ctx, context) and deep == inside:
+        node = todo.pop()
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             found.add(node.id)
-        scope = isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda))
-        if context is ast.Store and deep == inside:
-            found |= {node.name} if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else set()
-            found |= {(node.asname or node.name).split(".")[0]} if isinstance(node, ast.alias) else set()
-        todo += [(child, deep or scope) for child in ast.iter_child_nodes(node)]
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+            continue
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name):
+            found.add(node.value.id)  # Model.forward = forward
+        elif isinstance(node, ast.alias):
+            found.add((node.asname or node.name).split(".")[0])
+        elif isinstance(node, ast.comprehension):  # its variable ends with it
+            todo.append(node.iter)
+            continue
+        todo += ast.iter_child_nodes(node)
     return found
+
+
+def loaded(tree: ast.Module) -> tuple[set[str], set[str]]:
+    """Names that a cell takes from cells before it, when it runs and when its functions are called."""
+    own, now, late = set(), set(), set()
+    for statement in tree.body:
+        inner = {name for n in ast.walk(statement) if isinstance(n, ast.comprehension) for name in stored(n.target)}
+        for function in (n for n in ast.walk(statement) if isinstance(n, (ast.FunctionDef, ast.Lambda))):
+            body = function.body if isinstance(function.body, list) else []
+            inner |= {n.arg for n in ast.walk(function.args) if isinstance(n, ast.arg)}
+            inner |= {name for line in body for name in stored(line)}
+        uses = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)} - inner
+        if isinstance(statement, ast.FunctionDef):
+            late |= uses
+        else:
+            now |= uses - own
+        own |= stored(statement)
+    return now, late
 
 
 def needed(cells: list[str], last: int) -> list[int]:
@@ -35,13 +136,12 @@ def needed(cells: list[str], last: int) -> list[int]:
     trees = [ast.parse(cell) for cell in cells]
     late, kept = set(), {last}  # late: names that functions look up when they are called
     while True:
-        open_names, before = set(), set(kept)
+        wanted, before = set(), set(kept)
         for number in range(last, -1, -1):
-            defined = names(trees[number], ast.Store, inside=False)
-            if number in kept or defined & (open_names | late):
+            if number in kept or stored(trees[number]) & (wanted | late):
                 kept.add(number)
-                open_names = (open_names - defined) | names(trees[number], ast.Load, inside=False)
-                late |= names(trees[number], ast.Load, inside=True)
+                now, later = loaded(trees[number])
+                wanted, late = wanted - stored(trees[number]) | now, late | later
         if kept == before:
             return sorted(kept)
 
@@ -50,9 +150,10 @@ def run(number: str, check: str, old: str = "", new: str = "") -> None:
     """Executes the cells that a check needs, with `old` written as `new`."""
     book = json.loads(next(FOLDER.glob(f"{number}_*.ipynb")).read_text(encoding="utf-8"))
     cells = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
-    (last,) = (k for k, cell in enumerate(cells) if check in cell)
+    last = next(k for k, cell in enumerate(cells) if check in cell)
     kept = [cells[k] for k in needed(cells, last)]
-    assert not old or any(old in cell for cell in kept), f"{old!r} is in no cell that the check needs"
+    if old and not any(old in cell for cell in kept):
+        raise LookupError(f"{old!r} is in no cell that the check needs")
     namespace = {"__name__": "lesson"}
     for cell in kept:
         for long, short in QUICK.get(number, ()):

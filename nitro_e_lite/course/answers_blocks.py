@@ -8,7 +8,6 @@ from torch import Tensor
 
 from nitro_e_lite.course.lessons import Hidden
 
-
 # 06
 
 row_bands = Hidden(lambda side: (4, side * side // 4), ((16,), (8,), (32,)))
