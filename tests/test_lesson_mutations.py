@@ -87,7 +87,7 @@ WRONG = [
     ("05", "crop_positions(tokens.position_table(64", " + (table_side - side) // 2", ""),
     ("05", "(MyCompressor(64), tokens", 'nn.GELU("tanh")', "nn.GELU()"),
     ("05", "(MyCompressor(64), tokens", "torch.cat([*fine, saved]", "torch.cat([saved, *fine]"),
-    ("05", "class MyReinforced", " + my_positions(height, saved.shape[2])", ""),
+    ("05", '"reconstructor": MyReinforced(32)', " + my_positions(height, saved.shape[2])", ""),
     ("05", 'check("Exercise 1", middle', "return None  # your line 1", "return 480"),
 ]
 
@@ -104,6 +104,9 @@ def stored(tree: ast.AST) -> set[str]:
             continue
         elif isinstance(node, ast.alias):
             found.add((node.asname or node.name).split(".")[0])
+        elif isinstance(node, ast.comprehension):  # its variable ends with it
+            todo.append(node.iter)
+            continue
         todo += ast.iter_child_nodes(node)
     return found
 
