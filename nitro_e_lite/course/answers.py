@@ -8,8 +8,131 @@ import math
 import re
 
 import torch
+from torch.nn import functional as F
 
 from nitro_e_lite.course.lessons import Hidden
 from nitro_e_lite.scenes import captions, grammar
 
 _NUMBERS = {"a": 1, "an": 1, "one": 1} | {word: count for count, word in grammar.COUNT_WORDS.items()}
+
+
+# 00
+
+
+def names_two_objects(text: str) -> bool:
+    """Whether a caption has only known words and says at least two objects, each with an article or a number."""
+    some = "|".join(grammar.SIZES) + "|" + "|".join(grammar.COLORS)
+    shapes = "|".join(f"{shape}|{captions.plural(shape)}" for shape in grammar.SHAPES)
+    found = re.findall(rf"\b({'|'.join(_NUMBERS)}) (?:(?:{some}) )*(?:{shapes})\b", text.lower())
+    return captions.unknown_words(text) == [] and sum(_NUMBERS[word] for word in found) >= 2
+
+
+equal_steps = Hidden(lambda n: [1 - k / n for k in range(n)], ((1,), (4,), (7,)))
+bill = Hidden(
+    lambda pictures, steps, guided: pictures * steps * (1 + guided), ((8, 20, True), (8, 4, False), (3, 50, True))
+)
+
+
+# 01
+
+latent_gigabytes = Hidden(
+    lambda pictures, channels, side: pictures * channels * side**2 * 2 / 1e9,
+    ((13.9e6, 32, 16), (25e6, 32, 32), (1e6, 8, 16)),
+)
+ring = Hidden(
+    lambda distance, w: distance.abs() - w,
+    (
+        (torch.linspace(-3, 3, 13), 1.0),
+        (torch.linspace(-1, 5, 7), 0.25),
+        (torch.tensor([[0.0, -2.0], [2.0, 0.5]]), 2.0),
+    ),
+)
+
+
+# 02
+
+fewer_numbers = Hidden(lambda f, c: 3 * f**2 / c, ((8, 4), (32, 32), (8, 8), (64, 128)))
+shortcut_same_width = Hidden(
+    lambda x: F.avg_pool2d(x, 2),
+    tuple((torch.arange(float(math.prod(shape))).sin().view(shape),) for shape in ((2, 8, 6, 6), (1, 3, 4, 8))),
+)
+first_that_knows = Hidden(
+    lambda tokens: [k for k, token in enumerate(tokens) if token.strip("Ġ") in grammar.SHAPES][1],
+    tuple(
+        ([f"Ġ{word}" for word in text.split()] + ["</s>"],)
+        for text in (
+            "a red circle above a blue square",
+            "a small green star and a large red heart",
+            "a cross next to a black triangle",
+        )
+    ),
+)
+
+
+# 03
+
+
+def _heun_step(x, velocity, t, t_next):
+    here = velocity(x, t)
+    return x + (t_next - t) * (here + velocity(x + (t_next - t) * here, t_next)) / 2
+
+
+_POINTS = torch.tensor([[0.5, -1.0], [2.0, 0.0]])
+velocity_from_noise = Hidden(
+    lambda x_t, eps, t: (eps - x_t) / (1 - t), tuple((_POINTS, _POINTS.flip(0).cos(), t) for t in (0.0, 0.25, 0.9))
+)
+heun_step = Hidden(
+    _heun_step,
+    (
+        (_POINTS, lambda x, t: x * t, 1.0, 0.5),
+        (_POINTS, lambda x, t: x.sin() + 3 * t**2, 0.75, 0.5),
+        (_POINTS[0], lambda x, t: x * math.cos(5 * t) - t, 0.25, 0.0),
+    ),
+)
+useful_steps = Hidden(lambda n: n - 1, ((2,), (4,), (20,), (50,)))
+
+
+# 04
+
+
+def _block_parameters(width, head_size):
+    attention = 4 * width * (width + 1) + 2 * head_size  # q, k, v, out; two gains
+    mlp = 3 * width * (width + 1) + width * (3 * width + 1)
+    return 2 * (attention + mlp + 2 * width + 12 * width)  # first norm, modulation; two streams
+
+
+largest_possible_logit = Hidden(lambda head_size: head_size**0.5, ((32,), (64,), (9,)))
+text_share = Hidden(
+    lambda weights, image_tokens: weights[:, :, :image_tokens, image_tokens:].sum(-1).mean((0, 2)),
+    tuple(
+        ((torch.arange(float(batch * heads * size**2)).sin() * 3).view(batch, heads, size, size).softmax(-1), image)
+        for batch, heads, size, image in ((2, 4, 24, 20), (1, 3, 10, 4))
+    ),
+)
+block_parameters = Hidden(_block_parameters, ((768, 32), (192, 32), (64, 16)))
+
+
+# 05
+
+
+def _compression_parameters(width):
+    return sum(
+        inputs * width + width + width**2 + width
+        for inputs in (4 * width, 16 * width, width // 4, width // 16, 3 * width)
+    )
+
+
+def _mean_of_squares(x, height, width):
+    grid = x.transpose(1, 2).unflatten(2, (height, width))  # (B, D, H, W)
+    return F.avg_pool2d(grid, 2).flatten(2).transpose(1, 2)
+
+
+middle_tokens = Hidden(lambda height, width: height * width * 5 // 16, ((32, 48), (16, 16), (8, 32)))
+compression_parameters = Hidden(_compression_parameters, ((768,), (192,), (64,)))
+mean_of_squares = Hidden(
+    _mean_of_squares,
+    tuple(
+        (torch.arange(float(height * width * 6)).sin().view(2, height * width, 3), height, width)
+        for height, width in ((16, 16), (4, 8), (8, 4))
+    ),
+)
