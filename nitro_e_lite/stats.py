@@ -14,8 +14,12 @@ from scipy.stats import binomtest, t
 from nitro_e_lite.errors import InvalidValue
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
+def interval(values: Sequence[float], together: int = 1) -> tuple[float, float]:
     """Mean of independent repeats and half the width of its 95 % interval (Student's t).
+
+    Args:
+        values: one number a repeat.
+        together: intervals that are read side by side; each is widened (Bonferroni), so that all of them hold at 95 %.
 
     Raises:
         ValueError: fewer than two values.
@@ -23,7 +27,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     count = len(values)
     if count < 2:
         raise InvalidValue(f"values: {count} given; an interval needs at least two repeats")
-    return statistics.fmean(values), float(t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+    quantile = float(t.ppf(1 - 0.025 / together, count - 1))
+    return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(count)
 
 
 def share_interval(right: int, count: int) -> tuple[float, float]:

@@ -87,7 +87,7 @@ WRONG = [
     ("05", "crop_positions(tokens.position_table(64", " + (table_side - side) // 2", ""),
     ("05", "(MyCompressor(64), tokens", 'nn.GELU("tanh")', "nn.GELU()"),
     ("05", "(MyCompressor(64), tokens", "torch.cat([*fine, saved]", "torch.cat([saved, *fine]"),
-    ("05", "class MyReinforced", " + my_positions(height, saved.shape[2])", ""),
+    ("05", '"reconstructor": MyReinforced(32)', " + my_positions(height, saved.shape[2])", ""),
     ("05", 'check("Exercise 1", middle', "return None  # your line 1", "return 480"),
 ]
 
@@ -102,8 +102,13 @@ def stored(tree: ast.AST) -> set[str]:
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             found.add(node.name)
             continue
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name):
+            found.add(node.value.id)  # Model.forward = forward
         elif isinstance(node, ast.alias):
             found.add((node.asname or node.name).split(".")[0])
+        elif isinstance(node, ast.comprehension):  # its variable ends with it
+            todo.append(node.iter)
+            continue
         todo += ast.iter_child_nodes(node)
     return found
 
@@ -147,7 +152,8 @@ def run(number: str, check: str, old: str = "", new: str = "") -> None:
     cells = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
     last = next(k for k, cell in enumerate(cells) if check in cell)
     kept = [cells[k] for k in needed(cells, last)]
-    assert not old or any(old in cell for cell in kept), f"{old!r} is in no cell that the check needs"
+    if old and not any(old in cell for cell in kept):
+        raise LookupError(f"{old!r} is in no cell that the check needs")
     namespace = {"__name__": "lesson"}
     for cell in kept:
         for long, short in QUICK.get(number, ()):

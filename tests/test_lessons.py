@@ -164,6 +164,8 @@ def test_interval_of_three_values_against_the_textbook():
     mean, half = lessons.interval([1.0, 2.0, 3.0])
     assert mean == 2.0
     assert half == pytest.approx(4.303 / math.sqrt(3), rel=1e-4)  # t(0.975, 2) = 4.303, s = 1
+    _, wider = lessons.interval([1.0, 2.0, 3.0], together=5)
+    assert wider == pytest.approx(9.925 / math.sqrt(3), rel=1e-4)  # t(0.995, 2): five intervals at 99 % hold at 95 %
 
 
 @pytest.mark.parametrize(("count", "t"), [(11, 2.2281), (12, 2.2010), (21, 2.0860), (61, 2.0003)])

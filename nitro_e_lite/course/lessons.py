@@ -208,8 +208,13 @@ def _small(image: Image.Image) -> Image.Image:
 
 
 def _light(image: Image.Image, limit: int) -> Image.Image:
-    """The picture with all its colours, or with the 256 that suit it best where its PNG would be over `limit` bytes."""
-    return image if len(_png(image)) <= limit else image.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=2)
+    """The picture with all its colours, or, where its PNG would be over `limit` bytes, with those that suit it best."""
+    found = image
+    for colors in (256, 64):
+        if len(_png(found)) <= limit:
+            break
+        found = image.quantize(colors, method=Image.Quantize.MEDIANCUT, kmeans=2)
+    return found
 
 
 def _png(image: Image.Image) -> bytes:
@@ -221,7 +226,7 @@ def _png(image: Image.Image) -> bytes:
 def _jpeg(image: Image.Image) -> bytes:
     """Soft backgrounds stay soft, which a palette makes bands of."""
     buffer = io.BytesIO()
-    _small(image).save(buffer, format="JPEG", quality=85, subsampling=0, optimize=True)
+    _small(image).save(buffer, format="JPEG", quality=80, subsampling=0, optimize=True)
     return buffer.getvalue()
 
 
