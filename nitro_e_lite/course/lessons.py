@@ -38,7 +38,7 @@ from nitro_e_lite.errors import InvalidType, InvalidValue
 from nitro_e_lite.stats import interval
 
 __all__ = ["Hidden", "Lesson", "check", "interval", "race", "start"]
-MAX_SHOWN, MAX_SAVED = 40_000, 200_000  # bytes of a PNG with all its colours, in a notebook and in figures/
+MAX_SHOWN, MAX_SAVED = 25_000, 200_000  # bytes of a PNG with all its colours, in a notebook and in figures/
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,10 +210,9 @@ def _small(image: Image.Image) -> Image.Image:
 def _light(image: Image.Image, limit: int) -> Image.Image:
     """The picture with all its colours, or, where its PNG would be over `limit` bytes, with those that suit it best."""
     found = image
-    for colors in (256, 64):
-        if len(_png(found)) <= limit:
-            break
-        found = image.quantize(colors, method=Image.Quantize.MEDIANCUT, kmeans=2)
+    for colors, most in ((256, limit), (64, 2 * limit)):
+        if len(_png(found)) > most:
+            found = image.quantize(colors, method=Image.Quantize.MEDIANCUT, kmeans=2)
     return found
 
 
@@ -226,7 +225,7 @@ def _png(image: Image.Image) -> bytes:
 def _jpeg(image: Image.Image) -> bytes:
     """Soft backgrounds stay soft, which a palette makes bands of."""
     buffer = io.BytesIO()
-    _small(image).save(buffer, format="JPEG", quality=80, subsampling=0, optimize=True)
+    _small(image).save(buffer, format="JPEG", quality=80, optimize=True)
     return buffer.getvalue()
 
 
