@@ -47,12 +47,15 @@ def ship_student(source: str | Path, name: str) -> Path:
         ValueError: `source` is no such run.
     """
     run = Path(source) / "config.json"
-    about = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
-    trained = about.get("config", {})
-    if trained.get("stage") not in STUDENTS.values() or trained["data"]["encoders"] != "lite":
+    about, trained = _about(run)
+    data = trained.get("data")
+    if trained.get("stage") not in STUDENTS.values() or not isinstance(data, dict) or data.get("encoders") != "lite":
         raise InvalidValue(f"source={str(source)!r}: is no run of {' or '.join(STUDENTS.values())} with encoders lite")
     folder = files.weights_dir() / name if name in STUDENTS else Path(name)
-    about |= {"config": trained | {"data": trained["data"] | {"folders": ["data/drawn"]}}}  # no paths of a machine
+    check_output(folder, "folder")
+    if not run.with_name("metrics.jsonl").is_file():
+        raise InvalidValue(f"source={str(source)!r}: is no finished run, for metrics.jsonl is missing")
+    about |= {"config": trained | {"data": data | {"folders": ["data/drawn"]}}}  # no paths of a machine
     with atomic_folder(folder, "the run is intact") as partial:
         load_transformer(source).half().save_pretrained(partial / "final")
         (partial / run.name).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -94,8 +97,8 @@ def ship(
     if vision:
         return _ship_vision(Path(source), folder)
     run = Path(source) / "config.json"  # of a training run; the folder `final` has a model's
-    trained = read_json(run).get("config") if run.is_file() else None
-    usual = trained or to_dict(TrainConfig())
+    trained = _about(run)[1]
+    usual = to_dict(TrainConfig()) | trained
     transformer = load_transformer(source).half()
     pipeline = NitroEPipeline(
         transformer,
@@ -125,6 +128,15 @@ def ship(
             (folder / "transformer" / name).unlink(missing_ok=True)
     write_manifest(folder)
     return folder
+
+
+def _about(run: Path) -> tuple[dict, dict]:
+    """What the `config.json` of a training run says, and the configuration in it; nothing where there is none."""
+    about = read_json(run) if run.is_file() else {}
+    trained = about.get("config") or {}
+    if not isinstance(trained, dict):
+        raise InvalidValue(f"{run}: config={trained!r:.80}: must be a JSON object")
+    return about, trained
 
 
 def _is_vision(source: Path) -> bool:
