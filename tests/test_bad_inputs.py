@@ -22,9 +22,12 @@ from nitro_e_lite.cli import terminal
 from nitro_e_lite.cli.app import app
 from nitro_e_lite.cli.draw import claim
 from nitro_e_lite.data.sources import Folder, Problem, read_prompts, square
+from nitro_e_lite.errors import UserError
 from nitro_e_lite.inference.encoders import LatentStats
+from nitro_e_lite.model.official_weights import merge_lora
 from nitro_e_lite.runtime import rank_and_world
 from nitro_e_lite.scenes.geneval import load_prompts
+from nitro_e_lite.training.precision import _recorded
 
 FAST = ["--steps", "1", "--guidance", "0"]
 SMALL = ["--preset", "smoke"]
@@ -229,7 +232,7 @@ def test_mistakes_of_all_kinds(here, shipped):
         (["data", "encode", "fluxdb", "prompts.jsonl", "out", "--draw", "steps"], "must read argument=value"),
         (["data", "encode", "fluxdb", "prompts.jsonl", "out", "--draw", "steps=[1"], "steps=[1: cannot be read"),
         (["data", "encode", *drawn, "num_inference_steps=x"], "num_inference_steps: expected an integer, got 'x'"),
-        (["data", "encode", *drawn, "num_images_per_prompt=2"], "one prompt does not give one picture"),
+        (["data", "encode", *drawn, "num_images_per_prompt=2"], "1 generators for 2 pictures"),
         (["data", "encode", *drawn, "output_type=latent"], "one prompt does not give one picture"),
         (["data", "draw", "out", "--count", "-1"], "count: -1 is below 1"),
         (["data", "check", "card"], "too deep to read"),
@@ -252,6 +255,65 @@ def test_mistakes_of_all_kinds(here, shipped):
     assert sorted(path.name for path in here.iterdir()) == sorted(
         ["pictures", "prompts.jsonl", "card", "huge", "index", "lora"]
     )
+
+
+def test_adapters_that_say_nonsense(tiny_pipeline, tmp_path):
+    sides = [f"block_groups.0.0.attn.to_q.lora_{side}.weight" for side in "AB"]
+    good = {"r": 2, "lora_alpha": 4}
+
+    def write(folder, settings, a=(2, 32), b=(32, 2), inside=False):
+        (tmp_path / folder).mkdir()
+        weights = dict(zip(sides, [torch.zeros(a), torch.zeros(b)], strict=True))
+        name = "pytorch_lora_weights" if inside else "adapter_model"
+        save_file(weights, tmp_path / folder / f"{name}.safetensors", {"lora_adapter_metadata": settings})
+        if not inside:
+            (tmp_path / folder / "adapter_config.json").write_text(settings)
+
+    for number, (settings, options, said) in enumerate(
+        [
+            ("{", {"inside": True}, "lora_adapter_metadata in its header: no JSON"),
+            ("{}", {"inside": True}, "r=None: must be a number above 0"),
+            ("[1]", {"inside": True}, "must be a JSON object, is of type list"),
+            ("[" * 100_000, {"inside": True}, "too deep to read"),
+            (json.dumps(good | {"rank_pattern": "x"}), {}, "rank_pattern='x': must be an object"),
+            (json.dumps(good | {"rank_pattern": {"to_q": "x"}}), {}, "rank_pattern.to_q='x': must be a number above 0"),
+            (json.dumps(good | {"alpha_pattern": {"to_q": -1}}), {"inside": True}, "alpha_pattern.to_q=-1: must be"),
+            (json.dumps(good | {"rank_pattern": {"(": 2}}), {}, r"rank_pattern: '\(' is no pattern"),
+            (json.dumps(good), {"a": (3, 32)}, "wrong shape"),  # B A has no value
+            (json.dumps(good), {"a": (32,), "b": (32,)}, "wrong shape"),
+            (json.dumps(good), {"a": (), "b": ()}, "wrong shape"),
+        ]
+    ):
+        write(str(number), settings, **options)
+        with pytest.raises(UserError, match=said):
+            merge_lora(tiny_pipeline.transformer, tmp_path / str(number))
+
+
+def test_runs_that_say_nonsense_are_not_shipped(here, shipped):
+    for number, (config, said) in enumerate(
+        [
+            ("{", "no JSON"),
+            ("[]", "must be a JSON object"),
+            ('{"config": "x"}', "config='x': must be a JSON object"),
+            ('{"config": {"stage": "distill"}}', "is no run of distill or sprint"),
+            ('{"config": {"stage": "distill", "data": {"encoders": "lite"}}}', "metrics.jsonl is missing"),
+        ]
+    ):
+        run = here / str(number)
+        run.mkdir()
+        (run / "config.json").write_text(config)
+        assert said in refused("ship", str(run), "--name", "lite-4step"), config
+        if number < 3:
+            assert said in refused("ship", str(run), "--name", str(shipped)), config
+    assert "steps: a student draws as it was" in refused("ship", str(run), "--name", "lite-4step", "--steps", "3")
+    assert not (shipped.parent / "lite-4step").exists()
+    (run / "checkpoints").mkdir()
+    for config in ("{", "[]"):
+        (run / "config.json").write_text(config)
+        with pytest.raises(UserError, match="config.json"):
+            _recorded(run)
+    (run / "config.json").write_text('{"config": {"precision": [1]}}')
+    assert _recorded(run) is None
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import AutoencoderDC
 from huggingface_hub.errors import HTTPError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, LlamaModel
 
 from nitro_e_lite import files
@@ -127,6 +128,20 @@ def test_a_damaged_file_ends_in_one_clear_error(size, tiny, tmp_path):
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(EncoderUnavailable, match="cannot be loaded .*header"):
         hub.load_text_encoder(tmp_path)
+
+
+def test_weights_that_are_missing_are_not_made_up(tiny_folder, tmp_path):
+    """Libraries would leave them empty or fill them with noise."""
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    for file, load in [
+        ("text_encoder/model.safetensors", hub.load_text_encoder),
+        ("vae/diffusion_pytorch_model.safetensors", lambda folder: hub.load_autoencoder(folder / "vae")),
+    ]:
+        weights = load_file(tmp_path / file)
+        name = sorted(weights)[0]
+        save_file({other: weights[other] for other in weights if other != name}, tmp_path / file, {"format": "pt"})
+        with pytest.raises(EncoderUnavailable, match=rf"1 weights are missing: {re.escape(name)}"):
+            load(tmp_path)
 
 
 def test_without_network_there_is_one_clear_error_and_no_noise(monkeypatch, caplog):

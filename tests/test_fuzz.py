@@ -61,6 +61,10 @@ def targets(tmp_path_factory):
     lora.mkdir()
     save_file({"base_model.model.x.lora_A.weight": torch.ones(1, 4)}, lora / "adapter_model.safetensors")
     (lora / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 4, "use_rslora": false}')
+    kept = root / "kept"
+    kept.mkdir()
+    about = {"lora_adapter_metadata": '{"r": 4, "lora_alpha": 4, "rank_pattern": {"x": 2}, "use_rslora": true}'}
+    save_file({"x.lora_A.weight": torch.ones(1, 4)}, kept / "pytorch_lora_weights.safetensors", about)
     (root / "latent_stats.json").write_text('{"latents_mean": [0.0, 0.5], "latents_std": [1.0, 2.0]}')
     step = save_checkpoint(root / "checkpoints", 1, {"weights": tensors}, {"note": "x"}, keep=1)
     write_latents(root / "set", [LatentBatch(torch.randn(6, 4, 4, 4), [["a star"]] * 6)], "f", shard_rows=3)
@@ -93,6 +97,7 @@ def targets(tmp_path_factory):
         "official weights": (root / "official.safetensors", load_official),
         "adapter": (lora / "adapter_model.safetensors", lambda path: merge_lora(model, path.parent)),
         "adapter settings": (lora / "adapter_config.json", lambda path: merge_lora(model, path.parent)),
+        "adapter with settings": (kept / "pytorch_lora_weights.safetensors", lambda path: merge_lora(model, path)),
         "statistics": (root / "latent_stats.json", lambda path: LatentStats.load(path.parent)),
         "json": (root / "latent_stats.json", read_json),
         "checkpoint": (step / "state.json", lambda path: load_checkpoint(path.parent)),

@@ -85,6 +85,8 @@ def test_the_sampler_is_resolved_in_one_place(tiny_pipeline, calls):
     for settings, message in (
         ((0,), "num_inference_steps: 0"),
         ((1, -1), "guidance_scale: -1"),
+        ((1, 1e308), "guidance_scale: 1e.308 is not a finite number"),  # of float32
+        ((1, 10**400), "guidance_scale: 1000+ is not a finite number"),
         ((1, 1, 0.5), "shift: 0.5"),
     ):
         with pytest.raises(ValueError, match=message):

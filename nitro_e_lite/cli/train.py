@@ -445,7 +445,7 @@ def finish(final: Path) -> None:
 def ship(
     source: Annotated[Path, typer.Argument(help="A finished training run.")],
     name: Annotated[str, typer.Option(help="Shipped weights, or a folder with encoders.")] = "lite",
-    steps: Annotated[int, typer.Option(help="Sampler steps of a call that names none.")] = 20,
+    steps: Annotated[int | None, typer.Option(help="Sampler steps of a call that names none; 20.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance likewise; that of the run when not given.")] = None,
     shift: Annotated[float | None, typer.Option(help="Shift likewise; that of the run when not given.")] = None,
 ) -> None:
@@ -454,5 +454,8 @@ def ship(
     from nitro_e_lite.files import STUDENTS
 
     if name in STUDENTS:
+        for field, value in {"steps": steps, "guidance": guidance, "shift": shift}.items():
+            if value is not None:
+                raise InvalidValue(f"{field}: a student draws as it was trained to; leave it out")
         return finish(ship.ship_student(source, name))
-    finish(ship.ship(source, name, steps=steps, guidance=guidance, shift=shift))
+    finish(ship.ship(source, name, steps=20 if steps is None else steps, guidance=guidance, shift=shift))

@@ -49,17 +49,20 @@ def ship_student(source: str | Path, name: str) -> Path:
         ValueError: `source` is no such run.
     """
     run = Path(source) / "config.json"
-    about = json.loads(run.read_text(encoding="utf-8")) if run.is_file() else {}
-    trained = about.get("config", {})
-    rewards, data = trained.get("stage") == "rewards", dict(trained.get("data", {}))
-    made_from = trained["start_from"] if rewards else data.get("encoders")
+    about, trained = _about(run)
+    rewards, data = trained.get("stage") == "rewards", trained.get("data")
+    data = data if isinstance(data, dict) else {}
+    made_from = trained.get("start_from") if rewards else data.get("encoders")
     if trained.get("stage") not in STUDENTS.values() or made_from != "lite":
         rule = "is no run of distill or sprint with encoders lite, or of rewards that started from lite"
         raise InvalidValue(f"source={str(source)!r}: {rule}")
+    folder = files.weights_dir() / name if name in STUDENTS else Path(name)
+    check_output(folder, "folder")
+    if not run.with_name("metrics.jsonl").is_file():
+        raise InvalidValue(f"source={str(source)!r}: is no finished run, for metrics.jsonl is missing")
     if not rewards:
         about |= {"config": trained | {"data": data | {"folders": ["data/drawn"]}}}  # no paths of a machine
     about.pop("hosts", None)
-    folder = files.weights_dir() / name if name in STUDENTS else Path(name)
     with atomic_folder(folder, "the run is intact") as partial:
         if rewards:
             shutil.copytree(find_weights(source, ADAPTER), partial / "final")
@@ -106,8 +109,8 @@ def ship(
     if vision:
         return _ship_vision(Path(source), folder)
     run = Path(source) / "config.json"  # of a training run; the folder `final` has a model's
-    trained = read_json(run).get("config") if run.is_file() else None
-    usual = trained or to_dict(TrainConfig())
+    trained = _about(run)[1]
+    usual = to_dict(TrainConfig()) | trained
     transformer = load_transformer(source).half()
     pipeline = NitroEPipeline(
         transformer,
@@ -137,6 +140,15 @@ def ship(
             (folder / "transformer" / name).unlink(missing_ok=True)
     write_manifest(folder)
     return folder
+
+
+def _about(run: Path) -> tuple[dict, dict]:
+    """What the `config.json` of a training run says, and the configuration in it; nothing where there is none."""
+    about = read_json(run) if run.is_file() else {}
+    trained = about.get("config") or {}
+    if not isinstance(trained, dict):
+        raise InvalidValue(f"{run}: config={trained!r:.80}: must be a JSON object")
+    return about, trained
 
 
 def _is_vision(source: Path) -> bool:

@@ -47,7 +47,7 @@ def as_number(name: str, value: object, minimum: float) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InvalidType(f"{name}: expected a number, got {value!r} ({type(value).__name__})")
-    if not math.isfinite(value) or value < minimum:
+    if not minimum <= value <= torch.finfo(torch.float32).max:  # beyond, it is infinite to the model
         raise InvalidValue(f"{name}: {value} is not a finite number of at least {minimum}")
     return float(value)
 

@@ -78,7 +78,7 @@ def load_autoencoder(
     """
     place = _resolve(source, revision, "--vae PATH")
     load = AutoencoderDC.from_pretrained
-    vae = attempt(source, "--vae PATH", load, torch_dtype=dtype, use_safetensors=True, **place)
+    vae = attempt_model(source, "--vae PATH", load, torch_dtype=dtype, use_safetensors=True, **place)
     return vae.to(device=device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -117,7 +117,7 @@ def load_text_encoder(
         folders = [{**f, "token": token} for f in folders]
     tokenizer = attempt(source, option, AutoTokenizer.from_pretrained, **folders[0])
     load = AutoModel.from_pretrained
-    model = attempt(source, option, load, dtype=dtype, use_safetensors=True, **folders[1])
+    model = attempt_model(source, option, load, dtype=dtype, use_safetensors=True, **folders[1])
     if tokenizer.eos_token is None:
         raise EncoderUnavailable(f"{source}: the tokenizer has no end token, which captions are padded with")
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
@@ -197,6 +197,14 @@ def attempt(source: str | Path, option: str, load, **arguments):
     """
     check_weights(Path(arguments["pretrained_model_name_or_path"]))
     return _readable(source, option, load, **arguments)
+
+
+def attempt_model(source: str | Path, option: str, load, **arguments) -> nn.Module:
+    """As `attempt`; a folder that lacks some of the weights is refused: libraries fill them with noise or nothing."""
+    model, found = attempt(source, option, load, output_loading_info=True, **arguments)
+    if missing := sorted(found["missing_keys"]):
+        raise EncoderUnavailable(f"{source}: cannot be loaded ({len(missing)} weights are missing: {missing[0]}, ...)")
+    return model
 
 
 def _readable(source: str | Path, option: str, load, **arguments):

@@ -23,7 +23,7 @@ from transformers import Dinov2Model
 from nitro_e_lite.config import ModelConfig
 from nitro_e_lite.files import find_weights
 from nitro_e_lite.inference.encoders import images_to_tensor
-from nitro_e_lite.inference.hub import EncoderUnavailable, attempt, weights_hash
+from nitro_e_lite.inference.hub import EncoderUnavailable, attempt_model, weights_hash
 from nitro_e_lite.model.cpu_kernels import speed_up
 
 FULL_VISION = "facebook/dinov2-base"
@@ -103,6 +103,6 @@ def load_vision(
         folder, place = source, {"revision": VISION_REVISIONS[str(source)]}
     place["pretrained_model_name_or_path"] = folder
     option, load = "--vision PATH (repa.vision=PATH in training)", Dinov2Model.from_pretrained
-    model = attempt(folder, option, load, dtype=dtype, use_safetensors=True, **place)
+    model = attempt_model(folder, option, load, dtype=dtype, use_safetensors=True, **place)
     speed_up(model)
     return VisionEncoder(model.to(device).eval().requires_grad_(False))

@@ -10,7 +10,6 @@ adapter for `to_q to_k to_v` is one of rank `3r` for the same reason, and its sc
 """
 
 import copy
-import json
 import math
 import re
 from pathlib import Path
@@ -28,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nitro_e_lite.errors import InvalidValue, MissingFile
-from nitro_e_lite.files import read_json
+from nitro_e_lite.files import explain_json, read_json, read_json_line
 from nitro_e_lite.model import fp8
 from nitro_e_lite.model.official_names import official_names
 
@@ -86,12 +85,25 @@ def scale_of(config: Config | None, module: str) -> float:
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
+def _check_positive(field: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise InvalidValue(f"adapter_config.json: {field}={value!r}: must be a number above 0")
+
+
 def check_plain(config: Config | None) -> None:
     """Raises `ValueError` for what is not a plain LoRA, or has no rank or strength."""
-    for field in ("r", "lora_alpha") if config else ():
-        value = config.get(field)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise InvalidValue(f"adapter_config.json: {field}={value!r}: must be a number above 0")
+    for field in ("r", "lora_alpha") if config is not None else ():
+        _check_positive(field, config.get(field))
+    for field in ("rank_pattern", "alpha_pattern") if config else ():
+        patterns = config.get(field) or {}
+        if not isinstance(patterns, dict):
+            raise InvalidValue(f"adapter_config.json: {field}={patterns!r}: must be an object")
+        for pattern, value in patterns.items():
+            _check_positive(f"{field}.{pattern}", value)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InvalidValue(f"adapter_config.json: {field}: {pattern!r} is no pattern ({error})") from None
     plain = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "modules_to_save": None, "lora_bias": False}
     for field, value in plain.items():
         if config and config.get(field) and config[field] != value:
@@ -132,8 +144,11 @@ def read_adapter(source: str | Path) -> tuple[dict[str, Tensor], Config | None]:
     if path.name == PEFT_FILES[1] and beside.is_file():
         return weights, read_json(beside)
     with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
-    return weights, None if text is None else _own_config(json.loads(text))
+        text = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "")
+    try:
+        return weights, _own_config(read_json_line(text.encode()))
+    except ValueError as error:
+        raise InvalidValue(f"{path}: {LORA_ADAPTER_METADATA_KEY} in its header: {explain_json(error)}") from None
 
 
 def _own_config(config: Config | None) -> Config | None:
@@ -156,8 +171,7 @@ def fetch(source: str | Path | dict, options: dict[str, Any]) -> tuple[dict[str,
         if not path.is_file():
             raise MissingFile(f"{path}: is not there, and without it nobody knows the scale of a PEFT adapter")
         known = LoraConfig.__dataclass_fields__
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return weights, {name: value for name, value in config.items() if name in known and value is not None}
+        return weights, {k: value for k, value in read_json(path).items() if k in known and value is not None}
     return weights, config or found
 
 

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nitro_e_lite.errors import InvalidValue, NotFinite
+from nitro_e_lite.files import read_json_line
 
 FN, FNUZ, E5M2 = torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2
 GRANULARITIES = ("row", "tensor")
@@ -139,11 +140,14 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict]:
     """
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("fp8", "null"))
+            text = (file.metadata() or {}).get("fp8", "")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        about = read_json_line(text.encode())
     except SafetensorError as error:
         raise InvalidValue(f"{path}: is damaged or no safetensors file ({error})") from None
-    if not isinstance(about, dict):
+    except ValueError:
+        about = None
+    if about is None:
         raise InvalidValue(f"{path}: does not say what its codes mean; was it written by fp8.save?")
     for name, tensor in tensors.items():
         if tensor.dtype.itemsize > 1 or not tensor.is_floating_point():

@@ -198,7 +198,7 @@ def merge_lora(model: EMMDiTTransformer2DModel, source: str | Path) -> EMMDiTTra
     misfits = sorted(
         name
         for name, pair in pairs.items()
-        if len(pair) == 4 and (len(pair["B"]), pair["A"].shape[1]) != tuple(pair["rows"].shape)
+        if len(pair) == 4 and not _fits(pair["B"].shape, pair["A"].shape, pair["rows"].shape)
     )
     if unknown or halves or misfits or not pairs:
         raise InvalidValue(
@@ -208,6 +208,11 @@ def merge_lora(model: EMMDiTTransformer2DModel, source: str | Path) -> EMMDiTTra
     for pair in pairs.values():
         pair["rows"].copy_(pair["rows"].float() + pair["scale"] * (pair["B"].float() @ pair["A"].float()))
     return model
+
+
+def _fits(b: torch.Size, a: torch.Size, rows: torch.Size) -> bool:
+    """Whether `B A` is a matrix of the shape of `rows`."""
+    return len(b) == len(a) == 2 and (b[0], a[1]) == tuple(rows) and b[1] == a[0]
 
 
 def lora_targets(model: EMMDiTTransformer2DModel, mlp: bool = True) -> list[str]:

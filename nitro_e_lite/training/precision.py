@@ -10,7 +10,6 @@ either way.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from nitro_e_lite.config import RunConfig
+from nitro_e_lite.files import read_json
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _WORTH_IT = 1.2  # times as fast, or float32 stays: casts and rounding cost something too
@@ -46,8 +46,9 @@ def _recorded(run_dir: Path) -> str | None:
     file = run_dir / "config.json"
     if not file.is_file() or not (run_dir / "checkpoints").is_dir():
         return None
-    name = json.loads(file.read_text(encoding="utf-8"))["config"]["precision"]
-    return name if name in PRECISIONS else None
+    config = read_json(file).get("config")
+    name = config.get("precision") if isinstance(config, dict) else None
+    return next((known for known in PRECISIONS if known == name), None)
 
 
 def faster_precision(device: torch.device, seconds: float = 0.3) -> str:
