@@ -34,7 +34,9 @@ def test_every_source_has_claims_and_no_claim_stands_twice():
 )
 def test_an_entry_that_says_too_little_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        claims.Claim(**{"claim": "a", "source": "N", "here": "b", "command": "nitro-e count", "verdict": "holds"} | change)
+        claims.Claim(
+            **{"claim": "a", "source": "N", "here": "b", "command": "nitro-e count", "verdict": "holds"} | change
+        )
 
 
 def test_every_command_of_the_ledger_exists():
