@@ -273,6 +273,8 @@ def scores(
     with output(json) as result:
         from nitro_e_lite.evaluation import cards, official_geneval, official_tools
 
+        if out is not None:
+            check_output(out, "file")
         if tool == "geneval":
             found = official_geneval.read_results(printed, official_geneval.read_metadata(prompts))
         else:
