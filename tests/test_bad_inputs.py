@@ -38,6 +38,9 @@ OUTPUTS = {  # command -> words, with PLACE for what it writes
         ["--prompts", "prompts.jsonl", "--seeds", "1", *FAST, name, "PLACE.png"] for name in ("--out", "--grid")
     ],
     "geneval": [["prompts.jsonl", "PLACE", "--each", "1", *FAST]],
+    "export": [["fid", "prompts.jsonl", "PLACE", *FAST]],
+    "scores": [["fid", "fid.json", "prompts.jsonl", "pictures", "--out", "PLACE.png"]],
+    "benchmark": [["--peers", "--out", "PLACE.png"]],
     "data encode": [["folder", "pictures", "PLACE"]],
     "data draw": [["PLACE", "--count", "1", *FAST]],
     "compare": [[*SMALL, "--variant", "a: guidance=2", "--points", "1", "--seeds", "0", "--run-dir", "PLACE"]],
@@ -55,8 +58,9 @@ OUTPUTS = {  # command -> words, with PLACE for what it writes
 ELSEWHERE = {  # they write beside what they are given, or nothing
     "ship": "into a folder that must hold weights, tested below",
     "notebooks refresh": "the notebooks of a checkout",
+    "tables": "README and a figure of a checkout",
     "data check": "reports beside the data, or a warning",
-    **dict.fromkeys(["count", "benchmark", "sensitivity", "reward serve", "doctor", "overfit", "plan"], "nothing"),
+    **dict.fromkeys(["count", "sensitivity", "reward serve", "doctor", "overfit", "plan"], "nothing"),
     "data benchmark": "a temporary folder",
 }
 CASES = [(name, words) for name, ways in OUTPUTS.items() for words in ways]
@@ -184,7 +188,7 @@ def test_full_disk_is_one_line_and_loses_nothing(here, shipped, name):
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["geneval", "data encode", "data draw", "compare", "reproduce"])
+@pytest.mark.parametrize("name", ["geneval", "export", "data encode", "data draw", "compare", "reproduce"])
 def test_two_runs_in_one_folder(here, name):
     words = [word.replace("PLACE", "out") for word in OUTPUTS[name][0]]
     place = here / ("out/a-seed0" if name == "compare" else "out")

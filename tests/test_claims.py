@@ -19,6 +19,7 @@ def test_every_source_has_claims_and_no_claim_stands_twice():
     assert {one.source for one in ALL} == set(claims.sources())
     assert max(Counter((one.source, one.claim) for one in ALL).values()) == 1
     assert sum(claims.count_verdicts(ALL).values()) == len(ALL)
+    assert f"of {len(ALL)} claims of four articles" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert claims.load_claims("S3") == [one for one in ALL if one.source == "S3"]
     with pytest.raises(ValueError, match="source: 'S9'"):
         claims.load_claims("S9")
@@ -34,7 +35,9 @@ def test_every_source_has_claims_and_no_claim_stands_twice():
 )
 def test_an_entry_that_says_too_little_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        claims.Claim(**{"claim": "a", "source": "N", "here": "b", "command": "nitro-e count", "verdict": "holds"} | change)
+        claims.Claim(
+            **{"claim": "a", "source": "N", "here": "b", "command": "nitro-e count", "verdict": "holds"} | change
+        )
 
 
 def test_every_command_of_the_ledger_exists():

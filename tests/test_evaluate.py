@@ -14,7 +14,7 @@ from nitro_e_lite.evaluation import geneval_lite
 from nitro_e_lite.evaluation.official_geneval import read_metadata
 from nitro_e_lite.files import weights_dir
 from nitro_e_lite.inference import hub
-from nitro_e_lite.scenes.geneval import load_prompts
+from nitro_e_lite.scenes.geneval import Verdict, load_prompts
 from nitro_e_lite.viz import LEDGER, figures_dir
 
 PROMPTS = load_prompts()[::60]  # a few, of several categories
@@ -50,6 +50,28 @@ def test_grid_shows_the_first_pictures_of_every_category(result):
     assert wide.width > 1.8 * narrow.width and abs(wide.height - narrow.height) < 0.2 * narrow.height
     with pytest.raises(ValueError, match="keep_images"):
         dataclasses.replace(result, images=[]).grid()
+
+
+def test_pictures_to_look_at_and_what_eyes_say(result, tmp_path):
+    right = dataclasses.replace(result, verdicts=[Verdict(k < 3) for k in range(len(result.verdicts))])
+    sheet = right.review(tmp_path / "look", count=4)
+    rows = [json.loads(line) for line in sheet.read_text().splitlines()]
+    assert [row["verifier"] for row in rows].count(True) == 2 and len(list(sheet.parent.glob("*.png"))) == 4
+    with pytest.raises(FileExistsError, match="is there already"):
+        right.review(tmp_path / "look")
+    assert len(right.review(tmp_path / "all", count=99).read_text().splitlines()) == len(result.images)
+    with pytest.raises(ValueError, match="000.png: eyes must be true or false"):
+        geneval_lite.agreement(sheet)
+    for row in rows:
+        row["eyes"] = row["verifier"]
+    rows[1]["eyes"] = not rows[1]["verifier"]
+    sheet.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="001.png: eyes and verifier disagree; say why"):
+        geneval_lite.agreement(sheet)
+    rows[1]["why"] = "a good green square, read strictly"
+    sheet.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = geneval_lite.agreement(sheet)
+    assert (found["looked"], found["agree"], found["disagree"]) == (4, 3, [rows[1]]) and found["low"] < 0.75
 
 
 def test_batch_size_changes_nothing(result, tiny_pipeline):

@@ -771,6 +771,15 @@ def test_sample_in_fp8(shipped, tmp_path, capfd):
     assert code == 2 and "give --fp8 as well" in output
 
 
+def test_a_score_of_a_model_in_fp8_says_so(shipped, tmp_path, capfd):
+    from nitro_e_lite.scenes.geneval import load_prompts
+
+    (tmp_path / "one.jsonl").write_text(json.dumps(load_prompts()[0].metadata()) + "\n")
+    words = ["evaluate", "--prompts", str(tmp_path / "one.jsonl"), "--steps", "1", "--seeds", "1", "--fp8"]
+    code, card = command(capfd, *words)
+    assert code == 0 and card["fp8"] == "weight_only" and card["dtype"] == "bfloat16" and card["verdicts"] in ("0", "1")
+
+
 def test_doctor_names_the_rung_and_why(capfd):
     from nitro_e_lite.cli.doctor import diagnose
 

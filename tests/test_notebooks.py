@@ -32,6 +32,7 @@ COURSE = [
     "12_step_distillation",
     "13_sana_sprint",
     "14_fp8_inference",
+    "15_evaluation",
     "16_demo_20_vs_4_steps",
     "17_full_run_8x_mi300x",
 ]

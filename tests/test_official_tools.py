@@ -76,7 +76,10 @@ def folder(prompts, tmp_path):
         (lambda root: (root / "00001.png").unlink(), "00001.png is missing, the first of 1"),
         (lambda root: (root / "00001.png").write_bytes(b"\x89PNG half"), "00001.png cannot be read"),
         (lambda root: Image.new("RGB", (16, 8)).save(root / "00000.png"), "00000.png has 16 x 8 pixels"),
-        (lambda root: Image.new("RGB", (8, 8)).save(root / "00001.png"), "00001.png has 8 pixels a side, 00000.png has 16"),
+        (
+            lambda root: Image.new("RGB", (8, 8)).save(root / "00001.png"),
+            "00001.png has 8 pixels a side, 00000.png has 16",
+        ),
         (lambda root: Image.new("RGB", (16, 16)).save(root / "00001.png", "JPEG"), "00001.png is a JPEG"),
     ],
 )

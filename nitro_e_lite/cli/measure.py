@@ -273,6 +273,8 @@ def scores(
     with output(json) as result:
         from nitro_e_lite.evaluation import cards, official_geneval, official_tools
 
+        if out is not None:
+            check_output(out, "file")
         if tool == "geneval":
             found = official_geneval.read_results(printed, official_geneval.read_metadata(prompts))
         else:
@@ -385,6 +387,9 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 25,
     out: Annotated[Path | None, typer.Option(help="Also write the result card to this file.")] = None,
     grid: Annotated[Path | None, typer.Option(help="Also write the first pictures of every category here.")] = None,
+    review: Annotated[
+        Path | None, typer.Option(help="Also write 200 pictures and a sheet here, to hold the verifier against eyes.")
+    ] = None,
     text_encoder: TextEncoder = None,
     vae: Vae = None,
     lora: Lora = None,
@@ -407,12 +412,14 @@ def evaluate(
         for path in (out, grid):
             if path is not None:
                 check_output(path, "file")
+        if review is not None:
+            check_output(review, "folder")
         if grid and grid.suffix.lower() != ".png":
             raise InvalidValue(f"grid: {grid.name!r} must end in .png")
         parts = {"text_encoder": text_encoder, "vae": vae, "lora": lora, "variant": variant}
         pipeline = load_pipeline(model, device, dtype, quantization="fp8" if fp8 else None, **parts)
         sampler = {"steps": steps, "guidance": guidance, "shift": shift, "batch_size": batch}
-        found = run(pipeline, asked, seeds=range(seeds), keep_images=grid is not None, **sampler)
+        found = run(pipeline, asked, seeds=range(seeds), keep_images=bool(grid or review), **sampler)
         found.card.update(model=model, prompt_list=prompts.name if prompts else split)
         found.card["command"] = cards.command_line(sys.argv[1:])
         result |= found.card
@@ -424,5 +431,7 @@ def evaluate(
             show_table(title, ["category", "score"], rows)
     if out:  # last, because it may fail: the score is told before
         found.save(out)
+    if review:
+        found.review(review)
     if grid:
         viz.save_image(found.grid(), grid, {"model": model})

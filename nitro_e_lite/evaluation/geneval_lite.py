@@ -21,15 +21,16 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from nitro_e_lite import runtime
-from nitro_e_lite.errors import InvalidValue
+from nitro_e_lite.errors import FileThere, InvalidValue
 from nitro_e_lite.evaluation.official_geneval import check_folder, check_names, declare, write_sample
-from nitro_e_lite.files import run_lock, write_atomically
+from nitro_e_lite.files import read_jsonl, run_lock, write_atomically
 from nitro_e_lite.inference.arguments import as_integer, seeded_generators
 from nitro_e_lite.inference.hub import weights_hash
 from nitro_e_lite.inference.pipeline import NitroEPipeline, Sampler
 from nitro_e_lite.scenes.geneval import Prompt, Score, Verdict, score, verify
 from nitro_e_lite.scenes.verifier import VERSION
-from nitro_e_lite.viz import image_grid
+from nitro_e_lite.stats import share_interval
+from nitro_e_lite.viz import image_grid, save_image
 
 SEED_STRIDE = 1_000_000  # picture seed = SEED_STRIDE * seed + place of the prompt
 
@@ -67,11 +68,65 @@ class Evaluation:
         labels = [f"{'✓' if self.verdicts[i].correct else '✗'} {self.prompts[i].text}" for i in chosen]
         return image_grid([self.images[i] for i in chosen], columns=max(map(len, rows)), labels=labels)
 
+    def review(self, folder: str | Path, count: int = 200, seed: int = 0) -> Path:
+        """Writes pictures for a person to look at, drawn at random over both verdicts, and a sheet to fill in.
+
+        Args:
+            folder: for `000.png`, ... and `review.jsonl`: the prompt, the verifier's verdict and reason, and for the
+                person `eyes` (true or false) and `why`.
+            count: of pictures; as many right as wrong ones, as far as there are.
+            seed: of the draw.
+
+        Returns:
+            The sheet; `agreement` reads it.
+
+        Raises:
+            ValueError: the evaluation kept no images.
+            FileExistsError: a sheet is there already.
+        """
+        if not self.images:
+            raise InvalidValue("images: this evaluation kept none; ask for keep_images=True")
+        sheet = Path(folder) / "review.jsonl"
+        if sheet.exists():
+            raise FileThere(f"{sheet}: is there already; name another folder")
+        order = np.random.default_rng(seed).permutation(len(self.images)).tolist()
+        right, wrong = ([k for k in order if self.verdicts[k].correct == kind] for kind in (True, False))
+        few = min(len(right), len(wrong), count // 2)
+        chosen = (right[: count - few] + wrong[: max(few, count - len(right))])[:count]
+        rows = []
+        for number, k in enumerate(sorted(chosen, key=order.index)):
+            name, verdict = f"{number:03d}.png", self.verdicts[k]
+            save_image(Image.fromarray(self.images[k]), Path(folder) / name, {"prompt": self.prompts[k].text})
+            facts = {"path": name, "prompt": self.prompts[k].text, "tag": self.prompts[k].tag}
+            rows.append(facts | {"verifier": verdict.correct, "reason": verdict.reason, "eyes": None, "why": ""})
+        write_atomically(sheet, "".join(json.dumps(row) + "\n" for row in rows))
+        return sheet
+
     def save(self, path: str | Path) -> Path:
         """Writes the card as JSON."""
         path = Path(path)
         write_atomically(path, json.dumps(self.card, indent=2) + "\n")
         return path
+
+
+def agreement(sheet: str | Path) -> dict[str, Any]:
+    """What a filled-in sheet of `Evaluation.review` says of the verifier.
+
+    Returns:
+        `looked` at, `agree`, `low` and `high` (95 % interval of the share that agrees), and `disagree`, those rows.
+
+    Raises:
+        ValueError: a picture that nobody has looked at, or a disagreement without a reason.
+    """
+    rows = list(read_jsonl(sheet))
+    for row in rows:
+        if not isinstance(row.get("eyes"), bool):
+            raise InvalidValue(f"{sheet}: {row.get('path')}: eyes must be true or false")
+        if row["eyes"] != row["verifier"] and not row["why"].strip():
+            raise InvalidValue(f"{sheet}: {row['path']}: eyes and verifier disagree; say why")
+    disagree = [row for row in rows if row["eyes"] != row["verifier"]]
+    low, high = share_interval(len(rows) - len(disagree), len(rows))
+    return {"looked": len(rows), "agree": len(rows) - len(disagree), "low": low, "high": high, "disagree": disagree}
 
 
 def picture_seed(seed: int, place: int) -> int:

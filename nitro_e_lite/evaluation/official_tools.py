@@ -3,15 +3,17 @@
 Each tool lives in an environment of its own, with pins that do not go with ours; the two sides meet in files. GenEval's
 layout is in `official_geneval.py`. What is written, and the faults of the tools that it is written around:
 
-| tool | files | faults of the tool |
-|---|---|---|
-| DPG-Bench | `ROOT/NAME.png` for each `prompts/NAME.txt` (1,065): four pictures, 2 x 2 | whatever else lies in ROOT is scored; a picture that fails shrinks the mean; the first row of its table is skipped, so `partiprompts97` fails unless patched; scores of categories hold the last of the four only |
-| HPSv2.1 | `ROOT/STYLE/00000.jpg`, four styles of 800 | other folders in ROOT are taken for styles; a missing picture is replaced by the next one; one of its modes prints a hundredfold |
-| ImageReward | `ROOT/00000.png` and `ROOT.prompts.jsonl` | prompts are cut at 35 tokens |
-| FID | `ROOT/00000.png`, square, resized here by the named filter | everything in ROOT counts; below 2,048 pictures the covariance is singular |
+- DPG-Bench: `ROOT/NAME.png` for each `prompts/NAME.txt` (1,065), four pictures in a square. Whatever else lies in ROOT
+  is scored, a picture that fails shrinks the mean, and the first row of its table is skipped, so that `partiprompts97`
+  fails unless the script is patched. Scores of categories hold the last of the four pictures only.
+- HPSv2.1: `ROOT/STYLE/00000.jpg`, four styles of 800. Other folders in ROOT are taken for styles, a missing picture is
+  replaced by the next one, and one of its modes prints a hundredfold.
+- ImageReward: `ROOT/00000.png` and `ROOT.prompts.jsonl`. Prompts are cut at 35 tokens.
+- FID: `ROOT/00000.png`, squares, resized here by the named filter. Everything in ROOT counts; below 2,048 pictures the
+  covariance is singular.
 
-So ROOT holds pictures and nothing else; what they are is told by `ROOT.export.json` beside it, which is also why a second
-run with other weights or settings is refused. A run that was stopped continues.
+So ROOT holds pictures and nothing else. What they are is told by `ROOT.export.json` beside it, which is also why a
+second run with other weights or settings is refused. A run that was stopped continues.
 """
 
 from __future__ import annotations
@@ -126,7 +128,9 @@ def export(
     """
     root, sampler = Path(root), sampler or pipeline.sampler()
     if resize not in RESIZES or (size is not None and resize == "none"):
-        raise InvalidValue(f"resize: {resize!r} for size {size}; name one of {', '.join(list(RESIZES)[1:])} with a size")
+        raise InvalidValue(
+            f"resize: {resize!r} for size {size}; name one of {', '.join(list(RESIZES)[1:])} with a size"
+        )
     about = {"tool": tool, "files": len(wanted), "prompts_sha256": _digest(wanted), "size": size, "resize": resize}
     about |= asdict(sampler) | {"seeds": list(range(len(wanted[0].seeds)))} | describe(pipeline)
     with run_lock(root, name="folder"):

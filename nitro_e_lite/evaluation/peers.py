@@ -1,10 +1,10 @@
 """The models of Table 2: their sizes recomputed, and their transformers timed side by side.
 
 Each file of `peers/` holds one row: the configuration of the network with its source and date, what it is called with
-for one 512 px picture, and what the paper says of it. The library's own classes are built on the meta device and counted
-as E-MMDiT is (`model/flops.py`): a multiply-add is two FLOPs, products inside attention are counted apart. What the
-library has no class for is not counted, and says so. With random weights the same rows are timed, one after the
-other on one machine, batch and number type: ratios, where the paper has figures of its own machine.
+for one 512 px picture, and what the paper says of it. The library's own classes are built on the meta device and
+counted as E-MMDiT is (`model/flops.py`): a multiply-add is two FLOPs, products inside attention are counted apart.
+What the library has no class for is not counted, and says so. With random weights the same rows are timed, one after
+the other on one machine, batch and number type: ratios, where the paper has figures of its own machine.
 
 An input is given by its shape; `B` is the batch, `{"ones": shape}` a mask.
 """
@@ -28,8 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nitro_e_lite import runtime
 from nitro_e_lite.errors import InvalidValue
-from nitro_e_lite.files import read_json
 from nitro_e_lite.evaluation.benchmark import median_seconds
+from nitro_e_lite.files import read_json
 from nitro_e_lite.inference.arguments import as_integer
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.flops import find_peak
@@ -53,7 +53,7 @@ class Peer:
         note: why a count differs from the paper's, or that there is none.
         paper: column of the table -> figure, None for what the paper leaves out or for what is no row of it.
         call: method that is counted and timed.
-        draws: what a picture takes besides: keys of `text` encoder and `decoder`, `steps`, and whether they are `guided`.
+        draws: what a picture takes besides: keys of its `text` encoder and `decoder`, `steps`, whether it is `guided`.
     """
 
     key: str

@@ -1,7 +1,7 @@
 """README's results table and the figure beside it, made from result cards and from nothing else.
 
-`results.json` has the rows in words: what, the paper's figure, and a template that names cards and their fields. Table 2
-puts the paper's column beside what is counted here; a figure in the manner of the paper's Figure 1 shows speed against
+`results.json` has the rows in words: what, the paper's figure, a template that names cards and their fields. Table 2
+puts the paper's column beside what is counted here. A figure in the manner of the paper's Figure 1 shows speed against
 quality, the paper's models by its own numbers, the lite models by their cards.
 """
 
@@ -106,14 +106,15 @@ def speed_and_quality(cards: Cards) -> Figure:
         size = counts[key]["parameters"] if key in counts else 1e6 * peer.paper["parameters_m"]
         color = viz.COLORS[3] if key.startswith("e_mmdit") else viz.COLORS[6]
         axes[0].scatter(x, y, s=size / 2e7, color=color, alpha=0.6, linewidths=0)
-        axes[0].annotate(peer.name, (x, y), fontsize=6.5, ha="center", va="center")
+        place = {"fontsize": 6.5, "ha": "center", "textcoords": "offset points"}
+        axes[0].annotate(peer.name, (x, y), xytext=(0, -9 if key == "sdxl" else 5), **place)
     axes[0].set(xscale="log", xlabel="pictures a second, batch 32, one MI300X (paper)", ylabel="GenEval (paper)")
     axes[0].set_title("Table 2: areas are parameters", fontsize=9)
     for name, card in lite_cards(cards).items():
-        x = card["seconds"] / card["images"]
+        x = card["steps"] * (2 if card["guidance"] > 1 else 1)
         error = [[card["overall"] - card["low"]], [card["high"] - card["overall"]]]
         axes[1].errorbar(x, card["overall"], error, fmt="o", capsize=3, label=f"{name}, {card['steps']} steps")
-    axes[1].set(xlabel="seconds a picture, machine busy with other work", ylabel="GenEval-lite", ylim=(0, 1))
+    axes[1].set(xlabel="passes of the transformer a picture", ylabel="GenEval-lite", xlim=(0, 50), ylim=(0, 1))
     axes[1].set_title("lite models: cards of this repository", fontsize=9)
     axes[1].legend(frameon=False, fontsize=7, loc="lower right")
     return figure
