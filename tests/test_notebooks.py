@@ -29,6 +29,7 @@ COURSE = [
     "08_emmdit_assembled",
     "09_repa_pretraining",
     "10_fine_tuning_ema",
+    "11_grpo",
     "12_step_distillation",
     "13_sana_sprint",
     "14_fp8_inference",
@@ -37,7 +38,11 @@ COURSE = [
     "17_full_run_8x_mi300x",
 ]
 STAGES = ["09_repa_pretraining", "10_fine_tuning_ema", "17_full_run_8x_mi300x"]  # they look before they train
-STUDENTS = ["12_step_distillation", "13_sana_sprint"]  # they train through the launcher, on what they have drawn
+STUDENTS = [
+    "11_grpo",
+    "12_step_distillation",
+    "13_sana_sprint",
+]  # they train through the launcher, on what they have drawn
 HEADINGS = ["able to", "Check", "Measure", "Full scale", "Exercises", "Solutions", "Recap"]
 COMMON = ["preset", "seed", "devices", "run_dir", "overrides"]
 MAX_CELLS, MAX_MEDIAN, MAX_LINES, MAX_IDEA_WORDS, MAX_FIGURE_BYTES = 45, 8, 30, 120, 250_000

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nitro_e_lite.errors import MissingFile
-from nitro_e_lite.files import find_weights, weights_dir
+from nitro_e_lite.files import find_weights
 from nitro_e_lite.inference.encoders import images_to_tensor
 from nitro_e_lite.scenes.geneval import Prompt, judge
 from nitro_e_lite.scenes.grammar import COLORS, SHAPES
@@ -106,11 +106,6 @@ class SceneReader(nn.Module):
             place = (x + 0.5) / GRID, (y + 0.5) / GRID
             found[b].append(Detection(*names, *place, area=0.0, overlap=chance[b, y, x].item()))
         return found
-
-    @classmethod
-    def ships(cls) -> bool:
-        """Whether its weights are in the package."""
-        return (weights_dir() / "judges" / f"{cls.name}.safetensors").is_file()
 
     def right(self, pictures: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
         """GenEval-lite's verdict (B,) on what this network has read, 0 or 1."""

@@ -64,8 +64,9 @@ def load_pipeline(
     Args:
         source: "lite" or another name of weights shipped in the package; a pipeline folder; a training run or its
             `final/` (the encoders, guidance and shift are then those of the run, and the steps of a student; an adapter
-            of `nitro-e train rewards` is merged into what it was learned on); another folder with a transformer alone (the rest is then that of "lite"); an official Nitro-E `.safetensors`
-            file; or "amd/Nitro-E", the same from the hub, at a pinned commit.
+            of `nitro-e train rewards` is merged into what it was learned on); another folder with a transformer alone
+            (the rest is then that of "lite"); an official Nitro-E `.safetensors` file; or "amd/Nitro-E", the same from
+            the hub, at a pinned commit.
         device: where to run; the accelerator when there is one.
         dtype: "float32", "bfloat16" or "float16"; float32 on the CPU, bfloat16 on a GPU that has it and with FP8.
         text_encoder: folder or hub id of another text encoder with its tokenizer; official weights use

@@ -50,7 +50,7 @@ class JudgeConfig(RunConfig):
     validation_scenes: Positive = 64
 
 
-RECIPES = {"preference": JudgeConfig(), "reader": JudgeConfig(judge="reader", steps=500, batch_size=24)}
+RECIPES = {"preference": JudgeConfig(), "reader": JudgeConfig(judge="reader", steps=300, batch_size=24)}
 
 
 class Judges(Stage):

@@ -197,7 +197,7 @@ class Rewards(Stage):
         servers = {"timeout": config.reward_timeout, "retries": config.reward_retries, "batch": config.reward_batch}
         names, self.reward_weights = zip(*config.rewards, strict=True)
         self.rewards = open_rewards(names, **servers)
-        self.reader = load_judge(SceneReader) if self.prompts.of_file is None and SceneReader.ships() else None
+        self.reader = load_judge(SceneReader) if self.prompts.of_file is None else None  # it never rewards
         self.early_stop = EarlyStop(config.stop_drop, config.stop_diversity)
         self.pipeline = load_pipeline(config.start_from, placement.device, torch.float32)
         self.pipeline.set_progress_bar_config(disable=True)
@@ -401,8 +401,7 @@ class Rewards(Stage):
         verdicts = [verify(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
         found = score(prompts, verdicts)
         by_kind = {f"geneval_{kind}": value for kind, value in found.categories.items()}
-        if self.reader is not None:
-            by_kind["held_out_reader"] = float(self.reader.right(np.stack(pictures), prompts).mean())
+        by_kind["held_out_reader"] = float(self.reader.right(np.stack(pictures), prompts).mean())
         done = self.rollout_step + self.config.updates
         if done < self.config.steps:
             self.early_stop.held_out(done, found.overall)
