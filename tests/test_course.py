@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from nitro_e_lite.cli.app import app
 from nitro_e_lite.course import assignment, notebooks
+from nitro_e_lite.course import debugging_lab as lab
 from nitro_e_lite.experiments import challenge
 
 SLOW = ("load_pipeline(", "load_encoders(", "load_transformer(", "train(", "Engine(", "race(", "prepare(", "to_empty(")
@@ -200,8 +201,48 @@ def test_an_entry_is_trained_judged_and_ranked(tmp_path, monkeypatch):
     assert [row["place"] for row in json.loads(shown.stdout)["entries"]] == [1, 1, 2, None, None]
 
 
-@pytest.mark.parametrize("wrong", ["start_from=lite", "data.folders=[x]", "lora.rank=4", "data.encoders=full", "step=2"])
+@pytest.mark.parametrize("wrong", ["start_from=lite", "data.folders=[x]", "lora.rank=4", "data.encoders=full"])
 def test_the_rules_hold_before_any_work(tmp_path, wrong):
     with pytest.raises(ValueError, match=wrong.partition("=")[0]):
         challenge.challenge(tmp_path / "run", overrides=[wrong])
     assert not (tmp_path / "run").exists()
+
+
+# The debugging lab
+
+
+def test_stored_logs_show_what_notebook_18_says():
+    runs = {name: lab.read(name)[0] for name in lab.RUNS}
+    assert all((lab.stored() / f"{name}.{end}").stat().st_size < 10_000 for name in runs for end in ("json", "png"))
+    log, drawn = ({name: run[part] for name, run in runs.items()} for part in ("log", "drawn"))
+    sound, last = log["sound"], {name: one["validation loss"][-1] for name, one in log.items()}
+    assert drawn["sound"] == {"colours right": 48, "shapes right": 48, "pictures": 48}
+    costs = {name: one["with wrong captions"][-1] - last[name] for name, one in log.items()}
+    assert last["run-1"] > 10 > 0.2 > log["run-1"]["loss rank 0"][-1] and costs["run-1"] < 0
+    assert max(log["run-2"]["loss rank 0"][:6]) > 1e5
+    assert log["run-3"]["loss rank 0"] == sound["loss rank 0"] and last["run-3"] > 1.8
+    assert log["run-4"]["loss rank 0"] == log["run-4"]["loss rank 1"] and drawn["run-4"] == drawn["sound"]
+    assert 40 < log["run-5"]["loss rank 0"][0] and 1.9 < sound["loss rank 0"][0] < 2.2
+    assert log["run-6"]["reward"][-1] > 0.99 and last["run-6"] > 15 * log["run-6"]["validation loss"][0]
+    assert drawn["run-6"]["colours right"] == 48 and drawn["run-6"]["shapes right"] < 24
+    assert abs(last["run-7"] / last["sound"] - 1) < 0.05 and drawn["run-7"]["shapes right"] < 5
+    assert abs(costs["run-8"]) < 0.001 and last["run-8"] < 0.3 and costs["sound"] > 1
+
+
+def test_the_lab_is_made_again_by_a_command(tmp_path, monkeypatch):
+    few = {"sound": lab.Run(steps=2), "run-4": lab.Run(steps=2, same_rows=True)}
+    monkeypatch.setattr(lab, "RUNS", few | {"run-6": lab.Run(rewarded=True, steps=2)})
+    made, build = [], lab.Lab.__init__
+    monkeypatch.setattr(lab.Lab, "__init__", lambda self, seed: made.append(self) or build(self, seed, scenes=96))
+    result = CliRunner().invoke(app, ["course", "lab", str(tmp_path / "lab"), "--json"])
+    assert result.exit_code == 0 and set(json.loads(result.stdout)["drawn"]) == set(lab.RUNS)
+    stored, again = (lab.read("sound", folder)[0]["log"] for folder in (None, tmp_path / "lab"))
+    assert set(stored) == set(again) and len(made) == 1
+    log = lab.read("run-4", tmp_path / "lab")[0]["log"]
+    assert log["loss rank 0"] == log["loss rank 1"] != again["loss rank 1"]
+
+
+def test_a_diagnosis_needs_all_eight():
+    causes = {name: lab.describe(run) for name, run in lab.RUNS.items() if name != "sound"}
+    assert len(set(causes.values())) == 8 and lab.is_right(causes)
+    assert not lab.is_right(causes | {"run-1": causes["run-2"]}) and not lab.is_right({})

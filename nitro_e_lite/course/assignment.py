@@ -50,8 +50,8 @@ CORE = {  # by notebook: what a lesson builds and then checks; the exercises com
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 STUB = ("# YOUR CODE HERE", "raise NotImplementedError()")  # nbgrader's own
 GRADE = "from nitro_e_lite.course.assignment import grade\n\n"
-NOTE = """**Assignment edition.** Write your code where it says `YOUR CODE HERE`. Cells with checks are locked; each is worth a
-point. Run the notebook from the top: a check needs the functions above it."""
+NOTE = """**Assignment edition.** Write your code where it says `YOUR CODE HERE`. Cells with checks are locked; each is
+worth a point. Run the notebook from the top: a check needs the functions above it."""
 _SCOPES = (ast.FunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 Definition = ast.FunctionDef | ast.ClassDef | ast.Assign
 
@@ -331,7 +331,7 @@ def _cell(old: dict[str, Any], text: str, marks: dict[str, Any] | None = None) -
 
 
 def _settle_links(cell: dict[str, Any], path: Path) -> None:
-    """Embeds the pictures of a text, leads links to other lessons to their assignments and drops all other local ones."""
+    """Embeds the pictures of a text; links to other lessons lead to their assignments, other local ones are dropped."""
     if cell["cell_type"] == "code":
         cell |= {"outputs": [], "execution_count": None}
         return

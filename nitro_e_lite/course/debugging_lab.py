@@ -1,8 +1,9 @@
 """Eight trainings that went wrong, and one that did not: what notebook 18 diagnoses from curves.
 
 A tiny network learns to draw one object of 16 x 16 pixels: three shapes in four colours, told by the features of the
-shipped language model. Every run is the same but for one mistake (`RUNS`), takes seconds of one core, and leaves a log of a few kilobytes, `NAME.json`, and a picture of what it draws for the twelve captions, `NAME.png`. The
-ones that the notebook reads are in `course/lab/`; `nitro-e course lab FOLDER` makes them again.
+shipped language model. Every run is the same but for one mistake (`RUNS`), takes seconds of one core, and leaves a log
+of a few kilobytes, `NAME.json`, and a picture of what it draws for the twelve captions, `NAME.png`. The ones that the
+notebook reads are in `course/lab/`; `nitro-e course lab FOLDER` makes them again.
 
 A log holds, a row each twenty steps, the loss of both ranks (two halves of the batch) and the norm of the gradient
 before it is clipped; each hundred steps the validation loss of the averaged weights under the right captions and under
@@ -221,7 +222,8 @@ class Lab:
         x0, kinds = latents[self.count :], self.kind[self.count :]
         draw = torch.Generator().manual_seed(1)
         noise, t = torch.randn(x0.shape, generator=draw), (torch.randperm(len(x0), generator=draw) + 0.5) / len(x0)
-        captions = {"validation loss": kinds, "with wrong captions": (kinds + 5) % len(KINDS)}  # another shape and colour
+        wrong = (kinds + 5) % len(KINDS)  # another shape and another colour
+        captions = {"validation loss": kinds, "with wrong captions": wrong}
         return {name: _losses(model, x0, noise, t, self.text[k], scale).mean().item() for name, k in captions.items()}
 
     def sample(self, model: nn.Module, run: Run, kinds: Tensor, steps: int = 10, guidance: float = 2.0) -> Tensor:
@@ -242,15 +244,14 @@ class Lab:
         with torch.no_grad():
             pictures = self.sample(model, run, torch.arange(len(KINDS)).repeat(EACH)).clamp(0, 1).nan_to_num()
         seen = [read_picture(one) for one in (pictures.permute(0, 2, 3, 1) * 255).numpy()]
-        right = [[a == b for a, b in zip(found, kind, strict=True)] for found, kind in zip(seen, KINDS * EACH, strict=True)]
-        shapes, colors = np.array(right).sum(0).tolist()
+        shapes, colors = (np.array(seen) == np.array(KINDS * EACH)).sum(0).tolist()
         columns = sorted({name for row in rows for name in row}, key=lambda name: (name != "step", name))
         log = {name: [_short(row.get(name)) for row in rows] for name in columns}
         found = {"colours right": colors, "shapes right": shapes, "pictures": len(seen)}
         return {"log": log, "drawn": found}, montage(pictures[: len(KINDS)])
 
     def _reward(self, run: Run) -> tuple[dict[str, Any], Image.Image]:
-        """Climbs a judge's opinion, through the four steps of a drawing: how near all pixels are to the colour asked for."""
+        """Climbs a judge's opinion through the four steps of a drawing: how near all pixels are to the colour."""
         if self._sound is None:
             self.train(RUNS["sound"])
         model = self.model(run)

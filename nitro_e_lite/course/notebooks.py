@@ -3,7 +3,7 @@
 Notebooks are committed with their outputs, so that they can be read without running anything. `refresh` executes
 each from its first cell to its last in a process of its own and replaces the file only when that succeeded. What
 belongs to a machine and not to the lesson is taken out: paths, timing metadata, widget state, progress bars. What a
-notebook needs to stand alone is put in: its opening picture, and a first line for those who have not installed anything.
+notebook needs to stand alone is put in: its opening picture, and a line for those who have not installed anything.
 """
 
 import base64

@@ -1,9 +1,9 @@
 """The one-hour challenge: the best pictures that an hour of two cores can teach a new transformer.
 
-The encoders are the shipped ones; the transformer begins with random weights. The recipe
-is the lite preset of stage 1 with what `overrides` change, cut to the hour: the speed of this machine is measured first,
-and the number of steps and the fall of the learning rate follow from it. Then GenEval-lite decides: all held-out prompts
-once, seed 0, the sampler of the model.
+The encoders are the shipped ones; the transformer begins with random weights. The recipe is the lite preset of stage 1
+with what `overrides` change, cut to the hour: the speed of this machine is measured first, and the number of steps and
+the fall of the learning rate follow from it. Then GenEval-lite decides: all held-out prompts once, seed 0, the sampler
+of the model.
 
 What a run leaves behind is an *entry*, `RUN_DIR/entry.json`: its settings, what it took, and the card of its score.
 `board` ranks entries. Two whose intervals overlap share a place: a card that cannot tell them apart decides nothing.
