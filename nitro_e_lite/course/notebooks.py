@@ -7,6 +7,7 @@ notebook needs to stand alone is put in: its opening picture, and a line for tho
 """
 
 import base64
+import io
 import json
 import os
 import re
@@ -20,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from PIL import Image
 
 from nitro_e_lite import files
 from nitro_e_lite.errors import InvalidValue, MissingFile, Unusable
 from nitro_e_lite.runtime import StopRequest
 
-MAX_BYTES = 500_000
+MAX_BYTES, MAX_OPENING = 500_000, 80_000  # of a notebook; of its opening picture, as it is
 METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 CELL_METADATA = ("tags", "jupyter")
 GUARD = """import importlib.util
@@ -179,8 +181,7 @@ def stand_alone(notebook: dict[str, Any], figures: Path) -> dict[str, Any]:
     text = "".join(opening["source"])
     for target, name in re.findall(r"\]\(((?:\.\./figures/|attachment:)([\w-]+\.png))\)", text):
         if opening["cell_type"] == "markdown" and (figures / name).is_file():
-            picture = base64.b64encode((figures / name).read_bytes()).decode()
-            opening["attachments"] = opening.get("attachments", {}) | {name: {"image/png": picture}}
+            opening["attachments"] = opening.get("attachments", {}) | {name: _embedded(figures / name)}
             opening["source"] = text.replace(target, f"attachment:{name}").splitlines(keepends=True)
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
@@ -188,6 +189,18 @@ def stand_alone(notebook: dict[str, Any], figures: Path) -> dict[str, Any]:
             cell["source"] = (GUARD + source.removeprefix(GUARD)).splitlines(keepends=True)
             break
     return notebook
+
+
+def _embedded(path: Path) -> dict[str, str]:
+    """A picture as an attachment: as it is, or, where it is large, 800 pixels wide and as JPEG."""
+    content, kind = path.read_bytes(), "image/png"
+    if len(content) > MAX_OPENING:
+        with Image.open(path) as image:
+            small, buffer = image.convert("RGB"), io.BytesIO()
+        small.thumbnail((800, 800))
+        small.save(buffer, format="JPEG", quality=75)
+        content, kind = buffer.getvalue(), "image/jpeg"
+    return {kind: base64.b64encode(content).decode()}
 
 
 def _clean_outputs(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
