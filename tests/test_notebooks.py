@@ -1,10 +1,17 @@
 """The notebooks as documents: anatomy, parameters, outputs, links and figures. That their cells run is nbval's part."""
 
 import ast
+import base64
+import copy
+import importlib.util
 import itertools
 import json
 import re
+import shutil
 import statistics
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -36,7 +43,9 @@ COURSE = [
     "15_evaluation",
     "16_demo_20_vs_4_steps",
     "17_full_run_8x_mi300x",
+    "18_debugging_lab",
 ]
+ALONE = ["12_step_distillation", "13_sana_sprint", "16_demo_20_vs_4_steps", "18_debugging_lab"]  # refreshed since
 STAGES = ["09_repa_pretraining", "10_fine_tuning_ema", "17_full_run_8x_mi300x"]  # they look before they train
 STUDENTS = [
     "11_grpo",
@@ -101,7 +110,7 @@ def test_course_is_complete():
 def test_begins_with_title_figure_and_table(name):
     first = source(BOOKS[name]["cells"][0])
     assert first.startswith(f"# {name[:2]} ")
-    assert re.search(r"!\[.+\]\(\.\./figures/.+\.png\)", first)
+    assert re.search(r"!\[.+\]\((\.\./figures/|attachment:).+\.png\)", first)
     rows = " ".join(re.findall(r"^\| *\**(\w+)", first, flags=re.MULTILINE)).lower()
     assert all(word in rows for word in ("needs", "time", "writes", "papers")), rows
 
@@ -240,7 +249,8 @@ def test_saved_figures_are_in_the_ledger(name):
 
 @every_notebook
 def test_links_lead_somewhere(name):
-    targets = [target for target in re.findall(r"\]\(([^)#\s]+)", prose(name)) if not target.startswith("http")]
+    outside = ("http", "attachment:")  # what is embedded has a test of its own
+    targets = [target for target in re.findall(r"\]\(([^)#\s]+)", prose(name)) if not target.startswith(outside)]
     assert [target for target in targets if not (FOLDER / target).resolve().exists()] == []
 
 
@@ -248,13 +258,63 @@ def test_links_lead_somewhere(name):
 def test_pictures_have_a_description_and_an_origin(name):
     for alt, target in re.findall(r"!\[(.*?)\]\(([^)\s]+)", prose(name)):
         assert len(alt) > 20, f"{target}: say what there is to see"
-        assert Path(target).name in LEDGER, target
+        assert Path(target.removeprefix("attachment:")).name in LEDGER, target
 
 
 def test_notebooks_link_to_the_next_one():
-    names = list(BOOKS)
+    names = [name for name in BOOKS if name != "18_debugging_lab"]  # the lab stands beside the way
     for name, following in zip(names, names[1:], strict=False):
         assert f"({following}.ipynb)" in source(cells(name, "markdown")[-1])
+
+
+# Alone
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_notebook_stands_alone(name):
+    """Its picture is the one in figures/, embedded; without the package its first line says what to do."""
+    book = BOOKS[name]
+    assert notebooks.stand_alone(copy.deepcopy(book), ROOT / "figures") == book
+    (picture,) = re.findall(r"\(attachment:(.+?\.png)\)", source(book["cells"][0]))
+    ((kind, stored),) = book["cells"][0]["attachments"][picture].items()
+    file = ROOT / "figures" / picture
+    assert kind == ("image/png" if file.stat().st_size <= notebooks.MAX_OPENING else "image/jpeg")
+    assert kind == "image/jpeg" or base64.b64decode(stored) == file.read_bytes()
+    imports = next(source(cell) for cell in cells(name) if "from nitro_e_lite" in source(cell))
+    assert imports.startswith(notebooks.GUARD)
+
+
+@every_notebook
+def test_any_notebook_can_be_made_to_stand_alone(name):
+    book = notebooks.stand_alone(copy.deepcopy(BOOKS[name]), ROOT / "figures")
+    assert len(json.dumps(book, indent=1, ensure_ascii=False)) <= notebooks.MAX_BYTES
+    assert "attachments" in book["cells"][0]
+    assert sum(source(cell).startswith(notebooks.GUARD) for cell in book["cells"]) == 1
+
+
+def test_the_first_cell_says_how_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install") as found:
+        exec(notebooks.GUARD, {})
+    assert "\n" not in str(found.value)
+
+
+def test_wheel_holds_what_notebooks_read(tmp_path):
+    """Everything below the package is in the wheel, and notebooks look nowhere else."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
+    folder = tmp_path / "copy"
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(ROOT / "nitro_e_lite", folder / "nitro_e_lite", ignore=ignore)
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, folder)
+    subprocess.run([*command, str(folder)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    there = {path.relative_to(folder).as_posix() for path in (folder / "nitro_e_lite").rglob("*") if path.is_file()}
+    assert there - inside == set()
+    # a checkout is asked for only where there is another way; 08 still reads its reference from tests/
+    look = {name: re.findall(r"repo_root\(\) /", "".join(source(c) for c in cells(name))) for name in BOOKS}
+    assert {name for name, found in look.items() if found} <= {"08_emmdit_assembled", "17_full_run_8x_mi300x"}
 
 
 # Running

@@ -7,14 +7,14 @@ standard error.
 
 Heavy libraries are imported inside the commands, so that `nitro-e --help` answers at once. The commands that
 draw are in `draw.py`, those that score and measure in `measure.py`, those that train and plan in `train.py`, those for
-data in `data.py`.
+data in `data.py`, those for classes in `course.py`.
 """
 
 from typing import Annotated
 
 import typer
 
-from nitro_e_lite.cli import data, draw, measure, train
+from nitro_e_lite.cli import course, data, draw, measure, train
 from nitro_e_lite.cli.terminal import (
     Json,
     command,
@@ -35,6 +35,8 @@ app.add_typer(measure.app)
 app.add_typer(data.app, name="data")
 app.add_typer(train.app)
 app.add_typer(notebooks_app, name="notebooks")
+app.add_typer(course.app, name="course")
+app.add_typer(course.challenge_app)
 
 
 @command(notebooks_app, "refresh")

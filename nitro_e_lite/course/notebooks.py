@@ -2,9 +2,12 @@
 
 Notebooks are committed with their outputs, so that they can be read without running anything. `refresh` executes
 each from its first cell to its last in a process of its own and replaces the file only when that succeeded. What
-belongs to a machine and not to the lesson is taken out: paths, timing metadata, widget state, progress bars.
+belongs to a machine and not to the lesson is taken out: paths, timing metadata, widget state, progress bars. What a
+notebook needs to stand alone is put in: its opening picture, and a line for those who have not installed anything.
 """
 
+import base64
+import io
 import json
 import os
 import re
@@ -18,14 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from PIL import Image
 
 from nitro_e_lite import files
 from nitro_e_lite.errors import InvalidValue, MissingFile, Unusable
 from nitro_e_lite.runtime import StopRequest
 
-MAX_BYTES = 500_000
+MAX_BYTES, MAX_OPENING = 500_000, 80_000  # of a notebook; of its opening picture, as it is
 METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 CELL_METADATA = ("tags", "jupyter")
+GUARD = """import importlib.util
+
+if importlib.util.find_spec("nitro_e_lite") is None:
+    raise SystemExit("nitro_e_lite is missing: `pip install -e .` in a clone, or `pip install` its wheel; then restart")
+
+"""
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 MACHINE_PATH = re.compile(r"(?<![\w.])(?:/(?:work|root|home|tmp|Users|private)/|[A-Z]:\\)\w+")
 
@@ -72,9 +82,10 @@ def refresh(names: Sequence[str] | None = None) -> Iterator[Refreshed]:
         ValueError: an unknown name, or a result that is too large or still names this machine.
         RuntimeError: a cell failed; the message holds its error. The file is unchanged then.
     """
-    for path in [_find(name) for name in names] if names else sorted(notebooks_dir().glob("*.ipynb")):
+    for path in find_all(names):
         start, cpu = time.perf_counter(), _children_seconds()
-        notebook = clean(execute(path, figures=notebooks_dir().parent / "figures"))
+        figures = notebooks_dir().parent / "figures"
+        notebook = stand_alone(clean(execute(path, figures=figures)), figures)
         text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
         if found := MACHINE_PATH.search(text):
             raise InvalidValue(f"{path.name}: an output names a path of this machine, {found[0]!r}; make it relative")
@@ -83,6 +94,16 @@ def refresh(names: Sequence[str] | None = None) -> Iterator[Refreshed]:
             raise InvalidValue(f"{path.name}: {size:,} bytes with outputs, over {MAX_BYTES:,}; make figures smaller")
         path.write_text(text, encoding="utf-8", newline="\n")
         yield Refreshed(path.stem, time.perf_counter() - start, _children_seconds() - cpu, size)
+
+
+def find_all(names: Sequence[str] | None = None) -> list[Path]:
+    """The files of notebooks by name or number; None: all, in order.
+
+    Raises:
+        FileNotFoundError: the package does not run from a checkout.
+        ValueError: an unknown name.
+    """
+    return [_find(name) for name in names] if names else sorted(notebooks_dir().glob("*.ipynb"))
 
 
 def _find(name: str) -> Path:
@@ -148,6 +169,38 @@ def clean(notebook: dict[str, Any]) -> dict[str, Any]:
         if cell["cell_type"] == "code":
             cell["outputs"] = _clean_outputs(cell["outputs"])
     return notebook
+
+
+def stand_alone(notebook: dict[str, Any], figures: Path) -> dict[str, Any]:
+    """The notebook so that its file alone can be read and, beside an installed package, run. Changes its argument.
+
+    Its opening picture is embedded, as it is in `figures` now, and the first cell that imports the package says in one
+    line how to install it where it is missing. Doing so twice changes nothing.
+    """
+    opening = notebook["cells"][0]
+    text = "".join(opening["source"])
+    for target, name in re.findall(r"\]\(((?:\.\./figures/|attachment:)([\w-]+\.png))\)", text):
+        if opening["cell_type"] == "markdown" and (figures / name).is_file():
+            opening["attachments"] = opening.get("attachments", {}) | {name: _embedded(figures / name)}
+            opening["source"] = text.replace(target, f"attachment:{name}").splitlines(keepends=True)
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and re.search(r"^(from|import) nitro_e_lite\b", source, flags=re.MULTILINE):
+            cell["source"] = (GUARD + source.removeprefix(GUARD)).splitlines(keepends=True)
+            break
+    return notebook
+
+
+def _embedded(path: Path) -> dict[str, str]:
+    """A picture as an attachment: as it is, or, where it is large, 800 pixels wide and as JPEG."""
+    content, kind = path.read_bytes(), "image/png"
+    if len(content) > MAX_OPENING:
+        with Image.open(path) as image:
+            small, buffer = image.convert("RGB"), io.BytesIO()
+        small.thumbnail((800, 800))
+        small.save(buffer, format="JPEG", quality=75)
+        content, kind = buffer.getvalue(), "image/jpeg"
+    return {kind: base64.b64encode(content).decode()}
 
 
 def _clean_outputs(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:

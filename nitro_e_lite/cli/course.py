@@ -1,0 +1,77 @@
+"""The commands of the course: `nitro-e course ...` and `nitro-e challenge`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nitro_e_lite.cli.terminal import Json, Overrides, RunDir, command, console, output, show_table
+from nitro_e_lite.cli.train import stoppable
+
+app = typer.Typer(help="The course for classes: assignments and the debugging lab.", no_args_is_help=True)
+challenge_app = typer.Typer()
+
+
+@command(app, "assignment")
+def assignment(
+    folder: Annotated[Path, typer.Argument(help="Of the nbgrader course: gets source/ and release/.")],
+    names: Annotated[list[str] | None, typer.Argument(help="Names or numbers, such as 08; all when none.")] = None,
+    json: Json = False,
+) -> None:
+    """Write notebooks for students in nbgrader's format: functions left to write, checks kept, solutions cut."""
+    with output(json) as result:
+        from nitro_e_lite.course.assignment import write
+
+        result["points"] = {}
+        for name, points in write(folder, names):
+            result["points"][name] = points
+            console.print(f"{name}: {points} points", markup=False)
+
+
+@command(app, "lab")
+def lab(
+    folder: Annotated[Path, typer.Argument(help="Gets a log and a picture of each run.")],
+    seed: Annotated[int, typer.Option(help="Of weights, batches and noise.")] = 0,
+    json: Json = False,
+) -> None:
+    """Make the eight failed trainings of notebook 18 again, and the sound one: seconds each."""
+    with output(json) as result:
+        from nitro_e_lite.course.debugging_lab import write
+
+        result["drawn"] = {}
+        for name, log in write(folder, seed=seed):
+            result["drawn"][name] = log["drawn"]
+            said = ", ".join(f"{value} {what}" for what, value in log["drawn"].items())
+            console.print(f"{name}: {said}", markup=False, soft_wrap=True)
+
+
+@command(challenge_app, "challenge")
+def challenge(
+    minutes: Annotated[float, typer.Option(help="For the training; an entry has 60.")] = 60.0,
+    name: Annotated[str, typer.Option(help="Of the entry.")] = "anonymous",
+    preset: Annotated[str, typer.Option(help="lite, or smoke to try the command.")] = "lite",
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    board: Annotated[list[Path] | None, typer.Option(help="Rank the entries in these folders; train nothing.")] = None,
+    json: Json = False,
+) -> None:
+    """Train a transformer from nothing for an hour on two cores and have it judged: notebooks/CHALLENGE.md."""
+    with output(json) as result, stoppable():
+        from nitro_e_lite.experiments import challenge
+
+        if board:
+            ranked = challenge.board(board)
+        else:
+            folder = run_dir or Path("runs/challenge")
+            say = lambda line: typer.echo(line, err=True)  # noqa: E731
+            entry = challenge.challenge(folder, minutes, name, preset, overrides or [], say)
+            ranked = [challenge.Row(None, entry, challenge.breaches(entry))]
+        result["entries"] = [{"place": row.place, "breaches": row.breaches, **row.entry} for row in ranked]
+        rows = []
+        for row in ranked:
+            card = row.entry["card"]
+            score = f"{card['overall']:.3f} ({card['low']:.3f} to {card['high']:.3f})"
+            cost = f"{row.entry['seconds'] / 60:.1f} min, {card['transformer_parameters'] / 1e6:.2f}M"
+            rows.append([row.entry["name"], str(row.place or "-"), score, cost, "; ".join(row.breaches) or "kept"])
+        if not json:
+            show_table("the one-hour challenge", ["entry", "place", "GenEval-lite", "cost", "rules"], rows)
