@@ -154,14 +154,14 @@ affine_parameters = Hidden(lambda dim, blocks: 12 * dim * (2 * blocks - 1), ((76
 # 08
 
 
-def _block_parameters(width: int, head_dim: int) -> int:
+def _joint_block_parameters(width: int, head_dim: int) -> int:
     attention = 4 * width * width + 4 * width
     mlp = 6 * width * width + 4 * width
     return 2 * (attention + mlp + 2 * width + 2 * head_dim + 12 * width)
 
 
 tokens_at = Hidden(lambda grid: [grid * grid, grid * grid // 4 + grid * grid // 16], ((32,), (16,), (64,)))
-block_parameters = Hidden(_block_parameters, ((768, 32), (192, 48), (64, 16)))
+joint_block_parameters = Hidden(_joint_block_parameters, ((768, 32), (192, 48), (64, 16)))
 
 
 # 09
