@@ -40,7 +40,7 @@ WRONG = [
     ("08", MODEL, "patterns[i % 3], context", "patterns[(i + 1) % 3], context"),
     ("08", MODEL, "self.norm_out(image)", "image"),
     ("08", MODEL, "saved, image = image, self.comp", "saved, image = image.flip(1), self.comp"),
-    ("09", TAP, "text, 1000 * t)", "text, t)"),
+    ("09", TAP, "time_embed(1000 * t)", "time_embed(t)"),
     ("09", TAP, "patchify(x_t, 1)) + crop_positions(model.positions, 16, 16)", "patchify(x_t, 1))"),
     ("09", TAP, "nn.Sequential(first, nn.SiLU(), second", "nn.Sequential(first, nn.GELU(), second"),
     ("09", TAP, "-(projected * features).sum(-1).mean(1)", "1 - (projected * features).sum(-1).mean(1)"),
