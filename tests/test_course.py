@@ -15,7 +15,7 @@ from nitro_e_lite.course import debugging_lab as lab
 from nitro_e_lite.experiments import challenge
 
 SLOW = ("load_pipeline(", "load_encoders(", "load_transformer(", "train(", "Engine(", "race(", "prepare(", "to_empty(")
-RUN = ("02", "04", "05", "06", "07")  # enough for a proof within seconds
+RUN = ("02", "05", "07")  # enough for a proof within seconds
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_with_answers_all_checks_pass_and_without_all_fail(classroom, tmp_path, 
         assert [one for one, error in without.items() if error is None] == [], name
         tried += len(quick)
     print(f"{tried} checks")
-    assert tried >= 20
+    assert tried >= 15
 
 
 def test_students_get_the_lesson_without_answers(classroom):
