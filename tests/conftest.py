@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -16,6 +17,11 @@ import pytest
 from tiny import TEACHER_SHIFT, build_tiny_pipeline, draw
 
 from nitro_e_lite import files
+
+if sys.platform == "darwin":  # a Mac's accelerator rounds otherwise than the CPU, and virtual ones have little memory
+    import torch
+
+    torch.accelerator.current_accelerator = lambda check_available=False: None
 
 NEW = ("dense_time", "guidance_embedding")  # arguments of the transformer that came after the first weights
 

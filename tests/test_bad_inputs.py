@@ -6,6 +6,7 @@ The table of commands is walked over: a command that is new has to say here what
 import contextlib
 import json
 import os
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -217,6 +218,9 @@ def test_mistakes_of_all_kinds(here, shipped):
     (here / "lora").mkdir()
     save_file({"any": torch.zeros(1)}, here / "lora" / "adapter_model.safetensors")
     (here / "lora" / "adapter_config.json").write_text('{"r": 0, "lora_alpha": 4}')
+    shutil.copytree(shipped, here / "odd")
+    (here / "odd" / "SHA256SUMS").unlink()
+    (here / "odd" / "vae" / "config.json").write_text('{"_class_name": "AutoencoderDC", "latent_channels": "x"}')
     own = [f"--draw={name}=null" for name in ("height", "width", "max_sequence_length")]  # others than FLUX's
     drawn = ["fluxdb", "prompts.jsonl", "out", "--generator", str(shipped), *own, "--draw"]
     for words, said in [
@@ -238,7 +242,10 @@ def test_mistakes_of_all_kinds(here, shipped):
         (["data", "encode", *drawn, "num_inference_steps=x"], "num_inference_steps: expected an integer, got 'x'"),
         (["data", "encode", *drawn, "num_images_per_prompt=2"], "1 generators for 2 pictures"),
         (["data", "encode", *drawn, "output_type=latent"], "one prompt does not give one picture"),
+        (["data", "encode", "folder", "pictures/a.png", "out"], "a.png: holds no JSON object"),
+        (["data", "encode", "folder", "pictures", "out", "--encoders", "odd"], "cannot be loaded"),
         (["data", "draw", "out", "--count", "-1"], "count: -1 is below 1"),
+        (["data", "draw", "out", "--student-steps", "1000000000"], "student_steps: 1000000000 is above 1000"),
         (["data", "check", "card"], "too deep to read"),
         (["data", "check", "huge"], "is no shape of at most"),
         (["data", "check", "card", "--max-repeated", "nan"], "max_repeated=nan"),
@@ -257,7 +264,7 @@ def test_mistakes_of_all_kinds(here, shipped):
     ]:
         assert said in refused(*words), words
     assert sorted(path.name for path in here.iterdir()) == sorted(
-        ["pictures", "prompts.jsonl", "card", "huge", "index", "lora"]
+        ["pictures", "prompts.jsonl", "card", "huge", "index", "lora", "odd"]
     )
 
 

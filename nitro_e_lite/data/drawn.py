@@ -43,7 +43,7 @@ from nitro_e_lite.data.shard_writer import ShardWriter, keep_card
 from nitro_e_lite.data.shards import SHARDS, LatentBatch, LatentDataset, array_shapes, bad_rows, read_card, sidecars
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.files import share_lock
-from nitro_e_lite.inference.arguments import as_integer, draw_noise, seeded_generators
+from nitro_e_lite.inference.arguments import MAX_STEPS, as_integer, draw_noise, seeded_generators
 from nitro_e_lite.inference.encoders import Encoders
 from nitro_e_lite.inference.hub import weights_hash
 from nitro_e_lite.inference.pipeline import NitroEPipeline
@@ -165,7 +165,7 @@ class Drawing:
         self.sampler = pipeline.sampler(steps, guidance, shift)
         self.seed, self.text, self.batch, self.shard_rows = as_integer("seed", seed, 0), text, batch, shard_rows
         self.levels = sampler_levels(
-            as_integer("student_steps", student_steps, 1), self.sampler.shift, pipeline.config.sigma_grid
+            as_integer("student_steps", student_steps, 1, MAX_STEPS), self.sampler.shift, pipeline.config.sigma_grid
         )
         self.encoders = encoders_of(pipeline)
         firsts = range(0, len(prompts), shard_rows)

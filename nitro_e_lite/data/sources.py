@@ -258,24 +258,28 @@ class JsonLines(Source):
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds one JSON list instead of lines.
+        ValueError: it holds one JSON list instead of lines, or no JSON object at all.
     """
 
     names: tuple[str, ...]
 
     def __init__(self, path: str | Path):
         self.file = self._find(Path(path))
-        self._offsets, self._lines, offset = [], 0, 0
+        self._offsets, self._lines, offset, texts, objects = [], 0, 0, 0, 0
         digest = hashlib.blake2b(digest_size=8)
         with open(self.file, "rb") as file:
             for line in file:
-                if not self._lines and line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+                text = (line if self._lines else line.removeprefix(codecs.BOM_UTF8)).strip()
+                if not self._lines and text.startswith(b"["):
                     raise InvalidValue(f"{self.file}: is one JSON list; must hold one JSON object a line")
                 if self._lines % LINES == 0:
                     self._offsets.append(offset)
                 digest.update(line)
                 offset += len(line)
+                texts, objects = texts + bool(text), objects + text.startswith(b"{")
                 self._lines += 1
+        if texts and not objects:  # a picture, for example
+            raise InvalidValue(f"{self.file}: holds no JSON object; must hold one a line")
         self._digest = digest.hexdigest()
 
     def _find(self, path: Path) -> Path:

@@ -18,8 +18,6 @@ import huggingface_hub
 import torch
 import transformers
 from diffusers import AutoencoderDC
-from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -211,7 +209,9 @@ def _readable(source: str | Path, option: str, load, **arguments):
     try:
         with quiet_loading(source):
             return load(**arguments)
-    except (OSError, ValueError, HTTPError, SafetensorError) as error:
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # libraries raise many kinds on settings that make no sense
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(source).is_dir():
         message = f"{source}: cannot be loaded ({reason})"
