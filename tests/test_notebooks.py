@@ -45,7 +45,6 @@ COURSE = [
     "17_full_run_8x_mi300x",
     "18_debugging_lab",
 ]
-ALONE = ["12_step_distillation", "13_sana_sprint", "16_demo_20_vs_4_steps", "18_debugging_lab"]  # refreshed since
 STAGES = ["09_repa_pretraining", "10_fine_tuning_ema", "17_full_run_8x_mi300x"]  # they look before they train
 STUDENTS = [
     "11_grpo",
@@ -270,7 +269,7 @@ def test_notebooks_link_to_the_next_one():
 # Alone
 
 
-@pytest.mark.parametrize("name", ALONE)
+@every_notebook
 def test_a_notebook_stands_alone(name):
     """Its picture is the one in figures/, embedded; without the package its first line says what to do."""
     book = BOOKS[name]
