@@ -28,6 +28,7 @@ from nitro_e_lite.inference.encoders import LatentStats
 from nitro_e_lite.model.official_weights import merge_lora
 from nitro_e_lite.runtime import rank_and_world
 from nitro_e_lite.scenes.geneval import load_prompts
+from nitro_e_lite.training.checkpoints import load_checkpoint
 from nitro_e_lite.training.precision import _recorded
 
 FAST = ["--steps", "1", "--guidance", "0"]
@@ -298,6 +299,13 @@ def test_adapters_that_say_nonsense(tiny_pipeline, tmp_path):
         write(str(number), settings, **options)
         with pytest.raises(UserError, match=said):
             merge_lora(tiny_pipeline.transformer, tmp_path / str(number))
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
+def test_a_checkpoint_that_names_impossible_files_is_damaged(tmp_path, name):
+    (tmp_path / "state.json").write_text(json.dumps({"sha256": {name: "0"}}))
+    with pytest.raises(UserError, match="missing or damaged"):
+        load_checkpoint(tmp_path)
 
 
 def test_runs_that_say_nonsense_are_not_shipped(here, shipped):

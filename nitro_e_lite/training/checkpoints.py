@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import time
 import warnings
@@ -205,7 +206,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     if not isinstance(state.get("sha256"), dict):
         raise InvalidValue(f"{path / STATE}: names no files")
     for name, digest in state["sha256"].items():
-        if not (path / name).is_file() or sha256_file(path / name) != digest:
+        if not os.path.isfile(path / name) or sha256_file(path / name) != digest:
             raise InvalidValue(f"{path / name}: missing or damaged (its sha256 is not the one in {STATE})")
     return {Path(name).stem: load_file(path / name) for name in state["sha256"]}, state
 
