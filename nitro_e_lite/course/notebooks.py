@@ -27,7 +27,7 @@ from nitro_e_lite import files
 from nitro_e_lite.errors import InvalidValue, MissingFile, Unusable
 from nitro_e_lite.runtime import StopRequest
 
-MAX_BYTES, MAX_OPENING = 500_000, 80_000  # of a notebook; of its opening picture, as it is
+MAX_BYTES, MAX_OPENING = 500_000, 30_000  # of a notebook; of its opening picture, as it is
 METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 CELL_METADATA = ("tags", "jupyter")
 GUARD = """import importlib.util
@@ -192,13 +192,13 @@ def stand_alone(notebook: dict[str, Any], figures: Path) -> dict[str, Any]:
 
 
 def _embedded(path: Path) -> dict[str, str]:
-    """A picture as an attachment: as it is, or, where it is large, 800 pixels wide and as JPEG."""
+    """A picture as an attachment: as it is, or, where it is large, 640 pixels wide and as JPEG."""
     content, kind = path.read_bytes(), "image/png"
     if len(content) > MAX_OPENING:
         with Image.open(path) as image:
             small, buffer = image.convert("RGB"), io.BytesIO()
-        small.thumbnail((800, 800))
-        small.save(buffer, format="JPEG", quality=75)
+        small.thumbnail((640, 640))
+        small.save(buffer, format="JPEG", quality=70)
         content, kind = buffer.getvalue(), "image/jpeg"
     return {kind: base64.b64encode(content).decode()}
 
