@@ -56,6 +56,11 @@ OUTPUTS = {  # command -> words, with PLACE for what it writes
     "train autoencoder": [["--run-dir", "PLACE"]],
     "train language-model": [["--run-dir", "PLACE"]],
     "train vision": [["--run-dir", "PLACE"]],
+    "train judge": [["preference", "--run-dir", "PLACE"]],
+    "reward plot": [["run", "--out", "PLACE.png"]],
+    "challenge": [[*SMALL, "--run-dir", "PLACE"]],
+    "course assignment": [["PLACE"]],
+    "course lab": [["PLACE"]],
 }
 ELSEWHERE = {  # they write beside what they are given, or nothing
     "ship": "into a folder that must hold weights, tested below",

@@ -75,6 +75,7 @@ def write(folder: Path, names: Sequence[str] | None = None) -> Iterator[tuple[st
     targets = {path: [folder / kind / path.stem / path.name for kind in ("source", "release")] for path in paths}
     if there := [str(target) for pair in targets.values() for target in pair if target.exists()]:
         raise FileThere(f"{there[0]}: is there already, perhaps with somebody's work in it; name another folder")
+    files.check_output(folder, "folder")
     for path, (source, release) in targets.items():
         book = teachers(json.loads(path.read_text(encoding="utf-8")), path)
         for target, one in ((source, book), (release, students(book))):

@@ -111,6 +111,7 @@ def write(folder: Path, runs: dict[str, Run] | None = None, seed: int = 0) -> It
     Yields:
         Name and log of each run when it has come to its end.
     """
+    files.check_output(folder, "folder")
     lab = Lab(seed)
     for name, run in (runs or RUNS).items():
         log, picture = lab.train(run)
