@@ -138,7 +138,7 @@ def reward_figure(rows: Iterable[dict[str, Any]], title: str = "") -> Figure:
         if name == LOGARITHMIC and names:
             axis.set_yscale("symlog", linthresh=1e-6)
         if names:
-            axis.legend(frameon=False, fontsize=7)
+            axis.legend(frameon=True, framealpha=0.85, edgecolor="none", fontsize=7)
     for axis in axes[3:]:
         axis.set_xlabel("updates")
     figure.suptitle(title, fontsize=10)
