@@ -11,6 +11,13 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+LAYER, BLOCK, MODEL, TAP, AVERAGE = (
+    "split, merge and the whole layer agree",
+    "and whole block agree",
+    'print("equal to the package")',
+    "the place of the tap agree",
+    "the engine's differ by at most",
+)
 QUICK = {  # fewer steps, so that a row costs a second
     "02": [("range(64)", "range(4)")],
     "03": [("prompts=6", "prompts=2")],
@@ -18,6 +25,19 @@ QUICK = {  # fewer steps, so that a row costs a second
         ("(caption, 20,", "(caption, 2,"),
         ("picture = pipeline(caption,", "picture = pipeline(caption, 1,"),
         ("s(20)", "s(2)"),
+    ],
+    "07": [("count=24", "count=2")],
+    "09": [
+        ("scenes=96", "scenes=4"),
+        ("(0.5, 0.7, 0.85, 0.95)", "(0.7,)"),
+        ('stage_run.prepare(run, again=preset == "smoke")', "None"),
+    ],
+    "10": [
+        ("steps=2000", "steps=20"),
+        ("steps=1200", "steps=12"),
+        ('stage_run.prepare(*stages, again=preset == "smoke")', "None"),
+        ("stage1.train()", "pass"),
+        ("run.train()", "None"),
     ],
 }
 WRONG = [
@@ -89,6 +109,27 @@ WRONG = [
     ("05", "(MyCompressor(64), tokens", "torch.cat([*fine, saved]", "torch.cat([saved, *fine]"),
     ("05", '"reconstructor": MyReinforced(32)', " + my_positions(height, saved.shape[2])", ""),
     ("05", 'check("Exercise 1", middle', "return None  # your line 1", "return 480"),
+    ("06", LAYER, "layer.norm_q_context(q_text)", "layer.norm_q(q_text)"),  # the wrong stream's gain
+    ("06", LAYER, "layer.norm_k(k), ", "k, "),  # no gain
+    ("06", LAYER, "layer.out_context(text)", "layer.out(text)"),
+    ("06", LAYER, "query.shape[-1] ** 0.5", "query.shape[-1]"),
+    ("06", LAYER, "split(text, ratio, chunk)", "split(text, ratio, 1)"),
+    ("07", BLOCK, "tokens * (1 + scale) + shift", "tokens * (1 + shift) + scale"),
+    ("07", BLOCK, "block.text.norm1(text)", "block.image.norm1(text)"),
+    ("07", BLOCK, "block.text.norm2, block.text.mlp", "block.text.norm1, block.text.mlp"),  # a gain too many
+    ("07", BLOCK, "[angles.cos(), angles.sin()]", "[angles.sin(), angles.cos()]"),
+    ("07", BLOCK, "self.bias + six * (1 + self.scale)", "self.bias + six * self.scale"),
+    ("08", MODEL, "saved, height, width) + positions", "saved, height, width)"),  # no position reinforcement
+    ("08", MODEL, "patterns[i % 3], context", "patterns[(i + 1) % 3], context"),
+    ("08", MODEL, "self.norm_out(image)", "image"),
+    ("08", MODEL, "saved, image = image, self.comp", "saved, image = image.flip(1), self.comp"),
+    ("09", TAP, "time_embed(1000 * t)", "time_embed(t)"),
+    ("09", TAP, "patchify(x_t, 1)) + crop_positions(model.positions, 16, 16)", "patchify(x_t, 1))"),
+    ("09", TAP, "nn.Sequential(first, nn.SiLU(), second", "nn.Sequential(first, nn.GELU(), second"),
+    ("09", TAP, "-(projected * features).sum(-1).mean(1)", "1 - (projected * features).sum(-1).mean(1)"),
+    ("10", AVERAGE, "(1 + k) / (10 + k)", "(2 + k) / (10 + k)"),
+    ("10", AVERAGE, "(1 - decay) * (value.detach()", "decay * (value.detach()"),
+    ("10", AVERAGE, "ema_update(mine, masters, warm(k,", "ema_update(mine, masters, warm(k + 1,"),
 ]
 
 

@@ -94,12 +94,15 @@ def benchmark_command(
     for name, value in (("compile", compiled), ("out", out)):
         if value and not peers:
             raise InvalidValue(f"{name}: belongs to --peers")
+    own = {"model": None if model == "lite" else model, "steps": steps, "guidance": guidance, "shift": shift}
+    own |= {"fp8": fp8 or None, "transformer": transformer if peers else None}
+    of_their_own = (
+        "peers are timed as Table 2 has them" if peers else "a transformer alone, with random weights, has none"
+    )
+    for name, value in own.items():
+        if value is not None and (peers or transformer):
+            raise InvalidValue(f"{name}={value}: {of_their_own}")
     if peers:
-        own = {"model": None if model == "lite" else model, "steps": steps, "guidance": guidance, "shift": shift}
-        own |= {"transformer": transformer, "fp8": fp8 or None}
-        for name, value in own.items():
-            if value is not None:
-                raise InvalidValue(f"{name}={value}: peers are timed as Table 2 has them")
         return benchmark_peers(batch or [1], repeats, compiled, out, device, dtype, json)
     with output(json) as result:
         from nitro_e_lite import load_pipeline, runtime
@@ -108,11 +111,6 @@ def benchmark_command(
 
         batches = batch or ([4] if transformer else [1, 8])
         if transformer:
-            own = {"model": None if model == "lite" else model, "steps": steps, "guidance": guidance, "shift": shift}
-            own["fp8"] = fp8 or None
-            for name, value in own.items():
-                if value is not None:
-                    raise InvalidValue(f"{name}={value}: a transformer alone, with random weights, has none")
             config = model_config(transformer)
             rows = [
                 {"batch": b} | benchmark.time_transformer(config, b, device=device, dtype=dtype, repeats=repeats)
