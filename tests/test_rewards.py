@@ -35,6 +35,7 @@ from nitro_e_lite.presets import preset
 from nitro_e_lite.scenes import captions, degrade, geneval, grammar
 from nitro_e_lite.scenes.render import render
 from nitro_e_lite.scenes.verifier import Detection, detect
+from nitro_e_lite.stages import gates
 from nitro_e_lite.stages import judges as judge_stage
 from nitro_e_lite.stages.rewards_forward import ForwardRewards, forward_loss, old_decay, optimality
 from nitro_e_lite.stages.rewards_grpo import (
@@ -672,19 +673,19 @@ def test_shipped_judges_are_right_on_scenes_they_never_saw(tmp_path):
 
 
 def test_a_run_that_is_hacked_is_stopped():
-    stop = watch.EarlyStop(0.1, 0.7)
+    stop = gates.EarlyStop(0.1, 0.7)
     for step, distance in enumerate([1.0, 1.1, 0.9, 0.8]):
         stop.rolled_out(step, distance)
     stop.held_out(20, 0.8)
     stop.held_out(40, 0.75)
-    again = watch.EarlyStop(0.1, 0.7)
+    again = gates.EarlyStop(0.1, 0.7)
     again.load_state(json.loads(json.dumps(stop.state())))
     with pytest.raises(RuntimeError, match=r"gate held-out: at step 60 .* 0\.690.*best, 0\.800.*that of step 20"):
         again.held_out(60, 0.69)
     with pytest.raises(RuntimeError, match=r"gate diversity: .* 0\.\d+, 6\d% of what it was"):
         for step in range(8):
             again.rolled_out(step, 0.5)
-    watch.EarlyStop(0, 0).held_out(1, 0.5)
+    gates.EarlyStop(0, 0).held_out(1, 0.5)
     rows = [{"step": k, "reward": k / 3, "geneval": 0.5, "geneval_low": 0.4, "geneval_high": 0.6} for k in (2, 4)]
     assert [len(axis.lines) for axis in watch.reward_figure(rows, "a run").axes] == [2, 0, 0, 0, 0, 0]
 

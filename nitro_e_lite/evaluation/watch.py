@@ -2,7 +2,8 @@
 
 A policy finds what a reward pays for, whether or not anyone meant it. What it is paid rises either way; the difference
 shows beside it: in what an independent judge says, in how alike the pictures of a group become, in statistics of the
-pixels that nobody pays for. `reward_figure` draws all of it from a run's metrics; `EarlyStop` ends the run.
+pixels that nobody pays for. `reward_figure` draws all of it from a run's metrics; `EarlyStop` of
+`stages/gates.py` ends the run.
 
     edge density          share of pixels at an edge: falls when things vanish, rises with texture and noise
     colour entropy        bits, of 4 x 4 x 4 colours: falls when a picture turns into one colour
@@ -17,7 +18,6 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from nitro_e_lite.errors import GateFailed
 from nitro_e_lite.viz import COLORS
 
 STATISTICS = ("edge_density", "color_entropy", "background_variance")
@@ -37,69 +37,6 @@ def picture_statistics(pictures: np.ndarray) -> np.ndarray:
     width = max(1, BORDER * len(rim) // 128)
     rim[width:-width, width:-width] = False
     return np.stack([edges, entropy, pixels[:, rim].var(1).mean(1)], 1)
-
-
-class EarlyStop:
-    """Ends a run whose held-out score falls, or whose groups collapse.
-
-    Args:
-        drop: how far the held-out score may fall below its best; 0: any distance.
-        diversity: the share of its first value that the distance inside groups must keep; 0: none.
-
-    Attributes:
-        best: highest held-out score, and its step.
-        first, now: distance inside groups, at first and as a running mean.
-    """
-
-    def __init__(self, drop: float, diversity: float):
-        self.drop, self.diversity = drop, diversity
-        self.best: tuple[float, int] = (-np.inf, 0)
-        self.first: float | None = None
-        self.now = 0.0
-
-    def rolled_out(self, step: int, distance: float) -> None:
-        """Looks at a roll-out.
-
-        Raises:
-            GateFailed: the pictures of a group have become alike.
-        """
-        if self.first is None:
-            self.first = self.now = distance
-        self.now += 0.3 * (distance - self.now)
-        if self.now < self.diversity * self.first:
-            raise GateFailed(
-                f"gate diversity: at step {step} the distance inside groups is {self.now:.3f}, "
-                f"{self.now / self.first:.0%} of what it was; must stay above {self.diversity:.0%}. {self._advice()}"
-            )
-
-    def held_out(self, step: int, score: float) -> None:
-        """Looks at a held-out score.
-
-        Raises:
-            GateFailed: it has fallen.
-        """
-        if self.drop and score < self.best[0] - self.drop:
-            raise GateFailed(
-                f"gate held-out: at step {step} the held-out score is {score:.3f}, more than {self.drop} below its "
-                f"best, {self.best[0]:.3f}. {self._advice()}"
-            )
-        if score > self.best[0]:
-            self.best = score, step
-
-    def _advice(self) -> str:
-        where = (
-            f"the best adapter is that of step {self.best[1]} in snapshots" if self.best[1] else "nothing was better"
-        )
-        return f"Look at the figure of the run (nitro-e reward plot); {where}"
-
-    def state(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {"best": list(self.best) if self.best[1] else None, "first": self.first, "now": self.now}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
-        self.best = tuple(state["best"]) if state["best"] else self.best
-        self.first, self.now = state["first"], state["now"]
 
 
 PANELS: dict[str, tuple[str, ...]] = {

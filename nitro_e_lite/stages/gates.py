@@ -1,18 +1,24 @@
-"""Gates of a student: measured before hours are spent and while they run; the first that fails stops the run.
+"""Gates: measured before hours are spent and while they run; the first that fails stops the run.
 
-An adversarial run that fails costs hours before anyone looks, and adversaries fail quietly. So each of these names
-itself, says what was measured, and what to look at:
+Runs against an adversary or for a reward fail quietly, and cost hours before anyone looks. So each gate names itself,
+says what was measured, and what to look at. Of students:
 
     drawn-set               the teacher's pictures are worth learning from: they score no less than the teacher's card
     teacher-fine-tuned      with another time embedding the teacher answers as before (`sprint.py`)
     discriminator-balance   it is right on a share of pictures between two bounds: too often, there is nothing to learn
                             from; too rarely, it says nothing
     student-below-teacher   from a quarter of the run on, the student is no worse than its teacher at as many steps
+
+Of runs that learn from rewards (`EarlyStop`):
+
+    diversity               the pictures of a group have not become alike
+    held-out                the held-out score has not fallen far below its best
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -165,3 +171,66 @@ def check_student(found: Mapping[str, float], step: int, sampler_steps: int, con
             "student_loss (still falling? train longer, raise optimizer.lr) and at student_adversarial (rising? lower "
             "adversarial_weight)"
         )
+
+
+class EarlyStop:
+    """Ends a run whose held-out score falls, or whose groups collapse.
+
+    Args:
+        drop: how far the held-out score may fall below its best; 0: any distance.
+        diversity: the share of its first value that the distance inside groups must keep; 0: none.
+
+    Attributes:
+        best: highest held-out score, and its step.
+        first, now: distance inside groups, at first and as a running mean.
+    """
+
+    def __init__(self, drop: float, diversity: float):
+        self.drop, self.diversity = drop, diversity
+        self.best: tuple[float, int] = (-np.inf, 0)
+        self.first: float | None = None
+        self.now = 0.0
+
+    def rolled_out(self, step: int, distance: float) -> None:
+        """Looks at a roll-out.
+
+        Raises:
+            GateFailed: the pictures of a group have become alike.
+        """
+        if self.first is None:
+            self.first = self.now = distance
+        self.now += 0.3 * (distance - self.now)
+        if self.now < self.diversity * self.first:
+            raise GateFailed(
+                f"gate diversity: at step {step} the distance inside groups is {self.now:.3f}, "
+                f"{self.now / self.first:.0%} of what it was; must stay above {self.diversity:.0%}. {self._advice()}"
+            )
+
+    def held_out(self, step: int, score: float) -> None:
+        """Looks at a held-out score.
+
+        Raises:
+            GateFailed: it has fallen.
+        """
+        if self.drop and score < self.best[0] - self.drop:
+            raise GateFailed(
+                f"gate held-out: at step {step} the held-out score is {score:.3f}, more than {self.drop} below its "
+                f"best, {self.best[0]:.3f}. {self._advice()}"
+            )
+        if score > self.best[0]:
+            self.best = score, step
+
+    def _advice(self) -> str:
+        where = (
+            f"the best adapter is that of step {self.best[1]} in snapshots" if self.best[1] else "nothing was better"
+        )
+        return f"Look at the figure of the run (nitro-e reward plot); {where}"
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"best": list(self.best) if self.best[1] else None, "first": self.first, "now": self.now}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.best = tuple(state["best"]) if state["best"] else self.best
+        self.first, self.now = state["first"], state["now"]

@@ -45,7 +45,7 @@ from nitro_e_lite.evaluation.geneval_lite import draw, picture_seed
 from nitro_e_lite.evaluation.learned_judges import SceneReader, load_judge
 from nitro_e_lite.evaluation.official_geneval import read_metadata
 from nitro_e_lite.evaluation.rewards import EPS, add_rewards, check_scores, open_rewards, preflight
-from nitro_e_lite.evaluation.watch import STATISTICS, EarlyStop, picture_statistics
+from nitro_e_lite.evaluation.watch import STATISTICS, picture_statistics
 from nitro_e_lite.inference.hub import weights_hash
 from nitro_e_lite.inference.loading import load_pipeline
 from nitro_e_lite.model import flow
@@ -53,6 +53,7 @@ from nitro_e_lite.model.official_weights import lora_targets, save_lora
 from nitro_e_lite.runtime import generator
 from nitro_e_lite.scenes.geneval import CATEGORIES, Prompt, load_prompts, score, training_prompt, verify
 from nitro_e_lite.scenes.grammar import Stream
+from nitro_e_lite.stages.gates import EarlyStop
 from nitro_e_lite.training.distributed import fill_rows
 from nitro_e_lite.training.engine import Placement, Stage, Trainable
 from nitro_e_lite.training.optimizers import build_optimizers, learning_rate_scale
