@@ -117,14 +117,15 @@ def find_weights(source: str | Path, *parts: str) -> Path:
         check_weights(file.parent)
         return file.parent
     looked_for = f" that holds {' or '.join(parts)}" if parts else ""
+    models = [one for one in shipped if one in STUDENTS or (weights_dir() / one / "model_index.json").is_file()]
+    known = ", ".join(models) or "none here"
     if name in STUDENTS:
         raise MissingFile(
-            f"{name!r}: this model is not among the shipped weights ({', '.join(shipped) or 'none here'}) yet; train "
+            f"{name!r}: this model is not among the shipped weights ({known}) yet; train "
             f"it (nitro-e train {STUDENTS[name]}) and name the folder of the run"
         )
     if name in shipped:
         raise MissingFile(f"{name!r} is no name of shipped weights{looked_for}")
-    known = ", ".join(shipped) or "none here"
     raise MissingFile(f"{name!r} is no folder or training run{looked_for}, and no shipped weights ({known})")
 
 

@@ -256,6 +256,8 @@ def test_mistakes_of_all_kinds(here, shipped):
         (["data", "check", "huge"], "is no shape of at most"),
         (["data", "check", "card", "--max-repeated", "nan"], "max_repeated=nan"),
         (["data", "benchmark", "--seconds", "nan"], "seconds=nan"),
+        (["data", "benchmark", "--folder", "nosuch"], "folder='nosuch': is no folder"),
+        (["scores", "nosuch", "a", "prompts.jsonl", "pictures"], "is not one of geneval, dpg"),
         (["train", "base", *SMALL, "--set", "steps=!!python/object:os.system x"], "cannot be read"),
         (["train", "base", *SMALL, "--set", "steps=" + "[" * 5000], "too deep to read"),
         (["train", "base", *SMALL, "--nodes", "0"], "nodes=0"),

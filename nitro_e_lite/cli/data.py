@@ -20,7 +20,7 @@ from nitro_e_lite.cli.terminal import (
     output,
     show_table,
 )
-from nitro_e_lite.errors import InvalidValue
+from nitro_e_lite.errors import InvalidValue, MissingFile
 from nitro_e_lite.files import check_output
 
 app = typer.Typer(help="Training data: encode, check, measure.", no_args_is_help=True)
@@ -192,6 +192,8 @@ def benchmark(
         from nitro_e_lite import runtime
         from nitro_e_lite.data import check
 
+        if folder is not None and not folder.is_dir():
+            raise MissingFile(f"folder={str(folder)!r}: is no folder")
         sets = (("latents",), ("latents", "pictures"), ("latents", "text"), ("latents", "text", "vision"))
         options = {"batch": batch, "seconds": seconds, "folder": folder}
         result["rows"] = [check.measure_reading(columns, **options) for columns in sets]

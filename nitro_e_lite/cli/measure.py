@@ -276,6 +276,8 @@ def scores(
         if tool == "geneval":
             found = official_geneval.read_results(printed, official_geneval.read_metadata(prompts))
         else:
+            if tool not in official_tools.TOOLS:
+                raise InvalidValue(f"tool: {tool!r} is not one of geneval, {', '.join(official_tools.TOOLS)}")
             found = official_tools.read_scores(tool, printed, official_tools.targets(tool, prompts))
         result |= official_tools.make_card(tool, found, folder)
         if out is not None:
@@ -315,7 +317,7 @@ def tables_command(
 
 @command(reward_app, "serve")
 def reward_serve(
-    reward: Annotated[str, typer.Argument(help="geneval, partial or redness.")] = "geneval",
+    reward: Annotated[str, typer.Argument(help="geneval, partial, redness or preference.")] = "geneval",
     host: Annotated[str, typer.Option(help="Where it listens; it knows no passwords.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8901,
 ) -> None:
