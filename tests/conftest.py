@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import signal
 import sys
+import threading
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,6 +14,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: threads of o
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.pop("COLUMNS", None)  # rich would keep the width that it finds when it is imported
+
+if (
+    threading.current_thread() is threading.main_thread()
+):  # nohup and shells in the background ignore them; tests send them
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 from tiny import TEACHER_SHIFT, build_tiny_pipeline, draw

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import queue
@@ -322,7 +323,8 @@ def test_queue_and_rate_are_bounded(worker, monkeypatch):
 def test_large_messages_and_garbage_end_the_conversation(worker):
     for bad in (b"x" * 100_000, b"not json", b"[]"):
         page = Ends(worker)
-        page.wire._connection.send_bytes(bad)
+        with contextlib.suppress(BrokenPipeError):  # it may have hung up in the middle of a large one
+            page.wire._connection.send_bytes(bad)
         page.next("gone")
     page = Ends(worker)
     page.draw()
