@@ -15,9 +15,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: threads of o
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.pop("COLUMNS", None)  # rich would keep the width that it finds when it is imported
 
-if (
-    threading.current_thread() is threading.main_thread()
-):  # nohup and shells in the background ignore them; tests send them
+# Tests send these signals; nohup and shells in the background have told this process to ignore them.
+if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
