@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from tiny import build_tiny_pipeline
 
-from nitro_e_lite.evaluation import geneval_lite
+from nitro_e_lite.evaluation import appearance, cards, geneval_lite
 from nitro_e_lite.evaluation.official_geneval import read_metadata
 from nitro_e_lite.files import weights_dir
 from nitro_e_lite.inference import hub
@@ -178,3 +178,43 @@ def test_the_ledger_says_how_the_uncurated_grid_was_drawn():
     shipped = json.loads((weights_dir() / "lite" / "model_index.json").read_text(encoding="utf-8"))
     names = ("steps", "guidance", "shift")
     assert [drawn[name] for name in names] == [shipped[f"default_{name}"] for name in names]
+
+
+def test_kid_is_zero_on_average_for_one_source_and_grows_with_the_distance():
+    draw = np.random.default_rng(0).normal
+    pairs = [(torch.tensor(draw(size=(20, 4))), torch.tensor(draw(size=(30, 4)))) for _ in range(200)]
+    same = np.array([appearance.kid(*pair) for pair in pairs])
+    assert abs(same.mean()) < 3 * same.std() / len(same) ** 0.5  # unbiased: of either sign
+    far = [np.mean([appearance.kid(x + shift, y) for x, y in pairs]) for shift in (0.0, 0.5, 1.0)]
+    assert far[0] < far[1] < far[2]
+    x, y = pairs[0]
+    k = [[[(float(a @ b) / 4 + 1) ** 3 for b in q] for a in p] for p, q in ((x, x), (y, y), (x, y))]
+    inside = [sum(map(sum, m)) - sum(m[i][i] for i in range(len(m))) for m in k[:2]]
+    by_hand = inside[0] / (20 * 19) + inside[1] / (30 * 29) - 2 * sum(map(sum, k[2])) / (20 * 30)
+    assert appearance.kid(x, y) == pytest.approx(by_hand, rel=1e-10)
+    with pytest.raises(ValueError, match="at least two"):
+        appearance.kid(x[:1], y)
+
+
+def test_diversity_counts_right_pictures_of_one_caption():
+    features = torch.tensor([[0.0, 0.0], [9.0, 9.0], [3.0, 4.0], [9.0, 9.0], [50.0, 0.0], [0.0, 0.0]])
+    groups, right = [0, 1, 0, 1, 0, 2], [True, True, True, True, False, True]
+    assert appearance.diversity(features, groups, right) == [pytest.approx(5 / 2**0.5), 0.0, None]
+    first, second = ({"diversity_by_prompt": row} for row in ([1.0, None, 2.0], [2.0, 7.0, 4.0]))
+    assert appearance.kept_diversity(first, second) == 0.5 and appearance.kept_diversity(second, first) == 2
+    assert appearance.kept_diversity(first, {"diversity_by_prompt": [None] * 3}) is None
+
+
+def test_how_pictures_look_and_a_paired_difference_are_in_the_card(tiny_pipeline, monkeypatch):
+    sampler = {"steps": 1, "guidance": 0, "shift": 3, "batch_size": 4, "progress": False}
+    monkeypatch.setattr(geneval_lite, "verify", lambda picture, prompt: Verdict(len(prompt.text) % 2 == 0))
+    found = geneval_lite.evaluate(tiny_pipeline, PROMPTS, seeds=(0, 3), appearance=True, **sampler)
+    seen = found.card["appearance"]
+    kept = [one is not None for one in seen["diversity_by_prompt"]]
+    assert kept == [len(prompt.text) % 2 == 0 for prompt in PROMPTS] and 0 <= seen["reader"] <= 1
+    assert seen["kid"][0] > 10 * abs(seen["kid_floor"][0])  # noise is far from true scenes
+    card = found.card | {"prompt_list": "held_out_prompts", "model": "tiny"}
+    again = json.loads(json.dumps(card))
+    told = cards.difference(card, again | {"verdicts": "0" * len(found.verdicts)})
+    assert told["score"][0] == pytest.approx(found.score.images and np.mean([v.correct for v in found.verdicts]))
+    assert told["diversity"] == 1 and told["model"] == "tiny"

@@ -390,6 +390,13 @@ def evaluate(
     review: Annotated[
         Path | None, typer.Option(help="Also write 200 pictures and a sheet here, to hold the verifier against eyes.")
     ] = None,
+    appearance: Annotated[
+        bool,
+        typer.Option("--appearance", help="Also how pictures look and how alike they are."),
+    ] = False,
+    against: Annotated[
+        Path | None, typer.Option(help="Result card of another model on the same pictures: also the paired difference.")
+    ] = None,
     text_encoder: TextEncoder = None,
     vae: Vae = None,
     lora: Lora = None,
@@ -404,7 +411,9 @@ def evaluate(
         from nitro_e_lite import load_pipeline, viz
         from nitro_e_lite.evaluation import cards
         from nitro_e_lite.evaluation.geneval_lite import evaluate as run
+        from nitro_e_lite.files import read_json
         from nitro_e_lite.scenes.geneval import SPLITS, load_prompts, read_prompts
+        from nitro_e_lite.scenes.verifier import VERSION
 
         if prompts and split != SPLITS[0]:
             raise InvalidValue(f"split={split!r}: {prompts} takes its place; name one of them")
@@ -416,12 +425,20 @@ def evaluate(
             check_output(review, "folder")
         if grid and grid.suffix.lower() != ".png":
             raise InvalidValue(f"grid: {grid.name!r} must end in .png")
+        about = {"prompt_list": prompts.name if prompts else split, "model": model}
+        other = read_json(against) if against else None
+        if other is not None:
+            cards.check(other, against.name)
+            recipe = {"seeds": [*range(seeds)], "prompts": len(asked), "verifier": VERSION, "verdicts": "to come"}
+            cards.same_pictures(about | recipe, other)  # before hours of drawing
         parts = {"text_encoder": text_encoder, "vae": vae, "lora": lora, "variant": variant}
         pipeline = load_pipeline(model, device, dtype, quantization="fp8" if fp8 else None, **parts)
         sampler = {"steps": steps, "guidance": guidance, "shift": shift, "batch_size": batch}
-        found = run(pipeline, asked, seeds=range(seeds), keep_images=bool(grid or review), **sampler)
-        found.card.update(model=model, prompt_list=prompts.name if prompts else split)
-        found.card["command"] = cards.command_line(sys.argv[1:])
+        kept = {"keep_images": bool(grid or review), "appearance": appearance}
+        found = run(pipeline, asked, seeds=range(seeds), **kept, **sampler)
+        found.card.update(about, command=cards.command_line(sys.argv[1:]))
+        if other is not None:
+            found.card["against"] = cards.difference(found.card, other)
         result |= found.card
         if not json:
             score = found.score
@@ -429,9 +446,25 @@ def evaluate(
             rows.append(["overall", f"{score.overall:.3f}  ({score.low:.3f} to {score.high:.3f})"])
             title = f"GenEval-lite, {score.images} pictures, {found.card['seconds']:.0f} s"
             show_table(title, ["category", "score"], rows)
+            if appearance:
+                show_table("How they look", ["", ""], looks_rows(found.card["appearance"]))
+            if other is not None:
+                mean, low, high = found.card["against"]["score"]
+                told = f"Minus {against.name}, picture by picture: {mean:+.3f} ({low:+.3f} to {high:+.3f})"
+                share = found.card["against"].get("diversity")
+                told += "" if share is None else f"; diversity {share:.0%} of it"
+                console.print(told, markup=False, highlight=False, soft_wrap=True)
     if out:  # last, because it may fail: the score is told before
         found.save(out)
     if review:
         found.review(review)
     if grid:
         viz.save_image(found.grid(), grid, {"model": model})
+
+
+def looks_rows(seen: dict) -> list[list[str]]:
+    """Rows of a table of `evaluation/appearance.py`'s report."""
+    rows = [[name, f"{seen[name]:.3f}"] for name in ("preference", "reader", "diversity") if seen[name] is not None]
+    return rows + [
+        [f"{name}, x 1000", " ± ".join(f"{1000 * x:.2f}" for x in seen[name])] for name in ("kid", "kid_floor")
+    ]

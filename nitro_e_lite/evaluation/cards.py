@@ -18,6 +18,7 @@ from typing import Any
 
 from nitro_e_lite import runtime
 from nitro_e_lite.errors import InvalidValue
+from nitro_e_lite.evaluation.appearance import kept_diversity
 from nitro_e_lite.files import read_json, write_atomically
 from nitro_e_lite.scenes.verifier import VERSION
 from nitro_e_lite.stats import paired_interval
@@ -115,8 +116,8 @@ def fingerprint(cards: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return {name: hashlib.sha256(one.encode()).hexdigest()[:12] for name, one in text.items()}
 
 
-def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Difference of two GenEval-lite scores on the same pictures, picture by picture, with its 95 % interval.
+def same_pictures(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+    """Refuses to compare two GenEval-lite cards that are not about the same pictures.
 
     Raises:
         ValueError: cards of other prompts, seeds or verifiers, or without verdicts.
@@ -126,5 +127,28 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float,
             raise InvalidValue(f"cards: {name} differs, {first.get(name)} and {second.get(name)}")
     if not first.get("verdicts") or not second.get("verdicts"):
         raise InvalidValue("cards: one has no verdicts; evaluate again")
+
+
+def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Difference of two GenEval-lite scores on the same pictures, picture by picture, with its 95 % interval.
+
+    Raises:
+        ValueError: see `same_pictures`.
+    """
+    same_pictures(first, second)
     right = [[float(mark) for mark in card["verdicts"]] for card in (first, second)]
     return paired_interval(*right, [k % first["prompts"] for k in range(len(right[0]))])
+
+
+def difference(card: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card says of another model on the same pictures: `score` (mean, low, high) and, where both know how alike
+    their pictures are, `diversity`, the share that is kept of the other's.
+
+    Raises:
+        ValueError: see `same_pictures`.
+    """
+    told = {name: other.get(name) for name in ("model", "weights_sha256", "steps", "guidance", "dtype")}
+    told["score"] = list(compare(card, other))
+    if card.get("appearance") and other.get("appearance"):
+        told["diversity"] = kept_diversity(card["appearance"], other["appearance"])
+    return told

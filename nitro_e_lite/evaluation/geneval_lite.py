@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from nitro_e_lite import runtime
 from nitro_e_lite.errors import FileThere, InvalidValue
+from nitro_e_lite.evaluation.appearance import Appearance
 from nitro_e_lite.evaluation.official_geneval import check_folder, check_names, declare, write_sample
 from nitro_e_lite.files import read_jsonl, run_lock, write_atomically
 from nitro_e_lite.inference.arguments import as_integer, seeded_generators
@@ -144,6 +145,7 @@ def evaluate(
     shift: float | None = None,
     batch_size: int = 25,
     keep_images: bool = False,
+    appearance: bool = False,
     progress: bool = True,
 ) -> Evaluation:
     """Draws every prompt with every seed and judges the pictures.
@@ -155,6 +157,7 @@ def evaluate(
         steps, guidance, shift: of the sampler; the pipeline's own when not given.
         batch_size: pictures drawn at once.
         keep_images: also return the pictures.
+        appearance: also say how the pictures look and how alike they are, see `evaluation/appearance.py`.
         progress: show a progress bar when standard error is a terminal.
 
     Raises:
@@ -169,12 +172,15 @@ def evaluate(
     sampler = pipeline.sampler(steps, guidance, shift)
     jobs = [(prompt, picture_seed(seed, place)) for seed in seeds for place, prompt in enumerate(prompts)]
     verdicts, images, start = [], [], time.perf_counter()
+    looks = Appearance() if appearance else None
     with tqdm(total=len(jobs), desc="evaluating", unit="image", disable=None if progress else True) as bar:
         for first in range(0, len(jobs), batch_size):
             batch = jobs[first : first + batch_size]
             pictures = draw(pipeline, [(prompt.text, seed) for prompt, seed in batch], sampler)
             verdicts += [verify(picture, prompt) for picture, (prompt, _) in zip(pictures, batch, strict=True)]
             images += pictures if keep_images else []
+            if looks is not None:
+                looks.look(np.stack(pictures), [prompt for prompt, _ in batch])
             bar.update(len(batch))
     seconds = time.perf_counter() - start
     asked = [prompt for prompt, _ in jobs]
@@ -183,6 +189,8 @@ def evaluate(
     recipe |= {"prompts": len(prompts), "images_expected": len(prompts) * len(seeds), "verifier": VERSION}
     recipe["verdicts"] = "".join(str(int(verdict.correct)) for verdict in verdicts)  # one a picture, seed by seed
     card = {"kind": "geneval_lite"} | dataclasses.asdict(result) | recipe | describe(pipeline)
+    if looks is not None:
+        card["appearance"] = looks.found(prompts, len(seeds), [verdict.correct for verdict in verdicts])
     return Evaluation(result, card, asked, verdicts, images)
 
 
