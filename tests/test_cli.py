@@ -223,6 +223,10 @@ def test_evaluate_json(run, prompt_file):
     assert {"overall", "low", "high", "categories", "images", "seconds"} <= set(result)
     assert result["images"] == 2 * 3 and result["prompt_list"] == "prompts.jsonl"
     assert json.loads(Path("card.json").read_text()) == result
+    again = run("evaluate", "--prompts", prompt_file, "--against", "card.json", *FAST).stdout
+    assert "picture by picture: +0.000 (+0.000 to +0.000)" in again
+    few = run("evaluate", "--prompts", prompt_file, "--against", "card.json", "--seeds", "1", code=2).stderr
+    assert "seeds differs, [0] and [0, 1]" in few
 
 
 def test_evaluate_table(run, prompt_file):
