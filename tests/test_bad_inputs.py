@@ -42,7 +42,7 @@ OUTPUTS = {  # command -> words, with PLACE for what it writes
     "geneval": [["prompts.jsonl", "PLACE", "--each", "1", *FAST]],
     "export": [["fid", "prompts.jsonl", "PLACE", *FAST]],
     "scores": [["fid", "fid.json", "prompts.jsonl", "pictures", "--out", "PLACE.png"]],
-    "benchmark": [["--peers", "--out", "PLACE.png"]],
+    "benchmark": [["--peers", "--out", "PLACE.png"], ["--beside", "lite@1", "--out", "PLACE.png"]],
     "data encode": [["folder", "pictures", "PLACE"]],
     "data draw": [["PLACE", "--count", "1", *FAST]],
     "compare": [[*SMALL, "--variant", "a: guidance=2", "--points", "1", "--seeds", "0", "--run-dir", "PLACE"]],
@@ -269,6 +269,9 @@ def test_mistakes_of_all_kinds(here, shipped):
         (["count", "--text-tokens", "100000000000"], "above 1000000"),
         (["benchmark", "--transformer", "smoke", "--batch", "0"], "batch: 0 is below 1"),
         (["benchmark", "--transformer", "smoke", "--model", "lite2"], "a transformer alone"),
+        (["benchmark", "--beside", "lite@x"], "MODEL@STEPS"),
+        (["benchmark", "--beside", "lite@1", "--peers"], "goes without --peers"),
+        (["benchmark", "--beside", "lite@1", "--repeats", "1"], "repeats: 1 is below 2"),
     ]:
         assert said in refused(*words), words
     assert sorted(path.name for path in here.iterdir()) == sorted(

@@ -1,7 +1,10 @@
 """Counting parameters and FLOPs, and the clock."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from PIL import Image
 
 from nitro_e_lite.evaluation import benchmark
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
@@ -78,3 +81,29 @@ def test_smoke_and_lite_sizes_build():
         model = build_on_meta(model_config(size))
         assert isinstance(model, EMMDiTTransformer2DModel)
         assert all(p.device == torch.device("meta") for p in model.parameters())
+
+
+def test_models_beside_each_other_take_turns(monkeypatch):
+    clock, order = [0.0], []
+
+    class Timed:
+        def __init__(self, name, seconds):
+            self.name, self.seconds = name, iter(seconds)
+
+        def __call__(self, prompts, output_type):
+            assert output_type == "pil"
+            order.append(self.name)
+            clock[0] += next(self.seconds)
+            return SimpleNamespace(images=[Image.new("RGB", (4, 4))] * len(prompts))
+
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
+    sampler = SimpleNamespace(arguments=dict)
+    slow, fast = Timed("slow", [99, 8, 16, 8]), Timed("fast", [99, 2, 4, 1])  # the first round warms up
+    rows = benchmark.time_side_by_side([(slow, sampler), (fast, sampler)], batch=2, repeats=3)
+    assert order == ["slow", "fast"] * 4
+    assert [row["seconds"] for row in rows] == [8, 2] and rows[1]["images_per_second"] == 1
+    mean, low, high = rows[1]["ratio"]
+    assert mean == pytest.approx((4 * 4 * 8) ** (1 / 3)) and low < 4 < 8 < high and low * high == pytest.approx(mean**2)
+    assert rows[0]["ratio"] == [1, 1, 1]
+    with pytest.raises(ValueError, match="repeats"):
+        benchmark.time_side_by_side([(slow, sampler)], repeats=1)

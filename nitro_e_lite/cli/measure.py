@@ -84,16 +84,25 @@ def benchmark_command(
     peers: Annotated[
         bool, typer.Option("--peers", help="Time E-MMDiT, Sana-0.6B, PixArt-alpha and SD3 with random weights.")
     ] = False,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(help="MODEL@STEPS[@GUIDANCE], also several: timed in turn with the model; ratios to it."),
+    ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="With --peers: compile the transformers.")] = False,
-    out: Annotated[Path | None, typer.Option(help="With --peers: also write a result card to this file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="With --peers or --beside: also write a result card to this file.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
     """Time whole pictures and their parts, one pass of the transformer, or the models of Table 2 side by side."""
-    for name, value in (("compile", compiled), ("out", out)):
-        if value and not peers:
-            raise InvalidValue(f"{name}: belongs to --peers")
+    if compiled and not peers:
+        raise InvalidValue("compile: belongs to --peers")
+    if out and not (peers or beside):
+        raise InvalidValue("out: belongs to --peers and --beside")
+    if beside and (peers or transformer or fp8):
+        raise InvalidValue("beside: whole models are timed; it goes without --peers, --transformer and --fp8")
     own = {"model": None if model == "lite" else model, "steps": steps, "guidance": guidance, "shift": shift}
     own |= {"fp8": fp8 or None, "transformer": transformer if peers else None}
     of_their_own = (
@@ -104,6 +113,9 @@ def benchmark_command(
             raise InvalidValue(f"{name}={value}: {of_their_own}")
     if peers:
         return benchmark_peers(batch or [1], repeats, compiled, out, device, dtype, json)
+    if beside:
+        sampler = {"steps": steps, "guidance": guidance, "shift": shift}
+        return benchmark_side_by_side(model, sampler, beside, batch or [25], repeats, out, device, dtype, json)
     with output(json) as result:
         from nitro_e_lite import load_pipeline, runtime
         from nitro_e_lite.evaluation import benchmark
@@ -156,6 +168,42 @@ def benchmark_peers(batches, repeats, compiled, out, device, dtype, json) -> Non
             show_table(title, columns, lines)
     if out is not None:
         cards.write(out, "peers", result, cards.command_line(sys.argv[1:]))
+
+
+def benchmark_side_by_side(model, sampler, beside, batches, repeats, out, device, dtype, json) -> None:
+    """`nitro-e benchmark --beside`: models that take turns, from captions to PNG."""
+    with output(json) as result:
+        from nitro_e_lite import load_pipeline, runtime
+        from nitro_e_lite.course.demo_protocol import parse_lane
+        from nitro_e_lite.evaluation import benchmark, cards
+
+        if out is not None:
+            check_output(out, "file")
+        lanes = [(model, sampler)]
+        for lane in map(parse_lane, beside):
+            lanes.append((lane.model, {"steps": lane.steps, "guidance": lane.guidance}))
+        models, about = [], []
+        for name, asked in lanes:
+            pipeline = load_pipeline(name, device, dtype)
+            pipeline.set_progress_bar_config(disable=True)
+            models.append((pipeline, pipeline.sampler(**asked)))
+            about.append(settings(pipeline, name, models[-1][1]))
+        rows = []
+        for number in batches:
+            timed = benchmark.time_side_by_side(models, number, repeats)
+            rows += [known | row for known, row in zip(about, timed, strict=True)]
+        result |= {"rows": rows, "repeats": repeats, "environment": runtime.environment_report()}
+        if not json:
+            lines = [
+                [f"{row['model']}, {row['steps']} steps, guidance {row['guidance']:g}", str(row["batch"])]
+                + [f"{row['seconds']:.4g}", f"{row['images_per_second']:.4g}"]
+                + ["{:.2f}x ({:.2f} to {:.2f})".format(*row["ratio"])]
+                for row in rows
+            ]
+            title = f"caption to PNG, in turn, {repeats} rounds; x: times the first one's speed, 95 % interval"
+            show_table(title, ["", "batch", "seconds", "img/s", "ratio"], lines)
+    if out is not None:
+        cards.write(out, "speed", result, cards.command_line(sys.argv[1:]))
 
 
 @command(app, "sensitivity")

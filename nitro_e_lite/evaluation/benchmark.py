@@ -3,6 +3,7 @@
 Speed is the median of several runs after a warm-up, with the device idle before the clock is read.
 """
 
+import math
 import statistics
 import time
 from collections import Counter
@@ -20,6 +21,8 @@ from nitro_e_lite.inference.pipeline import NitroEPipeline, Sampler
 from nitro_e_lite.model import cpu_kernels
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH
+from nitro_e_lite.stats import interval
+from nitro_e_lite.viz import png_bytes
 
 CAPTION = "a red circle to the left of a blue square"
 
@@ -72,6 +75,40 @@ def time_pipeline(
                 "decoding_seconds": median_seconds(partial(pipeline.decode, latents, "np"), repeats),
             }
         )
+    return rows
+
+
+def time_side_by_side(
+    models: Sequence[tuple[NitroEPipeline, Sampler]], batch: int = 25, repeats: int = 5
+) -> list[dict[str, Any]]:
+    """Times models from captions to PNG files in memory, taking turns, so that a busy moment meets all of them.
+
+    Args:
+        models: pipelines and how they draw; the first is what the others are compared with.
+        batch: pictures at once.
+        repeats: rounds after a warm-up.
+
+    Returns:
+        A row a model: `seconds` (median of the batch), `images_per_second`, `ratio` (how many times as fast as the
+        first: geometric mean over rounds, low, high of its 95 % interval).
+    """
+    as_integer("batch", batch, 1), as_integer("repeats", repeats, 2)
+
+    def draw(pipeline: NitroEPipeline, sampler: Sampler) -> float:
+        start = time.perf_counter()
+        images = pipeline([CAPTION] * batch, **sampler.arguments(), output_type="pil").images
+        for image in images:
+            png_bytes(image, {})
+        return time.perf_counter() - start
+
+    rounds = [[draw(*model) for model in models] for _ in range(repeats + 1)][1:]
+    rows = []
+    for number in range(len(models)):
+        seconds = [one[number] for one in rounds]
+        mean, half = interval([math.log(one[0] / one[number]) for one in rounds])
+        ratio = [math.exp(mean), math.exp(mean - half), math.exp(mean + half)]
+        median = statistics.median(seconds)
+        rows.append({"batch": batch, "seconds": median, "images_per_second": batch / median, "ratio": ratio})
     return rows
 
 

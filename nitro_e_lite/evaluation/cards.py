@@ -33,6 +33,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "image_reward": (*RECIPE, "overall"),
     "fid": (*RECIPE, "overall", "tool", "resize"),
     "peers": ("rows", "ratios", "environment"),
+    "speed": ("rows", "environment"),
     "counts": ("rows", "environment"),
     "noted": ("from", "values"),
 }
