@@ -86,11 +86,17 @@ WINDOWS = os.name == "nt"
 
 # Names of models made from "lite", and the stages that make them.
 STUDENTS = {"lite-4step": "distill", "lite-sprint": "sprint", "lite-grpo": "rewards"}
+BEST = "lite-grpo"
 
 
 def weights_dir() -> Path:
     """Folder of the weights shipped inside the package."""
     return PACKAGE_DIR / "weights"
+
+
+def best_shipped() -> str:
+    """The model that draws when none is named: what learned from rewards, as soon as it ships."""
+    return BEST if (weights_dir() / BEST / MANIFEST).is_file() else "lite"
 
 
 def find_weights(source: str | Path, *parts: str) -> Path:

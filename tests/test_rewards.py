@@ -19,8 +19,11 @@ from ranks import ranks  # noqa: F401
 from safetensors.torch import load_file
 from test_engine import same, weights_of
 from torch.distributions import Normal, kl_divergence
+from typer.testing import CliRunner
 
 from nitro_e_lite import config as settings
+from nitro_e_lite import files
+from nitro_e_lite.cli.app import app
 from nitro_e_lite.config import override
 from nitro_e_lite.evaluation import learned_judges, watch
 from nitro_e_lite.evaluation import rewards as judges
@@ -549,11 +552,16 @@ def test_the_adapter_is_what_was_trained(small, tiny_folder, tmp_path, monkeypat
     with monkeypatch.context() as patch:  # shipped, it is a name: the base merged, drawn as in its roll-outs
         patch.setattr("nitro_e_lite.files.weights_dir", lambda: tmp_path / "weights")
         shutil.copytree(tiny_folder, tmp_path / "weights" / "lite")
+        assert files.best_shipped() == "lite"
         with pytest.raises(ValueError, match="'lite-grpo'.*nitro-e train rewards"):
             load_pipeline("lite-grpo", "cpu")
         run_file.write_text(json.dumps(about | {"config": about["config"] | {"start_from": "lite"}}))
         folder = ship_student(tmp_path, "lite-grpo")
         assert folder.name == "lite-grpo" and "hosts" not in (folder / "config.json").read_text()
+        assert files.best_shipped() == "lite-grpo"
+        for more, model in (([], "lite-grpo"), (["--lora", str(final)], "lite")):  # unless an adapter wants the base
+            words = ["sample", "a star", "--steps", "1", "--json", "--out", str(tmp_path / "star.png"), *more]
+            assert json.loads(CliRunner().invoke(app, words, catch_exceptions=False).stdout)["model"] == model
         named = load_pipeline("lite-grpo", "cpu")
         assert named.sampler() == named.sampler(3, 0.0, 1.0)
         with torch.no_grad():

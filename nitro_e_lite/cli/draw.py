@@ -16,7 +16,6 @@ from nitro_e_lite.cli.terminal import (
     Guidance,
     Json,
     Lora,
-    Model,
     Shift,
     Steps,
     TextEncoder,
@@ -31,7 +30,7 @@ from nitro_e_lite.cli.terminal import (
 )
 from nitro_e_lite.course.demo_protocol import LITE_VOCABULARY
 from nitro_e_lite.errors import InvalidValue
-from nitro_e_lite.files import check_output
+from nitro_e_lite.files import best_shipped, check_output
 
 app = typer.Typer()
 
@@ -136,7 +135,8 @@ def _draw_eight(
         captions, count = list(DEMO_CAPTIONS), len(DEMO_CAPTIONS)
         [out] = picture_paths(out, ["demo"], [seed])
         generators = seeded_generators(range(seed, seed + count))
-        pipeline = load_pipeline("lite")
+        model = best_shipped()
+        pipeline = load_pipeline(model)
         sampler = pipeline.sampler(steps, guidance, shift)
         pipeline.set_progress_bar_config(disable=None)  # None: shown on a terminal only
         clock.append(time.perf_counter())
@@ -152,7 +152,7 @@ def _draw_eight(
         clock.append(time.perf_counter())
         images = pipeline.decode(latents)
         clock.append(time.perf_counter())
-        facts = settings(pipeline, "lite", sampler)
+        facts = settings(pipeline, model, sampler)
         picture = viz.image_grid(images, 4, captions, f"Nitro-E Lite, {facts['steps']} steps, seeds {seed} and up")
         viz.save_image(picture, out, {"captions": " | ".join(captions), "first seed": seed} | facts)
         clock.append(time.perf_counter())
@@ -237,7 +237,7 @@ def sample(
     negative: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
     height: int | None = None,
     width: int | None = None,
-    model: Model = "lite",
+    model: Annotated[str | None, typer.Option(help="As in `evaluate`; the best shipped one when not given.")] = None,
     text_encoder: TextEncoder = None,
     vae: Vae = None,
     lora: Lora = None,
@@ -259,6 +259,7 @@ def sample(
         from nitro_e_lite.inference.arguments import as_integer, seeded_generators
         from nitro_e_lite.inference.low_memory import draw_one_by_one
 
+        model = model or ("lite" if lora else best_shipped())  # adapters are learned on the base
         as_integer("num", num, 1, MAX_PICTURES)
         prompts = [caption for caption in captions for _ in range(num)]
         seeds = [seed + index for _ in captions for index in range(num)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
@@ -81,7 +82,36 @@ def rebuild(readme: str, cards: Cards) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise InvalidValue(f"README.md: lacks {BEGIN if not begin else END}")
-    return f"{before}{BEGIN}\n{results_table(cards)}\n{END}{after}"
+    return f"{before}{BEGIN}\n{results_table(cards)}\n\n{lite_models(cards)}\n{END}{after}"
+
+
+def lite_models(cards: Cards) -> str:
+    """The lite models side by side: how many passes of the transformer a picture takes, what is right, how it looks."""
+    columns = ("model", "passes", "right", "minus lite", "new compositions", "reader", "preference", "diversity", "KID")
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    scored = lite_cards(cards)
+    for card in sorted(scored.values(), key=lambda card: (card["model"], passes(card), bool(card.get("fp8")))):
+        if card["prompt_list"] != "held_out_prompts" or not card.get("appearance"):
+            continue
+        seen, gap = card["appearance"], card.get("against", {}).get("score")
+        new = next((one for one in scored.values() if _same_model(one, card) and one is not card), None)
+        cells = [f"{card['model']}, {card['steps']} steps{', FP8' * bool(card.get('fp8'))}", str(passes(card))]
+        cells += [f"{card['overall']:.3f} ({card['low']:.3f} to {card['high']:.3f})"]
+        cells += ["{:+.3f} ({:+.3f} to {:+.3f})".format(*gap) if gap else "-"]
+        cells += [f"{new['overall']:.3f} ({new['low']:.3f} to {new['high']:.3f})" if new else "-"]
+        cells += [f"{seen['reader']:.3f}", f"{seen['preference']:.2f}", f"{seen['diversity']:.3f}"]
+        cells += [f"{1000 * seen['kid'][0]:.1f} ± {1000 * seen['kid'][1]:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def passes(card: Mapping[str, Any]) -> int:
+    """Of the transformer, for one picture: guidance takes two a step."""
+    return card["steps"] * (2 if card["guidance"] > 1 else 1)
+
+
+def _same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(one.get(name) == other.get(name) for name in ("weights_sha256", "steps", "guidance", "dtype", "fp8"))
 
 
 def table2(cards: Cards) -> str:
@@ -110,11 +140,13 @@ def speed_and_quality(cards: Cards) -> Figure:
         axes[0].annotate(peer.name, (x, y), xytext=(0, -9 if key == "sdxl" else 5), **place)
     axes[0].set(xscale="log", xlabel="pictures a second, batch 32, one MI300X (paper)", ylabel="GenEval (paper)")
     axes[0].set_title("Table 2: areas are parameters", fontsize=9)
-    for name, card in lite_cards(cards).items():
-        x = card["steps"] * (2 if card["guidance"] > 1 else 1)
-        error = [[card["overall"] - card["low"]], [card["high"] - card["overall"]]]
-        axes[1].errorbar(x, card["overall"], error, fmt="o", capsize=3, label=f"{name}, {card['steps']} steps")
-    axes[1].set(xlabel="passes of the transformer a picture", ylabel="GenEval-lite", xlim=(0, 50), ylim=(0, 1))
+    shown = [card for card in lite_cards(cards).values() if card["prompt_list"] == "held_out_prompts"]
+    for color, marker, model in zip(viz.COLORS, "os^Dv", sorted({card["model"] for card in shown}), strict=False):
+        points = sorted((passes(c), c["overall"], c["low"], c["high"]) for c in shown if c["model"] == model)
+        x, y, low, high = np.array(points).T
+        axes[1].errorbar(x, y, [y - low, high - y], fmt=f"{marker}-", color=color, capsize=3, lw=0.8, label=model)
+    axes[1].set(xscale="log", xlabel="passes of the transformer a picture", ylabel="GenEval-lite", ylim=(0, 1))
+    axes[1].set(xticks=(1, 2, 4, 10, 20, 40), xticklabels=(1, 2, 4, 10, 20, 40))
     axes[1].set_title("lite models: cards of this repository", fontsize=9)
     axes[1].legend(frameon=False, fontsize=7, loc="lower right")
     return figure
