@@ -17,12 +17,15 @@ from nitro_e_lite.experiments.plan import (
     checkpoint_bytes,
     checkpoint_hours,
     count_pictures,
+    decoder_flops,
     drawing_days,
+    forward_flops,
     frozen_encoders,
     outlook,
     plan,
     published_mfu,
 )
+from nitro_e_lite.experiments.plan_rewards import plan_rewards
 from nitro_e_lite.files import weights_dir
 from nitro_e_lite.inference.encoders import load_encoders
 from nitro_e_lite.inference.vision import load_vision
@@ -193,3 +196,26 @@ def test_pictures_are_those_of_the_folders(tmp_path):
         plan(full, pictures=0)
     disk = {n: plan(full, "mi300x", 8, pictures=n).disk["latents"] for n in (1000, 2000)}
     assert disk[2000] == 2 * disk[1000]
+
+
+def test_learning_from_rewards_by_hand():
+    """Passes from the essay of the module; an adapter's way back costs one pass."""
+    model = override(preset("base", "smoke"), ["repa.weight=0"])
+    chosen = override(preset("rewards", "smoke"), ["steps=5"])  # two updates an iteration: three roll-outs of 16
+    one, caption, decoder = forward_flops(model), frozen_encoders(model)["text"].flops, decoder_flops(model)
+    found = plan_rewards(chosen, preset("base", "smoke"), "h100", devices=2, mfu=0.5)
+    assert (found.iterations, found.pictures) == (3, 48)
+    assert found.flops["roll-outs"] == pytest.approx(16 * (4 * one + decoder) + 16 / 4 * caption)
+    assert found.flops["updates"] == pytest.approx(16 * 2 * 4 * one)
+    assert found.hours["updates"] == pytest.approx(3 * found.flops["updates"] / found.peak / 3600)
+    assert found.judged_per_second == pytest.approx(48 / (0.1 * 3600 * sum(found.hours.values())))
+    guided = plan_rewards(override(chosen, ["guidance=3"]), model, "h100").flops
+    assert guided["updates"] == pytest.approx(16 * 2 * (1 + 2 + 4) * one)
+    grpo = override(chosen, ["method=grpo"])
+    for extra, passes in (([], 2), (["grpo.kl=0.04"], 3), (["grpo.kl=0.04", "guidance=3"], 5)):
+        updates = plan_rewards(override(grpo, extra), model, "h100").flops["updates"]
+        assert updates == pytest.approx(16 * 2 * passes * one), extra  # the smoke preset's window is 2
+    words = ["plan", "--stage", "rewards", "--preset", "smoke", "--hardware", "h100"]
+    printed = CliRunner().invoke(app, [*words, "--json"])
+    assert json.loads(printed.stdout)["iterations"] == 2
+    assert CliRunner().invoke(app, [*words, "--pictures", "5"]).exit_code == 2

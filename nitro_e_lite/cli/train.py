@@ -328,7 +328,7 @@ def reproduce_command(
 def plan_command(
     preset: Preset = "full",
     stage: Annotated[
-        str, typer.Option(help="base, finetune, 1024px or distill (and the drawing of its pictures).")
+        str, typer.Option(help="base, finetune, 1024px, rewards, or distill (and the drawing of its pictures).")
     ] = "base",
     hardware: Annotated[
         str, typer.Option(help="mi250, mi300x, mi325x, mi355x, h100, h200, a100, rtx4090, cpu.")
@@ -343,6 +343,12 @@ def plan_command(
     """Say what a training stage needs, before it is started: memory, hours, disk; nothing is trained."""
     if stage == "distill":
         return plan_distillation(preset, hardware, devices, mfu, peak_tflops, pictures, overrides, json)
+    if stage == "rewards":
+        if pictures is not None:
+            raise InvalidValue(
+                "pictures: rewards are learned from pictures that the model draws; set steps or batch_size"
+            )
+        return plan_learning_from_rewards(preset, hardware, devices, mfu, peak_tflops, overrides, json)
     with output(json) as result:
         import dataclasses
 
@@ -434,6 +440,26 @@ def plan_distillation(preset, hardware, devices, mfu, peak_tflops, pictures, ove
         rows += [[f"hours: {name}", f"{hours:,.2f}"] for name, hours in found.hours.items()]
         rows += [[f"disk: {name}, GB", f"{size / 1e9:,.3f}"] for name, size in found.disk.items()]
         show_table(f"distill/{preset} on {devices} x {hardware}, at {found.mfu:.1%} of its peak", ["", ""], rows)
+
+
+def plan_learning_from_rewards(preset, hardware, devices, mfu, peak_tflops, overrides, json) -> None:
+    """The plan of stage 3: roll-outs, rewards, updates."""
+    with output(json) as result:
+        import dataclasses
+
+        from nitro_e_lite import config, presets
+        from nitro_e_lite.experiments.plan_rewards import plan_rewards
+
+        chosen = config.override(presets.preset("rewards", preset), overrides or [])
+        found = plan_rewards(chosen, presets.preset("base", preset), hardware, devices, mfu, peak_tflops)
+        result |= {"stage": "rewards", "preset": preset, "hardware": hardware, "devices": devices}
+        result |= dataclasses.asdict(found)
+        if json:
+            return
+        rows = [["roll-outs", f"{found.iterations:,}"], ["pictures", f"{found.pictures:,}"]]
+        rows += [[f"hours: {name}", f"{hours:,.2f}"] for name, hours in found.hours.items()]
+        rows += [["a reward judges, pictures/s, in a tenth of that", f"{found.judged_per_second:,.1f}"]]
+        show_table(f"rewards/{preset} on {devices} x {hardware}, at {found.mfu:.1%} of its peak", ["", ""], rows)
 
 
 def finish(final: Path) -> None:

@@ -300,6 +300,23 @@ def check_peak(peak_tflops: float | None) -> None:
         raise InvalidValue(f"peak_tflops={peak_tflops}: must be a number above 0")
 
 
+def speed_of(hardware: str, devices: int, mfu: float | None, peak_tflops: float | None) -> tuple[float, float]:
+    """Peak FLOP/s of one device, and the utilisation that is assumed: the published run's when `mfu` is None.
+
+    Raises:
+        ValueError: unknown hardware, or a number outside of its range.
+    """
+    if hardware not in HARDWARE:
+        raise InvalidValue(f"hardware={hardware!r}: not one of {', '.join(HARDWARE)}")
+    if devices < 1:
+        raise InvalidValue(f"devices={devices}: must be at least 1")
+    if mfu is not None and not 0 < mfu <= 1:
+        raise InvalidValue(f"mfu={mfu}: must be in (0, 1]")
+    check_peak(peak_tflops)
+    peak = peak_tflops * 1e12 if peak_tflops else HARDWARE[hardware].peak or measured_peak()
+    return peak, published_mfu()["all stored"] if mfu is None else mfu
+
+
 def _check(config: TrainConfig, hardware: str, devices: int, mfu: float | None, peak_tflops: float | None) -> None:
     if hardware not in HARDWARE:
         raise InvalidValue(f"hardware={hardware!r}: not one of {', '.join(HARDWARE)}")
@@ -374,13 +391,12 @@ def forward_flops(config: TrainConfig) -> float:
 @lru_cache
 def frozen_encoders(config: TrainConfig) -> dict[str, Encoder]:
     """The frozen encoders of a run: of pictures, of text, and with REPA the vision model."""
-    model, length = config.model, _text_length(config)
-    folder = None if _is_full(config) else find_weights(config.data.encoders, "vae/config.json").parent
+    model, length, vae = config.model, _text_length(config), _autoencoder(config.data.encoders)
     with torch.device("meta"):
         if _is_full(config):
-            vae, text = AutoencoderDC(**DC_AE_F32), AutoModel.from_config(LlamaConfig(**LLAMA_1B))
+            text = AutoModel.from_config(LlamaConfig(**LLAMA_1B))
         else:
-            vae = AutoencoderDC.from_config(AutoencoderDC.load_config(folder / "vae"))
+            folder = find_weights(config.data.encoders, "vae/config.json").parent
             text = AutoModel.from_config(AutoConfig.from_pretrained(folder / "text_encoder"))
         side = model.sample_size * vae.spatial_compression_ratio
         picture, tokens = torch.empty(1, 3, side, side), torch.zeros(1, length, dtype=torch.long)
@@ -395,6 +411,22 @@ def frozen_encoders(config: TrainConfig) -> dict[str, Encoder]:
             flops = _flops(vision, torch.empty(1, 3, side, side))
             found["vision"] = Encoder(_parameters(vision), flops, 2 * GRID**2 * vision.config.hidden_size)
     return found
+
+
+@lru_cache
+def decoder_flops(config: TrainConfig) -> float:
+    """FLOPs of one picture from its latents."""
+    model = config.model
+    shape = (1, model.in_channels, model.sample_size, model.sample_size)
+    return _flops(_autoencoder(config.data.encoders).decode, torch.empty(shape, device="meta"))
+
+
+def _autoencoder(encoders: str) -> AutoencoderDC:
+    with torch.device("meta"):
+        if encoders == "full":
+            return AutoencoderDC(**DC_AE_F32)
+        folder = find_weights(encoders, "vae/config.json").parent
+        return AutoencoderDC.from_config(AutoencoderDC.load_config(folder / "vae"))
 
 
 def _parameters(model: nn.Module) -> int:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 from nitro_e_lite.config import DistillConfig, TrainConfig
 from nitro_e_lite.errors import InvalidValue
-from nitro_e_lite.experiments.plan import check_peak, forward_flops, frozen_encoders, measured_peak, published_mfu
-from nitro_e_lite.model.flops import HARDWARE, PUBLISHED_HARDWARE, TRAINING_PASSES
+from nitro_e_lite.experiments.plan import forward_flops, frozen_encoders, speed_of
+from nitro_e_lite.model.flops import PUBLISHED_HARDWARE, TRAINING_PASSES
 
 TEACHER_STEPS = 20
 PICTURES = {"smoke": 100, "lite": 10_000, "full": 1_000_000}  # of the full run nothing is published
@@ -74,17 +74,10 @@ def plan_distill(
     Raises:
         ValueError: unknown hardware, or a number outside of its range.
     """
-    if hardware not in HARDWARE:
-        raise InvalidValue(f"hardware={hardware!r}: not one of {', '.join(HARDWARE)}")
+    peak, mfu = speed_of(hardware, devices, mfu, peak_tflops)
     count = PICTURES[config.preset] if pictures is None else pictures
-    for name, value in (("devices", devices), ("pictures", count)):
-        if value < 1:
-            raise InvalidValue(f"{name}={value}: must be at least 1")
-    if mfu is not None and not 0 < mfu <= 1:
-        raise InvalidValue(f"mfu={mfu}: must be in (0, 1]")
-    check_peak(peak_tflops)
-    peak = peak_tflops * 1e12 if peak_tflops else HARDWARE[hardware].peak or measured_peak()
-    mfu = published_mfu()["all stored"] if mfu is None else mfu
+    if count < 1:
+        raise InvalidValue(f"pictures={count}: must be at least 1")
     encoders, speed = frozen_encoders(teacher), devices * peak * mfu
     one, caption = forward_flops(teacher), encoders["text"].flops
     picture = TEACHER_STEPS * (2 if teacher.guidance > 1 else 1) * one + caption
