@@ -124,15 +124,15 @@ _THIRD = {"lr": 7e-4, "muon_lr": 7e-3}
 
 # Learning from rewards, as a probe on two cores found it to work: 16 prompts x 12 pictures a roll-out, 10 steps without
 # guidance, advantages divided by the group's own deviation. What it lacked is added: its gradients grew tenfold after
-# thirty roll-outs at a constant rate, so they are clipped near their usual norm and the rate falls in the second half.
+# thirty roll-outs at a constant rate, so they are clipped near their usual norm, and the rate falls to zero at the end.
 _REWARDS = RewardConfig(
-    steps=120,
+    steps=168,
     accumulate=4,
     precision="auto",
     deviation="group",
     validation_prompts=20,
     snapshot_every=20,
-    optimizer=dataclasses.replace(RewardConfig().optimizer, clip=0.1, decay_steps=60),
+    optimizer=dataclasses.replace(RewardConfig().optimizer, clip=0.1, decay_steps=30),
 )
 
 _REWARDS_SMOKE = dataclasses.replace(

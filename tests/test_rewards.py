@@ -541,6 +541,8 @@ def test_the_adapter_is_what_was_trained(small, tiny_folder, tmp_path, monkeypat
             plain = load_pipeline(tiny_folder, "cpu").transformer(*inputs).sample
             assert torch.equal(run.stage.model(*inputs).sample, plain)
     assert (found - plain).abs().max() > 1e-4
+    half = load_pipeline(tiny_folder, "cpu", "bfloat16", lora=final).transformer.state_dict()  # rounded once
+    assert all(torch.equal(half[name], value.bfloat16()) for name, value in merged.state_dict().items())
     adapter = LoraConfig.from_pretrained(final)
     assert (adapter.r, adapter.lora_alpha) == (4, 8) and {"attn.to_q", "ff.net.2"} <= set(adapter.target_modules)
     names = set(load_file(final / "adapter_model.safetensors"))

@@ -119,8 +119,14 @@ def load_pipeline(
         raise InvalidType(f"{', '.join(official_config)}: only official .safetensors files take a configuration")
     parts: dict[str, Any] = {}
     if official:  # first: a wrong file is found out before gigabytes of encoders are fetched
-        parts["transformer"] = load_official(path, **_network(path, variant, official_config)).to(dtype)
+        parts["transformer"] = load_official(path, **_network(path, variant, official_config))
         text_encoder, vae = text_encoder or FULL_TEXT_ENCODER, vae or FULL_AUTOENCODER
+    elif lora is not None:
+        parts["transformer"] = load_transformer(path)
+    if lora is not None:
+        merge_lora(parts["transformer"], lora)
+    if "transformer" in parts:  # merged in float32, rounded once; diffusers' own warns of layers that are not there
+        torch.nn.Module.to(parts["transformer"], dtype)
     if text_encoder is not None:
         parts["tokenizer"], parts["text_encoder"] = load_text_encoder(text_encoder, dtype=dtype)
     if vae is not None:
@@ -136,8 +142,6 @@ def load_pipeline(
             pipeline = NitroEPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True, **stored_as, **parts)
         else:
             pipeline = _trained_pipeline(path, parts, dtype)
-    if lora is not None:
-        merge_lora(pipeline.transformer, lora)
     if quantization or stored:
         quantize_pipeline(pipeline, device)
     if low_memory:
@@ -157,12 +161,13 @@ def load_transformer(source: str | Path) -> EMMDiTTransformer2DModel:
     path = _find(source)
     if path.is_file():
         return load_official(path)
+    kind = _stored_variant(path)
     if (path / DiffusionPipeline.config_name).is_file():
         path = path / "transformer"
     if fp8.holds_fp8(path):
         raise InvalidValue(f"{path}: is in FP8, rounded for drawing; name the 16-bit weights it was made from")
     with one_line(path):
-        return EMMDiTTransformer2DModel.from_pretrained(path, use_safetensors=True)
+        return EMMDiTTransformer2DModel.from_pretrained(path, use_safetensors=True, **kind)
 
 
 def _find(source: str | Path, variant: str | None = None) -> Path:
@@ -206,7 +211,8 @@ def _trained_pipeline(path: Path, parts: dict, dtype: torch.dtype) -> NitroEPipe
     run = _run_of(path)
     trained = run.get("config", {"data": {"encoders": "lite"}})
     source, given = trained["data"]["encoders"], "vae" in parts or "text_encoder" in parts
-    parts = {"transformer": EMMDiTTransformer2DModel.from_pretrained(path, dtype=dtype, use_safetensors=True), **parts}
+    if "transformer" not in parts:
+        parts["transformer"] = EMMDiTTransformer2DModel.from_pretrained(path, dtype=dtype, use_safetensors=True)
     parts |= {f"default_{name}": trained[name] for name in ("guidance", "shift") if name in trained}
     few = {"default_steps": "sampler_steps", "sigma_grid": "sigma_grid"}  # of a student, which has steps of its own
     parts |= {name: trained[field] for name, field in few.items() if field in trained}
