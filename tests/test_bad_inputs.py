@@ -42,6 +42,7 @@ OUTPUTS = {  # command -> words, with PLACE for what it writes
     "geneval": [["prompts.jsonl", "PLACE", "--each", "1", *FAST]],
     "export": [["fid", "prompts.jsonl", "PLACE", *FAST]],
     "scores": [["fid", "fid.json", "prompts.jsonl", "pictures", "--out", "PLACE.png"]],
+    "eyes": [["--redraw", "PLACE"]],
     "benchmark": [["--peers", "--out", "PLACE.png"], ["--beside", "lite@1", "--out", "PLACE.png"]],
     "data encode": [["folder", "pictures", "PLACE"]],
     "data draw": [["PLACE", "--count", "1", *FAST]],

@@ -516,3 +516,35 @@ def looks_rows(seen: dict) -> list[list[str]]:
     return rows + [
         [f"{name}, x 1000", " ± ".join(f"{1000 * x:.2f}" for x in seen[name])] for name in ("kid", "kid_floor")
     ]
+
+
+@command(app, "eyes")
+def eyes_command(
+    sheet: Annotated[Path | None, typer.Argument(help="A filled-in review.jsonl; else the repository's own.")] = None,
+    redraw: Annotated[
+        Path | None, typer.Option(help="Draw the repository's 200 pictures again into this folder, for other eyes.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Hold the verifier of GenEval-lite against eyes that looked at its pictures."""
+    with output(json) as result:
+        from nitro_e_lite import load_pipeline
+        from nitro_e_lite.evaluation import eyes
+        from nitro_e_lite.evaluation.geneval_lite import tally
+        from nitro_e_lite.files import read_jsonl
+
+        if sheet and redraw:
+            raise InvalidValue(f"--redraw: draws the repository's own pictures; {sheet} is not needed")
+        found = {"pictures": list(read_jsonl(sheet))} if sheet else eyes.load()
+        if redraw:
+            check_output(redraw, "folder")
+            result["sheet"] = str(eyes.redraw(load_pipeline(found["model"]), found, redraw))
+            if not json:
+                console.print(f"Look at the pictures, then fill in {result['sheet']}", markup=False, soft_wrap=True)
+            return
+        result |= tally(found["pictures"], sheet or eyes.SHEET.name)
+        if not json:
+            show_table(found.get("about", str(sheet)), list(eyes.COLUMNS), eyes.table(found["pictures"]))
+            for row in result["disagree"]:
+                said = "right" if row["eyes"] else f"wrong; the verifier: {row['reason'] or 'right'}"
+                console.print(f"{row['prompt']}: eyes say {said}. {row['why']}", markup=False, soft_wrap=True)

@@ -33,6 +33,7 @@ from nitro_e_lite.scenes.verifier import VERSION
 from nitro_e_lite.stats import share_interval
 from nitro_e_lite.viz import image_grid, save_image
 
+UNSURE = "unsure"  # what eyes may also say
 SEED_STRIDE = 1_000_000  # picture seed = SEED_STRIDE * seed + place of the prompt
 
 
@@ -73,8 +74,7 @@ class Evaluation:
         """Writes pictures for a person to look at, drawn at random over both verdicts, and a sheet to fill in.
 
         Args:
-            folder: for `000.png`, ... and `review.jsonl`: the prompt, the verifier's verdict and reason, and for the
-                person `eyes` (true or false) and `why`.
+            folder: for the pictures and the sheet, see `write_sheet`.
             count: of pictures; as many right as wrong ones, as far as there are.
             seed: of the draw.
 
@@ -87,21 +87,13 @@ class Evaluation:
         """
         if not self.images:
             raise InvalidValue("images: this evaluation kept none; ask for keep_images=True")
-        sheet = Path(folder) / "review.jsonl"
-        if sheet.exists():
-            raise FileThere(f"{sheet}: is there already; name another folder")
         order = np.random.default_rng(seed).permutation(len(self.images)).tolist()
         right, wrong = ([k for k in order if self.verdicts[k].correct == kind] for kind in (True, False))
         few = min(len(right), len(wrong), count // 2)
         chosen = (right[: count - few] + wrong[: max(few, count - len(right))])[:count]
-        rows = []
-        for number, k in enumerate(sorted(chosen, key=order.index)):
-            name, verdict = f"{number:03d}.png", self.verdicts[k]
-            save_image(Image.fromarray(self.images[k]), Path(folder) / name, {"prompt": self.prompts[k].text})
-            facts = {"path": name, "prompt": self.prompts[k].text, "tag": self.prompts[k].tag}
-            rows.append(facts | {"verifier": verdict.correct, "reason": verdict.reason, "eyes": None, "why": ""})
-        write_atomically(sheet, "".join(json.dumps(row) + "\n" for row in rows))
-        return sheet
+        chosen = sorted(chosen, key=order.index)
+        asked, found = ([some[k] for k in chosen] for some in (self.prompts, self.verdicts))
+        return write_sheet(folder, [self.images[k] for k in chosen], asked, found)
 
     def save(self, path: str | Path) -> Path:
         """Writes the card as JSON."""
@@ -110,24 +102,64 @@ class Evaluation:
         return path
 
 
+def new_sheet(folder: str | Path) -> Path:
+    """Where `write_sheet` writes its sheet.
+
+    Raises:
+        FileExistsError: a sheet is there already.
+    """
+    sheet = Path(folder) / "review.jsonl"
+    if sheet.exists():
+        raise FileThere(f"{sheet}: is there already; name another folder")
+    return sheet
+
+
+def write_sheet(
+    folder: str | Path, images: Sequence[np.ndarray], prompts: Sequence[Prompt], verdicts: Sequence[Verdict]
+) -> Path:
+    """Writes pictures as `000.png`, ... and `review.jsonl`, where a person fills in `eyes` and `why`.
+
+    Raises:
+        FileExistsError: a sheet is there already.
+    """
+    rows, sheet = [], new_sheet(folder)
+    for number, (image, prompt, verdict) in enumerate(zip(images, prompts, verdicts, strict=True)):
+        path = save_image(Image.fromarray(image), Path(folder) / f"{number:03d}.png", {"prompt": prompt.text})
+        facts = {"path": path.name, "prompt": prompt.text, "tag": prompt.tag, "eyes": None, "why": ""}
+        rows.append(facts | {"verifier": verdict.correct, "reason": verdict.reason})
+    write_atomically(sheet, "".join(json.dumps(row) + "\n" for row in rows))
+    return sheet
+
+
 def agreement(sheet: str | Path) -> dict[str, Any]:
-    """What a filled-in sheet of `Evaluation.review` says of the verifier.
+    """`tally` of a filled-in sheet of `write_sheet`."""
+    return tally(list(read_jsonl(sheet)), sheet)
+
+
+def tally(rows: Sequence[dict[str, Any]], name: str | Path = "rows") -> dict[str, Any]:
+    """What eyes say of the verifier: true, false or "unsure" for each picture.
+
+    Args:
+        rows: `path`, `verifier`, `eyes` and `why` of each picture.
+        name: of the rows, for errors.
 
     Returns:
-        `looked` at, `agree`, `low` and `high` (95 % interval of the share that agrees), and `disagree`, those rows.
+        `looked` at, `unsure`, `agree`, `low` and `high` (95 % interval of the share that agrees, where eyes were sure),
+        and `disagree`, those rows.
 
     Raises:
         ValueError: a picture that nobody has looked at, or a disagreement without a reason.
     """
-    rows = list(read_jsonl(sheet))
     for row in rows:
-        if not isinstance(row.get("eyes"), bool):
-            raise InvalidValue(f"{sheet}: {row.get('path')}: eyes must be true or false")
+        if not isinstance(row.get("eyes"), bool) and row.get("eyes") != UNSURE:
+            raise InvalidValue(f"{name}: {row.get('path')}: eyes must be true or false, or {UNSURE!r}")
         if row["eyes"] != row["verifier"] and not row["why"].strip():
-            raise InvalidValue(f"{sheet}: {row['path']}: eyes and verifier disagree; say why")
-    disagree = [row for row in rows if row["eyes"] != row["verifier"]]
-    low, high = share_interval(len(rows) - len(disagree), len(rows))
-    return {"looked": len(rows), "agree": len(rows) - len(disagree), "low": low, "high": high, "disagree": disagree}
+            raise InvalidValue(f"{name}: {row['path']}: eyes and verifier disagree; say why")
+    sure = [row for row in rows if row["eyes"] != UNSURE]
+    disagree = [row for row in sure if row["eyes"] != row["verifier"]]
+    low, high = share_interval(len(sure) - len(disagree), len(sure)) if sure else (0.0, 1.0)
+    counts = {"looked": len(rows), "unsure": len(rows) - len(sure), "agree": len(sure) - len(disagree)}
+    return counts | {"low": low, "high": high, "disagree": disagree}
 
 
 def picture_seed(seed: int, place: int) -> int:
