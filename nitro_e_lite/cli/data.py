@@ -196,6 +196,7 @@ def benchmark(
             raise MissingFile(f"folder={str(folder)!r}: is no folder")
         sets = (("latents",), ("latents", "pictures"), ("latents", "text"), ("latents", "text", "vision"))
         options = {"batch": batch, "seconds": seconds, "folder": folder}
+        check.check_room(sets[-1], batch, folder)  # the largest, before the first is measured
         result["rows"] = [check.measure_reading(columns, **options) for columns in sets]
         result["decoding"] = check.measure_decoding(jpegs, seconds)
         result["environment"] = runtime.environment_report()
