@@ -216,18 +216,17 @@ def memory_there(device: torch.device) -> int:
     return psutil.virtual_memory().total
 
 
-def check_memory(field: str, needed: float, device: torch.device = torch.device("cpu")) -> None:
-    """Refuses what cannot fit, before any work.
+def check_memory(field: str, needed: float) -> None:
+    """Refuses what cannot fit into the machine's memory, before any work.
 
     Args:
         field: what asks for so much, as "batch=1000".
         needed: bytes.
-        device: whose memory it is to fit into.
 
     Raises:
         ValueError: more than there is.
     """
-    there = memory_there(device)
+    there = psutil.virtual_memory().total
     if needed > there:
         raise InvalidValue(f"{field}: needs about {needed / 1e9:,.0f} GB of memory; there are {there / 1e9:,.0f}")
 

@@ -39,8 +39,7 @@ OUTPUTS = {  # command -> words, with PLACE for what it writes
     "evaluate": [
         ["--prompts", "prompts.jsonl", "--seeds", "1", *FAST, name, "PLACE.png"] for name in ("--out", "--grid")
     ],
-    "geneval": [["prompts.jsonl", "PLACE", "--each", "1", *FAST]],
-    "export": [["fid", "prompts.jsonl", "PLACE", *FAST]],
+    "export": [["geneval", "prompts.jsonl", "PLACE", *FAST]],
     "scores": [["fid", "fid.json", "prompts.jsonl", "pictures", "--out", "PLACE.png"]],
     "benchmark": [["--peers", "--out", "PLACE.png"]],
     "data encode": [["folder", "pictures", "PLACE"]],
@@ -174,7 +173,7 @@ def full_disk(size: int = 600):
 
 
 @pytest.mark.parametrize(
-    "name", ["demo", "sample", "evaluate", "geneval", "data encode", "data draw", "compare", "ship"]
+    "name", ["demo", "sample", "evaluate", "export", "data encode", "data draw", "compare", "ship"]
 )
 def test_full_disk_is_one_line_and_loses_nothing(here, shipped, name):
     whole = {path: path.read_bytes() for path in shipped.rglob("*") if path.is_file()}
@@ -197,7 +196,7 @@ def test_full_disk_is_one_line_and_loses_nothing(here, shipped, name):
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["geneval", "export", "data encode", "data draw", "compare", "reproduce"])
+@pytest.mark.parametrize("name", ["export", "data encode", "data draw", "compare", "reproduce"])
 def test_two_runs_in_one_folder(here, name):
     words = [word.replace("PLACE", "out") for word in OUTPUTS[name][0]]
     place = here / ("out/a-seed0" if name == "compare" else "out")
@@ -243,7 +242,7 @@ def test_mistakes_of_all_kinds(here, shipped):
         (["demo", "--web", "--port", "99999999"], "port: 99999999"),
         (["evaluate", "--prompts", "prompts.jsonl", "--split", "held_out_compositions"], "name one of them"),
         (["evaluate", "--grid", "grid.xyz"], "must end in .png"),
-        (["geneval", "prompts.jsonl", "pictures"], "does not belong here"),
+        (["export", "geneval", "prompts.jsonl", "pictures", "--model", str(shipped)], "nothing says what it is"),
         (["data", "encode", "folder", "pictures", "pictures"], "is the folder of the raw data"),
         (["data", "encode", "fluxdb", "prompts.jsonl", "out", "--draw", "steps"], "must read argument=value"),
         (["data", "encode", "fluxdb", "prompts.jsonl", "out", "--draw", "steps=[1"], "steps=[1: cannot be read"),
@@ -261,6 +260,7 @@ def test_mistakes_of_all_kinds(here, shipped):
         (["data", "benchmark", "--folder", "nosuch"], "folder='nosuch': is no folder"),
         (["data", "benchmark", "--batch", "99999999999"], "batch=99999999999: needs about"),
         (["sensitivity", "--pairs", "99999999999", "--model", str(shipped)], "pairs=99999999999: needs about"),
+        (["reward", "plot", "pictures", "--out", "a.pdf"], "must end in .png"),
         (["scores", "nosuch", "a", "prompts.jsonl", "pictures"], "is not one of geneval, dpg"),
         (["train", "base", *SMALL, "--set", "steps=!!python/object:os.system x"], "cannot be read"),
         (["train", "base", *SMALL, "--set", "steps=" + "[" * 5000], "too deep to read"),
