@@ -270,8 +270,13 @@ def test_mistakes_of_all_kinds(here, shipped):
         (["compare", *SMALL, "--variant", "a: seed=1", "--seeds", "0,0"], "each once"),
         (["plan", "--preset", "lite", "--peak-tflops", "nan"], "peak_tflops=nan"),
         (["plan", "--preset", "lite", "--pictures", "-5"], "pictures=-5"),
+        (["course", "lab", "out", "--seed", str(2**70)], f"seed: {2**70} is above"),
         (["count", "--text-tokens", "100000000000"], "above 1000000"),
         (["benchmark", "--transformer", "smoke", "--batch", "0"], "batch: 0 is below 1"),
+        (["benchmark", "--transformer", "smoke", "--batch", str(10**11)], f"batch={10**11}: needs about"),
+        (["benchmark", "--model", str(shipped), "--batch", str(10**11)], f"batch={10**11}: needs about"),
+        (["benchmark", "--peers", "--repeats", "0"], "repeats: 0 is below 1"),
+        (["data", "draw", "out", "--count", str(10**23)], "is above 1000000000"),
         (["benchmark", "--transformer", "smoke", "--model", "lite2"], "a transformer alone"),
     ]:
         assert said in refused(*words), words

@@ -130,7 +130,7 @@ def draw(
         from nitro_e_lite.inference.loading import load_pipeline
         from nitro_e_lite.runtime import rank_and_world
 
-        (rank, world), count = rank_and_world(), as_integer("count", count, 1)
+        (rank, world), count = rank_and_world(), as_integer("count", count, 1, 10**9)
         check_output(out, "folder")
         chosen = drawn.GrammarPrompts(seed, count) if prompts is None else sources.read_prompts(prompts)
         teacher = load_pipeline(model, local_device(device), dtype)
