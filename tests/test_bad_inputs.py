@@ -265,6 +265,7 @@ def test_mistakes_of_all_kinds(here, shipped):
         (["train", "base", *SMALL, "--set", "steps=!!python/object:os.system x"], "cannot be read"),
         (["train", "base", *SMALL, "--set", "steps=" + "[" * 5000], "too deep to read"),
         (["train", "base", *SMALL, "--nodes", "0"], "nodes=0"),
+        (["train", "base", *SMALL, "--canary", "--nodes", "2"], "leave --nodes out"),
         (["compare", *SMALL, "--variant", "a: seed=1", "--variant", "a: seed=2"], "give each its own"),
         (["compare", *SMALL, "--variant", "A: seed=1", "--variant", "a: seed=2"], "tell their folders apart"),
         (["compare", *SMALL, "--variant", "a: seed=1", "--seeds", "0,0"], "each once"),
