@@ -271,6 +271,7 @@ def test_mistakes_of_all_kinds(here, shipped):
         (["compare", *SMALL, "--variant", "a: seed=1", "--seeds", "0,0"], "each once"),
         (["plan", "--preset", "lite", "--peak-tflops", "nan"], "peak_tflops=nan"),
         (["plan", "--preset", "lite", "--pictures", "-5"], "pictures=-5"),
+        (["challenge", *SMALL, "--minutes", "inf"], "minutes=inf: must be a number > 0"),
         (["course", "lab", "out", "--seed", str(2**70)], f"seed: {2**70} is above"),
         (["count", "--text-tokens", "100000000000"], "above 1000000"),
         (["benchmark", "--transformer", "smoke", "--batch", "0"], "batch: 0 is below 1"),
