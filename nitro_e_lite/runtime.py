@@ -216,6 +216,21 @@ def memory_there(device: torch.device) -> int:
     return psutil.virtual_memory().total
 
 
+def check_memory(field: str, needed: float) -> None:
+    """Refuses what cannot fit into the machine's memory, before any work.
+
+    Args:
+        field: what asks for so much, as "batch=1000".
+        needed: bytes.
+
+    Raises:
+        ValueError: more than there is.
+    """
+    there = psutil.virtual_memory().total
+    if needed > there:
+        raise InvalidValue(f"{field}: needs about {needed / 1e9:,.0f} GB of memory; there are {there / 1e9:,.0f}")
+
+
 class RunStopped(Exception):
     """A run was asked to stop and has written its checkpoint; the message says how to continue."""
 

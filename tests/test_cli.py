@@ -198,12 +198,12 @@ def test_debug_variable_shows_the_traceback(run, monkeypatch):
     assert isinstance(result.exception, ValueError)
 
 
-@pytest.mark.parametrize("arguments", [["demo"], ["benchmark", "--batch", "1", "--repeats", "1"], ["geneval"]])
+@pytest.mark.parametrize("arguments", [["demo"], ["benchmark", "--batch", "1", "--repeats", "1"], ["export"]])
 def test_every_command_that_draws_takes_a_shift(run, prompt_file, arguments, monkeypatch):
-    """`demo`, `benchmark` and `geneval` could not be told one, so they drew other pictures than `sample --shift`."""
+    """`demo`, `benchmark` and `export` could not be told one, so they drew other pictures than `sample --shift`."""
     drawn = []
     monkeypatch.setattr(flow, "shift_sigmas", lambda sigmas, shift: drawn.append(shift) or sigmas)
-    more = [prompt_file, "pictures", "--each", "1"] if arguments == ["geneval"] else []
+    more = ["geneval", prompt_file, "pictures"] if arguments == ["export"] else []
     found = only_json(run(*arguments, *more, "--shift", "2.5", "--json", *FAST))
     assert found["shift"] == 2.5 and drawn and set(drawn) == {2.5}
 

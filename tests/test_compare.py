@@ -75,6 +75,9 @@ def test_refuses_what_is_no_comparison(tmp_path):
         compare.compare(SMOKE, {"a": []}, [0], [2, 1], tmp_path)
     with pytest.raises(ValueError, match="unknown field"):
         compare.compare(SMOKE, {"a": ["repa.wait=1"]}, [0], [1], tmp_path)
+    with pytest.raises(ValueError, match="validation_folders"):
+        compare.compare(SMOKE, {"a": ["data.folders=[nowhere]"]}, [0], [1], tmp_path)
+    assert not list(tmp_path.rglob("recipe.json"))  # it would refuse the same name with the mistake mended
     with pytest.raises(ValueError, match="must read 'name:"):
         compare.read_variant("repa.weight=0")
 

@@ -186,6 +186,9 @@ def test_adapters_that_do_not_fit_are_refused(pipeline, tmp_path):
             pipeline.load_lora_weights(weights)
     with pytest.raises(FileNotFoundError, match="holds neither"):
         merge_lora(pipeline.transformer, tmp_path)
+    torch.save(half, tmp_path / "pytorch_lora_weights.bin")  # diffusers by itself would read it
+    with pytest.raises(OSError, match="no file named pytorch_lora_weights.safetensors"):
+        pipeline.load_lora_weights(tmp_path)
     with pytest.raises(ValueError, match=r"attention_kwargs: \['mask'\] unknown"):
         draw(pipeline, attention_kwargs={"mask": 1})
     fp8.quantize_model(pipeline.transformer)

@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tiny import build_tiny_pipeline
 
 from nitro_e_lite.evaluation import appearance, cards, geneval_lite
@@ -128,26 +126,6 @@ def test_weights_hash_follows_the_weights(tiny_pipeline):
 def test_evaluate_refuses(tiny_pipeline, arguments, field):
     with pytest.raises((TypeError, ValueError), match=field):
         geneval_lite.evaluate(tiny_pipeline, **({"prompts": PROMPTS, "progress": False} | arguments))
-
-
-def test_pictures_for_the_official_scorer_and_how_they_continue(tiny_pipeline, tmp_path):
-    metadata = [prompt.metadata() for prompt in PROMPTS[:3]]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in metadata))
-    assert read_metadata(tmp_path / "prompts.jsonl") == metadata
-    root, sampler = tmp_path / "pictures", tiny_pipeline.sampler(steps=1, guidance=1)
-    assert geneval_lite.draw_for_geneval(tiny_pipeline, metadata, root, sampler, each=2) == 6
-    kept, gone = root / "00000" / "samples" / "0001.png", root / "00001" / "samples" / "0001.png"
-    before, drawn_at = gone.read_bytes(), kept.stat().st_mtime_ns
-    shutil.rmtree(root / "00001")
-    (root / "00001.unfinished").mkdir()  # a kill left this
-    assert geneval_lite.draw_for_geneval(tiny_pipeline, metadata, root, sampler, each=2) == 6
-    assert gone.read_bytes() == before and kept.stat().st_mtime_ns == drawn_at
-    (one,) = geneval_lite.draw(tiny_pipeline, [(metadata[0]["prompt"], geneval_lite.picture_seed(1, 0))], sampler)
-    assert np.array_equal(np.asarray(Image.open(kept)), one)
-    with pytest.raises(ValueError, match="must hold"):
-        geneval_lite.draw_for_geneval(tiny_pipeline, metadata, root, sampler, each=3)
-    with pytest.raises(ValueError, match="another prompt"):
-        geneval_lite.draw_for_geneval(tiny_pipeline, metadata[::-1], root, sampler, each=2)
 
 
 @pytest.mark.parametrize(

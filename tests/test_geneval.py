@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from nitro_e_lite.evaluation.official_geneval import check_folder, write_sample
 from nitro_e_lite.files import weights_dir
 from nitro_e_lite.inference.encoders import LatentStats, decode_latents, encode_images
 from nitro_e_lite.inference.hub import load_autoencoder
@@ -376,36 +375,3 @@ def test_bootstrap_interval_covers_and_ignores_repeated_images():
 def test_score_refuses_lists_that_do_not_fit(prompts, verdicts):
     with pytest.raises(ValueError, match="equally many"):
         score(prompts, verdicts)
-
-
-# -- the official folder layout --------------------------------------------------------------------------
-
-
-def test_official_folder_layout(tmp_path):
-    metadata = [p.metadata() for p in PROMPTS[::100]]
-    for index, prompt in enumerate(PROMPTS[::100]):
-        images = [render.render(true_scene(prompt, seed), 64) for seed in range(4)]
-        folder = write_sample(tmp_path, index, metadata[index], images)
-        assert folder == tmp_path / f"{index:05d}"
-    assert check_folder(tmp_path, metadata) == 12
-    assert json.loads((tmp_path / "00002" / "metadata.jsonl").read_text()) == metadata[2]
-    assert (tmp_path / "00000" / "samples" / "0003.png").is_file()
-
-
-def test_incomplete_folders_are_refused(tmp_path):
-    metadata = [p.metadata() for p in PROMPTS[:3]]
-    for index in (0, 2):
-        write_sample(tmp_path, index, metadata[index], [GREY] * 4)
-    (tmp_path / "00000" / "samples" / "0003.png").rename(tmp_path / "00000" / "samples" / "3.jpg")
-    (tmp_path / "00002" / "metadata.jsonl").write_text(json.dumps(metadata[1]))
-    (tmp_path / "notes").mkdir()
-    with pytest.raises(ValueError, match="4 problems") as error:
-        check_folder(tmp_path, metadata)
-    for part in ("00001: missing", "notes: does not belong", "another prompt", "3.jpg"):
-        assert part in str(error.value)
-    with pytest.raises(ValueError, match="missing keys"):
-        write_sample(tmp_path, 3, {"prompt": "a cat"}, [GREY])
-    with pytest.raises(ValueError, match="index=-1"):
-        write_sample(tmp_path, -1, metadata[0], [GREY])
-    with pytest.raises(ValueError, match="uint8"):
-        write_sample(tmp_path, 3, metadata[0], [GREY / 255])

@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from nitro_e_lite.evaluation import cards, official_geneval, official_tools
+from nitro_e_lite.errors import UserError
+from nitro_e_lite.evaluation import cards, geneval_lite, official_geneval, official_tools
 from nitro_e_lite.evaluation.official_tools import STYLES, check, export, read_scores, targets
 
 
@@ -19,8 +21,8 @@ def prompts(tmp_path, monkeypatch):
         (tmp_path / "dpg" / f"{name}.txt").write_text("two red stars\n")
     for style in STYLES:
         (tmp_path / "hpsv2" / f"{style}.json").write_text(json.dumps(["a red star", "a blue square"]))
-    (tmp_path / "image_reward").write_text("a red star\n\na blue square\n")
-    (tmp_path / "fid").write_text("a red star\na blue square\n")
+    (tmp_path / "image_reward.txt").write_text("a red star\n\na blue square\n")
+    (tmp_path / "fid.txt").write_text("a red star\na blue square\n")
     return tmp_path
 
 
@@ -44,23 +46,54 @@ def test_layouts_are_exact_and_a_stopped_export_continues(prompts, quick, tmp_pa
     assert square.size == (64, 64) and square.crop((0, 0, 32, 32)).tobytes() != square.crop((32, 0, 64, 32)).tobytes()
     with pytest.raises(ValueError, match="holds pictures with steps 1, not 2"):
         export(pipeline, "dpg", wanted, root, pipeline.sampler(steps=2, guidance=1), size=32, resize="lanczos")
-    with pytest.raises(ValueError, match="name one of bicubic, lanczos with a size"):
-        export(pipeline, "dpg", wanted, root, sampler, size=32)
+    for odd in ({"size": 32}, {"resize": "lanczos"}):
+        with pytest.raises(ValueError, match="name one of bicubic, lanczos with a size, or neither"):
+            export(pipeline, "dpg", wanted, root, sampler, **odd)
 
     styles = targets("hpsv2", prompts / "hpsv2")
     assert export(pipeline, "hpsv2", styles, tmp_path / "hps", sampler) == 8
     assert sorted(path.name for path in (tmp_path / "hps").iterdir()) == sorted(STYLES)
     assert Image.open(tmp_path / "hps" / "photo" / "00001.jpg").format == "JPEG"
-    asked = targets("image_reward", prompts / "image_reward")
+    asked = targets("image_reward", prompts / "image_reward.txt")
     assert export(pipeline, "image_reward", asked, tmp_path / "ir", sampler) == 2
     rows = [json.loads(line) for line in (tmp_path / "ir.prompts.jsonl").read_text().splitlines()]
     assert rows == [{"path": "00000.png", "prompt": "a red star"}, {"path": "00001.png", "prompt": "a blue square"}]
 
 
+def test_the_layout_of_geneval_is_exact_and_a_stopped_export_continues(quick, tmp_path):
+    pipeline, sampler = quick
+    metadata = [{"tag": "colors", "include": [], "prompt": f"a {color} star"} for color in ("red", "blue", "green")]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in metadata))
+    root, wanted = tmp_path / "out", targets("geneval", tmp_path / "prompts.jsonl")
+    assert export(pipeline, "geneval", wanted, root, sampler) == 12
+    samples = [f"{place:05d}/samples/{k:04d}.png" for place in range(3) for k in range(4)]
+    notes = {f"{place:05d}/metadata.jsonl": entry for place, entry in enumerate(metadata)}
+    assert sorted(path.relative_to(root).as_posix() for path in root.rglob("*.*")) == sorted([*samples, *notes])
+    assert all(json.loads((root / name).read_text()) == entry for name, entry in notes.items())
+    assert json.loads((tmp_path / "out.export.json").read_text())["seeds"] == [0, 1, 2, 3]
+    kept, gone = root / samples[1], root / samples[5]
+    before, drawn_at = gone.read_bytes(), kept.stat().st_mtime_ns
+    gone.unlink()
+    assert export(pipeline, "geneval", wanted, root, sampler) == 12
+    assert gone.read_bytes() == before and kept.stat().st_mtime_ns == drawn_at
+    (one,) = geneval_lite.draw(pipeline, [(metadata[1]["prompt"], geneval_lite.picture_seed(1, 1))], sampler)
+    assert np.array_equal(np.asarray(Image.open(gone)), one)
+    metadata[2]["tag"] = "counting"  # the same words, judged otherwise
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in metadata))
+    with pytest.raises(ValueError, match="holds pictures with prompts_sha256"):
+        export(pipeline, "geneval", targets("geneval", tmp_path / "prompts.jsonl"), root, sampler)
+    (root / "00001" / "metadata.jsonl").write_text((root / "00000" / "metadata.jsonl").read_text())
+    with pytest.raises(ValueError, match="00001/metadata.jsonl is of another prompt"):
+        check("geneval", wanted, root)
+    (root / "00001" / "metadata.jsonl").unlink()
+    with pytest.raises(ValueError, match="00001/metadata.jsonl is missing"):
+        check("geneval", wanted, root)
+
+
 @pytest.fixture
 def folder(prompts, tmp_path):
     """A whole folder for a FID, drawn by nobody."""
-    wanted = targets("fid", prompts / "fid")
+    wanted = targets("fid", prompts / "fid.txt")
     for k, one in enumerate(wanted):
         (tmp_path / "whole").mkdir(exist_ok=True)
         Image.new("RGB", (16, 16), (k, 0, 0)).save(tmp_path / "whole" / one.path)
@@ -101,6 +134,39 @@ def test_prompts_are_counted(prompts):
         targets("fid", prompts / "nothing")
 
 
+def test_files_that_hold_something_else_are_named(prompts, quick, tmp_path):
+    def written(name, data):
+        (tmp_path / name).write_bytes(data)
+        return tmp_path / name
+
+    for name, data, message in [
+        ("p.jsonl", b'{"prompt": 5}\n', "line 1: prompt=5: must be a text"),
+        ("p.jsonl", b'{"words": "a star"}\n', "has words, none of"),
+        ("p.txt", b"caf\xe9", "line 1: not UTF-8"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            targets("fid", written(name, data))
+    for data, message in [(b'["a', "no JSON"), (b"[5]", "a JSON list of prompts"), (b"caf\xe9", "not UTF-8")]:
+        written("hpsv2/anime.json", data)
+        with pytest.raises(UserError, match=f"anime.json: .*{message}"):
+            targets("hpsv2", prompts / "hpsv2")
+    fid, asked = targets("fid", prompts / "fid.txt"), targets("image_reward", prompts / "image_reward.txt")
+    for tool, wanted, data, message in [
+        ("fid", fid, b"{}", "fid=None: must be a number"),
+        ("fid", fid, b'{"fid": 1.5, "n": "2"}', "n='2': must be a number"),
+        ("image_reward", asked, b'{"path": "00000.png", "score": "good"}\n', "score='good': must be a number"),
+        ("image_reward", asked, b"", "no score of 00000.png"),
+        ("dpg", targets("dpg", prompts / "dpg"), b"caf\xe9", "not UTF-8"),
+        ("geneval", [], b'{"tag": [1], "prompt": "a", "correct": true, "metadata": 1}\n', "line 1: .* tag"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            read_scores(tool, written("printed", data), wanted)
+    for size in (0, 10**9):
+        with pytest.raises(UserError, match=f"size.*{size}"):
+            export(quick[0], "fid", fid, tmp_path / "out", quick[1], size, "bicubic")
+    assert not (tmp_path / "out").exists()
+
+
 DPG = """/x/0.png, 1.0, 0.5, 0.5, 1.0, 0.75
 /x/partiprompts97.png, 0.0, 0.5, 0.0, 0.5, 0.25
 Model: x
@@ -124,11 +190,11 @@ def test_outputs_of_the_tools_are_read_and_counted(prompts, tmp_path):
     found = read_scores("hpsv2", tmp_path / "hps.txt", targets("hpsv2", prompts / "hpsv2"))
     assert found["overall"] == 27 and found["categories"]["photo"] == 27 and found["images"] == 8
     (tmp_path / "ir.jsonl").write_text('{"path": "00000.png", "score": 1.5}\n{"path": "00001.png", "score": -0.5}\n')
-    asked = targets("image_reward", prompts / "image_reward")
+    asked = targets("image_reward", prompts / "image_reward.txt")
     assert read_scores("image_reward", tmp_path / "ir.jsonl", asked)["overall"] == 0.5
     (tmp_path / "fid.json").write_text('{"fid": 12.5, "n": 3, "tool": "clean-fid 0.1.35", "resize": "clean"}')
     with pytest.raises(ValueError, match="3 pictures were scored, 2 exported"):
-        read_scores("fid", tmp_path / "fid.json", targets("fid", prompts / "fid"))
+        read_scores("fid", tmp_path / "fid.json", targets("fid", prompts / "fid.txt"))
 
 
 def test_geneval_is_summed_up_as_its_own_script_does(tmp_path):
@@ -160,10 +226,10 @@ def test_scores_become_a_card_with_the_recipe_of_the_pictures(prompts, quick, tm
     from nitro_e_lite.cli.app import app
 
     pipeline, sampler = quick
-    wanted = targets("fid", prompts / "fid")
+    wanted = targets("fid", prompts / "fid.txt")
     export(pipeline, "fid", wanted, tmp_path / "pictures", sampler)
     (tmp_path / "fid.json").write_text('{"fid": 12.5, "n": 2, "tool": "clean-fid 0.1.35", "resize": "clean"}')
-    places = [str(tmp_path / name) for name in ("fid.json", "fid", "pictures")]
+    places = [str(tmp_path / name) for name in ("fid.json", "fid.txt", "pictures")]
     found = CliRunner().invoke(app, ["scores", "fid", *places, "--out", str(tmp_path / "card.json")])
     assert found.exit_code == 0, found.output
     card = json.loads((tmp_path / "card.json").read_text())

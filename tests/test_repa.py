@@ -150,11 +150,11 @@ def test_nothing_is_shipped_beside_damaged_files(part, damaged, vision, tiny_fol
     file.write_bytes(intact + b" ")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="config.json: contents differ from SHA256SUMS"):
-        ship(source[part], str(tmp_path))
+        ship(source[part], str(tmp_path), guidance=3.0, shift=1.0)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     file.write_bytes(intact)
     (tmp_path / part / "README.md").write_text("of what is replaced, the card may be new")
-    check_manifest(ship(source[part], str(tmp_path)))
+    check_manifest(ship(source[part], str(tmp_path), guidance=3.0, shift=1.0))
 
 
 # -- in training

@@ -698,6 +698,9 @@ def test_a_run_that_is_hacked_is_stopped():
     gates.EarlyStop(0, 0).held_out(1, 0.5)
     rows = [{"step": k, "reward": k / 3, "geneval": 0.5, "geneval_low": 0.4, "geneval_high": 0.6} for k in (2, 4)]
     assert [len(axis.lines) for axis in watch.reward_figure(rows, "a run").axes] == [2, 0, 0, 0, 0, 0]
+    for row, said in [({"reward": 1.0}, "step='missing'"), ({"step": 1, "reward": {}}, "reward={}")]:
+        with pytest.raises(ValueError, match=f"metrics.jsonl: {said}: must be a number"):
+            watch.reward_figure([row])
 
 
 def test_rows_that_teach_nothing_change_nothing_but_the_cost(small, tmp_path):

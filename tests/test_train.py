@@ -105,8 +105,12 @@ def test_a_run_can_be_shipped(uninterrupted, tmp_path):
     assert (pipeline.config.default_guidance, pipeline.shift) == (SMOKE.guidance, SMOKE.shift)  # of the run
     for name, value in final_weights(uninterrupted).items():
         assert torch.equal(pipeline.transformer.state_dict()[name], value.half().float()), name
-    ship(uninterrupted / "final", str(tmp_path), shift=2.0)  # the same weights, but nobody knows from where
-    assert load_pipeline(tmp_path, device="cpu").shift == 2
+    with pytest.raises(ValueError, match="guidance: .*final does not say which"):  # nobody knows from where
+        ship(uninterrupted / "final", str(tmp_path), shift=2.0)
+    ship(uninterrupted / "final", str(tmp_path), guidance=1.5, shift=2.0)
+    ship(tmp_path, str(tmp_path))  # a pipeline says it of itself
+    pipeline = load_pipeline(tmp_path, device="cpu")
+    assert (pipeline.config.default_guidance, pipeline.shift) == (1.5, 2)
     assert not (tmp_path / "transformer" / "training.json").exists()
     assert not (tmp_path / "transformer" / "metrics.jsonl").exists()
 

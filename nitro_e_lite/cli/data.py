@@ -130,7 +130,7 @@ def draw(
         from nitro_e_lite.inference.loading import load_pipeline
         from nitro_e_lite.runtime import rank_and_world
 
-        (rank, world), count = rank_and_world(), as_integer("count", count, 1)
+        (rank, world), count = rank_and_world(), as_integer("count", count, 1, 10**9)
         check_output(out, "folder")
         chosen = drawn.GrammarPrompts(seed, count) if prompts is None else sources.read_prompts(prompts)
         teacher = load_pipeline(model, local_device(device), dtype)
@@ -196,6 +196,7 @@ def benchmark(
             raise MissingFile(f"folder={str(folder)!r}: is no folder")
         sets = (("latents",), ("latents", "pictures"), ("latents", "text"), ("latents", "text", "vision"))
         options = {"batch": batch, "seconds": seconds, "folder": folder}
+        check.check_room(sets[-1], batch, folder)  # the largest, before the first is measured
         result["rows"] = [check.measure_reading(columns, **options) for columns in sets]
         result["decoding"] = check.measure_decoding(jpegs, seconds)
         result["environment"] = runtime.environment_report()

@@ -233,45 +233,9 @@ def sensitivity(
             show_table(title, ["wrong", "text", *(f"t = {t:g}" for t in TIMES)], rows)
 
 
-@command(app, "geneval")
-def geneval(
-    prompts: Annotated[Path, typer.Argument(help="GenEval's evaluation_metadata.jsonl.")],
-    folder: Annotated[Path, typer.Argument(help="Where the pictures go.")],
-    model: Model = "lite",
-    each: Annotated[int, typer.Option(help="Pictures for each prompt.")] = 4,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    shift: Shift = None,
-    text_encoder: TextEncoder = None,
-    vae: Vae = None,
-    lora: Lora = None,
-    variant: Variant = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    json: Json = False,
-) -> None:
-    """Draw the pictures that the official GenEval scorer reads; the same command continues after a stop."""
-    with output(json) as result:
-        from nitro_e_lite import load_pipeline
-        from nitro_e_lite.evaluation.geneval_lite import draw_for_geneval
-        from nitro_e_lite.evaluation.official_geneval import read_metadata
-        from nitro_e_lite.inference.arguments import as_integer
-
-        metadata = read_metadata(prompts)
-        as_integer("each", each, 1)
-        check_output(folder, "folder")
-        pipeline = load_pipeline(model, device, dtype, text_encoder=text_encoder, vae=vae, lora=lora, variant=variant)
-        sampler = pipeline.sampler(steps, guidance, shift)
-        pictures = draw_for_geneval(pipeline, metadata, folder, sampler, each=each)
-        result |= settings(pipeline, model, sampler) | {"pictures": pictures, "prompts": len(metadata)}
-        if not json:
-            console.print(f"{pictures} pictures of {len(metadata)} prompts in {folder}", soft_wrap=True)
-            console.print(f"Score them in GenEval's own environment: evaluation/evaluate_images.py {folder}")
-
-
 @command(app, "export")
 def export_command(
-    tool: Annotated[str, typer.Argument(help="dpg, hpsv2, image_reward or fid.")],
+    tool: Annotated[str, typer.Argument(help="geneval, dpg, hpsv2, image_reward or fid.")],
     prompts: Annotated[Path, typer.Argument(help="The tool's own prompts; see the notes on official tools.")],
     folder: Annotated[Path, typer.Argument(help="Where the pictures go; nothing else may lie there.")],
     model: Model = "lite",
@@ -289,7 +253,7 @@ def export_command(
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Draw the pictures that DPG-Bench, HPSv2.1, ImageReward or a FID tool reads; continues after a stop."""
+    """Draw the pictures that GenEval, DPG-Bench, HPSv2.1, ImageReward or a FID tool reads; continues after a stop."""
     with output(json) as result:
         from nitro_e_lite import load_pipeline
         from nitro_e_lite.evaluation import official_tools
@@ -317,16 +281,11 @@ def scores(
 ) -> None:
     """Read the output of an official tool, count it, and make a result card of it."""
     with output(json) as result:
-        from nitro_e_lite.evaluation import cards, official_geneval, official_tools
+        from nitro_e_lite.evaluation import cards, official_tools
 
         if out is not None:
             check_output(out, "file")
-        if tool == "geneval":
-            found = official_geneval.read_results(printed, official_geneval.read_metadata(prompts))
-        else:
-            if tool not in official_tools.TOOLS:
-                raise InvalidValue(f"tool: {tool!r} is not one of geneval, {', '.join(official_tools.TOOLS)}")
-            found = official_tools.read_scores(tool, printed, official_tools.targets(tool, prompts))
+        found = official_tools.read_scores(tool, printed, official_tools.targets(tool, prompts))
         result |= official_tools.make_card(tool, found, folder)
         if out is not None:
             cards.write(out, tool, result, cards.command_line(["scores", tool]))
@@ -392,9 +351,11 @@ def reward_plot(
     from nitro_e_lite import files
     from nitro_e_lite.evaluation.watch import reward_figure
 
+    if out.suffix.lower() != ".png":
+        raise InvalidValue(f"out: {out.name!r} must end in .png")
     files.check_output(out, "file")
     rows = list(files.read_jsonl(run / "metrics.jsonl"))
-    if not any("reward" in row for row in rows):
+    if all(row.get("reward") is None for row in rows):
         raise InvalidValue(f"run={run}: its metrics.jsonl holds no reward")
     reward_figure(rows, run.name).savefig(out, dpi=120, format="png")
     console.print(str(out), markup=False, soft_wrap=True)

@@ -41,6 +41,9 @@ def run_stage(stage, preset, overrides, run_dir, resume, device, processes, node
     run_dir = run_dir or Path("runs") / f"{stage}-{preset}"
     if nodes < 1 or processes < 1:
         raise InvalidValue(f"processes={processes}, nodes={nodes}: must be >= 1")
+    for name, given in (("resume", resume), ("nodes", nodes > 1)):
+        if canary and given:
+            raise InvalidValue(f"{name}: a canary is a run of its own, on this machine; leave --{name} out")
     if nodes > 1:
         words = launch.train_arguments(chosen, run_dir, True, device)
         lines = ["# On each machine, HOST being the first:", *launch.torchrun_commands(words, nodes, processes)]

@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nitro_e_lite import files
+from nitro_e_lite.inference.arguments import as_integer
 from nitro_e_lite.inference.encoders import load_encoders
 from nitro_e_lite.model import flow
 from nitro_e_lite.model.blocks import TimeEmbedding
@@ -110,7 +111,11 @@ def write(folder: Path, runs: dict[str, Run] | None = None, seed: int = 0) -> It
 
     Yields:
         Name and log of each run when it has come to its end.
+
+    Raises:
+        ValueError: a seed that torch does not take.
     """
+    as_integer("seed", seed, 0, 2**63 - 1)
     files.check_output(folder, "folder")
     lab = Lab(seed)
     for name, run in (runs or RUNS).items():

@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import tempfile
 import time
 import warnings
@@ -53,7 +54,7 @@ from nitro_e_lite.inference.vision import FULL_VISION_SIZES, GRID
 from nitro_e_lite.model.flops import PUBLISHED_DEVICES, published_samples_per_second
 from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH
 from nitro_e_lite.presets import preset
-from nitro_e_lite.runtime import tune_cpu
+from nitro_e_lite.runtime import check_memory, tune_cpu
 
 MEAN_LIMIT, SPREAD_LIMITS = 0.5, (0.7, 1.4)  # of the mean over channels, in absolute value
 FULL_PIXELS = 512  # a side
@@ -271,17 +272,18 @@ def measure_reading(
         Samples a second, what the full run needs of a node and of one of its eight processes, and the sizes.
 
     Raises:
-        ValueError: an unknown column, fewer rows than one batch, or no time to measure.
+        ValueError: an unknown column, fewer rows than one batch, more than fit into memory or onto the disk, or no time
+            to measure.
     """
     if not 0 < seconds < math.inf:
         raise InvalidValue(f"seconds={seconds}: must be a number above 0")
-    shapes = {name: shape for name, shape in FULL_SHAPES.items() if name == "latents" or name in columns}
-    pictures = "pictures" in columns
-    size = sum(2 * prod(shape) for shape in shapes.values())
+    shapes, pictures = _shapes(columns), "pictures" in columns
+    size = _row_bytes(columns)
     rows = max(batch, 2**29 // size) if rows is None else rows
     known = (*FULL_SHAPES, "pictures")
     if not set(columns) <= set(known) or not 1 <= batch <= rows:
         raise InvalidValue(f"columns={columns}, batch={batch}: columns are {', '.join(known)}; batch is 1 to {rows}")
+    check_room(columns, rows, folder)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     tune_cpu()  # as every training run does: memory of a batch is used again for the next
@@ -330,6 +332,28 @@ def measure_reading(
         "bytes_per_sample": round(size),
         "gigabytes_per_second": round(size * NEEDED_SAMPLES_PER_SECOND / 1e9, 3),
     }
+
+
+def check_room(columns: Sequence[str], batch: int, folder: str | Path | None = None) -> None:
+    """Refuses a measurement of `batch` rows at once that fits neither into memory nor onto the disk, before it begins.
+
+    Raises:
+        ValueError: naming what there is.
+    """
+    needed = batch * _row_bytes(columns)
+    check_memory(f"batch={batch}", needed)
+    free = shutil.disk_usage(folder or tempfile.gettempdir()).free
+    if needed > free:
+        raise InvalidValue(f"batch={batch}: needs about {needed / 1e9:,.0f} GB of the disk; {free / 1e9:,.0f} are free")
+
+
+def _shapes(columns: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in FULL_SHAPES.items() if name == "latents" or name in columns}
+
+
+def _row_bytes(columns: Sequence[str]) -> int:
+    """Bytes of a row's numbers."""
+    return sum(2 * prod(shape) for shape in _shapes(columns).values())
 
 
 def forget(files: Iterable[Path]) -> None:

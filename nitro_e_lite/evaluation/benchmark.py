@@ -57,8 +57,13 @@ def time_pipeline(
         `text_seconds`, `sampling_seconds`, `decoding_seconds`.
     """
     rows, sampler = [], sampler or pipeline.sampler()
+    config = pipeline.transformer.config
+    pixels = 3 * (config.sample_size * pipeline.vae_scale_factor) ** 2
+    numbers = pixels + 2 * pipeline.config.max_text_length * config.caption_channels  # a picture, both texts
     for batch in batch_sizes:
-        prompts = [CAPTION] * as_integer("batch_sizes", batch, 1)
+        runtime.check_memory(f"batch={batch}", 4 * numbers * as_integer("batch_sizes", batch, 1))
+    for batch in batch_sizes:
+        prompts = [CAPTION] * batch
         features = pipeline.encode_captions(prompts)
         negative = pipeline.encode_captions([""] * batch)
         draw = partial(pipeline, **sampler.arguments())
@@ -128,7 +133,8 @@ def time_transformer(
         that, nor forward and backward faster than three times that. `torch_products_seconds` are the same products by
         `torch.nn.functional.linear`, see `model/cpu_kernels.py`.
     """
-    as_integer("batch", batch, 1)
+    numbers = config["in_channels"] * config["sample_size"] ** 2 + text_tokens * config["caption_channels"]
+    runtime.check_memory(f"batch={batch}", 4 * numbers * as_integer("batch", batch, 1))
     device = runtime.pick_device(device)
     dtype = runtime.pick_dtype(dtype, device)
     model = EMMDiTTransformer2DModel(**config).to(device)

@@ -23,8 +23,7 @@ from tqdm.auto import tqdm
 from nitro_e_lite import runtime
 from nitro_e_lite.errors import FileThere, InvalidValue
 from nitro_e_lite.evaluation.appearance import Appearance
-from nitro_e_lite.evaluation.official_geneval import check_folder, check_names, declare, write_sample
-from nitro_e_lite.files import read_jsonl, run_lock, write_atomically
+from nitro_e_lite.files import read_jsonl, write_atomically
 from nitro_e_lite.inference.arguments import as_integer, seeded_generators
 from nitro_e_lite.inference.hub import weights_hash
 from nitro_e_lite.inference.pipeline import NitroEPipeline, Sampler
@@ -224,41 +223,6 @@ def evaluate(
     if looks is not None:
         card["appearance"] = looks.found(prompts, len(seeds), [verdict.correct for verdict in verdicts])
     return Evaluation(result, card, asked, verdicts, images)
-
-
-def draw_for_geneval(
-    pipeline: NitroEPipeline,
-    metadata: Sequence[dict],
-    root: str | Path,
-    sampler: Sampler | None = None,
-    *,
-    each: int = 4,
-) -> int:
-    """Draws a benchmark for the official scorer, prompt by prompt; prompts that are there already are left alone.
-
-    Args:
-        pipeline: what to draw with.
-        metadata: see `official_geneval.read_metadata`.
-        root: the folder, see `official_geneval`.
-        sampler: to draw with; the pipeline's own when not given.
-        each: pictures a prompt (GenEval: 4); picture k of prompt p has `picture_seed(k, p)`.
-
-    Returns:
-        The number of pictures in the folder.
-
-    Raises:
-        ValueError: the folder holds something else, or pictures of other prompts.
-    """
-    each, root, sampler = as_integer("each", each, 1), Path(root), sampler or pipeline.sampler()
-    check_names(root, len(metadata))
-    about = dataclasses.asdict(sampler) | {"seeds": list(range(each))} | describe(pipeline)
-    with run_lock(root, name="folder"):
-        declare(root, about, free=("environment", "seeds"))
-        for place, entry in enumerate(tqdm(metadata, desc="drawing", unit="prompt", disable=None)):
-            if not (root / f"{place:05d}").exists():
-                jobs = [(entry["prompt"], picture_seed(number, place)) for number in range(each)]
-                write_sample(root, place, entry, draw(pipeline, jobs, sampler))
-    return check_folder(root, metadata, each)
 
 
 def draw(pipeline: NitroEPipeline, jobs: Sequence[tuple[str, int]], sampler: Sampler) -> list[np.ndarray]:

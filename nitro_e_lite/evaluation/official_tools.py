@@ -1,8 +1,10 @@
-"""Pictures in the layouts that DPG-Bench, HPSv2.1, ImageReward and FID read, and what those tools print, read back.
+"""Pictures in the layouts that GenEval, DPG-Bench, HPSv2.1, ImageReward and FID read, and their outputs read back.
 
-Each tool lives in an environment of its own, with pins that do not go with ours; the two sides meet in files. GenEval's
-layout is in `official_geneval.py`. What is written, and the faults of the tools that it is written around:
+Each tool lives in an environment of its own, with pins that do not go with ours; the two sides meet in files. What is
+written, and the faults of the tools that it is written around:
 
+- GenEval: `ROOT/00000/samples/0000.png`, four a prompt, and `ROOT/00000/metadata.jsonl`, the line of its prompt file.
+  Names must be all digits: anything else is skipped in silence, and a missing prompt only shrinks the mean.
 - DPG-Bench: `ROOT/NAME.png` for each `prompts/NAME.txt` (1,065), four pictures in a square. Whatever else lies in ROOT
   is scored, a picture that fails shrinks the mean, and the first row of its table is skipped, so that `partiprompts97`
   fails unless the script is patched. Scores of categories hold the last of the four pictures only.
@@ -23,7 +25,8 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -33,16 +36,19 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from nitro_e_lite.data.sources import read_prompts
 from nitro_e_lite.errors import InvalidValue, MissingFile
 from nitro_e_lite.evaluation.cards import PICTURES
-from nitro_e_lite.evaluation.geneval_lite import describe, draw, picture_seed
-from nitro_e_lite.evaluation.official_geneval import declare, manifest_path
-from nitro_e_lite.files import read_json, read_jsonl, run_lock, write_atomically
+from nitro_e_lite.evaluation.geneval_lite import SEED_STRIDE, describe, draw, picture_seed
+from nitro_e_lite.evaluation.official_geneval import declare, manifest_path, read_metadata, read_results
+from nitro_e_lite.files import explain_json, read_json, read_jsonl, run_lock, write_atomically
+from nitro_e_lite.inference.arguments import as_integer
 from nitro_e_lite.inference.pipeline import NitroEPipeline, Sampler
+from nitro_e_lite.runtime import check_memory
 
-TOOLS = ("dpg", "hpsv2", "image_reward", "fid")
+TOOLS = ("geneval", "dpg", "hpsv2", "image_reward", "fid")
 STYLES = ("anime", "concept-art", "paintings", "photo")
-EACH = 4  # pictures of a DPG prompt
+EACH = 4  # pictures of a prompt of GenEval or DPG
 RESIZES = {"none": None, "bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 
 
@@ -54,11 +60,19 @@ class Target:
         path: inside of the folder.
         caption: what it shows.
         seeds: of its pictures; four stand in a square.
+        metadata: for GenEval, the line of its prompt file.
     """
 
     path: str
     caption: str
     seeds: tuple[int, ...]
+    metadata: dict[str, Any] | None = None
+
+    @property
+    def note(self) -> tuple[str, str] | None:
+        """Path and text of the file in which GenEval reads what a picture is to show."""
+        folder = self.path.partition("/")[0]
+        return None if self.metadata is None else (f"{folder}/metadata.jsonl", json.dumps(self.metadata) + "\n")
 
 
 def targets(tool: str, prompts: str | Path) -> list[Target]:
@@ -66,8 +80,8 @@ def targets(tool: str, prompts: str | Path) -> list[Target]:
 
     Args:
         tool: one of `TOOLS`.
-        prompts: DPG: its folder of `.txt` files. HPSv2.1: its folder with a list for each style. ImageReward and FID:
-            a file with a prompt a line, or JSON lines with `prompt`.
+        prompts: GenEval: its `evaluation_metadata.jsonl`. DPG: its folder of `.txt` files. HPSv2.1: its folder with a
+            list for each style. ImageReward and FID: see `sources.read_prompts`.
 
     Raises:
         ValueError: not as many prompts as the benchmark has, an empty one, or a file that holds something else.
@@ -78,18 +92,23 @@ def targets(tool: str, prompts: str | Path) -> list[Target]:
     path = Path(prompts)
     if not path.exists():
         raise MissingFile(f"{path}: there are no prompts")
+    if tool == "geneval":
+        return [
+            Target(f"{place:05d}/samples/{k:04d}.png", entry["prompt"], (picture_seed(k, place),), entry)
+            for place, entry in enumerate(read_metadata(path))
+            for k in range(EACH)
+        ]
     if tool == "dpg":
-        texts = {f"{one.stem}.png": one.read_text(encoding="utf-8").strip() for one in sorted(path.glob("*.txt"))}
+        texts = {f"{one.stem}.png": _text(one).strip() for one in sorted(path.glob("*.txt"))}
     elif tool == "hpsv2":
-        lists = {style: json.loads((path / f"{style}.json").read_text(encoding="utf-8")) for style in STYLES}
+        lists = {style: _list(path / f"{style}.json") for style in STYLES}
         texts = {f"{style}/{k:05d}.jpg": text for style, some in lists.items() for k, text in enumerate(some)}
         if len({len(some) for some in lists.values()}) != 1:
             raise InvalidValue(f"{path}: {', '.join(f'{style} has {len(x)}' for style, x in lists.items())} prompts")
     else:
-        lines = read_jsonl(path) if path.suffix == ".jsonl" else path.read_text(encoding="utf-8").splitlines()
-        found = [line["prompt"] if isinstance(line, dict) else line for line in lines]
-        texts = {f"{k:05d}.png": text for k, text in enumerate(text for text in found if text.strip())}
-    if empty := [name for name, text in texts.items() if not isinstance(text, str) or not text.strip()]:
+        found = [text for text in read_prompts(path) if text and text.strip()]
+        texts = {f"{k:05d}.png": text for k, text in enumerate(found)}
+    if empty := [name for name, text in texts.items() if not text.strip()]:
         raise InvalidValue(f"{path}: the prompt of {empty[0]} is empty")
     wanted = PICTURES.get(tool, len(texts))
     if len(texts) != wanted or not texts:
@@ -97,6 +116,23 @@ def targets(tool: str, prompts: str | Path) -> list[Target]:
     each = range(EACH if tool == "dpg" else 1)
     numbered = enumerate(texts.items())
     return [Target(name, text, tuple(picture_seed(k, place) for k in each)) for place, (name, text) in numbered]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidValue(f"{path}: {explain_json(error)}") from None
+
+
+def _list(path: Path) -> list[str]:
+    try:
+        found = json.loads(_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InvalidValue(f"{path}: no JSON ({error})") from None
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise InvalidValue(f"{path}: must hold a JSON list of prompts")
+    return found
 
 
 def export(
@@ -127,13 +163,15 @@ def export(
         ValueError: the folder holds pictures of other weights, settings or prompts, or something else.
     """
     root, sampler = Path(root), sampler or pipeline.sampler()
-    if resize not in RESIZES or (size is not None and resize == "none"):
-        raise InvalidValue(
-            f"resize: {resize!r} for size {size}; name one of {', '.join(list(RESIZES)[1:])} with a size"
-        )
+    if resize not in RESIZES or (size is None) != (resize == "none"):
+        filters = ", ".join(list(RESIZES)[1:])
+        raise InvalidValue(f"resize: {resize!r} for size {size}; name one of {filters} with a size, or neither")
+    if size is not None:
+        check_memory(f"size={size}", 3 * batch * as_integer("size", size, 1) ** 2)
     about = {"tool": tool, "files": len(wanted), "prompts_sha256": _digest(wanted), "size": size, "resize": resize}
-    about |= asdict(sampler) | {"seeds": list(range(len(wanted[0].seeds)))} | describe(pipeline)
-    with run_lock(root, name="folder"):
+    seeds = {seed // SEED_STRIDE for one in wanted for seed in one.seeds}
+    about |= asdict(sampler) | {"seeds": sorted(seeds)} | describe(pipeline)
+    with _held(root):
         if not manifest_path(root).is_file() and (found := _present(root) - {".lock"}):
             raise InvalidValue(f"{root}: {sorted(found)[0]} is there and nothing says what it is; name another folder")
         declare(root, about)
@@ -147,16 +185,30 @@ def export(
             for one in some:
                 drawn = [_resized(next(pictures), size, resize) for _ in one.seeds]
                 _write(root / one.path, drawn)
+        for name, text in {one.note for one in wanted if one.note}:
+            write_atomically(root / name, text)
         if tool == "image_reward":
             rows = [{"path": one.path, "prompt": one.caption} for one in wanted]
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write_atomically(Path(f"{root}.prompts.jsonl"), text)
-    (root / ".lock").unlink(missing_ok=True)  # HPSv2.1 would take it for a style
     return check(tool, wanted, root)
 
 
+@contextmanager
+def _held(root: Path) -> Iterator[None]:
+    """Locks a folder and leaves no lock in it: HPSv2.1 would take it for a style."""
+    held = False
+    try:
+        with run_lock(root, name="folder"):
+            held = True
+            yield
+    finally:
+        if held:
+            (root / ".lock").unlink(missing_ok=True)
+
+
 def _digest(wanted: Sequence[Target]) -> str:
-    return hashlib.sha256(json.dumps([(one.path, one.caption) for one in wanted]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([(one.path, one.caption, one.note) for one in wanted]).encode()).hexdigest()
 
 
 def _resized(picture: np.ndarray, size: int | None, resize: str) -> Image.Image:
@@ -190,11 +242,13 @@ def check(tool: str, wanted: Sequence[Target], root: str | Path) -> int:
             size than the rest.
     """
     root = Path(root)
-    present, names = _present(root), [one.path for one in wanted]
-    if strangers := sorted(present - set(names)):
+    present, names, notes = _present(root), [one.path for one in wanted], dict(one.note for one in wanted if one.note)
+    if strangers := sorted(present - {*names, *notes}):
         raise InvalidValue(f"{root}: {strangers[0]} does not belong here, and {tool} would read it")
-    if missing := [name for name in names if name not in present]:
+    if missing := [name for name in (*names, *notes) if name not in present]:
         raise InvalidValue(f"{root}: {missing[0]} is missing, the first of {len(missing)}; run the export again")
+    if other := [name for name, text in notes.items() if (root / name).read_text(encoding="utf-8") != text]:
+        raise InvalidValue(f"{root}: {other[0]} is of another prompt; delete it and run the export again")
     first: tuple[str, tuple[int, int]] | None = None
     for name in names:
         try:
@@ -222,8 +276,8 @@ def read_scores(tool: str, path: str | Path, wanted: Sequence[Target]) -> dict[s
 
     Args:
         tool: one of `TOOLS`.
-        path: DPG: the file of `--res-path`. HPSv2.1: what it printed. ImageReward: JSON lines with `path` and `score`.
-            FID: a JSON object with `fid`, `n`, `tool` and `resize`.
+        path: GenEval: its JSON lines, one a picture. DPG: the file of `--res-path`. HPSv2.1: what it printed.
+            ImageReward: JSON lines with `path` and `score`. FID: a JSON object with `fid`, `n`, `tool` and `resize`.
         wanted: what had to be scored.
 
     Returns:
@@ -233,24 +287,34 @@ def read_scores(tool: str, path: str | Path, wanted: Sequence[Target]) -> dict[s
         ValueError: output of another form, or of another number of pictures.
     """
     path = Path(path)
+    if tool == "geneval":
+        return read_results(path, [one.metadata for one in wanted[::EACH]], EACH)
     if tool == "fid":
         found = read_json(path)
         about = {name: found.get(name) for name in ("tool", "resize")}
-        return _counted(path, float(found["fid"]), int(found["n"]), wanted) | about
+        return _counted(path, _number(path, found, "fid"), _number(path, found, "n"), wanted) | about
     if tool == "image_reward":
-        rows = {row["path"]: float(row["score"]) for row in read_jsonl(path)}
+        rows = {str(row.get("path")): _number(path, row, "score") for row in read_jsonl(path)}
         _same_names(path, rows, [one.path for one in wanted])
         return _counted(path, fmean(rows.values()), len(rows), wanted)
-    text = path.read_text(encoding="utf-8")
+    text, number = _text(path), r"\d+(?:\.\d+)?"
     if tool == "hpsv2":
-        rows = {style: float(score) for style, score in re.findall(rf"({'|'.join(STYLES)})\s+([\d.]+)\s+[\d.]+", text)}
+        lines = re.findall(rf"({'|'.join(STYLES)})\s+({number})\s+{number}", text)
+        rows = {style: float(score) for style, score in lines}
         _same_names(path, rows, STYLES)
         styles = {style: rows[style] / (100 if rows[style] > 100 else 1) for style in STYLES}  # the hundredfold mode
         return _counted(path, fmean(styles.values()), len(wanted), wanted) | {"categories": styles}
-    rows = dict(re.findall(r"^(\S.*?), (?:[\d.]+, )+([\d.]+)$", text, flags=re.MULTILINE))
+    rows = dict(re.findall(rf"^(\S.*?), (?:{number}, )+({number})$", text, flags=re.MULTILINE))
     by_name = {Path(name).name: float(score) for name, score in rows.items()}
     _same_names(path, by_name, [one.path for one in wanted])
     return _counted(path, 100 * fmean(by_name.values()), len(by_name), wanted)
+
+
+def _number(path: Path, row: Mapping[str, Any], name: str) -> float:
+    value = row.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidValue(f"{path}: {name}={value!r:.80}: must be a number")
+    return value
 
 
 def _same_names(path: Path, found: Mapping[str, float], wanted: Sequence[str]) -> None:

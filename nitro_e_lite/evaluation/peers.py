@@ -211,6 +211,7 @@ def time_peers(
         share of the device's peak, None where that is unknown.
     """
     batch, device = as_integer("batch", batch, 1), runtime.pick_device(device)
+    as_integer("repeats", repeats, 1)  # before models of gigabytes are made
     dtype = runtime.pick_dtype(dtype, device)
     peak = find_peak(runtime.device_name(device))
     seconds: dict[tuple[str, int], float] = {}

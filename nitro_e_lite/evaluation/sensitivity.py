@@ -24,6 +24,7 @@ from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.inference.encoders import encode_images
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.model import flow
+from nitro_e_lite.runtime import check_memory
 from nitro_e_lite.scenes.minimal_pairs import MinimalPair, minimal_pair
 from nitro_e_lite.scenes.render import render
 from nitro_e_lite.stats import interval
@@ -75,7 +76,7 @@ def caption_sensitivity(
         batch_size: pictures at once.
 
     Raises:
-        ValueError: fewer than two pairs, an unknown fact or a noise level out of range.
+        ValueError: fewer than two pairs or more than fit into memory, an unknown fact or a noise level out of range.
     """
     if pairs < 2:
         raise InvalidValue(f"pairs={pairs}: must be >= 2, an interval needs repeats")
@@ -85,6 +86,10 @@ def caption_sensitivity(
     for t in times:
         if not 0 < t <= 1:
             raise InvalidValue(f"t={t}: must be above 0 and at most 1")
+    config = pipeline.transformer.config
+    pixels = 3 * (config.sample_size * pipeline.vae_scale_factor) ** 2  # a byte each
+    numbers = pipeline.config.max_text_length * config.caption_channels
+    check_memory(f"pairs={pairs}", 2 * pairs * (pixels + 4 * numbers))
     readings = []
     for fact in facts:
         chosen = pairs_of(fact, pairs)

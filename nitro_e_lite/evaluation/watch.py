@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.viz import COLORS
 
 STATISTICS = ("edge_density", "color_entropy", "background_variance")
@@ -56,6 +57,9 @@ def reward_figure(rows: Iterable[dict[str, Any]], title: str = "") -> Figure:
     Args:
         rows: of its `metrics.jsonl`.
         title: above it.
+
+    Raises:
+        ValueError: something that is drawn is no number.
     """
     rows = list(rows)
     figure = Figure(figsize=(10.5, 5.4), layout="constrained")
@@ -63,11 +67,11 @@ def reward_figure(rows: Iterable[dict[str, Any]], title: str = "") -> Figure:
     for axis, (name, wanted) in zip(axes, PANELS.items(), strict=True):
         names = [known for one in wanted for known in _known(rows, one)]
         for color, key in zip((*COLORS, *COLORS), names, strict=False):
-            points = [(row["step"], row[key]) for row in rows if key in row]
+            points = [(_number(row, "step"), _number(row, key)) for row in rows if key in row]
             steps, values = np.array(points, float).T
             values = values / (values[0] or 1) if name == RELATIVE else values
             axis.plot(steps, values, color=color, label=key.replace("_", " "), marker="." if len(points) < 12 else "")
-            bounds = [(row[f"{key}_low"], row[f"{key}_high"]) for row in rows if f"{key}_low" in row]
+            bounds = [[_number(row, f"{key}_{end}") for end in ("low", "high")] for row in rows if f"{key}_low" in row]
             if bounds:
                 low, high = np.array(bounds).T
                 axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
@@ -80,6 +84,13 @@ def reward_figure(rows: Iterable[dict[str, Any]], title: str = "") -> Figure:
         axis.set_xlabel("updates")
     figure.suptitle(title, fontsize=10)
     return figure
+
+
+def _number(row: dict[str, Any], key: str) -> float:
+    value = row.get(key, "missing")
+    if isinstance(value, bool) or not isinstance(value, int | float | None):
+        raise InvalidValue(f"metrics.jsonl: {key}={value!r:.80}: must be a number")
+    return float("nan") if value is None else float(value)
 
 
 def _known(rows: list[dict[str, Any]], name: str) -> list[str]:

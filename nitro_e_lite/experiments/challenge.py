@@ -13,6 +13,7 @@ The rules are in notebooks/CHALLENGE.md; `breaches` holds those that a program c
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -108,8 +109,8 @@ def challenge(
         ValueError: settings that the rules do not allow, or no time.
         FileExistsError: the folder holds an entry or a training already.
     """
-    if not minutes > 0:
-        raise InvalidValue(f"minutes={minutes}: must be > 0")
+    if not 0 < minutes < math.inf:
+        raise InvalidValue(f"minutes={minutes}: must be a number > 0")
     if (run_dir / "entry.json").exists() or (run_dir / "training").exists():
         raise FileThere(f"run_dir={run_dir}: holds an entry already; an entry is made in one go, name another folder")
     settings(preset, overrides, 1)

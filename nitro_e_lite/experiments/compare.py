@@ -103,8 +103,6 @@ def _run(config: TrainConfig, points, folder: Path, prompts, device: str | None,
     text = json.dumps({"variant": variant, **to_dict(config), "steps": None, "prompts": len(prompts)})
     if recipe.is_file() and recipe.read_text(encoding="utf-8") != text:
         raise InvalidValue(f"run_dir={folder}: holds a run with other settings; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    recipe.write_text(text, encoding="utf-8")
     rows = _rows(file)
     missing = [point for point in points if point not in {row["step"] for row in rows}]
     if not missing:
@@ -114,6 +112,7 @@ def _run(config: TrainConfig, points, folder: Path, prompts, device: str | None,
         raise InvalidValue(
             f"points: {folder} has been trained to step {engine.global_step}; only later points can be added"
         )
+    recipe.write_text(text, encoding="utf-8")  # after all that a person can mend
     for point in missing:
         begin, before = time.perf_counter(), engine.global_step
         while engine.global_step < point:

@@ -10,13 +10,13 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nitro_e_lite import files
-from nitro_e_lite.config import TrainConfig, to_dict
 from nitro_e_lite.errors import InvalidValue, NotWritten
 from nitro_e_lite.files import (
     MANIFEST,
@@ -90,7 +90,7 @@ def ship(
         source: a training run, its `final/` folder, or anything else `load_transformer` or `load_vision` takes.
         name: of the shipped weights, or a folder; must hold the encoders.
         steps: sampler steps of a call that names none.
-        guidance, shift: of the sampler likewise; not given: those of the run's own sample grids.
+        guidance, shift: of the sampler likewise; not given: those of the run's own sample grids, or of the pipeline.
 
     Returns:
         The folder.
@@ -98,7 +98,8 @@ def ship(
     Raises:
         FileNotFoundError: there is no such folder.
         EncoderUnavailable: the folder holds no encoders.
-        ValueError: transformer and encoders do not fit, or what stays in the folder differs from its checksums.
+        ValueError: transformer and encoders do not fit, what stays in the folder differs from its checksums, or nobody
+            says how strong guidance and shift are.
     """
     folder = find_weights(name)
     check_output(folder, "folder")
@@ -110,15 +111,14 @@ def ship(
         return _ship_vision(Path(source), folder)
     run = Path(source) / "config.json"  # of a training run; the folder `final` has a model's
     trained = _about(run)[1]
-    usual = to_dict(TrainConfig()) | trained
     transformer = load_transformer(source).half()
     pipeline = NitroEPipeline(
         transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
         **load_encoders(folder).parts(),
         default_steps=steps,
-        default_guidance=usual["guidance"] if guidance is None else guidance,
-        default_shift=usual["shift"] if shift is None else shift,
+        default_guidance=_usual(source, trained, "guidance") if guidance is None else guidance,
+        default_shift=_usual(source, trained, "shift") if shift is None else shift,
     )
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".ship-") as temporary:  # a full disk spoils nothing
         new = Path(temporary) / "new"
@@ -149,6 +149,16 @@ def _about(run: Path) -> tuple[dict, dict]:
     if not isinstance(trained, dict):
         raise InvalidValue(f"{run}: config={trained!r:.80}: must be a JSON object")
     return about, trained
+
+
+def _usual(source: str | Path, trained: dict, field: str) -> Any:
+    """What a run, or a pipeline, says of "guidance" or "shift"; nothing is taken for granted."""
+    indices = [root / source / "model_index.json" for root in (Path(), files.weights_dir())]
+    index = next((path for path in indices if path.is_file() and not trained), None)
+    said = trained.get(field) if index is None else read_json(index).get(f"default_{field}")
+    if said is None:
+        raise InvalidValue(f"{field}: {source} does not say which it draws with; give --{field}")
+    return said
 
 
 def _is_vision(source: Path) -> bool:

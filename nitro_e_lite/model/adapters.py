@@ -157,8 +157,11 @@ def _own_config(config: Config | None) -> Config | None:
 
 
 def fetch(source: str | Path | dict, options: dict[str, Any]) -> tuple[dict[str, Tensor], Config | None]:
-    """Tensors and configuration from wherever diffusers reads adapters; takes what concerns that out of `options`."""
-    where = {name: options.pop(name) for name in _FETCH if name in options}
+    """Tensors and configuration from wherever diffusers reads adapters; takes what concerns that out of `options`.
+
+    Files of other kinds than safetensors, which diffusers would turn to when there are none, are not read.
+    """
+    where = {name: options.pop(name) for name in _FETCH if name in options} | {"use_safetensors": True}
     config = options.pop("metadata", None)
     if isinstance(source, dict):
         return source, config
