@@ -74,6 +74,7 @@ def reward_figure(rows: Iterable[dict[str, Any]], title: str = "") -> Figure:
         axis.set_title(name, fontsize=9)
         if name == LOGARITHMIC and names:
             axis.set_yscale("symlog", linthresh=1e-6)
+            axis.set_ylim(bottom=0)  # distances
         if names:
             below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": 3}  # lines may be anywhere above
             axis.legend(frameon=False, fontsize=7, **below)
