@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
-LAYER, BLOCK, MODEL, TAP, AVERAGE = (
+LAYER, BLOCK, MODEL, TAP, AVERAGE, REWARDS, LOSSES = (
     "split, merge and the whole layer agree",
     "and whole block agree",
     'print("equal to the package")',
     "the place of the tap agree",
     "the engine's differ by at most",
+    "torch.testing.assert_close(my_advantages(",
+    "clip and forward loss are the package's",
 )
 QUICK = {  # fewer steps, so that a row costs a second
     "02": [("range(64)", "range(4)")],
@@ -130,6 +132,12 @@ WRONG = [
     ("10", AVERAGE, "(1 + k) / (10 + k)", "(2 + k) / (10 + k)"),
     ("10", AVERAGE, "(1 - decay) * (value.detach()", "decay * (value.detach()"),
     ("10", AVERAGE, "ema_update(mine, masters, warm(k,", "ema_update(mine, masters, warm(k + 1,"),
+    ("11", REWARDS, "r.mean(1, keepdim=True)", "r.mean()"),
+    ("11", REWARDS, "r.std(1, correction=0, keepdim=True)", "r.std(correction=0)"),
+    ("11", REWARDS, "math.sqrt(sigma_next**2 - s**2) * x1", "sigma_next * x1"),
+    ("11", LOSSES, "torch.maximum(-advantage", "torch.minimum(-advantage"),
+    ("11", LOSSES, "old + sign * beta * (v - old)", "old + sign * (v - old)"),
+    ("11", LOSSES, "5 / beta * loss", "loss"),
 ]
 
 

@@ -46,6 +46,7 @@ COURSE = [
     "18_debugging_lab",
 ]
 STAGES = ["09_repa_pretraining", "10_fine_tuning_ema", "17_full_run_8x_mi300x"]  # they look before they train
+REWARDS = "11_grpo"  # so does it
 STUDENTS = ["12_step_distillation", "13_sana_sprint"]  # so do they, after they have drawn what they learn from
 HEADINGS = ["able to", "Check", "Measure", "Full scale", "Exercises", "Solutions", "Recap"]
 COMMON = ["preset", "seed", "devices", "run_dir", "overrides"]
@@ -306,9 +307,9 @@ def test_wheel_holds_what_notebooks_read(tmp_path):
     inside = set(zipfile.ZipFile(wheel).namelist())
     there = {path.relative_to(folder).as_posix() for path in (folder / "nitro_e_lite").rglob("*") if path.is_file()}
     assert there - inside == set()
-    # a checkout is asked for only where there is another way; 08 still reads its reference from tests/
+    # a checkout is asked for only where there is another way
     look = {name: re.findall(r"repo_root\(\) /", "".join(source(c) for c in cells(name))) for name in BOOKS}
-    assert {name for name, found in look.items() if found} <= {"08_emmdit_assembled", "17_full_run_8x_mi300x"}
+    assert {name for name, found in look.items() if found} <= {"17_full_run_8x_mi300x"}
 
 
 # Running
@@ -321,7 +322,7 @@ def two_steps(name: str, scale: str) -> dict:
     return values | {"preset": "smoke", "devices": 1, "overrides": ["steps=2"], "seed": 5, "run_dir": "run"}
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", [*STAGES, REWARDS])
 def test_both_parameter_files_of_a_stage_are_the_same_run_at_smoke_size(name):
     """So that running one of them is running both: the full one as it is printed, in test_runbook.py."""
     lite, full = two_steps(name, "lite"), two_steps(name, "full")
@@ -330,7 +331,7 @@ def test_both_parameter_files_of_a_stage_are_the_same_run_at_smoke_size(name):
     }
 
 
-@pytest.mark.parametrize("name", STAGES + STUDENTS)
+@pytest.mark.parametrize("name", [*STAGES, REWARDS, *STUDENTS])
 def test_a_stage_looks_first_and_trains_with_as_many_processes_as_asked_for(name):
     """Without accelerators all three once started one process, whatever `devices` said."""
     code = [source(cell) for cell in cells(name)]
@@ -340,11 +341,6 @@ def test_a_stage_looks_first_and_trains_with_as_many_processes_as_asked_for(name
     assert made and all(re.search(r"(processes=|, )devices\b", call) for call in made)
     looks = next(k for k, text in enumerate(code) if "stage_run.prepare(" in text)
     assert "save_figure" not in "".join(code[: looks + 1]), "a demonstration comes before the preflight"
-
-
-def test_rewards_are_learned_from_with_as_many_processes_as_asked_for():
-    calls = [call for cell in cells("11_grpo") for call in re.findall(r"= launch\.launch\((.+)\)", source(cell))]
-    assert calls and all("processes=devices" in call for call in calls)
 
 
 @pytest.mark.parametrize("scale", ["lite", "full"])

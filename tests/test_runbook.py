@@ -137,7 +137,7 @@ def test_the_printed_command_runs_as_printed(fresh, name):
     printed = "".join("".join(output.get("text", [])) for output in outputs)
     assert "ok      accelerators" in printed
     run = fresh / yaml.safe_load((ROOT / "notebooks" / "params" / f"{name}.full.yaml").read_text())["run_dir"]
-    assert [*run.glob("training/**/final/config.json")] and (run / "figures" / "ledger.json").is_file()
+    assert [*run.glob("training/**/final/*config.json")] and (run / "figures" / "ledger.json").is_file()
     assert (ROOT / "figures" / "ledger.json").read_bytes() == before
     if name.startswith("10"):
         assert "stage 2, average" in printed and "ours agree on the first 32" in printed
@@ -189,6 +189,14 @@ def test_preflight_of_shards_and_processes(tmp_path, monkeypatch):
     assert {"teacher", "drawn: data/drawn"} < lacks(full).keys()
     small = preflight.preflight(override(preset("distill", "smoke"), ["teacher=lite"]), tmp_path, 1, "cpu")
     assert not lacks(small) and any("drawn here" in one.says for one in small)
+
+    rewards = override(
+        preset("rewards", "smoke"), ["rewards=[[redness, 1], ['http://127.0.0.1:9', 1]]", "prompts=no.jsonl"]
+    )
+    found = preflight.preflight(rewards, tmp_path, 1, "cpu")
+    assert lacks(found).keys() == {"prompts", "reward: http://127.0.0.1:9"}
+    assert "Start the server again" in lacks(found)["reward: http://127.0.0.1:9"]
+    assert any("a red circle, as asked for" in one.says for one in found if one.name == "reward: redness")
 
     said = 'handshake {"backend": "gloo", "world": 2, "right": true, "met": 1.0, "sent": 3e9}'
     monkeypatch.setattr(launch, "run_processes", lambda words, count, environment, on_line: on_line(said))

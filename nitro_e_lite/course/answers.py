@@ -214,6 +214,29 @@ variance_left = Hidden(lambda decay: (1 - decay) / (1 + decay), ((0.5,), (0.9,),
 forgotten = Hidden(_forgotten, ((0.9999,), (0.99,), (0.2,)))
 
 
+# 11
+
+
+def _shares(rates: list[float]) -> list[float]:
+    weights = [p * (1 - p) + 0.05 for p in rates]
+    return [weight / sum(weights) for weight in weights]
+
+
+def _add_rewards(scores: Tensor) -> Tensor:
+    return ((scores - scores.mean(0)) / (scores.std(0, correction=0) + 1e-4)).sum(1)
+
+
+flat_chance = Hidden(lambda p, group: p**group + (1 - p) ** group, ((0.9, 12), (0.5, 2), (0.2, 24)))
+prompt_shares = Hidden(_shares, (([1.0, 0.5, 0.0],), ([0.3, 0.9],), ([0.25] * 4,)))
+add_rewards = Hidden(
+    _add_rewards,
+    (
+        (torch.tensor([[0.0, 0.29], [1.0, 0.27], [1.0, 0.28], [0.0, 0.28]], dtype=torch.float64),),
+        (torch.tensor([[1.0, 30.0, 0.2], [2.0, 10.0, 0.2], [6.0, 20.0, 0.5]], dtype=torch.float64),),
+    ),
+)
+
+
 # 17
 
 hours = Hidden(

@@ -62,7 +62,7 @@ def reward_figure(rows: Iterable[dict[str, Any]], title: str = "") -> Figure:
         ValueError: something that is drawn is no number.
     """
     rows = list(rows)
-    figure = Figure(figsize=(10.5, 5.4), layout="constrained")
+    figure = Figure(figsize=(10.5, 5.8), layout="constrained")
     axes = figure.subplots(2, 3).flatten()
     for axis, (name, wanted) in zip(axes, PANELS.items(), strict=True):
         names = [known for one in wanted for known in _known(rows, one)]
@@ -78,11 +78,12 @@ def reward_figure(rows: Iterable[dict[str, Any]], title: str = "") -> Figure:
         axis.set_title(name, fontsize=9)
         if name == LOGARITHMIC and names:
             axis.set_yscale("symlog", linthresh=1e-6)
+            axis.set_ylim(bottom=0)  # distances
         if names:
-            axis.legend(frameon=True, framealpha=0.85, edgecolor="none", fontsize=7)
-    for axis in axes[3:]:
-        axis.set_xlabel("updates")
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": 3}  # lines may be anywhere above
+            axis.legend(frameon=False, fontsize=7, **below)
     figure.suptitle(title, fontsize=10)
+    figure.supxlabel("updates", fontsize=9)
     return figure
 
 

@@ -5,8 +5,9 @@ checkpoints of three, a licence that was never accepted, eight processes on a ma
 for all of it in seconds and says what to do; `require` prints the findings and ends the notebook where something is
 missing that the run cannot do without.
 
-The stages of the transformer are looked at in full, students of few steps all but their memory. Any other stage gets
-what its settings have in common with them (start, processes, disk); it adds findings of its own.
+The stages of the transformer are looked at in full, students of few steps all but their memory, and of learning from
+rewards the prompts and every judge. Any other stage gets what its settings have in common with them (start, processes,
+disk); it adds findings of its own.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
-from nitro_e_lite.config import RunConfig, StudentConfig, TrainConfig
+from nitro_e_lite.config import RewardConfig, RunConfig, StudentConfig, TrainConfig
 from nitro_e_lite.data.shards import array_shapes, read_card, sidecars
 from nitro_e_lite.errors import Unusable, UserError
+from nitro_e_lite.evaluation import rewards
 from nitro_e_lite.experiments import handshake, launch
 from nitro_e_lite.experiments.plan import PICTURES, checkpoint_bytes, frozen_encoders, plan
 from nitro_e_lite.files import find_weights
@@ -73,6 +75,8 @@ def preflight(
         found += [*_data(config), *_encoders(config), *_memory(config, processes, device)]
     if isinstance(config, StudentConfig):
         found += [_weights("teacher", config.teacher), *_drawn(config), *_encoders(config)]
+    if isinstance(config, RewardConfig):
+        found += [*_prompts(config), *_rewards(config)]
     return [*found, *_disk(config, Path(run_dir))]
 
 
@@ -185,6 +189,24 @@ def _drawn(config: StudentConfig) -> Iterator[Finding]:
         there = sum(state["rows"] for state in sidecars(folder).values() if state)
         says = f"{there:,} pictures; a batch and validation take {needed:,}; nitro-e data draw makes them"
         yield Finding(f"drawn: {folder}", there >= needed, says)
+
+
+def _prompts(config: RewardConfig) -> Iterator[Finding]:
+    if config.prompts:
+        there = Path(config.prompts).is_file()
+        says = config.prompts if there else f"no file {config.prompts}; JSON lines in GenEval's schema"
+        yield Finding("prompts", there, says)
+
+
+def _rewards(config: RewardConfig) -> Iterator[Finding]:
+    """Every judge is there and tells a good picture from a bad one; one attempt, since a server should be up by now."""
+    for name in dict.fromkeys(name for name, _ in config.rewards):
+        try:
+            ((good, bad),) = rewards.preflight(rewards.open_rewards([name], config.reward_timeout, retries=0)).values()
+            says = f"a red circle, as asked for, {good:.2f}; a blue square in its place {bad:.2f}"
+            yield Finding(f"reward: {name}", True, says)
+        except UserError as error:
+            yield Finding(f"reward: {name}", False, str(error))
 
 
 def _encoders(config: TrainConfig | StudentConfig) -> Iterator[Finding]:
