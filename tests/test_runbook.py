@@ -184,6 +184,7 @@ def test_preflight_of_shards_and_processes(tmp_path, monkeypatch):
     card.write_text(json.dumps({**json.loads(card.read_text()), "pictures": 224}))
     found = preflight.preflight(override(preset("base", "smoke"), [*folders, "repa.weight=0.5"]), tmp_path, 1, "cpu")
     assert lacks(found).keys() == {"rows in all"}, "the vision model looks at the pictures"
+    assert any(one.says.endswith("vision features are computed from pictures") for one in found)
 
     full = preflight.preflight(preset("distill", "full"), tmp_path, 1, "cpu")
     assert {"teacher", "drawn: data/drawn"} < lacks(full).keys()
