@@ -71,7 +71,12 @@ def test_models_that_ship_take_their_places_and_draw(shipped, tiny_pipeline):
         files.write_manifest(folder)
     lanes = demo_protocol.default_lanes()
     assert lanes == [Lane("lite-grpo", 20, 1.0), Lane("lite-4step", 4, 0.0), Lane("lite-sprint", 1, 1.5)]
-    drawn = demo_worker.draw(demo_worker.Artist(lanes), order(steps=(2, 4, 1)))
+    artist = demo_worker.Artist(lanes)
+    artist.pipelines["lite-sprint"].register_to_config(default_guidance=2.5)
+    artist.lanes[2] = Lane("lite-sprint", 1)  # of the three, the dial is for this one
+    assert artist.facts()["guidance"] == 2.5
+    artist.lanes[2] = lanes[2]
+    drawn = demo_worker.draw(artist, order(steps=(2, 4, 1)))
     assert [result.facts["guidance"] for result in drawn] == [1.0, 0.0, 1.5]
     assert ["--model " + lane.model in result.command for lane, result in zip(lanes, drawn, strict=True)] == [True] * 3
     assert order().guidance_of(Lane("lite", 20)) == 2.0

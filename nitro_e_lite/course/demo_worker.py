@@ -116,7 +116,8 @@ class Artist:
 
     def facts(self) -> dict[str, Any]:
         """What a page wants to know about the lanes and the machine."""
-        first = self.pipelines[self.lanes[0].model]
+        guided = next((lane for lane in self.lanes if lane.guidance is None), self.lanes[0])  # whom the dial is for
+        first = self.pipelines[guided.model]
         return {
             "lanes": [asdict(lane) for lane in self.lanes],
             "guidance": first.config.default_guidance,
