@@ -5,7 +5,7 @@ worker draws for all. Between them runs a loopback socket; both ends prove that 
 read, and messages are JSON, because a page repeats what strangers have typed.
 
 What is compared is a list of *lanes*: a model, how many steps it takes and how strongly it is guided. Three lanes of
-the shipped model are the default; when distilled models ship, they take the places of four steps and of one.
+the best shipped model are the default; when distilled models ship, they take the places of four steps and of one.
 """
 
 from __future__ import annotations
@@ -68,13 +68,15 @@ class Lane:
 
 
 def default_lanes(model: str = "lite") -> list[Lane]:
-    """Twenty steps, four and one: of what was trained for so many where it ships, else all of one model."""
+    """Twenty steps, four and one: of what was trained for so many where it ships, else of the best that ships."""
     lanes = []
     for steps, name in SHIPPED.items():
-        folder = files.weights_dir() / name
-        if model == "lite" and (folder / files.MANIFEST).is_file():
-            settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
-            lanes.append(Lane(name, steps, float(settings["guidance"])))
+        name = next(
+            (one for one in (name, files.BEST) if (files.weights_dir() / one / files.MANIFEST).is_file()), "lite"
+        )
+        if model == "lite" and name != "lite":
+            about = (files.weights_dir() / name / "config.json").read_text(encoding="utf-8")
+            lanes.append(Lane(name, steps, float(json.loads(about)["config"]["guidance"])))
         else:
             lanes.append(Lane(model, steps))
     return lanes

@@ -93,7 +93,9 @@ def lite_models(cards: Cards) -> str:
     for card in sorted(scored.values(), key=lambda card: (card["model"], passes(card), bool(card.get("fp8")))):
         if card["prompt_list"] != "held_out_prompts" or not card.get("appearance"):
             continue
-        seen, gap = card["appearance"], card.get("against", {}).get("score")
+        seen, gap = card["appearance"], None
+        if (base := scored.get("lite")) not in (None, card) and base["seeds"] == card["seeds"]:
+            gap = result_cards.compare(card, base)  # picture by picture
         new = next((one for one in scored.values() if _same_model(one, card) and one is not card), None)
         cells = [f"{card['model']}, {card['steps']} steps{', FP8' * bool(card.get('fp8'))}", str(passes(card))]
         cells += [f"{card['overall']:.3f} ({card['low']:.3f} to {card['high']:.3f})"]

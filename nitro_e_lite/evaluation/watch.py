@@ -82,6 +82,9 @@ def reward_figure(rows: Iterable[dict[str, Any]], title: str = "") -> Figure:
         if names:
             below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": 3}  # lines may be anywhere above
             axis.legend(frameon=False, fontsize=7, **below)
+        else:
+            axis.text(0.5, 0.5, "not recorded", ha="center", va="center", fontsize=9)
+            axis.set(xticks=[], yticks=[])
     figure.suptitle(title, fontsize=10)
     figure.supxlabel("updates", fontsize=9)
     return figure
