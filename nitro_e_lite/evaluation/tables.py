@@ -87,7 +87,7 @@ def rebuild(readme: str, cards: Cards) -> str:
 
 def lite_models(cards: Cards) -> str:
     """The lite models side by side: how many passes of the transformer a picture takes, what is right, how it looks."""
-    columns = ("model", "passes", "right", "minus lite", "new compositions", "reader", "preference", "diversity", "KID")
+    columns = "model, passes, right, minus lite, new compositions, reader, preference, diversity, KID, command".split(", ")
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     scored = lite_cards(cards)
     for card in sorted(scored.values(), key=lambda card: (card["model"], passes(card), bool(card.get("fp8")))):
@@ -102,7 +102,7 @@ def lite_models(cards: Cards) -> str:
         cells += ["{:+.3f} ({:+.3f} to {:+.3f})".format(*gap) if gap else "-"]
         cells += [f"{new['overall']:.3f} ({new['low']:.3f} to {new['high']:.3f})" if new else "-"]
         cells += [f"{seen['reader']:.3f}", f"{seen['preference']:.2f}", f"{seen['diversity']:.3f}"]
-        cells += [f"{1000 * seen['kid'][0]:.1f} ± {1000 * seen['kid'][1]:.1f}"]
+        cells += [f"{1000 * seen['kid'][0]:.1f} ± {1000 * seen['kid'][1]:.1f}", f"`{card['command']}`"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
