@@ -87,7 +87,8 @@ def rebuild(readme: str, cards: Cards) -> str:
 
 def lite_models(cards: Cards) -> str:
     """The lite models side by side: how many passes of the transformer a picture takes, what is right, how it looks."""
-    columns = "model, passes, right, minus lite, new compositions, reader, preference, diversity, KID, command".split(", ")
+    columns = "model passes right minus_lite new_compositions reader preference diversity KID command".split()
+    columns = [name.replace("_", " ") for name in columns]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     scored = lite_cards(cards)
     for card in sorted(scored.values(), key=lambda card: (card["model"], passes(card), bool(card.get("fp8")))):
