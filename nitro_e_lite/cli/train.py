@@ -344,14 +344,11 @@ def plan_command(
     json: Json = False,
 ) -> None:
     """Say what a training stage needs, before it is started: memory, hours, disk; nothing is trained."""
-    if stage == "distill":
-        return plan_distillation(preset, hardware, devices, mfu, peak_tflops, pictures, overrides, json)
-    if stage == "rewards":
-        if pictures is not None:
-            raise InvalidValue(
-                "pictures: rewards are learned from pictures that the model draws; set steps or batch_size"
-            )
-        return plan_learning_from_rewards(preset, hardware, devices, mfu, peak_tflops, overrides, json)
+    if stage == "rewards" and pictures is not None:
+        raise InvalidValue("pictures: the model draws them while it learns; set steps or batch_size")
+    if stage in ("distill", "rewards"):
+        more = {"pictures": pictures} if stage == "distill" else {}
+        return plan_other_stage(stage, preset, hardware, devices, mfu, peak_tflops, overrides, json, **more)
     with output(json) as result:
         import dataclasses
 
@@ -421,48 +418,32 @@ def show_outlook(stage, chosen, found, devices, outlooks) -> None:
     typer.echo(f"Storing more than latents divides the arithmetic by {saved:.2f} and takes {size / 1e12:.3g} TB.")
 
 
-def plan_distillation(preset, hardware, devices, mfu, peak_tflops, pictures, overrides, json) -> None:
-    """The plan of stage 4: the teacher's pictures, and the training on them."""
+def plan_other_stage(stage, preset, hardware, devices, mfu, peak_tflops, overrides, json, **more) -> None:
+    """The plan of stage 3, roll-outs, rewards, updates, or of stage 4: the teacher's pictures, and training on them."""
     with output(json) as result:
         import dataclasses
 
         from nitro_e_lite import config, presets
         from nitro_e_lite.experiments.plan_distill import plan_distill
-
-        chosen, teacher = (
-            config.override(presets.preset("distill", preset), overrides or []),
-            presets.preset("base", preset),
-        )
-        found = plan_distill(chosen, teacher, hardware, devices, mfu, peak_tflops, pictures)
-        result |= {"stage": "distill", "preset": preset, "hardware": hardware, "devices": devices}
-        result |= dataclasses.asdict(found)
-        if json:
-            return
-        rows = [["pictures", f"{found.pictures:,}"], ["a picture, TFLOP", f"{found.picture_flops / 1e12:.4f}"]]
-        rows += [[f"a sample of {name}, TFLOP", f"{x / 1e12:.4f}"] for name, x in found.sample_flops.items()]
-        rows += [[f"hours: {name}", f"{hours:,.2f}"] for name, hours in found.hours.items()]
-        rows += [[f"disk: {name}, GB", f"{size / 1e9:,.3f}"] for name, size in found.disk.items()]
-        show_table(f"distill/{preset} on {devices} x {hardware}, at {found.mfu:.1%} of its peak", ["", ""], rows)
-
-
-def plan_learning_from_rewards(preset, hardware, devices, mfu, peak_tflops, overrides, json) -> None:
-    """The plan of stage 3: roll-outs, rewards, updates."""
-    with output(json) as result:
-        import dataclasses
-
-        from nitro_e_lite import config, presets
         from nitro_e_lite.experiments.plan_rewards import plan_rewards
 
-        chosen = config.override(presets.preset("rewards", preset), overrides or [])
-        found = plan_rewards(chosen, presets.preset("base", preset), hardware, devices, mfu, peak_tflops)
-        result |= {"stage": "rewards", "preset": preset, "hardware": hardware, "devices": devices}
+        chosen = config.override(presets.preset(stage, preset), overrides or [])
+        plan = {"distill": plan_distill, "rewards": plan_rewards}[stage]
+        found = plan(chosen, presets.preset("base", preset), hardware, devices, mfu, peak_tflops, **more)
+        result |= {"stage": stage, "preset": preset, "hardware": hardware, "devices": devices}
         result |= dataclasses.asdict(found)
         if json:
             return
-        rows = [["roll-outs", f"{found.iterations:,}"], ["pictures", f"{found.pictures:,}"]]
-        rows += [[f"hours: {name}", f"{hours:,.2f}"] for name, hours in found.hours.items()]
-        rows += [["a reward judges, pictures/s, in a tenth of that", f"{found.judged_per_second:,.1f}"]]
-        show_table(f"rewards/{preset} on {devices} x {hardware}, at {found.mfu:.1%} of its peak", ["", ""], rows)
+        hours = [[f"hours: {name}", f"{value:,.2f}"] for name, value in found.hours.items()]
+        rows = [["pictures", f"{found.pictures:,}"]]
+        if stage == "distill":
+            rows += [["a picture, TFLOP", f"{found.picture_flops / 1e12:.4f}"]]
+            rows += [[f"a sample of {name}, TFLOP", f"{x / 1e12:.4f}"] for name, x in found.sample_flops.items()]
+            rows += hours + [[f"disk: {name}, GB", f"{size / 1e9:,.3f}"] for name, size in found.disk.items()]
+        else:
+            rows += [["roll-outs", f"{found.iterations:,}"], *hours]
+            rows += [["a reward judges, pictures/s, in a tenth of that", f"{found.judged_per_second:,.1f}"]]
+        show_table(f"{stage}/{preset} on {devices} x {hardware}, at {found.mfu:.1%} of its peak", ["", ""], rows)
 
 
 def finish(final: Path) -> None:

@@ -265,7 +265,12 @@ def plan(
     Raises:
         ValueError: unknown hardware, a number outside of its range, or a folder of which nothing is known.
     """
-    _check(config, hardware, devices, mfu, peak_tflops)
+    peak, mfu = speed_of(hardware, devices, mfu, peak_tflops)
+    if config.batch_size % (devices * config.accumulate):
+        raise InvalidValue(
+            f"devices={devices}: batch_size={config.batch_size} must be a multiple of devices times "
+            f"accumulate={config.accumulate}"
+        )
     count = count_pictures(config.data) if pictures is None else pictures
     if count < 1:
         raise InvalidValue(f"pictures={count}: must be at least 1")
@@ -273,8 +278,6 @@ def plan(
     encoders = frozen_encoders(config)
     forward = forward_flops(config)
     flops = sample_flops(forward, encoders)
-    peak = peak_tflops * 1e12 if peak_tflops else HARDWARE[hardware].peak or measured_peak()
-    mfu = published_mfu()["all stored"] if mfu is None else mfu
     speed = {way: devices * peak * mfu / cost for way, cost in flops.items()}
     activation = activation_bytes(model, _text_length(config), config.precision, on_cpu=hardware == "cpu")
     per_device = config.batch_size // (devices * config.accumulate)
@@ -315,19 +318,6 @@ def speed_of(hardware: str, devices: int, mfu: float | None, peak_tflops: float 
     check_peak(peak_tflops)
     peak = peak_tflops * 1e12 if peak_tflops else HARDWARE[hardware].peak or measured_peak()
     return peak, published_mfu()["all stored"] if mfu is None else mfu
-
-
-def _check(config: TrainConfig, hardware: str, devices: int, mfu: float | None, peak_tflops: float | None) -> None:
-    if hardware not in HARDWARE:
-        raise InvalidValue(f"hardware={hardware!r}: not one of {', '.join(HARDWARE)}")
-    if devices < 1 or config.batch_size % (devices * config.accumulate):
-        raise InvalidValue(
-            f"devices={devices}: batch_size={config.batch_size} must be a multiple of devices times "
-            f"accumulate={config.accumulate}"
-        )
-    if mfu is not None and not 0 < mfu <= 1:
-        raise InvalidValue(f"mfu={mfu}: must be in (0, 1]")
-    check_peak(peak_tflops)
 
 
 def sample_flops(forward: float, encoders: dict[str, Encoder]) -> dict[str, float]:
