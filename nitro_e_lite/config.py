@@ -401,6 +401,7 @@ class DrawnConfig:
     folders: Annotated[tuple[Name, ...], Field(min_length=1)] = ("data/drawn",)
     encoders: Name = "lite"  # those of the teacher: "lite", a pipeline folder or "full"
     validation_rows: Positive = 64  # the last pictures of the set are never trained on
+    verified: bool = False  # pictures that the verifier finds wrong are left out; it reads lite scenes
 
 
 _HEADS = {"name": "adamw", "lr": 1e-3, "betas": (0.0, 0.99), "weight_decay": 0.0, "warmup_steps": 0, "decay_steps": 0}
