@@ -455,6 +455,7 @@ class DistillConfig(StudentConfig):
     guidance: NonNegativeNumber = 0.0  # of the finished student's sampler; it is trained without
     shift: Annotated[float, Field(ge=1)] = 3.0  # of its noise levels
     sigma_grid: SigmaGrid = "linear"  # of its noise levels; "scheduler" is the official weights' own
+    jumps: bool = False  # every step aims at the picture, and the sampler puts fresh noise back; else at its next level
     regression_share: Share = 0.75  # of the steps that are phase 1; the rest are phase 2
     regression_weight: NonNegativeNumber = 1.0
     own_rollouts: Share = 0.5  # share of the later inputs of phase 2 that come from the student's own steps
