@@ -134,6 +134,18 @@ def test_a_student_begins_as_its_teacher_and_must_be_told_the_guidance(config):
     torch.testing.assert_close(guided, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_where_nothing_is_guided_the_teacher_is_asked_once(config):
+    stage = stage_of(replace(config, dense_time=False, guidance_embedding=False, guidance=1.0))
+    batch, asked = stage.batch(5, 0), []
+    x_t = trigflow.interpolate(batch.states[:, -1], batch.start, batch.time)
+    stage.guide.register_forward_pre_hook(lambda module, given: asked.append(len(given[0])))
+    once = stage.direction(x_t, batch.text, batch.time, batch.guidance)
+    stage._strengths = (1.0, 2.0)  # what others are told makes no difference to those who are told 1
+    twice = stage.direction(x_t, batch.text, batch.time, batch.guidance)
+    assert asked == [4, 8]
+    torch.testing.assert_close(once, twice, rtol=1e-5, atol=1e-5)
+
+
 def test_half_of_the_judged_pictures_begin_at_pure_noise_and_the_tangent_comes_in_slowly(config, monkeypatch):
     stage = stage_of(replace(config, dense_time=False, adversarial_weight=0.0, steps=12, tangent_warmup=0.5))
     seen = []

@@ -154,6 +154,7 @@ class Sprint(Student):
         matrices = {f"transformer.{name}" for name in hidden_matrices(self.student)}
         self.modules["student"] = self.trained(self.model, config.optimizer, matrices)
         self.guide = self.teacher
+        self._strengths = config.guidances if config.guidance_embedding else (config.guidance,)
         self._no_text = self.encoders.encode_text([""]).to(placement.device, placement.dtype)  # (1, L, Dc)
 
     def _like_student(self) -> EMMDiTTransformer2DModel:
@@ -174,7 +175,7 @@ class Sprint(Student):
     def draw(self, step: int) -> SprintBatch:
         """Also where the student is asked, and for how strong a guidance."""
         config, count = self.config, self.config.batch_size
-        strengths = torch.tensor(config.guidances if config.guidance_embedding else (config.guidance,))
+        strengths = torch.tensor(self._strengths)
         chosen = torch.randint(len(strengths), (count,), generator=self.stream(step, "guidance"))
         judged = trigflow.to_last(self._times(step, "judged", "judged"), self.stream(step, "max time"), config.max_time)
         rows = {
@@ -243,12 +244,15 @@ class Sprint(Student):
 
     @torch.no_grad()
     def direction(self, x_t: Tensor, text: Tensor, t: Tensor, guidance: Tensor) -> Tensor:
-        """`dxdt = s_d F` of the guided teacher (B, C, H, W)."""
+        """`dxdt = s_d F` of the guided teacher (B, C, H, W); where nothing is guided, of the teacher asked once."""
         s, x_s = trigflow.to_flow_time(t), trigflow.to_flow_state(x_t, t)
-        both = torch.cat([self._no_text.expand_as(text), text])
-        velocity = self._velocity(self.guide, torch.cat([x_s, x_s]), both, torch.cat([s, s]), NO_GUIDANCE)
-        unconditional, conditional = velocity.chunk(2)
-        velocity = unconditional + expand_like(guidance, x_s) * (conditional - unconditional)
+        if all(strength == NO_GUIDANCE for strength in self._strengths):
+            velocity = self._velocity(self.guide, x_s, text, s, NO_GUIDANCE)
+        else:
+            both = torch.cat([self._no_text.expand_as(text), text])
+            velocity = self._velocity(self.guide, torch.cat([x_s, x_s]), both, torch.cat([s, s]), NO_GUIDANCE)
+            unconditional, conditional = velocity.chunk(2)
+            velocity = unconditional + expand_like(guidance, x_s) * (conditional - unconditional)
         return SIGMA_DATA * trigflow.to_trig_velocity(x_s, velocity, s)
 
     def predict(self, text: Tensor, guidance: Tensor | float) -> trigflow.Predict:
