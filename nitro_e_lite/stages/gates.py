@@ -193,9 +193,7 @@ def replay(rows: Iterable[Mapping[str, float]], config: StudentConfig) -> GateFa
     balance, turns = Balance(config), max(1, config.log_every // 2)  # every second step is the discriminator's
     try:
         for row in rows:
-            row = {
-                name: math.nan if value is None else value for name, value in row.items()
-            }  # a log has no word for it
+            row = {name: math.nan if value is None else value for name, value in row.items()}  # as JSON has it
             for _ in range(turns if "heads_right" in row else 0):
                 balance.note(row["heads_right"], 0, 1)
             balance.check(row["step"])
