@@ -486,10 +486,13 @@ class SprintConfig(StudentConfig):
     guidances: Annotated[tuple[PositiveNumber, ...], Field(min_length=1)] = (2.0, 3.0, 4.0)  # that it learns
     guidance_embedding: bool = True  # the student is told which; False: it learns `guidance` alone
     dense_time: bool = True  # the network is told the noise level in [0, 1], not in [0, 1000]
-    finetune_share: Share = 0.125  # of the steps: phase 1, a new embedding is learned; published: 5,000 steps
+    embedding_steps: NonNegative = 1500  # before the first: the new embedding alone learns to say what the old one said
+    finetune_share: Share = 0.0  # of the steps: phase 1, the whole student learns to be told so; published: 5,000 steps
     consistency_weight: NonNegativeNumber = 1.0
+    road_weight: NonNegativeNumber = 1.0  # of jumps from a picture's own noise to that picture; published: none
     adversarial_weight: NonNegativeNumber = 0.5
-    tangent_warmup: Share = 0.3  # share of phase 2 in which the tangent is let in; published: 4,000 steps
+    adversary_after: Share = 0.3  # share of phase 2 before the adversary joins; published: 0
+    tangent_warmup: Share = 0.15  # share of phase 2 in which the tangent is let in; published: 4,000 steps
     tangent_constant: NonNegativeNumber = 0.1  # c of g / (|g| + c)
     normalize_tangent: bool = True
     consistency_mean: AnyNumber = 0.2  # of log sigma, where consistency is asked for
@@ -504,8 +507,8 @@ class SprintConfig(StudentConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        losses = self.consistency_weight + self.adversarial_weight
-        _require(losses > 0, "consistency_weight", self.consistency_weight, "> 0 with adversarial_weight=0")
+        losses = self.consistency_weight + self.road_weight + self.adversarial_weight
+        _require(losses > 0, "consistency_weight", self.consistency_weight, "> 0 with all others at 0")
 
     @property
     def finetune_steps(self) -> int:
@@ -516,6 +519,12 @@ class SprintConfig(StudentConfig):
     def warmup_steps(self) -> int:
         """Steps of phase 2 in which the tangent is let in."""
         return max(1, round(self.tangent_warmup * (self.steps - self.finetune_steps)))
+
+    @property
+    def adversary_step(self) -> int:
+        """The first step in which the adversary plays: that of phase 2 where it is alone."""
+        alone = self.consistency_weight + self.road_weight == 0
+        return self.finetune_steps + (0 if alone else round(self.adversary_after * (self.steps - self.finetune_steps)))
 
 
 def _require(holds: bool, name: str, value, rule: str) -> None:

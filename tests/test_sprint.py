@@ -1,5 +1,6 @@
 """SANA-Sprint: consistency in closed form, the new embedding, guidance told, one run from start to pictures."""
 
+import copy
 import math
 import os
 import signal
@@ -147,7 +148,9 @@ def test_where_nothing_is_guided_the_teacher_is_asked_once(config):
 
 
 def test_half_of_the_judged_pictures_begin_at_pure_noise_and_the_tangent_comes_in_slowly(config, monkeypatch):
-    stage = stage_of(replace(config, dense_time=False, adversarial_weight=0.0, steps=12, tangent_warmup=0.5))
+    stage = stage_of(
+        replace(config, dense_time=False, adversarial_weight=0.0, road_weight=0.0, steps=12, tangent_warmup=0.5)
+    )
     seen = []
     honest = tangent_target
     monkeypatch.setattr(sprint, "tangent_target", lambda *given: (seen.append(given[5]), honest(*given))[1])
@@ -157,6 +160,45 @@ def test_half_of_the_judged_pictures_begin_at_pure_noise_and_the_tangent_comes_i
     assert seen == [0.0, pytest.approx(2 / stage.config.warmup_steps), 1.0]
     last = [(stage.draw(step).judged > 1.5707).float().mean().item() for step in range(12)]
     assert 0.25 < sum(last) / 12 < 0.75
+
+
+def test_the_new_embedding_learns_to_say_what_the_old_one_said():
+    torch.manual_seed(0)
+    old, new = (TimeEmbedding(32, "adaln_affine", dense=True, guided=guided) for guided in (False, True))
+    errors = [sprint.fit_embedding(copy.deepcopy(new), old, steps, 0) for steps in (0, 100, 500)]
+    assert errors[0] > 0.3 and errors[1] < 0.1 * errors[0] and errors[2] < errors[1], errors
+    assert errors[1] == sprint.fit_embedding(copy.deepcopy(new), old, 100, 0)  # the same bits again
+
+
+def test_uncertainty_begins_where_all_times_count_alike(config):
+    """exp(u) is 1 / (s_d tan t) at first, so that the loss is the squared error and a constant of the weights."""
+    stage = stage_of(config)
+    t = torch.tensor([0.2, 1.0, 1.56])
+    u = stage.model.uncertainty(t)
+    missed = torch.randn(3, 2, 4, 4)
+    loss = consistency_loss(missed, torch.zeros_like(missed), torch.zeros_like(missed), t, u)
+    torch.testing.assert_close(loss - u, missed.square().flatten(1).mean(1))
+
+
+def test_jumps_from_pure_noise_begin_at_a_pictures_own_noise_and_shall_end_at_it(config, monkeypatch):
+    """The adversary joins later; until then the student is asked for ends of roads as well as for consistency."""
+    stage = stage_of(replace(config, finetune_share=0.0, adversary_after=0.5, steps=8, gate_finetune=1000.0))
+    seen, honest = [], trigflow.interpolate
+    monkeypatch.setattr(
+        trigflow, "interpolate", lambda x0, noise, t: (seen.append((noise, t)), honest(x0, noise, t))[1]
+    )
+    assert [next(iter(stage.losses(step, 0))) for step in range(8)] == ["student"] * 4 + ["heads", "student"] * 2
+    batch, seen[:] = stage.batch(3, 0), []
+    found = stage.losses(3, 0)["student"]
+    assert set(found) == {"loss", "consistency", "tangent_norm", "road"}
+    noise, t = seen[-1]
+    last = t >= trigflow.LAST
+    assert torch.equal(noise[last], batch.states[last, 0]) and torch.equal(noise[~last], batch.start[~last])
+    with torch.no_grad():
+        guess = stage._guess(batch)
+    expected = (guess - batch.states[:, -1]).square().flatten(1).mean(1) * last
+    torch.testing.assert_close(found["road"], expected)
+    assert 0 < last.sum() < len(last)
 
 
 # -- whole runs
@@ -243,11 +285,10 @@ def test_both_students_are_known_to_launcher_and_worker(name):
 
 
 def test_another_teacher_than_before_the_embedding_stops_the_run(config):
-    stage = stage_of(replace(config, gate_finetune=0.001))
-    stage._promote(stage.student.state_dict())
+    stage = stage_of(replace(config, gate_finetune=0.001, embedding_steps=0))
     error = stage.embedding_error()
     assert error > 0.001  # nothing was learned yet
-    with pytest.raises(GateFailed, match=rf"gate teacher-fine-tuned, step 3: .* {error:.3f} .*Raise finetune_share"):
+    with pytest.raises(GateFailed, match=rf"gate teacher-fine-tuned, step 3: .* {error:.3f} .*Raise embedding_steps"):
         stage.losses(3, 0)
     same = stage_of(replace(config, dense_time=False))
     assert same.embedding_error() == 0.0

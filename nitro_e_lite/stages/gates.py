@@ -98,8 +98,8 @@ def check_fine_tuned(error: float, config: StudentConfig) -> None:
         return
     raise GateFailed(
         f"gate teacher-fine-tuned, step {config.finetune_steps}: its answers are {error:.3f} of its own error away "
-        f"from those before, may be {config.gate_finetune}. Raise finetune_share (is student_loss still falling?) or "
-        "optimizer.lr, or leave the old embedding: dense_time=false"
+        f"from those before, may be {config.gate_finetune}. Raise embedding_steps, or finetune_share (is student_loss "
+        "still falling?), or leave the old embedding: dense_time=false"
     )
 
 

@@ -8,8 +8,10 @@ one model draws in any small number of steps. On the circle of `trigflow.py`, wi
 Its derivative along the road is zero. Three things follow one another in a run:
 
 **1. A dense time embedding.** That derivative contains the network's own by t. Told `1000 s`, its sinusoid turns a
-thousand times faster than needed, and the tangent is mostly that. So the student, which starts as the teacher, first
-learns to answer as before when it is told s in [0, 1]; from then on it is the teacher of phase 2 too, frozen.
+thousand times faster than needed, and the tangent is mostly that. So the student, which starts as the teacher, is told
+s in [0, 1]. Before the first step its new embedding alone learns to say what the old one said, which takes no pass of
+the transformer. Then, where a share of the run is left for it, the student learns to answer as before, and is from
+there on the teacher of phase 2 too, frozen.
 
 **2. Continuous-time consistency (sCM).** With the road's direction `dxdt = s_d F_teacher` (guided), F- the student's
 answer and F' = cos(t) sin(t) dF/dt, both without gradient, from one pass of forward differentiation,
@@ -18,8 +20,9 @@ answer and F' = cos(t) sin(t) dF/dt, both without gradient, from one pass of for
     loss = mean of (F - F- - g)^2 / (s_d tan(t)) / exp(u(t)) + u(t).
 
 r rises from 0 to 1: without it the student only follows the teacher's velocity, with it jumps agree. Normalised, one
-wild tangent cannot throw the weights away. `u` learns how hard each t is. The student is told the guidance w, so that
-a step costs one pass.
+wild tangent cannot throw the weights away. `u` learns how hard each t is; it begins at -log(s_d tan(t)), near which it
+ends, so that the longest jumps count in a short run too. The student is told the guidance w, so that a step costs one
+pass.
 
 **3. An adversary (LADD), in turn.** Consistency of long jumps is learned from short ones and blurs on the way. The
 heads of `discriminator.py` look at `x0` from a t of their own, half of the time from pure noise, where one-step drawing
@@ -27,9 +30,14 @@ begins:
 
     student: -D(x0),       heads: relu(1 - D(teacher's)) + relu(1 + D(student's)).
 
-Source: SANA-Sprint arXiv 2503.09641; sCM arXiv 2410.11081; LADD arXiv 2403.12015. Differs: the embedding is learned
-from the teacher's own answers, not from data; real pictures are the teacher's; the warm-up of r is a share of the run
-(published: 4,000 steps); the discriminator's features are those of the teacher before the new embedding.
+**4. Ends of roads.** Of each picture of the teacher its noise is known too. The jumps from pure noise that the heads
+are shown begin at that noise, and should end at that picture: `road = |x0 - end|^2`. It costs no further pass, and the
+longest jump has a target long before short ones have told it anything.
+
+Source: SANA-Sprint arXiv 2503.09641; sCM arXiv 2410.11081; LADD arXiv 2403.12015. Differs: 4 is ours; the embedding
+is learned from the teacher's own answers, not from data; real pictures are the teacher's; warm-up of r and the
+adversary's start are shares of the run (published: 4,000 steps, and the first); u does not begin at 0; the
+discriminator's features are those of the teacher before the new embedding.
 """
 
 from __future__ import annotations
@@ -45,10 +53,12 @@ from torch import Tensor, nn
 from nitro_e_lite.config import SprintConfig
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.model import flow, trigflow
+from nitro_e_lite.model.blocks import TimeEmbedding
 from nitro_e_lite.model.cpu_kernels import speed_up
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.flow import expand_like
 from nitro_e_lite.model.trigflow import SIGMA_DATA
+from nitro_e_lite.runtime import generator
 from nitro_e_lite.stages.discriminator import hinge_loss, raised, verdict
 from nitro_e_lite.stages.gates import check_fine_tuned
 from nitro_e_lite.stages.students import Student, StudentBatch, resting
@@ -106,7 +116,42 @@ class Sprinter(nn.Module):
     def uncertainty(self, t: Tensor) -> Tensor:
         """u(t), (B,)."""
         waves = self.transformer.time_embed.sinusoid(trigflow.to_flow_time(t))
-        return self.uncertain(waves.to(self.uncertain.weight.dtype)).squeeze(1).float()
+        learned = self.uncertain(waves.to(self.uncertain.weight.dtype)).squeeze(1).float()
+        return learned - torch.log(SIGMA_DATA * torch.tan(t))
+
+
+def fit_embedding(new: TimeEmbedding, old: TimeEmbedding, steps: int, seed: int) -> float:
+    """Teaches an embedding to say at each noise level what another says.
+
+    Args:
+        new: learns, in place; on the CPU.
+        old: of the same width.
+        steps: of Adam, on 256 noise levels each; its rate falls to 0.
+        seed: of the levels.
+
+    Returns:
+        Root of the mean squared difference over that of the old one's answers.
+    """
+    made, rate = generator(seed, 0, "embedding"), 3e-3
+    optimizer = torch.optim.Adam((p for p in new.parameters() if p.requires_grad), rate, betas=(0.9, 0.99))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps) ** 1.5
+        t = flow.TIMESTEP_SCALE * torch.rand(256, generator=made)
+        with torch.no_grad():
+            said = old(t)
+        with torch.enable_grad():
+            loss = (_unguided(new, t) - said).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+    new.zero_grad()
+    with torch.no_grad():
+        t = torch.linspace(0, flow.TIMESTEP_SCALE, 1001)
+        return ((_unguided(new, t) - old(t)).square().mean() / old(t).square().mean()).sqrt().item()
+
+
+def _unguided(embedding: TimeEmbedding, t: Tensor) -> Tensor:
+    return embedding(t, guidance=None if embedding.guide is None else torch.full_like(t, NO_GUIDANCE))
 
 
 @dataclass(frozen=True)
@@ -148,6 +193,8 @@ class Sprint(Student):
         self.student = self._like_student()
         missing, unknown = self.student.load_state_dict(self.teacher.state_dict(), strict=False)
         assert not unknown and all(name.startswith("time_embed.guide.") for name in missing)
+        if config.dense_time and config.embedding_steps:
+            fit_embedding(self.student.time_embed, self.teacher.time_embed, config.embedding_steps, config.seed)
         if config.gradient_checkpointing:
             self.student.enable_gradient_checkpointing()
         self.model = Sprinter(self.student)
@@ -198,14 +245,19 @@ class Sprint(Student):
         batch = self.batch(step, part)
         if step < self.config.finetune_steps:
             return {"student": {"loss": self._embedding_loss(batch)}}
-        if step == self.config.finetune_steps > 0 and part == 0:
-            self._promote(self.student.state_dict())
+        if step == self.config.finetune_steps and part == 0 and self.config.dense_time:
             check_fine_tuned(self.embedding_error(), self.config)
-        if self.heads is not None and (step - self.config.finetune_steps) % 2 == 0:
+            if step:
+                self._promote(self.student.state_dict())
+        if self._judged(step) and (step - self.config.adversary_step) % 2 == 0:
             with torch.no_grad():
                 guess = self._guess(batch)
             return {"heads": self.heads_loss(guess, batch, part, hinge_loss, verdict)}
         return {"student": self._student_loss(batch)}
+
+    def _judged(self, step: int) -> bool:
+        """Whether the adversary has joined."""
+        return self.heads is not None and step >= self.config.adversary_step
 
     def _velocity(self, model: nn.Module, x_s: Tensor, text: Tensor, s: Tensor, guidance: Tensor | float) -> Tensor:
         told = {"guidance": guidance} if model.config.guidance_embedding else {}
@@ -222,7 +274,7 @@ class Sprint(Student):
 
     @torch.no_grad()
     def embedding_error(self) -> float:
-        """How far the fine-tuned teacher's velocities are from those before, over their own squared error."""
+        """How far the velocities with the new embedding are from the teacher's, over their own squared error."""
         moved, own = [], []
         batch = self.drawn.batch(range(self.rows, min(self.rows + 64, len(self.drawn))))
         latents, text = batch.states[:, -1].to(self.placement.device), self.text(batch)
@@ -231,7 +283,7 @@ class Sprint(Student):
             s = torch.full((len(latents),), level, device=latents.device)
             x_s = flow.interpolate(latents, noise.roll(1, 0), s)  # not the noise that the picture was drawn from
             before = self._velocity(self.teacher, x_s, text, s, NO_GUIDANCE)
-            moved.append((self._velocity(self.guide, x_s, text, s, NO_GUIDANCE) - before).square().mean().item())
+            moved.append((self._velocity(self.student, x_s, text, s, NO_GUIDANCE) - before).square().mean().item())
             own.append((before - flow.velocity_target(latents, noise.roll(1, 0))).square().mean().item())
         return sum(moved) / sum(own)
 
@@ -274,7 +326,9 @@ class Sprint(Student):
 
     def _guess(self, batch: SprintBatch) -> Tensor:
         """The student's pictures from one jump (B, C, H, W)."""
-        x_t = trigflow.interpolate(batch.states[:, -1], batch.start, batch.judged)
+        at_noise = expand_like(batch.judged >= trigflow.LAST, batch.start)
+        start = torch.where(at_noise, batch.states[:, 0], batch.start) if self.config.road_weight else batch.start
+        x_t = trigflow.interpolate(batch.states[:, -1], start, batch.judged)
         answer = self.predict(batch.text, batch.guidance)(x_t, batch.judged)
         return trigflow.to_data(x_t, answer, batch.judged) / SIGMA_DATA
 
@@ -283,8 +337,13 @@ class Sprint(Student):
         if config.consistency_weight:
             found |= self._consistency(batch)
             total = total + config.consistency_weight * found["consistency"]
-        if self.heads is not None:
+        if self._judged(self.step) or config.road_weight:
             guess = self._guess(batch)
+        if config.road_weight:
+            missed = (guess - batch.states[:, -1]).square().flatten(1).mean(1)
+            found["road"] = torch.where(batch.judged >= trigflow.LAST, missed, 0.0)
+            total = total + config.road_weight * found["road"]
+        if self._judged(self.step):
             with resting(self.heads):
                 found["adversarial"] = raised(self.look(guess, batch.text, batch))
             total = total + config.adversarial_weight * found["adversarial"]
