@@ -104,9 +104,9 @@ class Shown:
         drawn = self.about.get("drawn", {}).get("sampler", {})
         return Sampler(self.steps or own, guidance, self.trained.get("shift", drawn.get("shift", 1.0)))
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self, log: str = "metrics.jsonl") -> list[dict[str, Any]]:
         """Its metrics; `minute` is added, of training."""
-        rows = list(files.read_jsonl(self.run / "metrics.jsonl"))
+        rows = list(files.read_jsonl(self.run / log))
         known = [(0, 0.0)] + [(row["step"], row["seconds"] / 60) for row in rows if "seconds" in row]
         minutes = np.interp([row["step"] for row in rows], *zip(*known, strict=True))
         return [row | {"minute": float(minute)} for row, minute in zip(rows, minutes, strict=True)]
@@ -298,24 +298,26 @@ def shipped_run(name: str) -> Figure | None:
     Returns:
         None where the package does not ship it.
     """
-    log = files.weights_dir() / name / "metrics.jsonl"
-    if not log.is_file():
+    folder = files.weights_dir() / name
+    if not (folder / "metrics.jsonl").is_file():
         return None
-    rows = Shown(name, log.parent).rows()
+    rows = Shown(name, folder).rows()
+    losses = [(row["minute"], row[name]) for row in rows for name in ("loss", "student_loss") if name in row]
+    later = Shown(name, folder).rows("rewards.jsonl") if (folder / "rewards.jsonl").is_file() else []
+    later = [row | {"minute": rows[-1]["minute"] + row["minute"]} for row in later]
     figure = Figure(figsize=(10.5, 2.9), layout="constrained")
     axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.2))
-    for axis, names, title in (
-        (axes[0], ("student_loss", "loss", "reward"), ""),
-        (axes[1], ("geneval",), "GenEval-lite"),
-    ):
-        known = next(one for one in names if any(one in row for row in rows))
-        axis.plot(*zip(*((row["minute"], row[known]) for row in rows if known in row), strict=True), marker=".")
-        axis.set(xlabel="minutes of training", title=title or known.replace("_", " "))
+    axes[0].plot(*zip(*losses, strict=True))
+    axes[0].set(xlabel="minutes of training", title="loss")
+    for part, label in ((rows, "the student"), (later, "the same, learning from rewards")):
+        scored = [(row["minute"], row["geneval"]) for row in part if "geneval" in row]
+        if scored:
+            axes[1].plot(*zip(*scored, strict=True), marker=".", label=label)
     start = next((row["teacher_geneval"] for row in rows if "teacher_geneval" in row), None)
     if start is not None:
-        axes[1].axhline(start, color="grey", linestyle=":", label="its teacher in as many steps, unguided")
-        axes[1].legend(frameon=False, fontsize=7, loc="lower right")
-    axes[1].set_ylim(0, 1)
+        axes[1].axhline(start, color="grey", linestyle=":", label="its teacher, as many steps")
+    axes[1].legend(frameon=False, fontsize=7, loc="lower right")
+    axes[1].set(xlabel="minutes of training", title="GenEval-lite on the way", ylim=(0, 1))
     found = scores()
     for place, card in enumerate(found.values()):
         error = [[card["overall"] - card["low"]], [card["high"] - card["overall"]]]
