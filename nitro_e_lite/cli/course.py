@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from nitro_e_lite import files
 from nitro_e_lite.cli.terminal import Json, Overrides, RunDir, command, console, output, show_table
 from nitro_e_lite.cli.train import stoppable
 
@@ -60,9 +61,11 @@ def playground(
     with output(json) as result:
         from nitro_e_lite.course import playground
 
+        folder = folder or playground.FOLDER
+        files.check_output(folder, "folder")
         parts = [[playground.Shown.parse(text) for text in some or []] for some in (runs, failed, arm)]
         result["said"] = []
-        for line in playground.write(*parts, folder or playground.FOLDER, moments, prompts, seed):
+        for line in playground.write(*parts, folder, moments, prompts, seed):
             result["said"].append(line)
             console.print(line, markup=False, soft_wrap=True)
 

@@ -50,7 +50,7 @@ CAPTIONS = (
     "a green circle",
     "a yellow star and a purple circle",
 )
-SIDE = 96  # pixels of a picture in a frame
+SIDE = 128  # pixels of a picture in a frame
 FINAL, CHECKPOINT = "final", "weights.safetensors"
 LOGGED = ("step", "seconds", "loss", "student_loss", "student_tangent_norm", "student_adversarial", "heads_right")
 JUDGED = ("distance", "teacher_distance", "geneval", "teacher_geneval")
@@ -177,7 +177,6 @@ def write(
     Raises:
         FileNotFoundError: a run without weights.
     """
-    files.check_output(folder, "folder")
     found: dict[str, Any] = {"captions": CAPTIONS, "seed": seed, "methods": [], "arms": {}, "failed": []}
     ends: dict[Path, float] = {}
     with files.atomic_folder(folder, "what was there is intact") as partial:
