@@ -489,10 +489,12 @@ class SprintConfig(StudentConfig):
     embedding_steps: NonNegative = 1500  # before the first: the new embedding alone learns to say what the old one said
     finetune_share: Share = 0.0  # of the steps: phase 1, the whole student learns to be told so; published: 5,000 steps
     consistency_weight: NonNegativeNumber = 1.0
-    road_weight: NonNegativeNumber = 1.0  # of jumps from a picture's own noise to that picture; published: none
+    road_weight: NonNegativeNumber = 1.0  # of jumps from a picture's own road to that picture; published: none
+    road_share: Share = 0.4  # of the steps after phase 1: such jumps alone, before consistency and adversary join
     adversarial_weight: NonNegativeNumber = 0.5
-    adversary_after: Share = 0.3  # share of phase 2 before the adversary joins; published: 0
-    tangent_warmup: Share = 0.15  # share of phase 2 in which the tangent is let in; published: 4,000 steps
+    tangent_warmup: Share = (
+        0.15  # share of the steps from there on in which the tangent is let in; published: 4,000 steps
+    )
     tangent_constant: NonNegativeNumber = 0.1  # c of g / (|g| + c)
     normalize_tangent: bool = True
     consistency_mean: AnyNumber = 0.2  # of log sigma, where consistency is asked for
@@ -516,15 +518,15 @@ class SprintConfig(StudentConfig):
         return round(self.finetune_share * self.steps) if self.dense_time else 0
 
     @property
-    def warmup_steps(self) -> int:
-        """Steps of phase 2 in which the tangent is let in."""
-        return max(1, round(self.tangent_warmup * (self.steps - self.finetune_steps)))
+    def joining_step(self) -> int:
+        """From here on consistency and adversary are asked for."""
+        share = self.road_share if self.road_weight else 0.0
+        return self.finetune_steps + round(share * (self.steps - self.finetune_steps))
 
     @property
-    def adversary_step(self) -> int:
-        """The first step in which the adversary plays: that of phase 2 where it is alone."""
-        alone = self.consistency_weight + self.road_weight == 0
-        return self.finetune_steps + (0 if alone else round(self.adversary_after * (self.steps - self.finetune_steps)))
+    def warmup_steps(self) -> int:
+        """Steps in which the tangent is let in."""
+        return max(1, round(self.tangent_warmup * (self.steps - self.joining_step)))
 
 
 def _require(holds: bool, name: str, value, rule: str) -> None:

@@ -248,7 +248,7 @@ PRESETS: dict[tuple[str, str], RunConfig] = {
         heads=_SLOW,
     ),
     ("sprint", "smoke"): SprintConfig(
-        **_STUDENT_SMOKE, embedding_steps=50, finetune_share=0.375, adversary_after=0.0, gate_finetune=1000.0
+        **_STUDENT_SMOKE, embedding_steps=50, finetune_share=0.375, road_share=0.0, gate_finetune=1000.0
     ),
     ("sprint", "lite"): SprintConfig(),
     ("sprint", "full"): SprintConfig(
@@ -256,7 +256,6 @@ PRESETS: dict[tuple[str, str], RunConfig] = {
         ema_decay=0.999,
         finetune_share=0.25,
         road_weight=0.0,
-        adversary_after=0.0,
         tangent_warmup=0.3,
         guidances=(4.0, 4.5, 5.0),
         guidance=4.5,

@@ -30,14 +30,14 @@ begins:
 
     student: -D(x0),       heads: relu(1 - D(teacher's)) + relu(1 + D(student's)).
 
-**4. Ends of roads.** Of each picture of the teacher its noise is known too. The jumps from pure noise that the heads
-are shown begin at that noise, and should end at that picture: `road = |x0 - end|^2`. It costs no further pass, and the
-longest jump has a target long before short ones have told it anything.
+**4. Ends of roads.** The drawn set knows more than pictures: the noise of each and states on its way. A jump from there
+should end at that picture: `road = |x0 - end|^2`. Such jumps are learned alone at first, which is cheap and gives the
+longest jump a target long before short ones have told it anything; later they are what the heads are shown.
 
 Source: SANA-Sprint arXiv 2503.09641; sCM arXiv 2410.11081; LADD arXiv 2403.12015. Differs: 4 is ours; the embedding
-is learned from the teacher's own answers, not from data; real pictures are the teacher's; warm-up of r and the
-adversary's start are shares of the run (published: 4,000 steps, and the first); u does not begin at 0; the
-discriminator's features are those of the teacher before the new embedding.
+is learned from the teacher's own answers, not from data; real pictures are the teacher's; the warm-up of r is a share
+of the run (published: 4,000 steps); u does not begin at 0; the discriminator's features are those of the teacher before
+the new embedding.
 """
 
 from __future__ import annotations
@@ -164,6 +164,7 @@ class SprintBatch(StudentBatch):
         start: noise that the student's points are made with (B, C, H, W).
         time: t of the consistency loss (B,).
         judged: t from which pictures are drawn for the discriminator (B,).
+        level: number of the state on a picture's own road that they are drawn from instead (B,).
         guidance: (B,).
         uncaptioned: rows of phase 1 without a caption (B,).
     """
@@ -171,6 +172,7 @@ class SprintBatch(StudentBatch):
     start: Tensor
     time: Tensor
     judged: Tensor
+    level: Tensor
     guidance: Tensor
     uncaptioned: Tensor
 
@@ -204,6 +206,8 @@ class Sprint(Student):
         matrices = {f"transformer.{name}" for name in hidden_matrices(self.student)}
         self.modules["student"] = self.trained(self.model, config.optimizer, matrices)
         self.guide = self.teacher
+        levels = torch.tensor(self.drawn.card["levels"], device=placement.device)
+        self._road = trigflow.to_trig_time(levels)  # t of the states that were kept, from pi/2 on
         self._strengths = config.guidances if config.guidance_embedding else (config.guidance,)
         self._no_text = self.encoders.encode_text([""]).to(placement.device, placement.dtype)  # (1, L, Dc)
 
@@ -228,7 +232,10 @@ class Sprint(Student):
         strengths = torch.tensor(self._strengths)
         chosen = torch.randint(len(strengths), (count,), generator=self.stream(step, "guidance"))
         judged = trigflow.to_last(self._times(step, "judged", "judged"), self.stream(step, "max time"), config.max_time)
+        later = torch.randint(1, len(self._road), (count,), generator=self.stream(step, "level"))
+        begins = torch.rand(count, generator=self.stream(step, "from the noise")) < config.max_time
         rows = {
+            "level": torch.where(begins, 0, later),
             "time": self._times(step, "time", "consistency"),
             "judged": judged,
             "guidance": strengths[chosen],
@@ -252,15 +259,12 @@ class Sprint(Student):
             check_fine_tuned(self.embedding_error(), self.config)
             if step:
                 self._promote(self.student.state_dict())
-        if self._judged(step) and (step - self.config.adversary_step) % 2 == 0:
+        joined = step - self.config.joining_step  # of consistency and adversary
+        if self.heads is not None and joined >= 0 and joined % 2 == 0:
             with torch.no_grad():
                 guess = self._guess(batch)
             return {"heads": self.heads_loss(guess, batch, part, hinge_loss, verdict)}
         return {"student": self._student_loss(batch)}
-
-    def _judged(self, step: int) -> bool:
-        """Whether the adversary has joined."""
-        return self.heads is not None and step >= self.config.adversary_step
 
     def _velocity(self, model: nn.Module, x_s: Tensor, text: Tensor, s: Tensor, guidance: Tensor | float) -> Tensor:
         told = {"guidance": guidance} if model.config.guidance_embedding else {}
@@ -321,32 +325,35 @@ class Sprint(Student):
         predict = self.predict(batch.text, batch.guidance)
         dxdt = self.direction(x_t, batch.text, t, batch.guidance)
         before, slope = trigflow.tangent(predict, x_t, t, dxdt)
-        r = min(1.0, (self.step - self.config.finetune_steps) / config.warmup_steps)
+        r = min(1.0, (self.step - config.joining_step) / config.warmup_steps)
         constant = config.tangent_constant if config.normalize_tangent else None
         g, norm = tangent_target(before, slope, x_t, dxdt, t, r, constant)
         loss = consistency_loss(predict(x_t, t), before, g, t, self.model.uncertainty(t))
         return {"consistency": loss, "tangent_norm": norm}
 
     def _guess(self, batch: SprintBatch) -> Tensor:
-        """The student's pictures from one jump (B, C, H, W)."""
-        at_noise = expand_like(batch.judged >= trigflow.LAST, batch.start)
-        start = torch.where(at_noise, batch.states[:, 0], batch.start) if self.config.road_weight else batch.start
-        x_t = trigflow.interpolate(batch.states[:, -1], start, batch.judged)
-        answer = self.predict(batch.text, batch.guidance)(x_t, batch.judged)
-        return trigflow.to_data(x_t, answer, batch.judged) / SIGMA_DATA
+        """The student's pictures from one jump (B, C, H, W); with `road_weight` from points of their own roads."""
+        t = self._road[batch.level] if self.config.road_weight else batch.judged
+        if self.config.road_weight:
+            there = batch.states[torch.arange(len(t), device=t.device), batch.level]
+            x_t = trigflow.from_flow_state(there, trigflow.to_flow_time(t))
+        else:
+            x_t = trigflow.interpolate(batch.states[:, -1], batch.start, t)
+        answer = self.predict(batch.text, batch.guidance)(x_t, t)
+        return trigflow.to_data(x_t, answer, t) / SIGMA_DATA
 
     def _student_loss(self, batch: SprintBatch) -> dict[str, Tensor]:
         config, found, total = self.config, {}, 0.0
-        if config.consistency_weight:
+        joined = self.step >= config.joining_step
+        if config.consistency_weight and joined:
             found |= self._consistency(batch)
             total = total + config.consistency_weight * found["consistency"]
-        if self._judged(self.step) or config.road_weight:
+        if config.road_weight or self.heads is not None:
             guess = self._guess(batch)
         if config.road_weight:
-            missed = (guess - batch.states[:, -1]).square().flatten(1).mean(1)
-            found["road"] = torch.where(batch.judged >= trigflow.LAST, missed, 0.0)
+            found["road"] = (guess - batch.states[:, -1]).square().flatten(1).mean(1)
             total = total + config.road_weight * found["road"]
-        if self._judged(self.step):
+        if self.heads is not None and joined:
             with resting(self.heads):
                 found["adversarial"] = raised(self.look(guess, batch.text, batch))
             total = total + config.adversarial_weight * found["adversarial"]
