@@ -355,7 +355,7 @@ class RewardConfig(RunConfig):
     prompts: AnyText = ""  # JSON lines in GenEval's schema; "": new ones from the caption grammar
     prompt_floor: PositiveNumber = 0.05  # kinds of prompt are drawn in proportion to p (1 - p) + this
     pass_memory: Decay = 0.8  # of the running pass rate p of a kind, per roll-out
-    rollout_steps: Annotated[int, Field(ge=2)] = 10
+    rollout_steps: Positive = 10
     guidance: NonNegativeNumber = 0.0  # in roll-outs and updates; up to 1 there is none
     shift: Annotated[float, Field(ge=1)] = 3.0
     rewards: Annotated[tuple[tuple[Name, PositiveNumber], ...], Field(min_length=1)] = (
@@ -432,8 +432,8 @@ class StudentConfig(RunConfig):
     gate_pictures: NonNegative = 300  # of the drawn set are scored before the first step; 0: none
     gate_card: Share = 0.84  # the teacher's own GenEval-lite: what is drawn may not score below
     gate_prompts: NonNegative = 10  # GenEval-lite prompts of each category at each validation; 0: only distances
-    gate_distance: PositiveNumber = 1.0  # times the teacher's own distance: the student may not be farther away
-    gate_margin: Share = 0.05  # by which the student's score may be below: so few prompts have an error
+    gate_margin: Share = 0.05  # by which the student's score may be below its teacher's: so few prompts have an error
+    gate_distance: PositiveNumber = 1.0  # where no score decides: how much farther away it may be, times the teacher's
     gradient_checkpointing: bool = False  # computes activations again instead of keeping them
     data: DrawnConfig = dataclasses.field(default_factory=DrawnConfig)
     optimizer: OptimizerConfig = dataclasses.field(

@@ -61,6 +61,7 @@ OUTPUTS = {  # command -> words, with PLACE for what it writes
     "challenge": [[*SMALL, "--run-dir", "PLACE"]],
     "course assignment": [["PLACE"]],
     "course lab": [["PLACE"]],
+    "course playground": [["regression=run", "--folder", "PLACE"]],
 }
 ELSEWHERE = {  # they write beside what they are given, or nothing
     "ship": "into a folder that must hold weights, tested below",

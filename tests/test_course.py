@@ -4,13 +4,17 @@ import ast
 import json
 import re
 import shlex
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from nitro_e_lite.cli.app import app
-from nitro_e_lite.course import assignment, notebooks
+from nitro_e_lite.course import assignment, notebooks, playground
 from nitro_e_lite.course import debugging_lab as lab
 from nitro_e_lite.experiments import challenge
 
@@ -246,3 +250,80 @@ def test_a_diagnosis_needs_all_eight():
     causes = {name: lab.describe(run) for name, run in lab.RUNS.items() if name != "sound"}
     assert len(set(causes.values())) == 8 and lab.is_right(causes)
     assert not lab.is_right(causes | {"run-1": causes["run-2"]}) and not lab.is_right({})
+
+
+# The playground
+
+
+def test_the_playground_shows_a_run_at_its_moments_and_what_gates_say_of_a_failed_one(teacher_folder, cache, tmp_path):
+    """One run stands for all: before, at a checkpoint and at its end, the same noises; then a copy whose log is bad."""
+    from nitro_e_lite.config import DrawnConfig, override
+    from nitro_e_lite.presets import preset
+    from nitro_e_lite.stages.distill import distill
+
+    run, bad = tmp_path / "run", tmp_path / "bad"
+    data = DrawnConfig(folders=(str(cache),), encoders=str(teacher_folder), validation_rows=2)
+    words = ["steps=4", "checkpoint_every=2", "keep_checkpoints=9", "validate_every=2", "optimizer.lr=0.01"]
+    smoke = replace(preset("distill", "smoke"), teacher=str(teacher_folder), data=data, head_width=8)
+    distill(override(smoke, words), run, device="cpu")
+    shown = playground.Shown.parse(f"regression={run}")
+    assert [step for step, _ in shown.moments(9)] == [0, 2, 4] and [step for step, _ in shown.moments(2)] == [0, 4]
+    ends = [shown.pipeline(weights) for weights in (run / "checkpoints" / "step-00000004", run / "final")]
+    drawn = [
+        pipeline("a red circle", generator=torch.Generator().manual_seed(0), **how.arguments())
+        for pipeline, how in ends
+    ]
+    assert ends[0][1].steps == 4 and ends[0][1].guidance == 0 and np.array_equal(*(one.images[0] for one in drawn))
+    shutil.copytree(run, bad)
+    rows = [{"step": k, "heads_right": 1.0, "seconds": float(k)} for k in range(1, 5)]
+    (bad / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["course", "playground", f"regression={run}", "--failed", f"too strong={bad}", "--prompts", "0", "--json"]
+    result = CliRunner().invoke(app, [*words, "--folder", str(tmp_path / "page"), "--moments", "3"])
+    assert result.exit_code == 0, result.output
+    found = playground.read(tmp_path / "page")
+    (method,) = found["methods"]
+    assert method["steps"] == 4 and len(method["frames"]) == 3 and method["points"] == []
+    first, _, last = ((tmp_path / "page" / frame["picture"]).read_bytes() for frame in method["frames"])
+    assert first != last
+    said = playground.diagnoses(found, tmp_path / "page")["too strong"]
+    assert "gate discriminator-balance" in said and said in result.stdout
+    page = playground.slider(found, tmp_path / "page")
+    minute, (column,) = page.children[0], page.children[1].children
+    assert column.children[0].value == first and "before" in column.children[1].value
+    minute.max, minute.value = 99, 99
+    assert column.children[0].value == last and "before" not in column.children[1].value
+    assert playground.film(found, tmp_path / "page").width > 2 * playground.SIDE
+    with pytest.raises(ValueError, match="must read NAME=RUN"):
+        playground.Shown.parse("regression")
+    with pytest.raises(ValueError, match="is no run of distill, sprint or rewards"):
+        playground.Shown.parse(f"a={tmp_path}")
+
+
+def test_the_log_of_a_shipped_student_goes_on_where_it_learned_from_rewards(tmp_path, monkeypatch):
+    monkeypatch.setattr(playground.files, "weights_dir", lambda: tmp_path)
+    assert playground.shipped_run("lite-4step") is None
+    (tmp_path / "lite-4step").mkdir()
+    rows = [{"step": k, "seconds": 60.0 * k, "loss": 1.0} for k in (1, 2)] + [{"step": 2, "geneval": 0.8}]
+    later = [{"step": 4, "seconds": 30.0, "loss": 1.0}, {"step": 4, "geneval": 0.9}]
+    for name, some in (("metrics", [*rows, {"step": 2, "teacher_geneval": 0.7}]), ("rewards", later)):
+        lines = "".join(json.dumps(row) + "\n" for row in some)
+        (tmp_path / "lite-4step" / f"{name}.jsonl").write_text(lines)
+    _, score, cards = playground.shipped_run("lite-4step").axes
+    drawn = [line.get_xydata().tolist() for line in score.lines[:2]]
+    assert drawn == [[[2.0, 0.8]], [[2.5, 0.9]]] and score.lines[2].get_ydata()[0] == 0.7
+    found = playground.scores()
+    assert [text.get_text() for text in cards.get_yticklabels()] == list(found)
+    assert {card["images"] for card in found.values()} == {2400} and next(iter(found)) == "lite, 40 passes"
+
+
+def test_the_shipped_playground_is_small_and_whole():
+    found, files_ = playground.read(), [path for path in playground.FOLDER.glob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files_) < 400_000
+    named = {frame["picture"] for method in found["methods"] for frame in method["frames"]}
+    named |= {one["log"] for one in found["failed"]} | {playground.INDEX}
+    assert {path.name for path in files_} == named
+    for method in found["methods"]:
+        minutes = [frame["minute"] for frame in method["frames"]]
+        assert minutes == sorted(minutes) and all(p["low"] <= p["score"] <= p["high"] for p in method["points"])
+    for said in playground.diagnoses(found).values():
+        assert said.startswith("gate ")

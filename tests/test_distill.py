@@ -28,7 +28,7 @@ from nitro_e_lite.model import flow
 from nitro_e_lite.presets import preset
 from nitro_e_lite.scenes.captions import is_reserved
 from nitro_e_lite.scenes.grammar import is_held_out, sample_scene
-from nitro_e_lite.stages import discriminator
+from nitro_e_lite.stages import discriminator, gates
 from nitro_e_lite.stages.distill import Distill, distill
 from nitro_e_lite.training.engine import Engine
 
@@ -474,6 +474,42 @@ def test_a_student_below_its_teacher_stops_the_run(config, tmp_path):
     ):
         Engine(spoiled, Distill, tmp_path, device="cpu").fit()
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl") if "distance" in row] == [1]
+
+
+AS_GOOD = {"distance": 0.5, "teacher_distance": 0.5, "geneval": 0.7, "teacher_geneval": 0.7}
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"distance": 0.6, "geneval": 0.78}, None),  # far from the teacher's pictures and better ones
+        ({"distance": 0.1, "geneval": 0.64}, "GenEval-lite 0.640, below its 0.700 .*0.1000, its own 0.5000"),
+        ({"geneval": 0.66}, None),  # within the margin
+        ({"geneval": math.nan}, "GenEval-lite nan"),
+        ({"distance": 0.6, "geneval": 0.0, "teacher_geneval": 0.05}, "pictures 0.6000, its own 0.5000"),
+        ({"distance": math.nan, "teacher_geneval": 0.0}, "pictures nan"),
+    ],
+)
+def test_the_score_decides_where_it_can(config, changes, says):
+    """A score that no student could be below, the margin being what it is, leaves it to the distance."""
+    found = AS_GOOD | changes
+    gates.check_student(found, config.steps // 4 - 1, 4, replace(config, gate_distance=1.0))
+    if says is None:
+        gates.check_student(found, config.steps, 4, replace(config, gate_distance=1.0))
+        return
+    with pytest.raises(GateFailed, match=f"student-below-teacher, step {config.steps}: .*{says}"):
+        gates.check_student(found, config.steps, 4, replace(config, gate_distance=1.0))
+
+
+def test_a_log_is_held_against_the_gates_afterwards(config):
+    """A row is the mean over several turns of the discriminator; the first gate that would have ended it is named."""
+    bounds = replace(config, steps=100, log_every=10, gate_window=20)  # five turns a row
+    rows = [{"step": 10 * k, "heads_right": 0.8 if k < 5 else 1.0} for k in range(1, 9)]
+    assert gates.replay(rows[:7], bounds) is None
+    found = gates.replay([*rows, {"step": 80, **AS_GOOD, "geneval": 0.0}], bounds)
+    assert "discriminator-balance, step 80: right on 1.000" in str(found) and "last 20 steps" in str(found)
+    found = gates.replay([*rows[:7], {"step": 70, **AS_GOOD, "geneval": 0.0}, rows[7]], bounds)
+    assert "student-below-teacher, step 70" in str(found)
 
 
 # -- what does not belong together

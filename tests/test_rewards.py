@@ -274,6 +274,21 @@ def test_window_leaves_out_the_last_step(small, tmp_path):
     assert windows == {range(k, k + 2) for k in range(4)}  # step 5 is the last
 
 
+def test_a_model_of_one_step_learns_from_its_one_jump(small, tmp_path):
+    """The forward process needs no step but the jump from pure noise; Flow-GRPO has none left that adds noise."""
+    engine = start(small("forward", "rollout_steps=1"), tmp_path)
+    assert math.isfinite(engine.step()["loss"])
+    stage = engine.stage
+    assert stage.sigmas == [1.0, 0.0]
+    features = stage.pipeline.encode_captions(["a red circle"])
+    noise = stage.noise(0, "start", [0])
+    with torch.no_grad():
+        jump = noise - stage.velocity(noise, features, torch.ones(1))
+    torch.testing.assert_close(stage.walk(noise, features, 0, 1), jump)
+    with pytest.raises(ValueError, match="grpo.window_range=1: must be below rollout_steps=1"):
+        small("grpo", "rollout_steps=1", "grpo.window_range=1")
+
+
 def test_what_does_not_fit_together_is_refused(small, tmp_path):
     for changes, words in [
         (["group=3"], "group=3: must be a divisor of updates . batch_size = 8"),

@@ -135,6 +135,18 @@ def test_a_student_begins_as_its_teacher_and_must_be_told_the_guidance(config):
     torch.testing.assert_close(guided, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_where_nothing_is_guided_the_teacher_is_asked_once(config):
+    stage = stage_of(replace(config, dense_time=False, guidance_embedding=False, guidance=1.0))
+    batch, asked = stage.batch(5, 0), []
+    x_t = trigflow.interpolate(batch.states[:, -1], batch.start, batch.time)
+    stage.guide.register_forward_pre_hook(lambda module, given: asked.append(len(given[0])))
+    once = stage.direction(x_t, batch.text, batch.time, batch.guidance)
+    stage._strengths = (1.0, 2.0)  # what others are told makes no difference to those who are told 1
+    twice = stage.direction(x_t, batch.text, batch.time, batch.guidance)
+    assert asked == [4, 8]
+    torch.testing.assert_close(once, twice, rtol=1e-5, atol=1e-5)
+
+
 def test_half_of_the_judged_pictures_begin_at_pure_noise_and_the_tangent_comes_in_slowly(config, monkeypatch):
     stage = stage_of(
         replace(config, dense_time=False, adversarial_weight=0.0, road_weight=0.0, steps=12, tangent_warmup=0.5)
@@ -155,7 +167,9 @@ def test_the_new_embedding_learns_to_say_what_the_old_one_said():
     old, new = (TimeEmbedding(32, "adaln_affine", dense=True, guided=guided) for guided in (False, True))
     errors = [sprint.fit_embedding(copy.deepcopy(new), old, steps, 0) for steps in (0, 100, 500)]
     assert errors[0] > 0.3 and errors[1] < 0.1 * errors[0] and errors[2] < errors[1], errors
-    assert errors[1] == sprint.fit_embedding(copy.deepcopy(new), old, 100, 0)  # the same bits again
+    assert errors[1] == sprint.fit_embedding(new, old, 100, 0)  # the same bits again
+    t, ones = torch.tensor([300.0, 700.0]), torch.ones(2)
+    assert torch.equal(new(t, guidance=ones), new(t, guidance=4 * ones))  # of guidance it still says nothing
 
 
 def test_uncertainty_begins_where_all_times_count_alike(config):

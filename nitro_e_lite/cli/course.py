@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from nitro_e_lite import files
 from nitro_e_lite.cli.terminal import Json, Overrides, RunDir, command, console, output, show_table
 from nitro_e_lite.cli.train import stoppable
 
@@ -43,6 +44,30 @@ def lab(
             result["drawn"][name] = log["drawn"]
             said = ", ".join(f"{value} {what}" for what, value in log["drawn"].items())
             console.print(f"{name}: {said}", markup=False, soft_wrap=True)
+
+
+@command(app, "playground")
+def playground(
+    runs: Annotated[list[str], typer.Argument(help="NAME=RUN or NAME=RUN@STEPS, in the order of the page.")],
+    failed: Annotated[list[str] | None, typer.Option(help="NAME=RUN that was meant to fail; repeat.")] = None,
+    arm: Annotated[list[str] | None, typer.Option(help="NAME=RUN of an ablation, once for each seed; repeat.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Gets the data; the package's own when none.")] = None,
+    moments: Annotated[int, typer.Option(min=2, help="Of each run: before, on the way, its end.")] = 4,
+    prompts: Annotated[int, typer.Option(min=0, help="Of each category, at each moment; 0: no new scores.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the noises.")] = 0,
+    json: Json = False,
+) -> None:
+    """Set students of few steps side by side for notebook 13: pictures and scores by minutes of training."""
+    with output(json) as result:
+        from nitro_e_lite.course import playground
+
+        folder = folder or playground.FOLDER
+        files.check_output(folder, "folder")
+        parts = [[playground.Shown.parse(text) for text in some or []] for some in (runs, failed, arm)]
+        result["said"] = []
+        for line in playground.write(*parts, folder, moments, prompts, seed):
+            result["said"].append(line)
+            console.print(line, markup=False, soft_wrap=True)
 
 
 @command(challenge_app, "challenge")

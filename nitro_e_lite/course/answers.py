@@ -237,6 +237,36 @@ add_rewards = Hidden(
 )
 
 
+# 12
+
+passes_saved = Hidden(
+    lambda steps, guided, student_steps: steps * (1 + guided) / student_steps,
+    ((20, True, 4), (20, False, 4), (50, True, 1)),
+)
+state_between = Hidden(
+    lambda x_a, x_b, a, b, level: x_a + (a - level) / (a - b) * (x_b - x_a),
+    (
+        (torch.tensor([0.0, 2.0]), torch.tensor([1.0, 0.0]), 0.9, 0.4, 0.8),
+        (torch.tensor([[3.0], [-1.0]]), torch.tensor([[0.5], [4.0]]), 1.0, 0.25, 0.3),
+        (torch.tensor([2.0, 1.0]), torch.tensor([0.0, 5.0]), 0.5, 0.0, 0.5),
+    ),
+)
+blurred = Hidden(
+    lambda p, a, b: [p * a + (1 - p) * b, p * (1 - p) * (a - b) ** 2],
+    ((0.5, -1.0, 1.0), (0.2, 3.0, 1.0), (1.0, 2.0, 7.0)),
+)
+
+
+# 13
+
+circle_time = Hidden(lambda s: math.atan2(s, 1 - s), ((0.0,), (0.2,), (0.75,), (1.0,)))
+jump_from_noise = Hidden(lambda F: -F, ((torch.tensor([0.3, -1.0]),), (torch.arange(6.0).sin().view(2, 3),)))
+tangent_strength = Hidden(
+    lambda rare, usual, c: [rare / usual, (rare + rare * c / usual) / (rare + c)],
+    ((30.0, 0.5, 0.1), (1000.0, 0.2, 0.1), (5.0, 2.0, 1.0)),
+)
+
+
 # 17
 
 hours = Hidden(

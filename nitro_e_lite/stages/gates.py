@@ -7,9 +7,10 @@ says what was measured, and what to look at. Of students:
     teacher-fine-tuned      with another time embedding the teacher answers as before (`sprint.py`)
     discriminator-balance   it is right on a share of pictures between two bounds: too often, there is nothing to learn
                             from; too rarely, it says nothing
-    student-below-teacher   from a quarter of the run on, the student is no worse than its teacher at as many steps
+    student-below-teacher   from a quarter of the run on, the student is no worse than its teacher at as many steps: by
+                            its score where that is measured, else by its distance to the teacher's pictures
 
-Of runs that learn from rewards (`EarlyStop`):
+`replay` holds the log of a run that is over against them. Of runs that learn from rewards (`EarlyStop`):
 
     diversity               the pictures of a group have not become alike
     held-out                the held-out score has not fallen far below its best
@@ -17,7 +18,8 @@ Of runs that learn from rewards (`EarlyStop`):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -169,23 +171,52 @@ class Balance:
 def check_student(found: Mapping[str, float], step: int, sampler_steps: int, config: StudentConfig) -> None:
     """Gate student-below-teacher, after step `step`; `found` is what `Student.validate` measures.
 
+    Where a score is measured it decides: a student that draws other good pictures than its teacher is far from the
+    teacher's, and a blur, the mean of all good pictures, is near. Distance decides where there is no score, or where
+    the teacher's own is so low that none could be worse.
+
     Raises:
         GateFailed: from a quarter of the run on, the student is worse.
     """
     if 4 * step < config.steps:
         return
-    problems = []
-    if found["distance"] > config.gate_distance * found["teacher_distance"]:
-        problems.append("distance to the teacher's pictures {distance:.4f}, above its own {teacher_distance:.4f}")
-    if "geneval" in found and found["geneval"] < found["teacher_geneval"] - config.gate_margin:
-        problems.append("GenEval-lite {geneval:.3f}, below its {teacher_geneval:.3f}")
-    if problems:
+    distance = "distance to the teacher's pictures {distance:.4f}, its own {teacher_distance:.4f}"
+    if found.get("teacher_geneval", 0.0) > config.gate_margin:
+        worse = not found["geneval"] >= found["teacher_geneval"] - config.gate_margin  # what is no number is worse
+        problem = f"GenEval-lite {{geneval:.3f}}, below its {{teacher_geneval:.3f}} ({distance})"
+    else:
+        worse, problem = not found["distance"] <= config.gate_distance * found["teacher_distance"], distance
+    if worse:
         raise GateFailed(
             f"gate student-below-teacher, step {step}: at {sampler_steps} steps without guidance the student is worse "
-            f"than its teacher: {' and '.join(problems).format(**found)}. Look at the pictures in samples/, at "
+            f"than its teacher: {problem.format(**found)}. Look at the pictures in samples/, at "
             "student_loss (still falling? train longer, raise optimizer.lr) and at student_adversarial (rising? lower "
             "adversarial_weight)"
         )
+
+
+def replay(rows: Iterable[Mapping[str, float]], config: StudentConfig) -> GateFailed | None:
+    """The first gate at which a run would have ended, from its metrics.
+
+    Args:
+        rows: of its `metrics.jsonl`; `heads_right` of a row is the mean over the discriminator's turns since the last.
+        config: the gates' bounds, and the run's `steps`, `log_every` and `sampler_steps`.
+
+    Returns:
+        What the gate says; None where the run would have gone on to its end.
+    """
+    balance, turns = Balance(config), max(1, config.log_every // 2)  # every second step is the discriminator's
+    try:
+        for row in rows:
+            row = {name: math.nan if value is None else value for name, value in row.items()}  # as JSON has it
+            for _ in range(turns if "heads_right" in row else 0):
+                balance.note(row["heads_right"], 0, 1)
+            balance.check(row["step"])
+            if "teacher_distance" in row:
+                check_student(row, row["step"], config.sampler_steps, config)
+    except GateFailed as failed:
+        return failed
+    return None
 
 
 class EarlyStop:

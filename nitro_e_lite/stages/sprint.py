@@ -51,6 +51,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SCMScheduler
 from torch import Tensor, nn
 
 from nitro_e_lite.config import SprintConfig
+from nitro_e_lite.inference.loading import load_transformer
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.model import flow, trigflow
 from nitro_e_lite.model.blocks import TimeEmbedding
@@ -124,7 +125,7 @@ def fit_embedding(new: TimeEmbedding, old: TimeEmbedding, steps: int, seed: int)
     """Teaches an embedding to say at each noise level what another says.
 
     Args:
-        new: learns, in place; on the CPU.
+        new: learns, in place, but for what it says of guidance; on the CPU.
         old: of the same width.
         steps: of Adam, on 256 noise levels each; its rate falls to 0.
         seed: of the levels.
@@ -133,7 +134,8 @@ def fit_embedding(new: TimeEmbedding, old: TimeEmbedding, steps: int, seed: int)
         Root of the mean squared difference over that of the old one's answers.
     """
     made, rate = generator(seed, 0, "embedding"), 3e-3
-    optimizer = torch.optim.Adam((p for p in new.parameters() if p.requires_grad), rate, betas=(0.9, 0.99))
+    learns = [weight for name, weight in new.named_parameters() if not name.startswith("guide.")]
+    optimizer = torch.optim.Adam(learns, rate, betas=(0.9, 0.99))
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * (1 - step / steps) ** 1.5
         t = flow.TIMESTEP_SCALE * torch.rand(256, generator=made)
@@ -196,7 +198,8 @@ class Sprint(Student):
         missing, unknown = self.student.load_state_dict(self.teacher.state_dict(), strict=False)
         assert not unknown and all(name.startswith("time_embed.guide.") for name in missing)
         if config.dense_time and config.embedding_steps:
-            fit_embedding(self.student.time_embed, self.teacher.time_embed, config.embedding_steps, config.seed)
+            old = load_transformer(config.teacher).time_embed  # not rounded, and on the CPU wherever the teacher is
+            fit_embedding(self.student.time_embed, old, config.embedding_steps, config.seed)
         if config.gradient_checkpointing:
             self.student.enable_gradient_checkpointing()
         self.model = Sprinter(self.student)
