@@ -213,6 +213,35 @@ _STUDENT_SMOKE = {
     "data": DrawnConfig(validation_rows=2),
 }
 
+# What "lite-4step" and "lite-sprint" are. Their teacher is "lite" after rewards, which needs no guidance and few steps:
+# `nitro-e data draw data/drawn --model lite-grpo --steps 8 --guidance 0 --count 6000`.
+_STUDENT_LITE = {
+    "teacher": "lite-grpo",
+    "precision": "auto",
+    "log_every": 20,
+    "validate_every": 200,
+    "data": DrawnConfig(verified=True),
+}
+_DISTILL = DistillConfig(
+    **_STUDENT_LITE,
+    steps=800,
+    ema_decay=0.99,
+    jumps=True,
+    regression_share=1.0,
+    adversarial_weight=0.0,
+    gate_prompts=20,
+    optimizer=dataclasses.replace(DistillConfig().optimizer, lr=2e-4, warmup_steps=50, decay_steps=400),
+)
+_SPRINT = SprintConfig(
+    **_STUDENT_LITE,
+    steps=1700,
+    guidance=1.0,
+    guidances=(1.0,),
+    guidance_embedding=False,
+    road_share=0.6,
+    optimizer=dataclasses.replace(SprintConfig().optimizer, decay_steps=600),
+)
+
 # Of the published distillation the number of steps and of devices is known, and the rate of its predecessor; of
 # SANA-Sprint everything but the length on this model. GenEval-lite is about the lite scenes. Neither has been run.
 _STUDENT_FULL = {
@@ -236,7 +265,7 @@ _SLOW = OptimizerConfig(name="adamw", lr=1e-6, betas=(0.9, 0.999), warmup_steps=
 
 PRESETS: dict[tuple[str, str], RunConfig] = {
     ("distill", "smoke"): DistillConfig(**_STUDENT_SMOKE, regression_share=0.5),
-    ("distill", "lite"): DistillConfig(),
+    ("distill", "lite"): _DISTILL,
     ("distill", "full"): DistillConfig(
         **_STUDENT_FULL,
         regression_share=0.0,  # as published: adversary and regression from the start
@@ -250,7 +279,7 @@ PRESETS: dict[tuple[str, str], RunConfig] = {
     ("sprint", "smoke"): SprintConfig(
         **_STUDENT_SMOKE, embedding_steps=50, finetune_share=0.375, road_share=0.0, gate_finetune=1000.0
     ),
-    ("sprint", "lite"): SprintConfig(),
+    ("sprint", "lite"): _SPRINT,
     ("sprint", "full"): SprintConfig(
         **_STUDENT_FULL,
         ema_decay=0.999,

@@ -45,6 +45,7 @@ def test_the_chain_leaves_weights_notebooks_and_metrics_and_knows_when_it_is_don
     assert card["images"] == 6 and 0 <= card["overall"] <= 1 and (run_dir / "uncurated.png").is_file()
     students = json.loads((run_dir / "students.json").read_text(encoding="utf-8"))
     assert {stage: (one["images"], one["steps"]) for stage, one in students.items()} == {
+        "rewards": (6, 4),
         "distill": (6, 4),
         "sprint": (6, 2),
     }
@@ -52,7 +53,7 @@ def test_the_chain_leaves_weights_notebooks_and_metrics_and_knows_when_it_is_don
     assert set(probe) == {"trained", "pixels", "untrained"}
 
     again = reproduce.Chain("smoke", run_dir, seed=3, overrides=OVERRIDES)
-    assert [seconds for _, seconds in again.run()] == [None] * 12
+    assert [seconds for _, seconds in again.run()] == [None] * 13
     report = json.loads((run_dir / "reproduce.json").read_text(encoding="utf-8"))
     assert list(report["steps"]) == [step.name for step in again.steps()]
     with pytest.raises(ValueError, match="holds a chain with"):

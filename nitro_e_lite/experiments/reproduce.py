@@ -6,9 +6,10 @@
     notebooks/                            both notebooks as they were executed
     weights/                              encoders and transformer as a pipeline, for `nitro-e sample --model`
     evaluation.json, uncurated.png        GenEval-lite of these weights
-    drawn/                                what these weights drew for students
+    rewards/                              what these weights learned from rewards: an adapter
+    drawn/                                what they drew for students after that
     distill/, sprint/                     the students of four steps, and of 1, 2 and 4
-    students.json                         GenEval-lite of both, without guidance
+    students.json                         GenEval-lite after rewards and of both students, without guidance
     reproduce.json                        seconds of each step over all its attempts, and where its result is
 
 A step that came to its end is left out and a training goes on from its checkpoint, so the same command continues a
@@ -49,7 +50,8 @@ from nitro_e_lite.stages.vision import VisionConfig, train_vision
 
 SCALES = ("smoke", "lite")
 STAGES = {"stage1": "09_repa_pretraining", "stage2": "10_fine_tuning_ema"}
-DRAWN = {"smoke": 8, "lite": 10_000}  # pictures that students learn from
+DRAWN = {"smoke": 8, "lite": 6000}  # pictures that students learn from
+TEACHER = {"steps": 8, "guidance": 0.0}  # how they are drawn
 _SMALL = {  # overrides of the encoders at smoke scale
     "autoencoder": ["steps=2", "batch_size=2"],
     "language_model": ["steps=2", "batch_size=4"],
@@ -120,6 +122,7 @@ class Chain:
             Step("stage 2, EMA", "notebooks/10_fine_tuning_ema.ipynb", lambda: self._stage("stage2")),
             Step("pipeline", "weights/SHA256SUMS", self._assemble),
             Step("evaluation", "evaluation.json", self._evaluate),
+            Step("stage 3, rewards", "rewards/final/adapter_config.json", self._rewards),
             Step("drawn set", "drawn/done.json", self._draw),
             Step("stage 4, distillation", "distill/final/config.json", lambda: self._student("distill")),
             Step("SANA-Sprint", "sprint/final/config.json", lambda: self._student("sprint")),
@@ -187,29 +190,36 @@ class Chain:
         shutil.copytree(self.run_dir / "encoders", self.run_dir / "weights", dirs_exist_ok=True)
         ship(self.run_dir / "stage2" / "training", str(self.run_dir / "weights"))
 
+    def _rewards(self) -> None:
+        changes = [f"seed={self.seed}", f"start_from={json.dumps(str(self.run_dir / 'weights'))}"]
+        chosen = configuration.override(presets.preset("rewards", self.preset), changes)
+        with watched(self.run_dir / "rewards", self.say):
+            launch(chosen, self.run_dir / "rewards", processes=self.devices, resume=True)
+
     def _draw(self) -> None:
         """The teacher's pictures, its states at the student's levels; a drawing that was killed goes on."""
         student, out = presets.preset("distill", self.preset), self.run_dir / "drawn"
         prompts, sampler = GrammarPrompts(self.seed, DRAWN[self.preset]), {"shift": student.shift}
-        sampler["student_steps"] = student.sampler_steps
-        done = Drawing(load_pipeline(self.run_dir / "weights"), prompts, out, seed=self.seed, **sampler).run()
+        sampler |= TEACHER | {"student_steps": student.sampler_steps}
+        done = Drawing(load_pipeline(self.run_dir / "rewards"), prompts, out, seed=self.seed, **sampler).run()
         (out / "done.json").write_text(json.dumps(done) + "\n", encoding="utf-8")
 
     def _student(self, stage: str) -> None:
         """Trains a student; its gate on the drawn set asks for what this chain's own model scores."""
         card = json.loads((self.run_dir / "evaluation.json").read_text(encoding="utf-8"))
         encoders = str(self.run_dir / "encoders")
-        changes = [f"teacher={json.dumps(str(self.run_dir / 'weights'))}", f"gate_card={card['overall']}"]
+        changes = [f"teacher={json.dumps(str(self.run_dir / 'rewards'))}", f"gate_card={card['overall']}"]
         changes += [
             f"data.folders={json.dumps([str(self.run_dir / 'drawn')])}",
             f"data.encoders={json.dumps(encoders)}",
         ]
         chosen = configuration.override(presets.preset(stage, self.preset), [f"seed={self.seed}", *changes])
-        launch(chosen, self.run_dir / stage, processes=self.devices, resume=True)
+        with watched(self.run_dir / stage, self.say):
+            launch(chosen, self.run_dir / stage, processes=self.devices, resume=True)
 
     def _evaluate_students(self) -> None:
         found = {}
-        for stage in ("distill", "sprint"):
+        for stage in ("rewards", "distill", "sprint"):
             prompts, seeds = self._prompts()
             found[stage] = evaluate(load_pipeline(self.run_dir / stage), prompts, seeds=seeds).card
         (self.run_dir / "students.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
