@@ -20,7 +20,7 @@ LAYER, BLOCK, MODEL, TAP, AVERAGE, REWARDS, LOSSES = (
     "torch.testing.assert_close(my_advantages(",
     "clip and forward loss are the package's",
 )
-AHEAD, LOOK = "(following - sigma)", "velocity(x, sigma)"  # of notebook 16
+AHEAD, V = "(following - sigma)", "velocity(x, sigma)"  # of notebook 16
 QUICK = {  # fewer steps, so that a row costs a second
     "02": [("range(64)", "range(4)")],
     "03": [("prompts=6", "prompts=2")],
@@ -153,14 +153,9 @@ WRONG = [
     ("15", 'check("diagonal"', "return None", "return (a - b) / (n - 1)"),
     ("16", 'check("bill"', "return None", "return 2 * sum(steps for steps, _ in lanes)"),
     ("16", 'check("limit"', "return None", "return (a + count * b + c) / (a + b)"),
-    ("16", 'check("heun"', "return None  #", f"return x + {AHEAD} * {LOOK}  #"),  # Euler's
-    ("16", 'check("heun"', "return None  #", f"return x + {AHEAD} * ({LOOK} + velocity(x, following)) / 2  #"),
-    (
-        "16",
-        'check("heun"',
-        "return None  #",
-        f"return x + {AHEAD} * ({LOOK} + velocity(x + {AHEAD} * {LOOK}, sigma)) / 2  #",
-    ),
+    ("16", 'check("heun"', "return None  #", f"return x + {AHEAD} * {V}  #"),  # Euler's
+    ("16", 'check("heun"', "return None  #", f"return x + {AHEAD} * ({V} + velocity(x, following)) / 2  #"),
+    ("16", 'check("heun"', "return None  #", f"return x + {AHEAD} * ({V} + velocity(x + {AHEAD} * {V}, sigma)) / 2  #"),
     ("17", 'check("hours"', "return None", "return steps * work / (devices * peak * share) / 3600"),  # no exchange
     ("17", 'check("accumulate"', "return None", "return 16"),
 ]
