@@ -20,6 +20,7 @@ LAYER, BLOCK, MODEL, TAP, AVERAGE, REWARDS, LOSSES = (
     "torch.testing.assert_close(my_advantages(",
     "clip and forward loss are the package's",
 )
+AHEAD, V = "(following - sigma)", "velocity(x, sigma)"  # of notebook 16
 QUICK = {  # fewer steps, so that a row costs a second
     "02": [("range(64)", "range(4)")],
     "03": [("prompts=6", "prompts=2")],
@@ -138,6 +139,25 @@ WRONG = [
     ("11", LOSSES, "torch.maximum(-advantage", "torch.minimum(-advantage"),
     ("11", LOSSES, "old + sign * beta * (v - old)", "old + sign * (v - old)"),
     ("11", LOSSES, "5 / beta * loss", "loss"),
+    ("12", 'check("passes"', "return None", "return teacher_steps * 2 / student_steps"),  # always guided
+    ("12", 'check("between"', "return None", "return x_a + (a - level) * (x_b - x_a)"),
+    ("12", 'check("blur"', "return None  #", "return p * a + (1 - p) * b, (a - b) ** 2 / 4  #"),  # true for 1/2 alone
+    ("13", 'check("time"', "return None", "return s * math.pi / 2"),
+    ("13", 'check("jump"', "return None", "return F"),
+    ("13", 'check("strength"', "return None  #", "return rare / usual, rare / (usual + c)  #"),
+    ("14", 'check("step"', "return None", "return 2.0 ** (math.frexp(x)[1] - 4)"),  # steps that shrink for ever
+    ("14", 'check("bytes"', "return None", "return p * (1 + 4 / group) / 2 + (1 - p)"),
+    ("14", 'check("share"', "return None", "return 2 * (1 - 1 / gain)"),
+    ("15", 'check("pictures"', "return None", "return 1.96 * p * (1 - p) / half**2"),
+    ("15", 'check("lost prompts"', "return None", "return right * count / (count - lost) - right"),
+    ("15", 'check("diagonal"', "return None", "return (a - b) / (n - 1)"),
+    ("16", 'check("bill"', "return None", "return 2 * sum(steps for steps, _ in lanes)"),
+    ("16", 'check("limit"', "return None", "return (a + count * b + c) / (a + b)"),
+    ("16", 'check("heun"', "return None  #", f"return x + {AHEAD} * {V}  #"),  # Euler's
+    ("16", 'check("heun"', "return None  #", f"return x + {AHEAD} * ({V} + velocity(x, following)) / 2  #"),
+    ("16", 'check("heun"', "return None  #", f"return x + {AHEAD} * ({V} + velocity(x + {AHEAD} * {V}, sigma)) / 2  #"),
+    ("17", 'check("hours"', "return None", "return steps * work / (devices * peak * share) / 3600"),  # no exchange
+    ("17", 'check("accumulate"', "return None", "return 16"),
 ]
 
 

@@ -267,10 +267,67 @@ tangent_strength = Hidden(
 )
 
 
+# 14
+
+_E4M3 = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()  # all that are finite and not negative
+
+step_at = Hidden(
+    lambda x: (_E4M3[_E4M3 > x].min() - x).item(), ((20.0,), (1.0,), (15.0,), (240.0,), (2**-6,), (3 * 2**-9,), (0.0,))
+)
+bytes_ratio = Hidden(
+    lambda p, group, scale_bytes: 1 - p / 2 * (1 - scale_bytes / group), ((0.95, 768, 4), (1.0, 32, 1), (0.5, 192, 2))
+)
+share_needed = Hidden(
+    lambda gain, faster: (gain - 1) * faster / (gain * (faster - 1)), ((1.8, 2), (1.5, 4), (1.05, 2), (2.5, 3))
+)
+
+
+# 15
+
+pictures_needed = Hidden(
+    lambda p, half: (1.959964 / half) ** 2 * p * (1 - p), ((0.84, 0.01), (0.5, 0.03), (0.05, 0.002))
+)
+rise = Hidden(
+    lambda right, count, lost, categories: right * lost / (count - lost) / categories,
+    ((0.28, 100, 9, 6), (0.5, 40, 1, 3), (0.7, 99, 0, 6)),
+)
+diagonal = Hidden(lambda n, a, b: (a - b) / n, ((50, 8.0, 3.0), (2, 1.0, 0.5), (96, 2.0, 5.0)))
+
+
+# 16
+
+race_bill = Hidden(
+    lambda lanes: sum(2 * steps if guided else steps for steps, guided in lanes),
+    (([(20, True), (4, True), (1, True)],), ([(20, True), (4, False)],), ([(7, False)],)),
+)
+limit = Hidden(
+    lambda a, b, c, count: (a + c + b * count) / (a + c + b),
+    ((0.02, 0.05, 0.03, 20), (0.001, 1.0, 0.002, 50), (3.0, 0.5, 1.0, 4)),
+)
+
+
 # 17
 
+
+def _hours(steps: int, work: float, devices: int, peak: float, share: float, gradient: float, link: float) -> float:
+    exchange = 2 * (devices - 1) / devices * gradient / link
+    return steps * (work / (devices * peak * share) + exchange) / 3600
+
+
+def _parts(memory: float, samples: int, constant: float, each: float) -> int:
+    return next(2**k for k in range(20) if constant + samples / 2**k * each <= memory)
+
+
 hours = Hidden(
-    lambda work, devices, peak, share: work / (devices * peak * share) / 3600,
-    ((1e20, 8, 989.4e12, 0.3), (3e19, 1, 165e12, 0.5), (2e20, 64, 1307.4e12, 0.2)),
+    _hours,
+    (
+        (150_000, 5.2e14, 8, 989.4e12, 0.3, 1.24e9, 450e9),
+        (1000, 3e13, 1, 165e12, 0.5, 1.24e9, 32e9),
+        (50_000, 2e14, 64, 1307.4e12, 0.2, 0.62e9, 50e9),
+    ),
+)
+smallest_accumulate = Hidden(
+    _parts,
+    ((24e9, 512, 9.4e9, 0.249e9), (80e9, 256, 9.4e9, 0.249e9), (16e9, 2048, 6e9, 0.05e9), (48e9, 512, 30e9, 0.3e9)),
 )
 best_interval = Hidden(lambda save, between: (2 * save * between) ** 0.5, ((10.0, 86_400.0), (15.0, 6000.0)))
