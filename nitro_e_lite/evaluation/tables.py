@@ -98,10 +98,12 @@ def _against_16_bit(cards: Cards) -> list[str]:
         if (other := card.get("against")) and card.get("fp8") and other["model"] == card["model"]:
             score, near = other["score"], card["psnr"]
             here = f"`{card['model']}`, {_steps(card)}, {score[0]:+.4f} ({score[1]:+.4f} to {score[2]:+.4f}), "
-            here += f"lost {other['lost']:.2%}, won {other['won']:.2%}, "
+            here += f"lost {100 * other['lost']:.2f} %, won {100 * other['won']:.2f} %, "
             found.append(f"{here}{near['median']:.1f} dB ({near['low']:.1f} to {near['high']:.1f})")
-    what = "FP8 minus 16 bit, GenEval-lite of the same pictures (bar: within 0.01); pictures lost, which is the most that a "
-    what += "switch to 16 bit could win back, and won; PSNR, median and 90 % of pictures"
+    what = (
+        "FP8 minus 16 bit, GenEval-lite of the same pictures (bar: within 0.01); pictures lost, the most that a switch "
+    )
+    what += "to 16 bit could win back, and won; PSNR, median and 90 % of pictures"
     command = "nitro-e evaluate --fp8 --against CARD"
     return [f"| {what} | no visible loss (SD3.5 article) | {'; '.join(found)} | `{command}` |"] if found else []
 
@@ -249,7 +251,8 @@ def speed_and_quality(cards: Cards) -> Figure:
             middle, low, high = np.array(list(categories(card).values())).T
             place = np.arange(len(middle)) + (number - (len(names) - 1) / 2) * 0.8 / len(names)
             pale = {"alpha": 1 - 0.6 * step / max(1, len(rows)), "markersize": 3.5, "ls": "none"}
-            axes[2].errorbar(place, middle, [middle - low, high - middle], **look, **pale)
+            bars = np.maximum([middle - low, high - middle], 0)
+            axes[2].errorbar(place, middle, bars, **look, **pale)
     unit = "pictures a second, in turn on one machine" if all(taken) else "passes of the transformer a picture"
     ticks = {} if all(taken) else {"xticks": (1, 2, 4, 10, 20, 40), "xticklabels": (1, 2, 4, 10, 20, 40)}
     axes[1].set(xscale="log", xlabel=unit, ylabel="GenEval-lite", ylim=(0, 1), **ticks)
