@@ -43,6 +43,7 @@ OUTPUTS = {  # command -> words, with PLACE for what it writes
     "scores": [["fid", "fid.json", "prompts.jsonl", "pictures", "--out", "PLACE.png"]],
     "eyes": [["--redraw", "PLACE"]],
     "benchmark": [["--peers", "--out", "PLACE.png"], ["--beside", "lite@1", "--out", "PLACE.png"]],
+    "data benchmark": [["--out", "PLACE.png"]],
     "data encode": [["folder", "pictures", "PLACE"]],
     "data draw": [["PLACE", "--count", "1", *FAST]],
     "compare": [[*SMALL, "--variant", "a: guidance=2", "--points", "1", "--seeds", "0", "--run-dir", "PLACE"]],
@@ -69,7 +70,6 @@ ELSEWHERE = {  # they write beside what they are given, or nothing
     "tables": "README and a figure of a checkout",
     "data check": "reports beside the data, or a warning",
     **dict.fromkeys(["count", "sensitivity", "reward serve", "doctor", "overfit", "plan"], "nothing"),
-    "data benchmark": "a temporary folder",
 }
 CASES = [(name, words) for name, ways in OUTPUTS.items() for words in ways]
 

@@ -281,6 +281,17 @@ def test_every_linear_layer_is_converted_kept_or_skipped_and_counted():
     json.dumps(report.to_dict())
 
 
+def test_a_student_that_is_told_guidance_goes_into_fp8():
+    model, strength = build(guidance_embedding=True, dense_time=True), {"guidance": 3.0}
+    with torch.no_grad():
+        expected = model(*inputs(), **strength).sample
+        report = fp8.quantize_model(model)
+        found = model(*inputs(), **strength).sample
+    assert 0 < difference(found, expected) < 0.05
+    told = {name for name in linears(model) if ".guide" in name}
+    assert told and all(name in report.kept or report.converted[name] == "weight" for name in told)
+
+
 def test_weights_multiply_as_codes_times_scales():
     model = build(torch.float32)
     before = copy.deepcopy(model)
@@ -778,6 +789,9 @@ def test_a_score_of_a_model_in_fp8_says_so(shipped, tmp_path, capfd):
     words = ["evaluate", "--prompts", str(tmp_path / "one.jsonl"), "--steps", "1", "--seeds", "1", "--fp8"]
     code, card = command(capfd, *words)
     assert code == 0 and card["fp8"] == "weight_only" and card["dtype"] == "bfloat16" and card["verdicts"] in ("0", "1")
+    assert card["psnr"]["pictures"] == 1 and 20 < card["psnr"]["median"] < 99  # near 16 bit, and not the same
+    exact = load_transformer("lite").to(torch.bfloat16)
+    assert 0.5 < card["transformer_bytes"] / fp8.count_bytes(exact).total < 0.9
 
 
 def test_doctor_names_the_rung_and_why(capfd):

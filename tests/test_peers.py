@@ -34,6 +34,11 @@ def test_parameters_and_tflops_are_the_papers_or_the_difference_is_explained():
         assert (counts.parameters, counts.tflops) == (stored["parameters"], pytest.approx(stored["tflops"])), one.name
 
 
+def test_sd35_has_its_real_size():
+    counts = peers.count(ALL["sd35_large"])
+    assert counts.parameters == pytest.approx(8.06e9, rel=0.01) and set(peers.IN_FP8) <= set(ALL)
+
+
 def test_hunyuans_figure_is_that_of_1024_px():
     large = ROWS["hunyuan_dit"].inputs | {"hidden_states": ["B", 4, 128, 128]}
     counts = peers.count(dataclasses.replace(ROWS["hunyuan_dit"], inputs=large))
@@ -60,12 +65,13 @@ def tiny():
 
 
 def test_peers_are_timed_by_parts_and_compared(tiny, monkeypatch):
-    monkeypatch.setattr(peers, "count", lambda peer: None)
+    monkeypatch.setattr(peers, "count", lambda peer: peers.Counts(0, 10**6, 0))
     rows = list(peers.time_peers(tiny, 2, "cpu", "bfloat16", repeats=1))
     assert [row["key"] for row in rows] == ["sana_600m", "few"] and all(row["batch"] == 2 for row in rows)
     for row in rows:
         assert row["in_all"] == pytest.approx(row["text"] + row["steps"] * row["pass"] + row["decoder"])
-        assert row["images_per_second"] == pytest.approx(2 / row["in_all"]) and row["peak_share"] is None
+        assert row["images_per_second"] == pytest.approx(2 / row["in_all"]) and row["dtype"] == "bfloat16"
+        assert row["peak_share"] * row["pass"] > 0  # of what a large product reaches on this machine
     found = peers.ratios(rows)
     assert found["sana_600m"] == {"end_to_end": 1, "transformer": 1}
     assert found["few"]["transformer"] > 2  # a fifth of the passes, half of the rows
@@ -94,6 +100,12 @@ def test_benchmark_peers_prints_and_writes_a_card(tiny, monkeypatch, tmp_path):
     card = json.loads((tmp_path / "peers.json").read_text())
     cards.check(card)
     assert card["ratios"]["1"]["sana_600m"]["end_to_end"] == 1 and len(card["rows"]) == 2
-    for more in (["--fp8"], ["--steps", "4"], ["--model", "elsewhere"]):
+    monkeypatch.setattr(peers, "IN_FP8", ("few",))
+    found = CliRunner().invoke(app, [*words, "--fp8", "--json"])
+    (row,) = json.loads(found.stdout)["rows"]
+    assert row["rung"] == "weight_only" and row["ratio"] == pytest.approx(row["pass"] / row["pass_fp8"])
+    assert 0.5 < row["bytes"] < 0.95 and "hundreds of times slower" in row["reasons"][0]
+    for more in (["--fp8", "--dtype", "float32"], ["--steps", "4"], ["--model", "elsewhere"]):
         assert CliRunner().invoke(app, [*words, *more]).exit_code == 2
-    assert CliRunner().invoke(app, ["benchmark", "--compile"]).exit_code == 2
+    for more in (["--transformer", "smoke"], ["--beside", "lite@1"]):
+        assert CliRunner().invoke(app, ["benchmark", "--compile", *more]).exit_code == 2

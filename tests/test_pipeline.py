@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from nitro_e_lite.inference.arguments import as_grid, seeded_generators
 from nitro_e_lite.inference.encoders import LatentStats, decode_latents
 from nitro_e_lite.inference.hub import EncoderUnavailable
 from nitro_e_lite.inference.loading import load_pipeline
-from nitro_e_lite.inference.pipeline import Sampler
+from nitro_e_lite.inference.pipeline import NitroEPipeline, Sampler
+from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.official_weights import save_official
 
 PROMPTS = ["a red star", "two blue squares", "a green cross above a white heart"]
@@ -241,6 +243,21 @@ def test_output_types_show_the_same_picture(tiny_pipeline):
 def test_other_sizes_that_fit(tiny_pipeline):
     image = tiny_pipeline(PROMPTS[0], height=128, width=64, num_inference_steps=1).images[0]
     assert image.size == (64, 128)
+
+
+def test_compiled_steps_draw_the_same_picture(tiny_pipeline):
+    """By inductor, in one graph that serves every step: guidance is inside of it."""
+    size = {"in_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "caption_channels": 32}
+    one_block = EMMDiTTransformer2DModel(**size, block_groups=(1,), compression=False).eval()
+    pipeline = NitroEPipeline(**tiny_pipeline.components | {"transformer": one_block}, max_text_length=16)
+    pipeline.set_progress_bar_config(disable=True)
+    draw = partial(latents_of, pipeline, PROMPTS[:2], num_inference_steps=3, guidance_scale=2.5)
+    expected = draw(generator=seeded(0, 1))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    pipeline.compile(fullgraph=True)
+    torch.testing.assert_close(draw(generator=seeded(0, 1)), expected, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_callback_sees_every_step_and_may_change_the_latents(tiny_pipeline):

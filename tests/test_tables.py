@@ -1,12 +1,13 @@
 """README's table and figure are what the cards give; cards with a wrong count are refused."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from nitro_e_lite.evaluation import cards, tables
+from nitro_e_lite.evaluation import cards, claims, tables
 from nitro_e_lite.viz import LEDGER
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,11 +28,86 @@ def test_readme_holds_the_table_that_the_cards_give(found):
 
 
 def test_the_figure_was_drawn_from_these_cards(found, monkeypatch, tmp_path):
-    shown = {"counts": found["counts"], **tables.lite_cards(found)}
     entry = json.loads((ROOT / "figures" / LEDGER).read_text(encoding="utf-8"))[f"{tables.FIGURE}.png"]
-    assert entry["params"] == {"cards": cards.fingerprint(shown)} and entry["source"] == "nitro-e tables"
+    assert (
+        entry["params"] == {"cards": cards.fingerprint(tables.shown_cards(found))}
+        and entry["source"] == "nitro-e tables"
+    )
     monkeypatch.setenv("NITRO_E_FIGURES", str(tmp_path))
     assert tables.save_figure(found).stat().st_size > 10_000
+
+
+@pytest.fixture(scope="module")
+def coming(found, tmp_path_factory):
+    """Made-up cards of models that are still in training, of FP8 and of peers, as the commands write them."""
+    folder = tmp_path_factory.mktemp("cards")
+    base, fp8 = found["lite-grpo"], {"fp8": "weight_only", "dtype": "bfloat16", "transformer_bytes": 9_020_000}
+    fp8 |= {"psnr": {"pictures": 60, "median": 50.0, "low": 43.5, "high": 56.0}}
+    few = {"model": "lite-sprint", "sampler": "SCMScheduler", "guidance": 3.0}
+    made = {f"lite-sprint_{steps}": few | {"steps": steps} for steps in (1, 2, 4)}
+    made |= {"lite-4step": {"model": "lite-4step", "steps": 4}}
+    made |= {f"{name}_fp8": made.get(name, {}) | fp8 for name in ("lite-grpo", "lite-4step")}
+    for name, change in made.items():
+        card = dict(base) | change
+        card["verdicts"] = "0" + base["verdicts"][1:] if "fp8" in name else base["verdicts"]
+        if "fp8" in name:
+            card["against"] = cards.difference(card, dict(base) | {"model": card["model"], "dtype": "bfloat16"})
+        cards.write(folder / f"{name}.json", "geneval_lite", card, card["command"])
+    for name, card in found.items():
+        (folder / f"{name}.json").write_text(json.dumps(card))
+    keys = ("model", "steps", "guidance", "dtype", "fp8")
+    rows = [{k: card[k] for k in keys if k in card} for card in tables.compared_cards(cards.load(folder))]
+    rows = [row | {"batch": 25, "seconds": 0.5 * row["steps"], "ratio": [1.0] * 3} for row in rows]
+    cards.write(folder / "speed_again.json", "speed", {"rows": rows}, "nitro-e benchmark --beside lite-sprint@1")
+    ratio = {key: {"end_to_end": 3.25, "transformer": 4.5} for key in ("sana_600m", "e_mmdit", "e_mmdit_4step")}
+    values = {"rows": [{"key": "sana_600m", "dtype": "bfloat16"}], "ratios": {"1": ratio}}
+    cards.write(folder / "peers.json", "peers", values, "nitro-e benchmark --peers")
+    return cards.load(folder)
+
+
+def test_cards_of_coming_models_need_no_more_code(coming, monkeypatch, tmp_path):
+    lines = tables.lite_models(coming).splitlines()
+    assert len(lines) == 2 + 9 and [line.split(" | ")[0] for line in lines[2:]] == [
+        "| lite, 10 steps", "| lite, 20 steps", "| lite-4step, 4 steps", "| lite-4step FP8, 4 steps",
+        "| lite-grpo, 10 steps", "| lite-grpo FP8, 10 steps",
+        "| lite-sprint, 1 step", "| lite-sprint, 2 steps", "| lite-sprint, 4 steps",
+    ]  # fmt: skip
+    assert lines[-3].startswith("| lite-sprint, 1 step | 34.4 | 1 | 20 | 0.916 (0.903 to 0.928) | +0.06")
+    assert "| lite-4step FP8, 4 steps | 9.0 | 4 | 80 |" in lines[5]
+    assert " | 3.2 ± 1.7 (-1.2 ± 0.5) | `nitro-e evaluate" in lines[6]
+    assert len(tables.by_category(coming).splitlines()) == 2 + 9
+    text = tables.results_table(coming)
+    assert "| 3.07 end to end (bar) | 3.25; 4.50; 3.25; 4.50 | `nitro-e benchmark --peers` |" in text
+    here = "`lite-grpo`, 10 steps, -0.0004 (-0.0013 to +0.0000), lost 0.04 %, won 0.00 %, 50.0 dB (43.5 to 56.0) |"
+    assert here in text
+    monkeypatch.setenv("NITRO_E_FIGURES", str(tmp_path))
+    axes = tables.speed_and_quality(coming).axes
+    assert [text.get_text() for text in axes[1].get_legend().get_texts()] == [
+        "lite", "lite-4step", "lite-4step FP8", "lite-grpo", "lite-grpo FP8", "lite-sprint",
+    ]  # fmt: skip
+    assert axes[1].get_xlabel().startswith("pictures a second")
+
+
+def test_the_ledger_reads_cards(coming, found):
+    """As soon as a card is there, its numbers stand in the ledger, and they decide the verdict."""
+
+    def read(claim, some):
+        return next(one for one in claims.load_claims(cards=some) if one.claim.startswith(claim))
+
+    loss, ratios = copy.deepcopy(coming), copy.deepcopy(coming)
+    loss["lite-grpo_fp8"]["against"]["score"][1] = -0.02
+    ratios["peers"]["ratios"]["1"]["e_mmdit"]["end_to_end"] = 3.0
+    for claim, said, worse in (
+        ("no visible loss", "+0.0000) against 16 bit, PSNR 50.0 dB", loss),
+        ("3.07 times", "3.25 times end to end", ratios),
+    ):
+        assert read(claim, found).verdict == "not run"
+        assert read(claim, coming).verdict == "holds" and said in read(claim, coming).here
+        assert read(claim, worse).verdict == "does not hold"
+    assert "0.916 in 1 step" in read("no training is needed", coming).here
+    assert "in 1 step" not in read("no training is needed", found).here
+    with pytest.raises(ValueError, match="counts.rows.e_mmdit.parameters: there is no card or field 'counts'"):
+        claims.load_claims(cards={})
 
 
 def test_table_2_says_paper_and_here_apart(found):
@@ -62,8 +138,11 @@ def test_a_card_that_cannot_be_believed_is_refused(change, message, found, tmp_p
 
 def test_two_cards_are_compared_picture_by_picture(found):
     card = dict(found["lite_compositions"]) | {"prompts": 4, "verdicts": "11110000"}
-    mean, low, high = cards.compare(card, card | {"verdicts": "11010000"})
+    other = card | {"verdicts": "11010000"}
+    mean, low, high = cards.compare(card, other)
     assert mean == 0.125 and low <= mean <= high
+    told = cards.difference(card, other | {"verdicts": "11010010"})
+    assert (told["score"][0], told["won"], told["lost"]) == (0, 0.125, 0.125)
     with pytest.raises(ValueError, match="seeds differs"):
         cards.compare(card, card | {"seeds": [1]})
     with pytest.raises(ValueError, match="no verdicts"):

@@ -1,6 +1,7 @@
 """The commands for training data: `nitro-e data encode`, `draw`, `check` and `benchmark`."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -185,13 +186,17 @@ def benchmark(
     jpegs: Annotated[Path | None, typer.Option(help="Folder of pictures to decode, in place of made ones.")] = None,
     batch: Annotated[int, typer.Option(help="Rows read at once.")] = 256,
     seconds: Annotated[float, typer.Option(help="How long to measure each.")] = 3.0,
+    out: Annotated[Path | None, typer.Option(help="Also write a result card to this file.")] = None,
     json: Json = False,
 ) -> None:
     """Measure how fast rows of the full model's shapes are read, cold and warm, and how fast pictures are decoded."""
     with output(json) as result:
         from nitro_e_lite import runtime
         from nitro_e_lite.data import check
+        from nitro_e_lite.evaluation import cards
 
+        if out is not None:
+            check_output(out, "file")
         if folder is not None and not folder.is_dir():
             raise MissingFile(f"folder={str(folder)!r}: is no folder")
         sets = (("latents",), ("latents", "pictures"), ("latents", "text"), ("latents", "text", "vision"))
@@ -200,6 +205,8 @@ def benchmark(
         result["rows"] = [check.measure_reading(columns, **options) for columns in sets]
         result["decoding"] = check.measure_decoding(jpegs, seconds)
         result["environment"] = runtime.environment_report()
+        if out is not None:
+            cards.write(out, "reading", result, cards.command_line(sys.argv[1:]))
         if not json:
             process = result["rows"][0]["needed_samples_per_second_per_process"]
             show_table(

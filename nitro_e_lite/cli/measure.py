@@ -1,5 +1,6 @@
 """The commands that look at a model or a machine: `nitro-e count`, `benchmark`, `geneval`, ..."""
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +22,7 @@ from nitro_e_lite.cli.terminal import (
     command,
     console,
     output,
+    say,
     settings,
     show_table,
 )
@@ -88,7 +90,7 @@ def benchmark_command(
         list[str] | None,
         typer.Option(help="MODEL@STEPS[@GUIDANCE], also several: timed in turn with the model; ratios to it."),
     ] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="With --peers: compile the transformers.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the denoising step, or the peers.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="With --peers or --beside: also write a result card to this file.")
     ] = None,
@@ -97,14 +99,15 @@ def benchmark_command(
     json: Json = False,
 ) -> None:
     """Time whole pictures and their parts, one pass of the transformer, or the models of Table 2 side by side."""
-    if compiled and not peers:
-        raise InvalidValue("compile: belongs to --peers")
+    if compiled and (transformer or beside):
+        raise InvalidValue("compile: belongs to --peers, or to one whole model")
     if out and not (peers or beside):
         raise InvalidValue("out: belongs to --peers and --beside")
-    if beside and (peers or transformer or fp8):
-        raise InvalidValue("beside: whole models are timed; it goes without --peers, --transformer and --fp8")
+    if beside and (peers or transformer):
+        raise InvalidValue("beside: whole models are timed; it goes without --peers and --transformer")
     own = {"model": None if model == "lite" else model, "steps": steps, "guidance": guidance, "shift": shift}
-    own |= {"fp8": fp8 or None, "transformer": transformer if peers else None}
+    own |= {"fp8": fp8 or None if transformer else None, "transformer": transformer if peers else None}
+    own |= {"dtype": dtype if peers and fp8 else None}
     of_their_own = (
         "peers are timed as Table 2 has them" if peers else "a transformer alone, with random weights, has none"
     )
@@ -112,10 +115,12 @@ def benchmark_command(
         if value is not None and (peers or transformer):
             raise InvalidValue(f"{name}={value}: {of_their_own}")
     if peers:
+        if fp8:
+            return benchmark_fp8(batch or [1], repeats, compiled, out, device, json)
         return benchmark_peers(batch or [1], repeats, compiled, out, device, dtype, json)
     if beside:
         sampler = {"steps": steps, "guidance": guidance, "shift": shift}
-        return benchmark_side_by_side(model, sampler, beside, batch or [25], repeats, out, device, dtype, json)
+        return benchmark_side_by_side(model, sampler, beside, fp8, batch or [25], repeats, out, device, dtype, json)
     with output(json) as result:
         from nitro_e_lite import load_pipeline, runtime
         from nitro_e_lite.evaluation import benchmark
@@ -131,8 +136,10 @@ def benchmark_command(
         else:
             pipeline = load_pipeline(model, device, dtype, quantization="fp8" if fp8 else None)
             pipeline.set_progress_bar_config(disable=True)
+            if compiled:
+                pipeline.compile()
             sampler = pipeline.sampler(steps, guidance, shift)
-            result |= settings(pipeline, model, sampler)
+            result |= settings(pipeline, model, sampler) | {"compiled": compiled}
             rows = benchmark.time_pipeline(pipeline, sampler, batches, repeats)
         result |= {"rows": rows, "repeats": repeats, "environment": runtime.environment_report()}
         if not json:
@@ -151,7 +158,10 @@ def benchmark_peers(batches, repeats, compiled, out, device, dtype, json) -> Non
         result |= {"rows": [], "ratios": {}, "repeats": repeats, "compiled": compiled}
         result |= {"environment": runtime.environment_report()}
         for batch in batches:
-            rows = list(peers.time_peers(peers.load_peers(), batch, device, dtype, repeats, compiled))
+            rows = []
+            for row in peers.time_peers(peers.load_peers(), batch, device, dtype, repeats, compiled):
+                rows.append(row)
+                say(f"{row['name']}, batch {batch}: {row['in_all']:.4g} s in all", "green")
             found = result["ratios"][str(batch)] = peers.ratios(rows)
             result["rows"] += rows
             if json:
@@ -161,7 +171,7 @@ def benchmark_peers(batches, repeats, compiled, out, device, dtype, json) -> Non
                 [row["name"], str(row["steps"])]
                 + [f"{row[part]:.4g}" for part in ("text", "pass", "decoder", "in_all", "images_per_second")]
                 + [f"{found[row['key']][kind]:.2f}x" for kind in ("end_to_end", "transformer")]
-                + ["-" if row["peak_share"] is None else f"{row['peak_share']:.0%}"]
+                + [f"{row['peak_share']:.0%}" if row["peak_share"] else "-"]
                 for row in rows
             ]
             title = f"seconds a batch of {batch}, random weights, median of {repeats}; x: times Sana-0.6B's speed"
@@ -170,12 +180,35 @@ def benchmark_peers(batches, repeats, compiled, out, device, dtype, json) -> Non
         cards.write(out, "peers", result, cards.command_line(sys.argv[1:]))
 
 
-def benchmark_side_by_side(model, sampler, beside, batches, repeats, out, device, dtype, json) -> None:
-    """`nitro-e benchmark --beside`: models that take turns, from captions to PNG."""
+def benchmark_fp8(batches, repeats, compiled, out, device, json) -> None:
+    """`nitro-e benchmark --peers --fp8`: E-MMDiT and SD3.5 at its real size, bfloat16 beside FP8."""
+    with output(json) as result:
+        from nitro_e_lite import runtime
+        from nitro_e_lite.evaluation import cards, peers
+
+        if out is not None:
+            check_output(out, "file")
+        known = peers.load_peers()
+        rows = [row for batch in batches for row in peers.time_fp8(known, batch, device, repeats, compiled)]
+        result |= {"rows": rows, "repeats": repeats, "environment": runtime.environment_report()}
+        if not json:
+            lines = [
+                [row["name"], str(row["batch"]), row["rung"]]
+                + [f"{row[name]:.4g}" for name in ("pass", "pass_fp8", "ratio", "bytes")]
+                for row in rows
+            ]
+            title = f"seconds of a pass, random weights, median of {repeats}"
+            show_table(title, ["", "batch", "rung", "bf16", "FP8", "times as fast", "of its bytes"], lines)
+    if out is not None:
+        cards.write(out, "fp8_speed", result, cards.command_line(sys.argv[1:]))
+
+
+def benchmark_side_by_side(model, sampler, beside, fp8, batches, repeats, out, device, dtype, json) -> None:
+    """`nitro-e benchmark --beside`: models that take turns, from captions to PNG; with `--fp8` each also in FP8."""
     with output(json) as result:
         from nitro_e_lite import load_pipeline, runtime
         from nitro_e_lite.course.demo_protocol import parse_lane
-        from nitro_e_lite.evaluation import benchmark, cards
+        from nitro_e_lite.evaluation import benchmark, cards, tables
 
         if out is not None:
             check_output(out, "file")
@@ -183,8 +216,8 @@ def benchmark_side_by_side(model, sampler, beside, batches, repeats, out, device
         for lane in map(parse_lane, beside):
             lanes.append((lane.model, {"steps": lane.steps, "guidance": lane.guidance}))
         models, about = [], []
-        for name, asked in lanes:
-            pipeline = load_pipeline(name, device, dtype)
+        for (name, asked), quantization in itertools.product(lanes, (None, "fp8") if fp8 else (None,)):
+            pipeline = load_pipeline(name, device, dtype, quantization=quantization)
             pipeline.set_progress_bar_config(disable=True)
             models.append((pipeline, pipeline.sampler(**asked)))
             about.append(settings(pipeline, name, models[-1][1]))
@@ -195,7 +228,7 @@ def benchmark_side_by_side(model, sampler, beside, batches, repeats, out, device
         result |= {"rows": rows, "repeats": repeats, "environment": runtime.environment_report()}
         if not json:
             lines = [
-                [f"{row['model']}, {row['steps']} steps, guidance {row['guidance']:g}", str(row["batch"])]
+                [tables.label(row) + f", guidance {row['guidance']:g}", str(row["batch"])]
                 + [f"{row['seconds']:.4g}", f"{row['images_per_second']:.4g}"]
                 + ["{:.2f}x ({:.2f} to {:.2f})".format(*row["ratio"])]
                 for row in rows
@@ -308,7 +341,10 @@ def tables_command(
         if root is None:
             raise Unusable("README.md: only a checkout of the repository has it; clone it and install with -e")
         if recount:
-            cards.write(cards.FOLDER / "counts.json", "counts", tables.count_all(), "nitro-e tables --count")
+            from nitro_e_lite.experiments.plan import published_mfu
+
+            counts = tables.count_all() | {"mfu": published_mfu()}
+            cards.write(cards.FOLDER / "counts.json", "counts", counts, "nitro-e tables --count")
         found, readme = cards.load(), root / "README.md"
         before = readme.read_text(encoding="utf-8")
         after = tables.rebuild(before, found)
@@ -316,9 +352,9 @@ def tables_command(
             files.write_atomically(readme, after)
         figure = tables.save_figure(found)
         result |= {"cards": sorted(found), "readme_changed": after != before, "figure": figure.name}
-        result["table2"] = tables.table2(found).splitlines()
+        result |= {name: getattr(tables, name)(found).splitlines() for name in ("table2", "by_category")}
         if not json:
-            print(tables.table2(found))
+            print(tables.table2(found), tables.by_category(found), sep="\n\n")
             console.print(f"README.md {'rebuilt' if after != before else 'unchanged'}, {figure.name}", soft_wrap=True)
 
 
@@ -420,6 +456,7 @@ def evaluate(
         from nitro_e_lite import load_pipeline, viz
         from nitro_e_lite.evaluation import cards
         from nitro_e_lite.evaluation.geneval_lite import evaluate as run
+        from nitro_e_lite.evaluation.geneval_lite import psnr_of
         from nitro_e_lite.files import read_json
         from nitro_e_lite.scenes.geneval import SPLITS, load_prompts, read_prompts
         from nitro_e_lite.scenes.verifier import VERSION
@@ -442,10 +479,14 @@ def evaluate(
             cards.same_pictures(about | recipe, other)  # before hours of drawing
         parts = {"text_encoder": text_encoder, "vae": vae, "lora": lora, "variant": variant}
         pipeline = load_pipeline(model, device, dtype, quantization="fp8" if fp8 else None, **parts)
-        sampler = {"steps": steps, "guidance": guidance, "shift": shift, "batch_size": batch}
+        sampler = {"steps": steps, "guidance": guidance, "shift": shift}
         kept = {"keep_images": bool(grid or review), "appearance": appearance}
-        found = run(pipeline, asked, seeds=range(seeds), **kept, **sampler)
+        found = run(pipeline, asked, seeds=range(seeds), batch_size=batch, **kept, **sampler)
         found.card.update(about, command=cards.command_line(sys.argv[1:]))
+        if fp8:
+            exact = load_pipeline(model, device, pipeline.transformer.dtype, **parts)
+            if not hasattr(exact.transformer, "fp8_report"):  # as it is of a folder that was saved in FP8
+                found.card["psnr"] = psnr_of(pipeline, exact, asked, **sampler)
         if other is not None:
             found.card["against"] = cards.difference(found.card, other)
         result |= found.card
@@ -457,6 +498,9 @@ def evaluate(
             show_table(title, ["category", "score"], rows)
             if appearance:
                 show_table("How they look", ["", ""], looks_rows(found.card["appearance"]))
+            if near := found.card.get("psnr"):
+                told = "PSNR against 16 bit, {pictures} pictures: median {median:.1f} dB, 90 % {low:.1f} to {high:.1f}"
+                console.print(told.format(**near), highlight=False, soft_wrap=True)
             if other is not None:
                 mean, low, high = found.card["against"]["score"]
                 told = f"Minus {against.name}, picture by picture: {mean:+.3f} ({low:+.3f} to {high:+.3f})"

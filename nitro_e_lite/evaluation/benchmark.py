@@ -41,6 +41,13 @@ def median_seconds(function: Callable[[], Any], repeats: int = 5, warmup: int = 
     return statistics.median(times)
 
 
+def measured_peak(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of a product of two large square matrices: the practical peak of a device."""
+    side = 1024 if torch.device(device).type == "cpu" else 8192
+    matrix = torch.ones(side, side, device=device, dtype=dtype)
+    return 2 * side**3 / median_seconds(lambda: matrix @ matrix)
+
+
 def time_pipeline(
     pipeline: NitroEPipeline, sampler: Sampler | None = None, batch_sizes: Sequence[int] = (1, 8), repeats: int = 3
 ) -> list[dict[str, float]]:
@@ -54,7 +61,7 @@ def time_pipeline(
 
     Returns:
         One row a batch size: `batch`, `seconds` (the batch), `images_per_second`, and the medians
-        `text_seconds`, `sampling_seconds`, `decoding_seconds`.
+        `text_seconds`, `sampling_seconds`, `decoding_seconds`; and `memory_bytes`, the most there was so far.
     """
     rows, sampler = [], sampler or pipeline.sampler()
     config = pipeline.transformer.config
@@ -78,6 +85,7 @@ def time_pipeline(
                 "text_seconds": median_seconds(partial(pipeline.encode_captions, [CAPTION, ""]), repeats),
                 "sampling_seconds": median_seconds(sample, repeats),
                 "decoding_seconds": median_seconds(partial(pipeline.decode, latents, "np"), repeats),
+                "memory_bytes": runtime.memory_used(pipeline.device),
             }
         )
     return rows

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "fid": (*RECIPE, "overall", "tool", "resize"),
     "peers": ("rows", "ratios", "environment"),
     "speed": ("rows", "environment"),
+    "fp8_speed": ("rows", "environment"),
+    "reading": ("rows", "decoding", "environment"),
     "counts": ("rows", "environment"),
     "noted": ("from", "values"),
 }
@@ -111,6 +114,44 @@ def load(folder: str | Path = FOLDER) -> dict[str, dict[str, Any]]:
     return found
 
 
+def lookup(cards: Mapping[str, Any], path: str) -> Any:
+    """What stands at `card.field.field`; a number is a place in a list, `name=value` the entry of a list that says so.
+
+    Raises:
+        ValueError: there is no such card, field or entry.
+    """
+    found: Any = cards
+    for key in path.split("."):
+        try:
+            if isinstance(found, Mapping):
+                found = found[key]
+            elif "=" in key:
+                name, _, value = key.partition("=")
+                found = next(entry for entry in found if str(entry[name]) == value)
+            else:
+                found = found[int(key)]
+        except (KeyError, IndexError, ValueError, TypeError, StopIteration):
+            raise InvalidValue(f"{path}: there is no card or field {key!r}") from None
+    return found
+
+
+PLACE = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")
+
+
+def fill(text: str, cards: Mapping[str, Any]) -> str:
+    """A text whose `{card.field:format}` are replaced by what the cards say, see `lookup`; shares as "5.6 %"."""
+
+    def told(place: re.Match) -> str:
+        return re.sub("%$", " %", format(lookup(cards, place[1]), place[2] or ""))
+
+    return PLACE.sub(told, text)
+
+
+def named(text: str) -> set[str]:
+    """The cards that a text for `fill` names."""
+    return {place[1].partition(".")[0] for place in PLACE.finditer(text)}
+
+
 def fingerprint(cards: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Name -> hash of the contents: what a figure was made from."""
     text = {name: json.dumps(card, sort_keys=True) for name, card in cards.items()}
@@ -142,14 +183,17 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float,
 
 
 def difference(card: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """What a card says of another model on the same pictures: `score` (mean, low, high) and, where both know how alike
-    their pictures are, `diversity`, the share that is kept of the other's.
+    """What a card says of another model on the same pictures: `score` (mean, low, high), shares of pictures that only
+    this one got right (`won`) or only the other (`lost`: all that a switch between the two could win back) and, where
+    both know how alike their pictures are, `diversity`, the share that is kept of the other's.
 
     Raises:
         ValueError: see `same_pictures`.
     """
     told = {name: other.get(name) for name in ("model", "weights_sha256", "steps", "guidance", "dtype")}
     told["score"] = list(compare(card, other))
+    pairs = list(zip(card["verdicts"], other["verdicts"], strict=True))
+    told |= {name: pairs.count(pair) / len(pairs) for name, pair in (("won", ("1", "0")), ("lost", ("0", "1")))}
     if card.get("appearance") and other.get("appearance"):
         told["diversity"] = kept_diversity(card["appearance"], other["appearance"])
     return told

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import nn
 from tqdm.auto import tqdm
 
 from nitro_e_lite import runtime
@@ -25,14 +26,18 @@ from nitro_e_lite.errors import FileThere, InvalidValue
 from nitro_e_lite.evaluation.appearance import Appearance
 from nitro_e_lite.files import read_jsonl, write_atomically
 from nitro_e_lite.inference.arguments import as_integer, seeded_generators
+from nitro_e_lite.inference.encoders import LatentStats, decode_latents, encode_images, images_to_tensor
 from nitro_e_lite.inference.hub import weights_hash
 from nitro_e_lite.inference.pipeline import NitroEPipeline, Sampler
-from nitro_e_lite.scenes.geneval import Prompt, Score, Verdict, score, verify
+from nitro_e_lite.model.fp8 import count_bytes
+from nitro_e_lite.scenes.geneval import Prompt, Score, Verdict, score, true_scene, verify
+from nitro_e_lite.scenes.render import render
 from nitro_e_lite.scenes.verifier import VERSION
 from nitro_e_lite.stats import share_interval
 from nitro_e_lite.viz import image_grid, save_image
 
 UNSURE = "unsure"  # what eyes may also say
+PSNR_PICTURES = 60
 SEED_STRIDE = 1_000_000  # picture seed = SEED_STRIDE * seed + place of the prompt
 
 
@@ -241,6 +246,45 @@ def draw(pipeline: NitroEPipeline, jobs: Sequence[tuple[str, int]], sampler: Sam
     return list((output.images * 255).round().astype(np.uint8))
 
 
+def autoencoder_ceiling(vae: nn.Module, stats: LatentStats, prompts: Sequence[Prompt], seed: int = 55) -> dict:
+    """What no model on the latents of an autoencoder can surpass: true scenes, encoded, decoded and judged.
+
+    Returns:
+        `overall`, `low` and `high` of GenEval-lite, `psnr`, the mean over the scenes in dB, and how many `images`.
+    """
+    verdicts, decibels = [], []
+    for first in range(0, len(prompts), 10):
+        part = prompts[first : first + 10]
+        images = np.stack([render(true_scene(prompt, seed)) for prompt in part])
+        decoded = decode_latents(vae, encode_images(vae, images, stats), stats)  # (B, 3, H, W) in [-1, 1]
+        pixels = ((decoded + 1) * 127.5).round().permute(0, 2, 3, 1).numpy().astype(np.uint8)
+        verdicts += [verify(picture, prompt) for picture, prompt in zip(pixels, part, strict=True)]
+        error = (decoded - images_to_tensor(images)).square().mean(dim=(1, 2, 3))
+        decibels += (-10 * (error / 4).log10()).tolist()
+    found = score(prompts, verdicts)
+    told = {"overall": found.overall, "low": found.low, "high": found.high}
+    return told | {"psnr": float(np.mean(decibels)), "images": found.images}
+
+
+def psnr_of(pipeline: NitroEPipeline, exact: NitroEPipeline, prompts: Sequence[Prompt], **sampler: Any) -> dict:
+    """How near the pictures of one pipeline come to those of another from the same noises, in dB.
+
+    Args:
+        pipeline, exact: the two.
+        prompts: one picture each, those of the first seed.
+        **sampler: `steps`, `guidance` and `shift` of both; the pipeline's own when not given.
+
+    Returns:
+        `pictures`, and of their PSNR `median`, `low` and `high` (90 % lie between); equal pictures count as 100 dB.
+    """
+    jobs = [(prompt.text, picture_seed(0, place)) for place, prompt in enumerate(prompts)]
+    jobs = jobs[:: max(1, len(jobs) // PSNR_PICTURES)]
+    first, second = (np.stack(draw(one, jobs, pipeline.sampler(**sampler))) / 255 for one in (pipeline, exact))
+    errors = np.square(first - second).mean(axis=(1, 2, 3))
+    low, median, high = np.quantile(-10 * np.log10(np.maximum(errors, 1e-10)), (0.05, 0.5, 0.95)).tolist()
+    return {"pictures": len(jobs), "median": median, "low": low, "high": high}
+
+
 def describe(pipeline: NitroEPipeline) -> dict[str, Any]:
     """What a score depends on besides prompts, seeds and sampler settings, as plain JSON."""
     parts = {name: getattr(pipeline, name) for name in ("transformer", "vae", "text_encoder")}
@@ -251,6 +295,7 @@ def describe(pipeline: NitroEPipeline) -> dict[str, Any]:
         "device": str(pipeline.device),
         "weights_sha256": weights_hash(parts),
         "transformer_parameters": sum(p.numel() for p in pipeline.transformer.parameters()),
+        "transformer_bytes": count_bytes(pipeline.transformer).total,
         **({"fp8": report.rung} if (report := getattr(pipeline.transformer, "fp8_report", None)) else {}),
         "environment": runtime.environment_report(),
     }

@@ -28,15 +28,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nitro_e_lite import runtime
 from nitro_e_lite.errors import InvalidValue
-from nitro_e_lite.evaluation.benchmark import median_seconds
+from nitro_e_lite.evaluation.benchmark import measured_peak, median_seconds
 from nitro_e_lite.files import read_json
 from nitro_e_lite.inference.arguments import as_integer
+from nitro_e_lite.model import fp8
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.flops import find_peak
 
 FOLDER = Path(__file__).with_suffix("")
 _IN_ATTENTION = ("bmm", "attention")  # operations without weights
 REFERENCE = "sana_600m"  # whose throughput the paper's 3.07 is relative to
+IN_FP8 = ("e_mmdit", "sd35_large")
 
 
 @dataclass(frozen=True)
@@ -208,21 +210,18 @@ def time_peers(
     Yields:
         One row a peer: `name`, `steps`, seconds of the `text`, of one `pass` of the transformer (guided: both
         halves), of the `decoder` and of the batch `in_all`, `images_per_second`, and `peak_share`, the transformer's
-        share of the device's peak, None where that is unknown.
+        share of the device's peak: of the data sheet, or what one large product reaches where there is none.
     """
     batch, device = as_integer("batch", batch, 1), runtime.pick_device(device)
     as_integer("repeats", repeats, 1)  # before models of gigabytes are made
     dtype = runtime.pick_dtype(dtype, device)
-    peak = find_peak(runtime.device_name(device))
+    peak = find_peak(runtime.device_name(device)) or measured_peak(device=device, dtype=dtype)
     seconds: dict[tuple[str, int], float] = {}
 
     def clock(peer: Peer, pictures: int) -> float:
         if (peer.key, pictures) not in seconds:
-            model, inputs = build(peer, device, dtype), make_inputs(peer, pictures, device, dtype)
-            call = getattr(model, peer.call)
-            if compiled and peer.draws:
-                call = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
-            seconds[peer.key, pictures] = median_seconds(lambda: call(**inputs), repeats, warmup=2 + compiled)
+            model = build(peer, device, dtype)
+            seconds[peer.key, pictures] = _time(model, peer, pictures, repeats, compiled and bool(peer.draws))
         return seconds[peer.key, pictures]
 
     for peer in peers.values():
@@ -233,11 +232,12 @@ def time_peers(
         parts["decoder"] = clock(peers[draws["decoder"]], batch)
         in_all = parts["text"] + draws["steps"] * parts["pass"] + parts["decoder"]
         flops = count(peer)
-        share = rows * flops.tflops * 1e12 / parts["pass"] / peak if peak and flops else None
+        share = rows * flops.tflops * 1e12 / parts["pass"] / peak if flops else None
         yield {
             "key": peer.key,
             "name": peer.name,
             "batch": batch,
+            "dtype": str(dtype).removeprefix("torch."),
             "steps": draws["steps"],
             "guided": draws["guided"],
             **parts,
@@ -245,6 +245,46 @@ def time_peers(
             "images_per_second": batch / in_all,
             "peak_share": share,
         }
+
+
+def time_fp8(
+    peers: Mapping[str, Peer],
+    batch: int = 1,
+    device: str | torch.device | None = None,
+    repeats: int = 3,
+    compiled: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Times the transformers of `IN_FP8` in bfloat16 and in FP8, as far as the device can, at random weights.
+
+    Yields:
+        One row each: `name`, seconds of one `pass` in bfloat16 and one `pass_fp8`, their `ratio`, the `rung` of the
+        ladder with its `reasons`, and `bytes`, those of FP8 in relation to bfloat16's.
+    """
+    as_integer("batch", batch, 1), as_integer("repeats", repeats, 1)
+    device = runtime.pick_device(device)
+    for key in IN_FP8:
+        peer, model = peers[key], build(peers[key], device, torch.bfloat16)
+        exact = _time(model, peer, batch, repeats, compiled)
+        report = fp8.quantize_model(model)
+        fast = _time(model, peer, batch, repeats, compiled)
+        about = {"rung": report.rung, "reasons": report.reasons, "bytes": report.bytes.ratio}
+        yield {"key": key, "name": peer.name, "batch": batch, "compiled": compiled} | {
+            "pass": exact, "pass_fp8": fast, "ratio": exact / fast, **about
+        }  # fmt: skip
+
+
+@torch.no_grad()
+def _time(model: nn.Module, peer: Peer, batch: int, repeats: int, compiled: bool) -> float:
+    """Median seconds of one call of a peer."""
+    first = next(model.parameters())
+    call, inputs = getattr(model, peer.call), make_inputs(peer, batch, first.device, first.dtype)
+    if compiled:
+        torch._dynamo.reset()
+        mode = "reduce-overhead" if first.device.type == "cuda" else None
+        call = torch.compile(call, mode=mode, dynamic=False)
+    return median_seconds(
+        lambda: call(**inputs), repeats, warmup=1 if first.device.type == "cpu" and not compiled else 3
+    )
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

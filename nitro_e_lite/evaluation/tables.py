@@ -21,20 +21,27 @@ from nitro_e_lite import viz
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.evaluation import cards as result_cards
 from nitro_e_lite.evaluation import peers
-from nitro_e_lite.files import read_json
+from nitro_e_lite.evaluation.geneval_lite import autoencoder_ceiling
+from nitro_e_lite.files import find_weights, read_json
+from nitro_e_lite.inference.encoders import LatentStats
+from nitro_e_lite.inference.hub import load_autoencoder
 from nitro_e_lite.inference.loading import load_transformer
 from nitro_e_lite.model import fp8
 from nitro_e_lite.model.flops import build_on_meta, model_config
 from nitro_e_lite.model.fp8_ladder import Choice
+from nitro_e_lite.scenes.geneval import CATEGORIES, load_prompts
+from nitro_e_lite.stats import paired_interval
 
 ROWS = Path(__file__).with_name("results.json")
 BEGIN, END = "<!-- written by nitro-e tables -->", "<!-- end of what nitro-e tables wrote -->"
 FIGURE = "speed_and_quality"
+FEW = ("e_mmdit", "e_mmdit_4step")
+NEW = "held_out_compositions"
 Cards = Mapping[str, Mapping[str, Any]]
 
 
 def count_all() -> dict[str, Any]:
-    """What can be counted without drawing: every row of Table 2, the text encoders, and the bytes in FP8.
+    """What is known without drawing: every row of Table 2, the text encoders, the bytes in FP8, the shipped encoders.
 
     Returns:
         The values of a card of the kind "counts".
@@ -53,23 +60,52 @@ def count_all() -> dict[str, Any]:
         model = load_transformer("lite").to(torch.bfloat16)
         fp8.quantize_model(model, choice=Choice("weight_only"))
         ratios["lite_file"] = fp8.file_bytes(fp8.save(model, folder)).ratio
-    return {"rows": rows, "fp8": ratios}
+    vae, probe = find_weights("lite") / "vae", find_weights("lite") / "vision" / "probe.json"
+    ceiling = autoencoder_ceiling(load_autoencoder(vae), LatentStats.load(vae), load_prompts())
+    return {"rows": rows, "fp8": ratios, "autoencoder": ceiling, "vision": read_json(probe)["trained"]}
 
 
 def results_table(cards: Cards) -> str:
-    """The rows of `results.json`, filled in.
+    """The rows of `results.json`, filled in; then what cards that need not be there say.
 
     Raises:
         ValueError: a row names a card or a field that is not there.
     """
     lines = ["| what | paper | measured or computed here | command |", "|---|---|---|---|"]
     for row in read_json(ROWS)["rows"]:
-        try:
-            here, command = (row[name].format(**cards) for name in ("here", "command"))
-        except KeyError as error:
-            raise InvalidValue(f"{ROWS.name}, {row['what']!r}: there is no card or field {error}") from None
+        here, command = (result_cards.fill(row[name], cards) for name in ("here", "command"))
         lines.append(f"| {row['what']} | {row['paper']} | {here} | `{command}` |")
-    return "\n".join(lines)
+    return "\n".join(lines + _against_sana(cards) + _against_16_bit(cards))
+
+
+def _against_sana(cards: Cards) -> list[str]:
+    """How many times as fast as Sana-0.6B, with random weights."""
+    lines = []
+    for card in (card for card in cards.values() if card["kind"] == "peers"):
+        for batch, ratios in card["ratios"].items():
+            what = f"times as fast as Sana-0.6B, random weights, batch {batch}, {card['rows'][0]['dtype']}, "
+            what += f"{card['environment']['device_name']}: end to end; transformer alone; both in 4 steps"
+            found = [ratios[key][kind] for key in FEW for kind in ("end_to_end", "transformer")]
+            here = "; ".join(f"{one:.2f}" for one in found)
+            lines.append(f"| {what} | 3.07 end to end (bar) | {here} | `{card['command']}` |")
+    return lines
+
+
+def _against_16_bit(cards: Cards) -> list[str]:
+    """What FP8 changes, picture by picture."""
+    found = []
+    for card in compared_cards(cards):
+        if (other := card.get("against")) and card.get("fp8") and other["model"] == card["model"]:
+            score, near = other["score"], card["psnr"]
+            here = f"`{card['model']}`, {_steps(card)}, {score[0]:+.4f} ({score[1]:+.4f} to {score[2]:+.4f}), "
+            here += f"lost {100 * other['lost']:.2f} %, won {100 * other['won']:.2f} %, "
+            found.append(f"{here}{near['median']:.1f} dB ({near['low']:.1f} to {near['high']:.1f})")
+    what = (
+        "FP8 minus 16 bit, GenEval-lite of the same pictures (bar: within 0.01); pictures lost, the most that a switch "
+    )
+    what += "to 16 bit could win back, and won; PSNR, median and 90 % of pictures"
+    command = "nitro-e evaluate --fp8 --against CARD"
+    return [f"| {what} | no visible loss (SD3.5 article) | {'; '.join(found)} | `{command}` |"] if found else []
 
 
 def rebuild(readme: str, cards: Cards) -> str:
@@ -86,31 +122,86 @@ def rebuild(readme: str, cards: Cards) -> str:
 
 
 def lite_models(cards: Cards) -> str:
-    """The lite models side by side: how many passes of the transformer a picture takes, what is right, how it looks."""
-    columns = "model passes right minus_lite new_compositions reader preference diversity KID command".split()
-    columns = [name.replace("_", " ") for name in columns]
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    scored = lite_cards(cards)
-    for card in sorted(scored.values(), key=lambda card: (card["model"], passes(card), bool(card.get("fp8")))):
-        if card["prompt_list"] != "held_out_prompts" or not card.get("appearance"):
-            continue
-        seen, gap = card["appearance"], None
-        if (base := scored.get("lite")) not in (None, card) and base["seeds"] == card["seeds"]:
+    """The lite models side by side: what they weigh and take, what is right, how it looks."""
+    columns = "model|MB|passes|ms|right|minus lite|new compositions|reader|preference|diversity|KID (floor)|command"
+    lines = [f"| {columns.replace('|', ' | ')} |", "|" + "---|" * (columns.count("|") + 1)]
+    scored, compared = lite_cards(cards).values(), compared_cards(cards)
+    base = next(
+        (card for card in compared if card["model"] == "lite" and passes(card) == 40 and not fp8_of(card)), None
+    )
+    for card in compared:
+        seen, gap, ms = card["appearance"], None, milliseconds(card, cards)
+        if base not in (None, card) and base["seeds"] == card["seeds"]:
             gap = result_cards.compare(card, base)  # picture by picture
-        new = next((one for one in scored.values() if _same_model(one, card) and one is not card), None)
-        cells = [f"{card['model']}, {card['steps']} steps{', FP8' * bool(card.get('fp8'))}", str(passes(card))]
+        new = next((one for one in scored if one["prompt_list"] == NEW and _same_model(one, card)), None)
+        cells = [label(card), f"{weights_bytes(card) / 1e6:.1f}", str(passes(card)), f"{ms:.0f}" if ms else "-"]
         cells += [f"{card['overall']:.3f} ({card['low']:.3f} to {card['high']:.3f})"]
         cells += ["{:+.3f} ({:+.3f} to {:+.3f})".format(*gap) if gap else "-"]
         cells += [f"{new['overall']:.3f} ({new['low']:.3f} to {new['high']:.3f})" if new else "-"]
         cells += [f"{seen['reader']:.3f}", f"{seen['preference']:.2f}", f"{seen['diversity']:.3f}"]
-        cells += [f"{1000 * seen['kid'][0]:.1f} ± {1000 * seen['kid'][1]:.1f}", f"`{card['command']}`"]
-        lines.append(f"| {' | '.join(cells)} |")
+        kid, floor = (f"{1000 * seen[name][0]:.1f} ± {1000 * seen[name][1]:.1f}" for name in ("kid", "kid_floor"))
+        lines.append(f"| {' | '.join([*cells, f'{kid} ({floor})'])} | `{card['command']}` |")
     return "\n".join(lines)
+
+
+def by_category(cards: Cards) -> str:
+    """GenEval-lite of the same models by category, each with its 95 % interval over prompts."""
+    lines = [f"| model | {' | '.join(CATEGORIES)} |", "|" + "---|" * (1 + len(CATEGORIES))]
+    for card in compared_cards(cards):
+        cells = ["{:.3f} ({:.3f} to {:.3f})".format(*one) for one in categories(card).values()]
+        lines.append(f"| {' | '.join([label(card), *cells])} |")
+    return "\n".join(lines)
+
+
+def categories(card: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
+    """Category -> share of right pictures, low, high (95 %, bootstrapped over its prompts)."""
+    tags, found = [prompt.tag for prompt in load_prompts(card["prompt_list"])], {}
+    for category in CATEGORIES:
+        mine = [k for k in range(len(card["verdicts"])) if tags[k % len(tags)] == category]
+        marks = [float(card["verdicts"][k]) for k in mine]
+        found[category] = paired_interval(marks, [0.0] * len(marks), [k % len(tags) for k in mine])
+    return found
+
+
+def compared_cards(cards: Cards) -> list[Mapping[str, Any]]:
+    """The cards of lite models that stand side by side: on the held-out prompts, with what the pictures look like."""
+    found = [c for c in lite_cards(cards).values() if c["prompt_list"] == "held_out_prompts" and c.get("appearance")]
+    return sorted(found, key=lambda card: (card["model"], fp8_of(card), passes(card)))
 
 
 def passes(card: Mapping[str, Any]) -> int:
     """Of the transformer, for one picture: guidance takes two a step."""
-    return card["steps"] * (2 if card["guidance"] > 1 else 1)
+    consistency = card["sampler"] == "SCMScheduler"  # is told how strongly it is to be guided
+    return card["steps"] * (2 if card["guidance"] > 1 and not consistency else 1)
+
+
+def fp8_of(card: Mapping[str, Any]) -> str:
+    """` FP8` when it was drawn in it."""
+    return " FP8" if card.get("fp8") else ""
+
+
+def label(card: Mapping[str, Any]) -> str:
+    """`lite-grpo FP8, 10 steps`."""
+    return f"{card['model']}{fp8_of(card)}, {_steps(card)}"
+
+
+def _steps(card: Mapping[str, Any]) -> str:
+    return f"{card['steps']} step{'s' * (card['steps'] != 1)}"
+
+
+def weights_bytes(card: Mapping[str, Any]) -> int:
+    """Of the transformer's weights in memory; older cards tell their number and type."""
+    size = getattr(torch, card["dtype"]).itemsize
+    return card.get("transformer_bytes", card["transformer_parameters"] * size)
+
+
+def milliseconds(card: Mapping[str, Any], cards: Cards) -> float | None:
+    """A picture of this model, from caption to PNG, in the card of speeds that holds it; None where none does."""
+    for speed in (one for one in cards.values() if one["kind"] == "speed"):
+        for row in speed["rows"]:
+            if all(row.get(name) == card.get(name) for name in ("model", "steps", "guidance", "dtype", "fp8")):
+                return 1000 * row["seconds"] / row["batch"]
+    return None
 
 
 def _same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -131,8 +222,11 @@ def table2(cards: Cards) -> str:
 
 
 def speed_and_quality(cards: Cards) -> Figure:
-    """Speed against quality: the paper's models by its own numbers, areas by parameters; the lite models by cards."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained", width_ratios=(2, 1))
+    """Speed against quality: the paper's models by its own numbers, areas by parameters; the lite models by cards.
+
+    Lite models stand at pictures a second when all of them were timed in turn, else at passes of the transformer.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.9), layout="constrained", width_ratios=(2, 1.1, 1.3))
     counts = cards["counts"]["rows"]
     for key, peer in peers.table_rows().items():
         x, y = peer.paper["images_per_second"], peer.paper["geneval"]
@@ -143,16 +237,36 @@ def speed_and_quality(cards: Cards) -> Figure:
         axes[0].annotate(peer.name, (x, y), xytext=(0, -9 if key == "sdxl" else 5), **place)
     axes[0].set(xscale="log", xlabel="pictures a second, batch 32, one MI300X (paper)", ylabel="GenEval (paper)")
     axes[0].set_title("Table 2: areas are parameters", fontsize=9)
-    shown = [card for card in lite_cards(cards).values() if card["prompt_list"] == "held_out_prompts"]
-    for color, marker, model in zip(viz.COLORS, "os^Dv", sorted({card["model"] for card in shown}), strict=False):
-        points = sorted((passes(c), c["overall"], c["low"], c["high"]) for c in shown if c["model"] == model)
-        x, y, low, high = np.array(points).T
-        axes[1].errorbar(x, y, [y - low, high - y], fmt=f"{marker}-", color=color, capsize=3, lw=0.8, label=model)
-    axes[1].set(xscale="log", xlabel="passes of the transformer a picture", ylabel="GenEval-lite", ylim=(0, 1))
-    axes[1].set(xticks=(1, 2, 4, 10, 20, 40), xticklabels=(1, 2, 4, 10, 20, 40))
+    shown = compared_cards(cards)
+    taken = [milliseconds(card, cards) for card in shown]
+    speeds = [1000 / ms for ms in taken] if all(taken) else [passes(card) for card in shown]
+    names = list(dict.fromkeys(card["model"] + fp8_of(card) for card in shown))
+    for number, name in enumerate(names):
+        rows = [(x, card) for x, card in zip(speeds, shown, strict=True) if card["model"] + fp8_of(card) == name]
+        look = {"color": viz.COLORS[number % len(viz.COLORS)], "marker": "os^DvPX<"[number % 8], "lw": 0.8}
+        look |= {"mfc": "white"} if name.endswith(" FP8") else {}
+        x, y, low, high = np.array([(x, c["overall"], c["low"], c["high"]) for x, c in rows]).T
+        axes[1].errorbar(x, y, [y - low, high - y], capsize=3, label=name, **look)
+        for step, (_, card) in enumerate(rows):  # fewest passes first
+            middle, low, high = np.array(list(categories(card).values())).T
+            place = np.arange(len(middle)) + (number - (len(names) - 1) / 2) * 0.8 / len(names)
+            pale = {"alpha": 1 - 0.6 * step / max(1, len(rows)), "markersize": 3.5, "ls": "none"}
+            bars = np.maximum([middle - low, high - middle], 0)
+            axes[2].errorbar(place, middle, bars, **look, **pale)
+    unit = "pictures a second, in turn on one machine" if all(taken) else "passes of the transformer a picture"
+    ticks = {} if all(taken) else {"xticks": (1, 2, 4, 10, 20, 40), "xticklabels": (1, 2, 4, 10, 20, 40)}
+    axes[1].set(xscale="log", xlabel=unit, ylabel="GenEval-lite", ylim=(0, 1), **ticks)
     axes[1].set_title("lite models: cards of this repository", fontsize=9)
     axes[1].legend(frameon=False, fontsize=7, loc="lower right")
+    axes[2].set(xticks=range(len(CATEGORIES)), ylim=(0, 1.02), ylabel="GenEval-lite")
+    axes[2].set_xticklabels([name.replace("_", "\n") for name in CATEGORIES], fontsize=7)
+    axes[2].set_title("by category; paler: more passes", fontsize=9)
     return figure
+
+
+def shown_cards(cards: Cards) -> dict[str, Mapping[str, Any]]:
+    """Those that the figure is made from."""
+    return {name: card for name, card in cards.items() if card["kind"] in ("counts", "speed", "geneval_lite")}
 
 
 def lite_cards(cards: Cards) -> dict[str, Mapping[str, Any]]:
@@ -162,9 +276,9 @@ def lite_cards(cards: Cards) -> dict[str, Mapping[str, Any]]:
 
 def save_figure(cards: Cards) -> Path:
     """Draws the figure into `figures/`; its entry in the ledger names the cards by their hashes."""
-    shown = {"counts": cards["counts"], **lite_cards(cards)}
-    alt = "Pictures a second against GenEval for sixteen models, E-MMDiT at the right; GenEval-lite of lite models."
-    params = {"cards": result_cards.fingerprint(shown)}
+    alt = "Pictures a second against GenEval for sixteen models, E-MMDiT at the right; GenEval-lite of lite models, "
+    alt += "overall and by category."
+    params = {"cards": result_cards.fingerprint(shown_cards(cards))}
     figure = speed_and_quality(cards)
     plt.close(figure)
     return viz.save_figure(figure, FIGURE, source="nitro-e tables", params=params, seed=None, alt=alt)

@@ -41,7 +41,7 @@ from transformers import AutoConfig, AutoModel, Dinov2Config, Dinov2Model, Llama
 from nitro_e_lite.config import DataConfig, TrainConfig, to_dict
 from nitro_e_lite.data.shards import sidecars
 from nitro_e_lite.errors import InvalidValue
-from nitro_e_lite.evaluation.benchmark import median_seconds
+from nitro_e_lite.evaluation.benchmark import measured_peak
 from nitro_e_lite.files import find_weights
 from nitro_e_lite.inference.vision import FULL_VISION_SIZES, GRID
 from nitro_e_lite.model.cpu_kernels import plain_operations
@@ -339,12 +339,6 @@ def published_mfu() -> dict[str, float]:
         for way, flops in sample_flops(forward_flops(stage), frozen_encoders(stage)).items():
             work[way] += stage.steps * stage.batch_size * flops
     return {way: flops / (peak * seconds) for way, flops in work.items()}
-
-
-def measured_peak(size: int = 1024) -> float:
-    """FLOP/s of a float32 matrix product on this machine's processor: its practical peak."""
-    matrix = torch.ones(size, size)
-    return 2 * size**3 / median_seconds(lambda: matrix @ matrix)
 
 
 # -- what is counted on the meta device

@@ -49,9 +49,14 @@ class Bytes:
     buffers: int
 
     @property
+    def total(self) -> int:
+        """All weights."""
+        return self.codes + self.scales + self.rest
+
+    @property
     def ratio(self) -> float:
         """All weights in relation to bf16."""
-        return (self.codes + self.scales + self.rest) / self.bf16
+        return self.total / self.bf16
 
 
 @dataclass
