@@ -168,7 +168,8 @@ def write(
         arms: finished runs of an ablation; those of one name are its seeds.
         folder: where to.
         moments: of a method.
-        prompts: held-out prompts of each category at each moment; 0: only the scores of a run's own metrics, no arms.
+        prompts: held-out prompts of each category at each moment; the scores of a run's own metrics count where they are
+            of as many. 0: those alone, and no arms.
         seed: of the noises.
 
     Yields:
@@ -186,7 +187,7 @@ def write(
             ends[one.run.absolute()] = method["frames"][-1]["minute"]
             found["methods"].append(method)
             yield f"{one.name}: {len(method['frames'])} moments, {len(method['points'])} scores"
-        for one in arms:
+        for one in arms if prompts else ():
             step, weights = one.moments(10**6)[-1]
             score = _score(*one.pipeline(weights), prompts, seed)
             arm = found["arms"].setdefault(one.name, {"n": score.images, "scores": [], "minutes": []})
@@ -205,7 +206,7 @@ def _method(one: Shown, folder: Path, before: float, moments: int, prompts: int,
     rows, trained = one.rows(), one.trained
     minute_of = {0: 0.0} | {row["step"]: row["minute"] for row in rows}
     each = trained.get("gate_prompts") or trained.get("validation_prompts", 0)
-    own = one.sampler.steps == (trained.get("sampler_steps") or trained.get("rollout_steps"))  # as the run was judged
+    own = one.sampler.steps == (trained.get("sampler_steps") or trained.get("rollout_steps")) and prompts in (0, each)
     points, frames = {}, []
     if own and (start := next((row["teacher_geneval"] for row in rows if "teacher_geneval" in row), None)) is not None:
         points[0] = _point(before, start, 6 * each)
