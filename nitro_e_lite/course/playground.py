@@ -168,8 +168,8 @@ def write(
         arms: finished runs of an ablation; those of one name are its seeds.
         folder: where to.
         moments: of a method.
-        prompts: held-out prompts of each category at each moment; the scores of a run's own metrics count where they are
-            of as many. 0: those alone, and no arms.
+        prompts: held-out prompts of each category at each moment; the scores of a run's own metrics count where they
+            are of as many. 0: those alone, and no arms.
         seed: of the noises.
 
     Yields:
