@@ -401,6 +401,7 @@ class DrawnConfig:
     folders: Annotated[tuple[Name, ...], Field(min_length=1)] = ("data/drawn",)
     encoders: Name = "lite"  # those of the teacher: "lite", a pipeline folder or "full"
     validation_rows: Positive = 64  # the last pictures of the set are never trained on
+    verified: bool = False  # pictures that the verifier finds wrong are left out; it reads lite scenes
 
 
 _HEADS = {"name": "adamw", "lr": 1e-3, "betas": (0.0, 0.99), "weight_decay": 0.0, "warmup_steps": 0, "decay_steps": 0}
@@ -454,6 +455,7 @@ class DistillConfig(StudentConfig):
     guidance: NonNegativeNumber = 0.0  # of the finished student's sampler; it is trained without
     shift: Annotated[float, Field(ge=1)] = 3.0  # of its noise levels
     sigma_grid: SigmaGrid = "linear"  # of its noise levels; "scheduler" is the official weights' own
+    jumps: bool = False  # every step aims at the picture, and the sampler puts fresh noise back; else at its next level
     regression_share: Share = 0.75  # of the steps that are phase 1; the rest are phase 2
     regression_weight: NonNegativeNumber = 1.0
     own_rollouts: Share = 0.5  # share of the later inputs of phase 2 that come from the student's own steps

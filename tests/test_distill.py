@@ -393,6 +393,41 @@ def test_a_student_that_went_on_to_learn_from_rewards_ships_with_both(shipped, t
     assert max((changed[name] - value).abs().max() for name, value in base.items()) > 0.01
 
 
+def test_jumps_aim_at_the_picture_from_every_state_and_the_sampler_puts_fresh_noise_back(config, tmp_path):
+    """In phase 1 and 2 a student that answers what leads to the end has no loss; its folder draws as it does."""
+    rows = range(4)
+    placement = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, microbatches=(rows,), rows=rows)
+    stage = Distill(replace(config, jumps=True, adversarial_weight=0.0), placement)
+    batch = stage.batch(0, 0)
+    expected = stage.segment_loss(batch)["loss"]
+    ends = batch.states[:, -1]
+    for row, level in enumerate(batch.level):  # by hand
+        t, here = stage.levels[level], batch.states[row, level]
+        with torch.no_grad():
+            v = stage.student(here[None], batch.text[row : row + 1], torch.tensor([1000 * t])).sample[0]
+        mine = (here - t * v - ends[row]).square().mean() / t**2
+        torch.testing.assert_close(expected[row], mine, rtol=1e-3, atol=1e-4)
+    t = flow.expand_like(stage._levels[batch.level], ends)
+    here = torch.stack([batch.states[row, level] for row, level in enumerate(batch.level)])
+    stage._velocity = lambda *given: (here - ends) / t
+    assert stage.segment_loss(batch)["loss"].max() < 1e-9 and stage._student_loss(batch)["regression"].max() < 1e-9
+    del stage._velocity
+    pipeline, words = stage.pipeline(), batch.text[:2]
+    seeds = lambda: [torch.Generator().manual_seed(k) for k in (3, 4)]  # noqa: E731
+    found = pipeline(prompt_embeds=words, generator=seeds(), output_type="latent").images
+    made = seeds()
+    x = torch.stack([torch.randn(found.shape[1:], generator=one) for one in made])
+    for here, there in zip(stage.levels, stage.levels[1:], strict=False):
+        with torch.no_grad():
+            x0 = x - here * stage.student(x, words, torch.full((2,), 1000 * here)).sample
+        x = (1 - there) * x0 + there * torch.stack([torch.randn(found.shape[1:], generator=one) for one in made])
+    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
+    stage.export({"student": stage.student.state_dict()}, tmp_path / "final")
+    (tmp_path / "config.json").write_text(json.dumps({"config": {"jumps": True, "data": {"encoders": config.teacher}}}))
+    assert load_pipeline(tmp_path, "cpu").scheduler.config.stochastic_sampling
+    assert not stage.reference().scheduler.config.stochastic_sampling  # the teacher walks as always
+
+
 def test_a_student_learns_one_caption(teacher, teacher_folder, tmp_path):
     """Toy: one caption, a few noises. The segments' loss falls, and four steps end nearer to the teacher's pictures."""
     drawn.Drawing(teacher, ["a red circle"] * 6, tmp_path / "set", steps=TEACHER_STEPS, guidance=3.0, batch=6).run()

@@ -318,3 +318,15 @@ def test_pictures_below_the_teachers_card_stop_a_run_before_its_first_step(confi
     monkeypatch.setattr(gates, "decode_latents", true_pictures)
     stage = stage_of(replace(config, gate_pictures=8, gate_card=0.5))
     assert isinstance(stage, students.Student)
+
+
+def test_only_pictures_that_the_verifier_finds_right_are_learned_from(config, monkeypatch):
+    """The tiny teacher's noise shows nothing: what can be judged is left out, what cannot stays."""
+    verified = replace(config, data=replace(config.data, verified=True))
+    stage = stage_of(verified)
+    judged = set(gates.drawn_prompts(stage.drawn, stage.rows))
+    assert 0 < len(judged) and list(stage.kept) == [
+        row for row in range(stage.rows) if stage.drawn.batch([row]).captions[0] not in judged
+    ]
+    monkeypatch.setattr(gates, "verify", lambda image, prompt: SimpleNamespace(correct=True))
+    assert list(stage_of(verified).kept) == list(stage_of(config).kept) == list(range(stage.rows))

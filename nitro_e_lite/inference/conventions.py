@@ -22,7 +22,7 @@ class Call:
         features: text features `(2B, L, D)`, negative first, or `(B, L, D)` without guidance.
         total: steps of the walk.
         attention_kwargs: for the transformer.
-        generators: of the noise that a consistency model puts back.
+        generators: of the noise that is put back between steps, where it is.
         timestep: of the step in progress.
         interrupted: no further step is done.
     """

@@ -79,6 +79,7 @@ class NitroEImg2ImgPipeline(NitroEPipeline):
             guidance_scale=sampler.guidance,
             sigmas=grid,
             latents=start,
+            generator=generator,
             num_images_per_prompt=repeats,
             prompt_embeds=prompt_embeds,
             **size,

@@ -416,14 +416,17 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
         texts = self._check_texts(*given, guided=sampler.guidance > 1 and not self._consistency)
         count = len(texts[0]) * repeats
         shape = (self.transformer.config.in_channels, *grid)
-        generators = as_generators(generator, count) if latents is None or self._consistency else []
+        fresh = self._consistency or scheduler.config.get(
+            "stochastic_sampling", False
+        )  # noise is put back between steps
+        generators = as_generators(generator, count) if latents is None or fresh else []
         if latents is None:
             latents = draw_noise(generators, shape)
         latents = as_tensor("latents", latents, (count, *shape)).to(self._execution_device, torch.float32)
         with torch.no_grad():
             features = torch.cat([self._features(text, repeats) for text in texts])  # (B or 2B, L, D)
         total = len(scheduler.timesteps) - self._consistency  # its last time is where the pictures are
-        call = Call(sampler.guidance, features, total, attention_kwargs, generators=generators)
+        call = Call(sampler.guidance, features, total, attention_kwargs, generators=generators if fresh else [])
         return latents, call, scheduler
 
     def _ask(self, callback: Callable, names: Iterable[str] | None, step: SamplerStep, call: Call) -> None:
@@ -505,7 +508,8 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
                 velocity = flow.guide(conditional, unconditional, call.guidance)
             self._check_finite("transformer", velocity)  # also waits for the accelerator, so that the seconds are true
             x0 = flow.euler_step(latents, velocity, sigma, 0.0)  # one step all the way down
-            latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+            noise = {"generator": call.generators} if call.generators else {}
+            latents = scheduler.step(velocity, timestep, latents, **noise, return_dict=False)[0]
             step = SamplerStep(index, call.total, timestep, sigma, latents, x0, time.perf_counter() - start)
             yield step
             latents = step.latents

@@ -23,11 +23,20 @@ The two take turns, each with its own optimiser, and what is not its turn has no
 picture's own noise, `(1 - t) x0 + t eps`: that pair is the one the teacher joined. But in use, later steps begin where
 the student's earlier ones ended, faults and all; so half of the later inputs come from its own roll-out.
 
+**Jumps.** A walk along segments never comes back to the road that it has left. With `jumps` every step aims at the
+picture itself, from a state that the teacher was in, and the sampler puts fresh noise back before the next: what one
+step got wrong, the next sees as noise and may correct. The loss of phase 1 is then that of one step all the way down,
+
+    loss = |x_k - l_k v(x_k, text, l_k) - x_K|^2 / l_k^2,
+
+and phase 2 starts from the same states. diffusers' Euler scheduler draws so with `stochastic_sampling`.
+
 What both phases read, who is judged by whom and the gates that stop a run are in `students.py` and `gates.py`.
 
 Source: Nitro-1 (misaligned pairs, smooth-L1, logistic loss) and LADD (arXiv 2403.12015). Differs: phase 1 is ours, it
 makes an hour of two cores enough; the published learning rate, 1e-6, moves nothing in an hour; roll-outs are the
-student's own, as in DMD2 (arXiv 2405.14867), without a gradient through earlier steps.
+student's own, as in DMD2 (arXiv 2405.14867), without a gradient through earlier steps; jumps with fresh noise are how
+consistency models and DMD2 draw.
 """
 
 from __future__ import annotations
@@ -140,10 +149,11 @@ class Distill(Student):
         return model(x_t.to(self.placement.dtype), text, flow.TIMESTEP_SCALE * t).sample.float()
 
     def segment_loss(self, batch: DistillBatch) -> dict[str, Tensor]:
-        """From each state of the teacher to its next, in one step; squared velocity error (B,)."""
+        """From each state of the teacher to its next, or to the picture, in one step; squared velocity error (B,)."""
         which, level = torch.arange(len(batch.level), device=batch.level.device), batch.level
-        here, there = batch.states[which, level], batch.states[which, level + 1]  # (B, C, H, W)
-        t, t_next = self._levels[level], self._levels[level + 1]
+        aim = torch.full_like(level, len(self._levels) - 1) if self.config.jumps else level + 1
+        here, there = batch.states[which, level], batch.states[which, aim]  # (B, C, H, W)
+        t, t_next = self._levels[level], self._levels[aim]
         velocity = self._velocity(self.student, here, batch.text, t)
         missed = here + flow.expand_like(t_next - t, here) * velocity - there
         return {"loss": missed.square().flatten(1).mean(1) / (t - t_next).clamp(min=SHORTEST).square()}
@@ -171,10 +181,13 @@ class Distill(Student):
     def _guess(self, batch: DistillBatch) -> Tensor:
         """The student's guess of the picture (B, C, H, W), at the noise levels that its sampler visits."""
         noise, latents, t = batch.states[:, 0], batch.states[:, -1], self._levels[batch.level]
-        x_t = flow.interpolate(latents, noise, t)
-        own = (batch.own & (batch.level > 0)).nonzero().flatten()
-        if len(own):
-            x_t[own] = self.walk(self.student, noise[own], batch.text[own], batch.level[own])
+        if self.config.jumps:
+            x_t = batch.states[torch.arange(len(t), device=t.device), batch.level]
+        else:
+            x_t = flow.interpolate(latents, noise, t)
+            own = (batch.own & (batch.level > 0)).nonzero().flatten()
+            if len(own):
+                x_t[own] = self.walk(self.student, noise[own], batch.text[own], batch.level[own])
         return flow.to_data(x_t, self._velocity(self.student, x_t, batch.text, t), t)
 
     def _student_loss(self, batch: DistillBatch) -> dict[str, Tensor]:
@@ -190,16 +203,20 @@ class Distill(Student):
     # -- looking at the run, and keeping it
 
     def ends(self, noise: Tensor, text: Tensor, teacher: bool) -> Tensor:
-        """Euler steps at the student's noise levels."""
+        """Euler steps at the student's noise levels; of jumps the first, since later ones add noise of their own."""
+        model = self.teacher if teacher else self.student
+        if self.config.jumps:
+            t = torch.ones(len(noise), device=noise.device)
+            return flow.to_data(noise, self._velocity(model, noise, text, t), t)
         until = torch.full((len(noise),), self.config.sampler_steps, device=noise.device)
-        return self.walk(self.teacher if teacher else self.student, noise, text, until)
+        return self.walk(model, noise, text, until)
 
     def pipeline(self, model: EMMDiTTransformer2DModel | None = None) -> NitroEPipeline:
         """Draws in few steps without guidance, with the student as it stands or another model."""
         config = self.config
         pipeline = NitroEPipeline(
             self.student if model is None else model,
-            scheduler=FlowMatchEulerDiscreteScheduler(1000),
+            scheduler=FlowMatchEulerDiscreteScheduler(1000, stochastic_sampling=config.jumps and model is None),
             sigma_grid=config.sigma_grid,
             default_steps=config.sampler_steps,
             default_guidance=config.guidance,

@@ -19,7 +19,8 @@ says what was measured, and what to look at. Of students:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from nitro_e_lite.config import StudentConfig
 from nitro_e_lite.data.drawn import DrawnSet, GrammarPrompts
 from nitro_e_lite.errors import GateFailed
 from nitro_e_lite.inference.encoders import Encoders, decode_latents
-from nitro_e_lite.scenes.geneval import CATEGORIES, Prompt, Score, load_prompts, prompt_of, score, verify
+from nitro_e_lite.scenes.geneval import CATEGORIES, Prompt, Score, Verdict, load_prompts, prompt_of, score, verify
 from nitro_e_lite.scenes.grammar import sample_scene
 
 
@@ -52,20 +53,34 @@ def drawn_prompts(drawn: DrawnSet, rows: int) -> dict[str, Prompt]:
 
 
 @torch.no_grad()
-def score_drawn(drawn: DrawnSet, encoders: Encoders, pictures: int, batch: int = 50) -> Score | None:
-    """GenEval-lite of the first `pictures` that can be judged; None where there are none."""
-    last = min(len(drawn), 2 * pictures)  # more than one caption in two asks for something that can be judged
-    asked, prompts, verdicts = drawn_prompts(drawn, last), [], []
-    for first in range(0, last, batch):
-        found = drawn.batch(range(first, min(first + batch, last)))
-        rows = [k for k, text in enumerate(found.captions) if text in asked][: pictures - len(prompts)]
-        if rows:
-            latents = found.states[rows, -1].to(encoders.vae.device)
+def judge_drawn(
+    drawn: DrawnSet, encoders: Encoders, rows: int, batch: int = 50
+) -> Iterator[tuple[int, Prompt, Verdict]]:
+    """The verifier on those of the first rows that can be judged: row, what was asked for, verdict."""
+    asked = drawn_prompts(drawn, rows)
+    for first in range(0, rows, batch):
+        found = drawn.batch(range(first, min(first + batch, rows)))
+        some = [k for k, text in enumerate(found.captions) if text in asked]
+        if some:
+            latents = found.states[some, -1].to(encoders.vae.device)
             images = (decode_latents(encoders.vae, latents, encoders.stats) / 2 + 0.5).clamp(0, 1)  # (B, 3, H, W)
             images = (images.float().permute(0, 2, 3, 1).cpu().numpy() * 255).round().astype(np.uint8)
-            prompts += [asked[found.captions[k]] for k in rows]
-            verdicts += [verify(one, prompt) for one, prompt in zip(images, prompts[-len(rows) :], strict=True)]
-    return score(prompts, verdicts) if prompts else None
+            for k, image in zip(some, images, strict=True):
+                prompt = asked[found.captions[k]]
+                yield first + k, prompt, verify(image, prompt)
+
+
+def score_drawn(drawn: DrawnSet, encoders: Encoders, pictures: int) -> Score | None:
+    """GenEval-lite of the first `pictures` that can be judged; None where there are none."""
+    last = min(len(drawn), 2 * pictures)  # more than one caption in two asks for something that can be judged
+    judged = list(islice(judge_drawn(drawn, encoders, last), pictures))
+    return score([prompt for _, prompt, _ in judged], [verdict for _, _, verdict in judged]) if judged else None
+
+
+def right_rows(drawn: DrawnSet, encoders: Encoders, rows: int) -> np.ndarray:
+    """The first rows without those that the verifier finds wrong; what cannot be judged stays."""
+    wrong = {row for row, _, verdict in judge_drawn(drawn, encoders, rows) if not verdict.correct}
+    return np.array([row for row in range(rows) if row not in wrong])
 
 
 def check_drawn(drawn: DrawnSet, encoders: Encoders, config: StudentConfig) -> None:

@@ -33,7 +33,7 @@ from nitro_e_lite.model.cpu_kernels import speed_up
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.runtime import generator
 from nitro_e_lite.stages.discriminator import FrozenFeatures, Heads
-from nitro_e_lite.stages.gates import Balance, check_drawn, check_student, few_prompts
+from nitro_e_lite.stages.gates import Balance, check_drawn, check_student, few_prompts, right_rows
 from nitro_e_lite.training.engine import Placement, Stage, Trainable
 from nitro_e_lite.training.optimizers import build_optimizers, learning_rate_scale
 from nitro_e_lite.viz import image_grid
@@ -78,6 +78,7 @@ class Student(Stage):
         encoders: the frozen encoders.
         drawn: the teacher's pictures.
         rows: how many of them are trained on; the rest are for validation.
+        kept: the numbers of those; with `data.verified` without what the verifier finds wrong.
         teacher: frozen.
         features: its blocks, to look at pictures with.
         heads: the discriminator's; None without one.
@@ -100,6 +101,8 @@ class Student(Stage):
         self.teacher_hash = teacher_hash(self.teacher)
         self._check(self.teacher)
         check_drawn(self.drawn, self.encoders, config)
+        verified = config.data.verified
+        self.kept = right_rows(self.drawn, self.encoders, self.rows) if verified else np.arange(self.rows)
         torch.manual_seed(config.seed)
         self.features = FrozenFeatures(self.teacher, config.depths)
         self.modules: dict[str, Trainable] = {}
@@ -147,7 +150,7 @@ class Student(Stage):
 
     def draw(self, step: int) -> StudentBatch:
         """This process's rows of step `step`: a function of seed, step and row, for any number of processes."""
-        rows = batch_indices(self.config.seed, self.rows, self.config.batch_size, step)
+        rows = self.kept[batch_indices(self.config.seed, len(self.kept), self.config.batch_size, step)]
         found, others = (self.drawn.batch(some[self.mine]) for some in (rows, np.roll(rows, -1)))
         differs = torch.tensor([a != b for a, b in zip(found.captions, others.captions, strict=True)])
         text, wrong = self.text(found), self.text(others)
