@@ -168,7 +168,8 @@ def write(
         arms: finished runs of an ablation; those of one name are its seeds.
         folder: where to.
         moments: of a method.
-        prompts: held-out prompts of each category at each moment; 0: only the scores of a run's own metrics, no arms.
+        prompts: held-out prompts of each category at each moment; the scores of a run's own metrics count where they
+            are of as many. 0: those alone, and no arms.
         seed: of the noises.
 
     Yields:
@@ -186,7 +187,7 @@ def write(
             ends[one.run.absolute()] = method["frames"][-1]["minute"]
             found["methods"].append(method)
             yield f"{one.name}: {len(method['frames'])} moments, {len(method['points'])} scores"
-        for one in arms:
+        for one in arms if prompts else ():
             step, weights = one.moments(10**6)[-1]
             score = _score(*one.pipeline(weights), prompts, seed)
             arm = found["arms"].setdefault(one.name, {"n": score.images, "scores": [], "minutes": []})
@@ -205,7 +206,7 @@ def _method(one: Shown, folder: Path, before: float, moments: int, prompts: int,
     rows, trained = one.rows(), one.trained
     minute_of = {0: 0.0} | {row["step"]: row["minute"] for row in rows}
     each = trained.get("gate_prompts") or trained.get("validation_prompts", 0)
-    own = one.sampler.steps == (trained.get("sampler_steps") or trained.get("rollout_steps"))  # as the run was judged
+    own = one.sampler.steps == (trained.get("sampler_steps") or trained.get("rollout_steps")) and prompts in (0, each)
     points, frames = {}, []
     if own and (start := next((row["teacher_geneval"] for row in rows if "teacher_geneval" in row), None)) is not None:
         points[0] = _point(before, start, 6 * each)
@@ -308,15 +309,21 @@ def shipped_run(name: str) -> Figure | None:
     axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.2))
     axes[0].plot(*zip(*losses, strict=True))
     axes[0].set(xlabel="minutes of training", title="loss")
-    for part, label in ((rows, "the student"), (later, "the same, learning from rewards")):
+    about = Shown(name, folder).about
+    each = [about.get("config", {}).get("gate_prompts", 0), about.get("rewards", {}).get("validation_prompts", 0)]
+    for part, prompts, label in zip((rows, later), each, ("the student", "learning from rewards"), strict=True):
         scored = [(row["minute"], row["geneval"]) for row in part if "geneval" in row]
         if scored:
-            axes[1].plot(*zip(*scored, strict=True), marker=".", label=label)
+            (line,) = axes[1].plot(*zip(*scored, strict=True), marker=".", label=label)
+        if scored and prompts:
+            bounds = [share_interval(round(6 * prompts * score), 6 * prompts) for _, score in scored]
+            shade = {"color": line.get_color(), "alpha": 0.12, "linewidth": 0}
+            axes[1].fill_between([minute for minute, _ in scored], *zip(*bounds, strict=True), **shade)
     start = next((row["teacher_geneval"] for row in rows if "teacher_geneval" in row), None)
     if start is not None:
         axes[1].axhline(start, color="grey", linestyle=":", label="its teacher, as many steps")
     axes[1].legend(frameon=False, fontsize=7, loc="lower right")
-    axes[1].set(xlabel="minutes of training", title="GenEval-lite on the way", ylim=(0, 1))
+    axes[1].set(xlabel="minutes of training", title="GenEval-lite on the way", xlim=(0, None), ylim=(0, 1))
     found = scores()
     for place, card in enumerate(found.values()):
         error = [[card["overall"] - card["low"]], [card["high"] - card["overall"]]]
