@@ -283,12 +283,18 @@ def read_json_line(line: bytes) -> dict[str, Any] | None:
     if not line.strip():
         return None
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"), parse_int=_whole)
     except RecursionError:
         raise InvalidValue("no JSON (brackets within brackets, too deep to read)") from None
     if not isinstance(row, dict):
         raise InvalidValue(f"must be a JSON object, is of type {type(row).__name__}")
     return row
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 300:  # more than a float holds
+        raise InvalidValue(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def explain_json(error: ValueError) -> str:

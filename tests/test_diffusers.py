@@ -17,7 +17,7 @@ from nitro_e_lite.inference.encoders import execution_device
 from nitro_e_lite.inference.img2img import NitroEImg2ImgPipeline
 from nitro_e_lite.inference.loading import load_pipeline
 from nitro_e_lite.inference.pipeline import NitroEPipeline
-from nitro_e_lite.model import flow, fp8
+from nitro_e_lite.model import adapters, flow, fp8
 from nitro_e_lite.model.adapters import own_targets
 from nitro_e_lite.model.emmdit import EMMDiTOutput
 from nitro_e_lite.model.official_weights import merge_lora
@@ -174,7 +174,7 @@ def test_new_adapters_take_the_names_of_diffusers_scripts(pipeline):
         own_targets(LoraConfig(target_modules=["to_q", "to_v"]))
 
 
-def test_adapters_that_do_not_fit_are_refused(pipeline, tmp_path):
+def test_adapters_that_do_not_fit_are_refused(pipeline, tmp_path, monkeypatch):
     strange = {
         "unet.down.0.to_q.lora_A.weight": torch.zeros(2, 32),
         "unet.down.0.to_q.lora_B.weight": torch.zeros(32, 2),
@@ -189,6 +189,17 @@ def test_adapters_that_do_not_fit_are_refused(pipeline, tmp_path):
     torch.save(half, tmp_path / "pytorch_lora_weights.bin")  # diffusers by itself would read it
     with pytest.raises(OSError, match="no file named pytorch_lora_weights.safetensors"):
         pipeline.load_lora_weights(tmp_path)
+    with pytest.raises(ValueError, match="revision=None: someone/adapter has no pinned commit; pass revision="):
+        pipeline.load_lora_weights("someone/adapter")
+    with pytest.raises(FileNotFoundError, match="no folder, no file, and no hub id"):
+        pipeline.load_lora_weights(tmp_path / "nowhere" / "at" / "all")
+    asked = []
+    monkeypatch.setattr(
+        adapters.SanaLoraLoaderMixin, "lora_state_dict", lambda source, **said: asked.append(said) or (strange, None)
+    )
+    with pytest.raises(ValueError, match="made for another model"):
+        pipeline.load_lora_weights("someone/adapter", revision="1" * 40)
+    assert asked[0]["revision"] == "1" * 40 and asked[0]["use_safetensors"]
     with pytest.raises(ValueError, match=r"attention_kwargs: \['mask'\] unknown"):
         draw(pipeline, attention_kwargs={"mask": 1})
     fp8.quantize_model(pipeline.transformer)

@@ -21,11 +21,14 @@ from nitro_e_lite.cli.terminal import (
     command,
     console,
     output,
+    say,
     settings,
     show_table,
 )
 from nitro_e_lite.errors import InvalidValue, Unusable
 from nitro_e_lite.files import check_output
+
+MAX_SEEDS = 10_000
 
 app = typer.Typer()
 reward_app = typer.Typer(help="Judges that other programs ask.", no_args_is_help=True)
@@ -189,6 +192,9 @@ def benchmark_side_by_side(model, sampler, beside, batches, repeats, out, device
             models.append((pipeline, pipeline.sampler(**asked)))
             about.append(settings(pipeline, name, models[-1][1]))
         rows = []
+        for pipeline, _ in models:
+            for number in batches:
+                benchmark.check_room(pipeline, number)
         for number in batches:
             timed = benchmark.time_side_by_side(models, number, repeats)
             rows += [known | row for known, row in zip(about, timed, strict=True)]
@@ -287,11 +293,11 @@ def scores(
             check_output(out, "file")
         found = official_tools.read_scores(tool, printed, official_tools.targets(tool, prompts))
         result |= official_tools.make_card(tool, found, folder)
-        if out is not None:
-            cards.write(out, tool, result, cards.command_line(["scores", tool]))
         if not json:
             rows = [[name, f"{value:.4f}"] for name, value in found.get("categories", {}).items()]
             show_table(f"{tool}, {found['images']} pictures", ["", ""], [*rows, ["overall", f"{found['overall']:.4f}"]])
+    if out is not None:  # last, because it may fail: the score is told before
+        cards.write(out, tool, result, cards.command_line(["scores", tool]))
 
 
 @command(app, "tables")
@@ -329,14 +335,19 @@ def reward_serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8901,
 ) -> None:
     """Serve a lite reward over HTTP until it is interrupted: the reference for servers of other judges."""
+    from nitro_e_lite.course.demo_server import is_loopback
     from nitro_e_lite.evaluation.rewards import LITE_REWARDS, RewardServer
 
     if reward not in LITE_REWARDS:
         raise InvalidValue(f"reward={reward!r}: must be one of {', '.join(LITE_REWARDS)}")
+    if not is_loopback(host):
+        say(f"Warning: --host {host} lets everyone who reaches this machine ask; there is no password.", "yellow")
     try:
         server = RewardServer(LITE_REWARDS[reward](), host, port)
-    except OSError as error:
-        raise Unusable(f"host={host}, port={port}: cannot listen there ({error.strerror or error})") from None
+    except (OSError, OverflowError, ValueError) as error:
+        raise Unusable(
+            f"host={host}, port={port}: cannot listen there ({getattr(error, 'strerror', None) or error})"
+        ) from None
     with server:
         print(f"{reward} at {server.url}", flush=True)  # at once, for whoever started this and waits
         server.serve_forever()
@@ -420,18 +431,22 @@ def evaluate(
         from nitro_e_lite import load_pipeline, viz
         from nitro_e_lite.evaluation import cards
         from nitro_e_lite.evaluation.geneval_lite import evaluate as run
+        from nitro_e_lite.evaluation.geneval_lite import new_sheet
         from nitro_e_lite.files import read_json
+        from nitro_e_lite.inference.arguments import as_integer
         from nitro_e_lite.scenes.geneval import SPLITS, load_prompts, read_prompts
         from nitro_e_lite.scenes.verifier import VERSION
 
         if prompts and split != SPLITS[0]:
             raise InvalidValue(f"split={split!r}: {prompts} takes its place; name one of them")
+        as_integer("seeds", seeds, 1, MAX_SEEDS)
         asked = read_prompts(prompts) if prompts else load_prompts(split)
         for path in (out, grid):
             if path is not None:
                 check_output(path, "file")
         if review is not None:
             check_output(review, "folder")
+            new_sheet(review)  # refuses a folder that holds one
         if grid and grid.suffix.lower() != ".png":
             raise InvalidValue(f"grid: {grid.name!r} must end in .png")
         about = {"prompt_list": prompts.name if prompts else split, "model": model}
@@ -491,12 +506,11 @@ def eyes_command(
     with output(json) as result:
         from nitro_e_lite import load_pipeline
         from nitro_e_lite.evaluation import eyes
-        from nitro_e_lite.evaluation.geneval_lite import tally
-        from nitro_e_lite.files import read_jsonl
+        from nitro_e_lite.evaluation.geneval_lite import read_sheet, tally
 
         if sheet and redraw:
             raise InvalidValue(f"--redraw: draws the repository's own pictures; {sheet} is not needed")
-        found = {"pictures": list(read_jsonl(sheet))} if sheet else eyes.load()
+        found = {"pictures": read_sheet(sheet)} if sheet else eyes.load()
         if redraw:
             check_output(redraw, "folder")
             result["sheet"] = str(eyes.redraw(load_pipeline(found["model"]), found, redraw))
