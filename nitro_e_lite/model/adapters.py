@@ -175,7 +175,13 @@ def fetch(source: str | Path | dict, options: dict[str, Any]) -> tuple[dict[str,
         if not where.get("revision"):
             pin = "pass revision='<40-digit commit>', or download it once and name its folder"
             raise InvalidValue(f"revision=None: {source} has no pinned commit; {pin}")
-    weights, found = SanaLoraLoaderMixin.lora_state_dict(source, return_lora_metadata=True, **where)
+    for name in filter(None, (where.get("weight_name"), source if Path(source).is_file() else None)):
+        if not str(name).endswith(".safetensors"):
+            raise InvalidValue(f"lora: {name}: is no .safetensors file; adapters of other kinds are not read")
+    try:
+        weights, found = SanaLoraLoaderMixin.lora_state_dict(source, return_lora_metadata=True, **where)
+    except SafetensorError as error:
+        raise InvalidValue(f"lora: {source}: is damaged or no safetensors file: {error}") from None
     if config is None and found is None and any(key.startswith("base_model.model.") for key in weights):
         folder = Path(source).parent if Path(source).is_file() else Path(source, where.get("subfolder") or "")
         path = folder / PEFT_FILES[0]
