@@ -219,6 +219,18 @@ def check_manifest(folder: str | Path, *parts: str) -> dict[str, str]:
     return sums
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a file in UTF-8, without a byte-order mark.
+
+    Raises:
+        ValueError: it is in another encoding; the message names the file.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidValue(f"{path}: {explain_json(error)}") from None
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object that is all of a file.
 

@@ -174,10 +174,14 @@ def full_disk(size: int = 600):
 
 
 @pytest.mark.parametrize(
-    "name", ["demo", "sample", "evaluate", "export", "data encode", "data draw", "compare", "ship"]
+    "name",
+    ["demo", "sample", "evaluate", "export", "reward plot", "data encode", "data draw", "compare", "ship"]
+    + ["course assignment"],
 )
 def test_full_disk_is_one_line_and_loses_nothing(here, shipped, name):
     whole = {path: path.read_bytes() for path in shipped.rglob("*") if path.is_file()}
+    (here / "run").mkdir()
+    (here / "run" / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
     words = OUTPUTS[name][0] if name != "ship" else [str(shipped), "--name", str(shipped)]
     if name == "compare":  # else it ends before it writes: its preset goes with other encoders
         words = [*words, "--set", "model.in_channels=4", "--set", "model.caption_channels=32"]

@@ -1,5 +1,6 @@
 """The commands that look at a model or a machine: `nitro-e count`, `benchmark`, `geneval`, ..."""
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -316,7 +317,7 @@ def tables_command(
         if recount:
             cards.write(cards.FOLDER / "counts.json", "counts", tables.count_all(), "nitro-e tables --count")
         found, readme = cards.load(), root / "README.md"
-        before = readme.read_text(encoding="utf-8")
+        before = files.read_text(readme)
         after = tables.rebuild(before, found)
         if after != before:
             files.write_atomically(readme, after)
@@ -368,7 +369,9 @@ def reward_plot(
     rows = list(files.read_jsonl(run / "metrics.jsonl"))
     if all(row.get("reward") is None for row in rows):
         raise InvalidValue(f"run={run}: its metrics.jsonl holds no reward")
-    reward_figure(rows, run.name).savefig(out, dpi=120, format="png")
+    drawn = io.BytesIO()
+    reward_figure(rows, run.name).savefig(drawn, dpi=120, format="png")
+    files.write_atomically(out, drawn.getvalue())
     console.print(str(out), markup=False, soft_wrap=True)
 
 

@@ -25,8 +25,9 @@ from nitro_e_lite.stats import paired_interval
 
 FOLDER = Path(__file__).with_suffix("")
 RECIPE = ("weights_sha256", "sampler", "steps", "guidance", "seeds", "environment")  # of every score of a model
+LITE = ("model", "prompt_list", "sigma_grid", "shift", "dtype")
 KINDS: dict[str, tuple[str, ...]] = {
-    "geneval_lite": (*RECIPE, "sigma_grid", "shift", "dtype", "overall", "low", "high", "categories", "verifier"),
+    "geneval_lite": (*RECIPE, *LITE, "overall", "low", "high", "categories", "verifier"),
     "geneval": (*RECIPE, "overall", "categories"),
     "dpg": (*RECIPE, "overall"),
     "hpsv2": (*RECIPE, "overall", "categories"),

@@ -66,7 +66,7 @@ def results_table(cards: Cards) -> str:
     for row in read_json(ROWS)["rows"]:
         try:
             here, command = (row[name].format(**cards) for name in ("here", "command"))
-        except KeyError as error:
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise InvalidValue(f"{ROWS.name}, {row['what']!r}: there is no card or field {error}") from None
         lines.append(f"| {row['what']} | {row['paper']} | {here} | `{command}` |")
     return "\n".join(lines)
