@@ -73,8 +73,9 @@ ADAPTER_TARGETS: tuple[str, ...] = get_args(AdapterTargets)
 # -- what a field may hold
 
 FREE = "every value of the type is allowed"  # in an Annotated: says so on purpose
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+LARGEST = 2**63 - 1
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every library's generator takes
 PositiveNumber = Annotated[float, Field(gt=0)]
 NonNegativeNumber = Annotated[float, Field(ge=0)]

@@ -219,6 +219,18 @@ def check_manifest(folder: str | Path, *parts: str) -> dict[str, str]:
     return sums
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a file in UTF-8, without a byte-order mark.
+
+    Raises:
+        ValueError: it is in another encoding; the message names the file.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidValue(f"{path}: {explain_json(error)}") from None
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """The JSON object that is all of a file.
 
@@ -283,12 +295,18 @@ def read_json_line(line: bytes) -> dict[str, Any] | None:
     if not line.strip():
         return None
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"), parse_int=_whole)
     except RecursionError:
         raise InvalidValue("no JSON (brackets within brackets, too deep to read)") from None
     if not isinstance(row, dict):
         raise InvalidValue(f"must be a JSON object, is of type {type(row).__name__}")
     return row
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 300:  # more than a float holds
+        raise InvalidValue(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def explain_json(error: ValueError) -> str:

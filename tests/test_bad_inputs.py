@@ -175,10 +175,14 @@ def full_disk(size: int = 600):
 
 
 @pytest.mark.parametrize(
-    "name", ["demo", "sample", "evaluate", "export", "data encode", "data draw", "compare", "ship"]
+    "name",
+    ["demo", "sample", "evaluate", "export", "reward plot", "data encode", "data draw", "compare", "ship"]
+    + ["course assignment"],
 )
 def test_full_disk_is_one_line_and_loses_nothing(here, shipped, name):
     whole = {path: path.read_bytes() for path in shipped.rglob("*") if path.is_file()}
+    (here / "run").mkdir()
+    (here / "run" / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
     words = OUTPUTS[name][0] if name != "ship" else [str(shipped), "--name", str(shipped)]
     if name == "compare":  # else it ends before it writes: its preset goes with other encoders
         words = [*words, "--set", "model.in_channels=4", "--set", "model.caption_channels=32"]
@@ -224,6 +228,10 @@ def test_mistakes_of_all_kinds(here, shipped):
     (here / "huge" / "card.json").write_text('{"fingerprint": "f", "shape": [1000000000, 1000000000, 1]}')
     (here / "index").mkdir()
     (here / "index" / "model_index.json").write_text('{"_class_name": "NitroEPipeline", "vae": ["os", "system"]}')
+    (here / "digits").mkdir()
+    (here / "digits" / "card.json").write_text('{"rows": 1' + "0" * 400 + "}")
+    (here / "looked").mkdir()
+    (here / "looked" / "review.jsonl").write_text("{}")
     (here / "lora").mkdir()
     save_file({"any": torch.zeros(1)}, here / "lora" / "adapter_model.safetensors")
     (here / "lora" / "adapter_config.json").write_text('{"r": 0, "lora_alpha": 4}')
@@ -285,10 +293,19 @@ def test_mistakes_of_all_kinds(here, shipped):
         (["benchmark", "--beside", "lite@x"], "MODEL@STEPS"),
         (["benchmark", "--beside", "lite@1", "--peers"], "goes without --peers"),
         (["benchmark", "--beside", "lite@1", "--repeats", "1"], "repeats: 1 is below 2"),
+        (["benchmark", "--beside", f"{shipped}@1", "--model", str(shipped), "--batch", str(10**11)], "needs about"),
+        (["benchmark", "--peers", "--batch", str(10**11)], f"batch={10**11}: needs about"),
+        (["evaluate", "--seeds", "1000000000"], "seeds: 1000000000 is above"),
+        (["evaluate", "--review", "looked"], "review.jsonl: is there already"),
+        (["plan", "--preset", "lite", "--set", "steps=1" + "0" * 400], "must be <= "),
+        (["demo", "--teaser", "--seed", str(2**32 - 1)], "seed: "),
+        (["course", "assignment", "out", "**"], "names 0 of them"),
+        (["ship", "odd", "--name", str(shipped), "--steps", "1000000000"], "default_steps: 1000000000 is above 1000"),
+        (["data", "check", "digits"], "a number of 401 digits"),
     ]:
         assert said in refused(*words), words
     assert sorted(path.name for path in here.iterdir()) == sorted(
-        ["pictures", "prompts.jsonl", "card", "huge", "index", "lora", "odd"]
+        ["pictures", "prompts.jsonl", "card", "huge", "index", "digits", "looked", "lora", "odd"]
     )
 
 

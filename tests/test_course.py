@@ -201,6 +201,16 @@ def test_an_entry_is_trained_judged_and_ranked(tmp_path, monkeypatch):
     put("more cores", 0.80, cores=8)
     found = [(row.entry["name"], row.place) for row in challenge.board([tmp_path / "board"])]
     assert found == [("best", 1), ("as good", 1), ("behind", 2), ("too long", None), ("more cores", None)]
+    put("[bold] :star:", 0.3)  # a name is no markup
+    assert "[bold] :star:" in CliRunner().invoke(app, ["challenge", "--board", str(tmp_path / "board")]).stdout
+    shutil.rmtree(tmp_path / "board" / "[bold] :star:")
+    for number, change in enumerate(
+        [{"card": 5}, {"card": {}}, {"config": {}}, {"minutes": "x"}, {"cores": "two"}, {"name": 5}]
+        + [{"card": entry["card"] | one} for one in ({"low": "x"}, {"overall": float("nan")})]
+    ):
+        (tmp_path / f"{number}.json").write_text(json.dumps(entry | change))
+        with pytest.raises(ValueError, match="is no entry of the challenge"):
+            challenge.board([tmp_path / f"{number}.json"])
     shown = CliRunner().invoke(app, ["challenge", "--board", str(tmp_path / "board"), "--json"])
     assert [row["place"] for row in json.loads(shown.stdout)["entries"]] == [1, 1, 2, None, None]
 

@@ -62,6 +62,20 @@ def test_pictures_to_look_at_and_what_eyes_say(result, tmp_path):
         geneval_lite.agreement(sheet)
     for row in rows:
         row["eyes"] = row["verifier"]
+    for change, message in [
+        ({"tag": "nope"}, "001.png: tag='nope': must be one of"),
+        ({"why": None}, "why=None: must be as it was written"),
+        ({"verifier": "yes"}, "verifier='yes'"),
+        ({"steps": "4"}, "steps='4'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            geneval_lite.tally([rows[0], rows[1] | change], sheet)
+    with pytest.raises(ValueError, match="holds no pictures"):
+        geneval_lite.tally([], sheet)
+    with open(sheet, "a") as file:
+        file.write('{"path": "0')
+    with pytest.raises(ValueError, match="line 5: no JSON"):  # a hand has cut it, not a kill
+        geneval_lite.agreement(sheet)
     rows[1]["eyes"] = not rows[1]["verifier"]
     sheet.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="001.png: eyes and verifier disagree; say why"):

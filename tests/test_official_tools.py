@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nitro_e_lite.errors import UserError
+from nitro_e_lite.errors import NotWritten, UserError
 from nitro_e_lite.evaluation import cards, geneval_lite, official_geneval, official_tools
 from nitro_e_lite.evaluation.official_tools import STYLES, check, export, read_scores, targets
 
@@ -211,6 +211,10 @@ def test_geneval_is_summed_up_as_its_own_script_does(tmp_path):
     ]
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row | {"correct": "no"}) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"line 1: must be an object with correct \(true or false\)"):
+        official_geneval.read_results(path, metadata, 2)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = official_geneval.read_results(path, metadata, 2)
     assert found["categories"] == {"colors": 1.0, "counting": 0.25} and found["overall"] == 0.625
     assert found["correct_images"] == 0.5 and found["correct_prompts"] == pytest.approx(2 / 3)
@@ -220,7 +224,7 @@ def test_geneval_is_summed_up_as_its_own_script_does(tmp_path):
         official_geneval.read_results(path, metadata, 2)
 
 
-def test_scores_become_a_card_with_the_recipe_of_the_pictures(prompts, quick, tmp_path, capfd):
+def test_scores_become_a_card_with_the_recipe_of_the_pictures(prompts, quick, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     from nitro_e_lite.cli.app import app
@@ -235,6 +239,10 @@ def test_scores_become_a_card_with_the_recipe_of_the_pictures(prompts, quick, tm
     card = json.loads((tmp_path / "card.json").read_text())
     assert card["overall"] == 12.5 and card["images"] == 2 and card["steps"] == 1 and card["resize"] == "clean"
     cards.check(card)
+    with monkeypatch.context() as patch:  # the score is told before a full disk takes the card
+        patch.setattr(cards, "write", lambda *_: (_ for _ in ()).throw(NotWritten("card.json: could not be written")))
+        found = CliRunner().invoke(app, ["scores", "fid", *places, "--out", str(tmp_path / "card.json")])
+    assert found.exit_code == 2 and "overall" in found.stdout and "12.5" in found.stdout
     with pytest.raises(ValueError, match="made from 1 pictures, 2 asked for"):
         cards.check(card | {"images": 1})
     with pytest.raises(FileNotFoundError, match="it tells what the pictures are"):

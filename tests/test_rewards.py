@@ -1,13 +1,16 @@
 """Learning from rewards: formulae against independent ones, judges that fail, runs that are killed, and learning."""
 
+import base64
 import dataclasses
 import json
 import math
 import re
 import shutil
+import socket
 import sys
 import threading
 import time
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -384,6 +387,12 @@ def served(reward, port=0):
 def test_a_remote_reward_says_what_the_local_one_says():
     prompts = geneval.load_prompts()[::60]
     pictures = np.stack([render(geneval.true_scene(prompts[0])) for _ in prompts])
+    entry = prompts[0].metadata()
+    many = entry | {"include": [{"class": "star", "count": 10**12}]}
+    small = judges._to_png(pictures[0])
+    png = base64.b64decode(small)
+    header = b"IHDR" + (2**15).to_bytes(4, "big") * 2 + png[24:29]  # a small file that says it has a billion pixels
+    huge = base64.b64encode(png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]).decode()
     with served(judges.PartialCredit()) as server:
         remote = RemoteReward(server.url + "/", batch=2)
         assert remote.name == f"partial@{server.url}" and remote.health() == {"name": "partial", "ready": True}
@@ -393,10 +402,39 @@ def test_a_remote_reward_says_what_the_local_one_says():
             ("/score", b"{}", "400 .*needs images"),
             ("/score", b"no json", "400"),
             ("/score", b'{"images": ["AAAA"], "prompts": []}', "400 .*needs images"),
+            ("/score", b"[" * 100_000, "400 .*too deep"),
+            ("/score", b'"abc"', "400 .*must be a JSON object"),
+            ("/score", json.dumps({"images": [huge], "prompts": [entry]}).encode(), "400 .*pixels"),
+            ("/score", json.dumps({"images": [small], "prompts": [many]}).encode(), "400 .*more than 8 objects"),
         ]:
             with pytest.raises(RuntimeError, match=words):
                 remote._ask(path, body)
         assert judges.preflight([remote])
+
+
+def test_a_request_of_a_length_that_is_not_true_is_answered(monkeypatch, capfd):
+    monkeypatch.setattr(judges._Handler, "timeout", 0.2)
+    whole = json.dumps({"images": [], "prompts": []}).encode()
+    with served(judges.Redness()) as server:
+        for told, ends, code in [
+            ("", True, 411),
+            ("-5", False, 400),
+            ("many", False, 400),
+            ("1_0", False, 400),
+            ("0", False, 400),
+            ("9" * 5000, False, 400),
+            (str(judges.LARGEST_REQUEST + 1), False, 413),
+            (str(len(whole) + 5), True, 400),  # it ends before
+            (str(len(whole) + 5), False, 408),  # it never ends
+        ]:
+            with socket.create_connection(server.server_address, timeout=5) as client:
+                line = f"Content-Length: {told}\r\n" if told else ""
+                client.sendall(f"POST /score HTTP/1.1\r\n{line}\r\n".encode() + whole)
+                if ends:
+                    client.shutdown(socket.SHUT_WR)
+                assert client.recv(100).startswith(f"HTTP/1.0 {code} ".encode()), told[:20]
+        assert RemoteReward(server.url).score(np.zeros((1, 64, 64, 3), np.uint8), [judges.PREFLIGHT]) == 0
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

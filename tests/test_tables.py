@@ -125,7 +125,15 @@ def test_table_2_says_paper_and_here_apart(found):
         ({"weights_sha256": ""}, "lacks weights_sha256"),
         ({"verifier": 0}, "judged by version 0 of the verifier"),
         ({"low": 0.9}, "no interval around"),
+        ({"low": float("nan")}, "no interval around"),
+        ({"low": "x"}, "low='x' is of another type"),
+        ({"seeds": 3}, "seeds=3 is of another type"),
+        ({"verdicts": 101}, "verdicts=101 is of another type"),
+        ({"verdicts": "10"}, "verdicts must be a 0 or 1 for each of 96 pictures"),
+        ({"verdicts": "x" * 96}, "verdicts must be a 0 or 1"),
+        ({"appearance": {"reader": 1}}, "appearance: preference=None: must be a number"),
         ({"kind": "guess"}, "kind 'guess' is not one of"),
+        ({"kind": ["guess"]}, "is not one of"),
     ],
 )
 def test_a_card_that_cannot_be_believed_is_refused(change, message, found, tmp_path):
@@ -147,6 +155,18 @@ def test_two_cards_are_compared_picture_by_picture(found):
         cards.compare(card, card | {"seeds": [1]})
     with pytest.raises(ValueError, match="no verdicts"):
         cards.compare(card, card | {"verdicts": ""})
+
+
+def test_looks_of_other_prompts_are_refused_and_no_diversity_is_no_share(found):
+    looks = dict(found["lite"]["appearance"])
+    for change, message in [
+        ({"diversity_by_prompt": [1.0]}, "diversity_by_prompt has 1 for 300 prompts"),
+        ({"diversity_by_prompt": ["x"] * 300}, "diversity_by_prompt=.*must be numbers"),
+        ({"kid": 3.0}, "kid=3.0: must be numbers"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            cards.check(dict(found["lite"]) | {"appearance": looks | change})
+    assert cards.kept_diversity(looks, looks | {"diversity_by_prompt": [0.0] * 300}) is None
 
 
 def test_the_command_of_a_card_names_no_place_of_a_machine():

@@ -1,5 +1,6 @@
 """The commands that look at a model or a machine: `nitro-e count`, `benchmark`, `geneval`, ..."""
 
+import io
 import itertools
 import sys
 from pathlib import Path
@@ -28,6 +29,8 @@ from nitro_e_lite.cli.terminal import (
 )
 from nitro_e_lite.errors import InvalidValue, Unusable
 from nitro_e_lite.files import check_output
+
+MAX_SEEDS = 10_000
 
 app = typer.Typer()
 reward_app = typer.Typer(help="Judges that other programs ask.", no_args_is_help=True)
@@ -222,6 +225,9 @@ def benchmark_side_by_side(model, sampler, beside, fp8, batches, repeats, out, d
             models.append((pipeline, pipeline.sampler(**asked)))
             about.append(settings(pipeline, name, models[-1][1]))
         rows = []
+        for pipeline, _ in models:
+            for number in batches:
+                benchmark.check_room(pipeline, number)
         for number in batches:
             timed = benchmark.time_side_by_side(models, number, repeats)
             rows += [known | row for known, row in zip(about, timed, strict=True)]
@@ -320,11 +326,11 @@ def scores(
             check_output(out, "file")
         found = official_tools.read_scores(tool, printed, official_tools.targets(tool, prompts))
         result |= official_tools.make_card(tool, found, folder)
-        if out is not None:
-            cards.write(out, tool, result, cards.command_line(["scores", tool]))
         if not json:
             rows = [[name, f"{value:.4f}"] for name, value in found.get("categories", {}).items()]
             show_table(f"{tool}, {found['images']} pictures", ["", ""], [*rows, ["overall", f"{found['overall']:.4f}"]])
+    if out is not None:  # last, because it may fail: the score is told before
+        cards.write(out, tool, result, cards.command_line(["scores", tool]))
 
 
 @command(app, "tables")
@@ -346,7 +352,7 @@ def tables_command(
             counts = tables.count_all() | {"mfu": published_mfu()}
             cards.write(cards.FOLDER / "counts.json", "counts", counts, "nitro-e tables --count")
         found, readme = cards.load(), root / "README.md"
-        before = readme.read_text(encoding="utf-8")
+        before = files.read_text(readme)
         after = tables.rebuild(before, found)
         if after != before:
             files.write_atomically(readme, after)
@@ -365,14 +371,19 @@ def reward_serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8901,
 ) -> None:
     """Serve a lite reward over HTTP until it is interrupted: the reference for servers of other judges."""
+    from nitro_e_lite.course.demo_server import is_loopback
     from nitro_e_lite.evaluation.rewards import LITE_REWARDS, RewardServer
 
     if reward not in LITE_REWARDS:
         raise InvalidValue(f"reward={reward!r}: must be one of {', '.join(LITE_REWARDS)}")
+    if not is_loopback(host):
+        say(f"Warning: --host {host} lets everyone who reaches this machine ask; there is no password.", "yellow")
     try:
         server = RewardServer(LITE_REWARDS[reward](), host, port)
-    except OSError as error:
-        raise Unusable(f"host={host}, port={port}: cannot listen there ({error.strerror or error})") from None
+    except (OSError, OverflowError, ValueError) as error:
+        raise Unusable(
+            f"host={host}, port={port}: cannot listen there ({getattr(error, 'strerror', None) or error})"
+        ) from None
     with server:
         print(f"{reward} at {server.url}", flush=True)  # at once, for whoever started this and waits
         server.serve_forever()
@@ -393,7 +404,9 @@ def reward_plot(
     rows = list(files.read_jsonl(run / "metrics.jsonl"))
     if all(row.get("reward") is None for row in rows):
         raise InvalidValue(f"run={run}: its metrics.jsonl holds no reward")
-    reward_figure(rows, run.name).savefig(out, dpi=120, format="png")
+    drawn = io.BytesIO()
+    reward_figure(rows, run.name).savefig(drawn, dpi=120, format="png")
+    files.write_atomically(out, drawn.getvalue())
     console.print(str(out), markup=False, soft_wrap=True)
 
 
@@ -456,19 +469,22 @@ def evaluate(
         from nitro_e_lite import load_pipeline, viz
         from nitro_e_lite.evaluation import cards
         from nitro_e_lite.evaluation.geneval_lite import evaluate as run
-        from nitro_e_lite.evaluation.geneval_lite import psnr_of
+        from nitro_e_lite.evaluation.geneval_lite import new_sheet, psnr_of
         from nitro_e_lite.files import read_json
+        from nitro_e_lite.inference.arguments import as_integer
         from nitro_e_lite.scenes.geneval import SPLITS, load_prompts, read_prompts
         from nitro_e_lite.scenes.verifier import VERSION
 
         if prompts and split != SPLITS[0]:
             raise InvalidValue(f"split={split!r}: {prompts} takes its place; name one of them")
+        as_integer("seeds", seeds, 1, MAX_SEEDS)
         asked = read_prompts(prompts) if prompts else load_prompts(split)
         for path in (out, grid):
             if path is not None:
                 check_output(path, "file")
         if review is not None:
             check_output(review, "folder")
+            new_sheet(review)  # refuses a folder that holds one
         if grid and grid.suffix.lower() != ".png":
             raise InvalidValue(f"grid: {grid.name!r} must end in .png")
         about = {"prompt_list": prompts.name if prompts else split, "model": model}
@@ -535,12 +551,11 @@ def eyes_command(
     with output(json) as result:
         from nitro_e_lite import load_pipeline
         from nitro_e_lite.evaluation import eyes
-        from nitro_e_lite.evaluation.geneval_lite import tally
-        from nitro_e_lite.files import read_jsonl
+        from nitro_e_lite.evaluation.geneval_lite import read_sheet, tally
 
         if sheet and redraw:
             raise InvalidValue(f"--redraw: draws the repository's own pictures; {sheet} is not needed")
-        found = {"pictures": list(read_jsonl(sheet))} if sheet else eyes.load()
+        found = {"pictures": read_sheet(sheet)} if sheet else eyes.load()
         if redraw:
             check_output(redraw, "folder")
             result["sheet"] = str(eyes.redraw(load_pipeline(found["model"]), found, redraw))

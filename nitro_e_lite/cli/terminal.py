@@ -21,7 +21,8 @@ from rich.table import Table
 
 from nitro_e_lite.errors import UserError
 
-console, errors = Console(), Console(stderr=True)
+PLAIN = {"markup": False, "emoji": False}  # names that people gave may hold brackets and colons
+console, errors = Console(**PLAIN), Console(stderr=True, **PLAIN)
 LONG = 2000  # characters of a line that are shown
 NO_ROOM = [getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS")]  # Windows has not all
 
@@ -122,7 +123,7 @@ def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     least = console.measure(table, options=console.options.update(max_width=10_000)).minimum
-    (console if least <= console.width else Console(width=least)).print(table)
+    (console if least <= console.width else Console(width=least, **PLAIN)).print(table)
 
 
 def settings(pipeline: Any, model: str, sampler: Any) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def write(folder: Path, names: Sequence[str] | None = None) -> Iterator[tuple[st
         raise FileThere(f"{there[0]}: is there already, perhaps with somebody's work in it; name another folder")
     files.check_output(folder, "folder")
     for path, (source, release) in targets.items():
-        book = teachers(json.loads(path.read_text(encoding="utf-8")), path)
+        book = teachers(files.read_json(path), path)
         for target, one in ((source, book), (release, students(book))):
             files.write_atomically(target, json.dumps(one, indent=1, ensure_ascii=False) + "\n")
         yield path.stem, sum(cell["metadata"].get("nbgrader", {}).get("points", 0) for cell in book["cells"])

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -121,7 +122,9 @@ def write(folder: Path, runs: dict[str, Run] | None = None, seed: int = 0) -> It
     for name, run in (runs or RUNS).items():
         log, picture = lab.train(run)
         files.write_atomically(folder / f"{name}.json", json.dumps(log) + "\n")
-        picture.save(folder / f"{name}.png", optimize=True)
+        drawn = io.BytesIO()
+        picture.save(drawn, "PNG", optimize=True)
+        files.write_atomically(folder / f"{name}.png", drawn.getvalue())
         yield name, log
 
 

@@ -107,9 +107,10 @@ def find_all(names: Sequence[str] | None = None) -> list[Path]:
 
 
 def _find(name: str) -> Path:
-    matches = sorted(notebooks_dir().glob(f"{Path(name).stem}*.ipynb"))
+    paths = sorted(notebooks_dir().glob("*.ipynb"))
+    matches = [path for path in paths if path.name.startswith(Path(name).stem)]
     if len(matches) != 1:
-        known = ", ".join(path.stem for path in sorted(notebooks_dir().glob("*.ipynb")))
+        known = ", ".join(path.stem for path in paths)
         raise InvalidValue(f"notebook: {name!r} names {len(matches)} of them; there are {known}")
     return matches[0]
 

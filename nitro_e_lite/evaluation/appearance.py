@@ -129,8 +129,26 @@ class Appearance:
         return torch.cat(parts)
 
 
+def check_report(report: Mapping[str, Any], name: str, prompts: int | None) -> None:
+    """Refuses a report that is not as `Appearance.found` makes it, for so many prompts.
+
+    Raises:
+        ValueError: the first field that is wrong is named.
+    """
+    for field in ("preference", "reader", "diversity", "kid", "kid_floor", "diversity_by_prompt"):
+        value, listed = report.get(field), field not in ("preference", "reader", "diversity")
+        numbers = value if listed and isinstance(value, list) else [] if listed else [value]
+        kinds = (int, float, type(None)) if field.startswith("diversity") else (int, float)
+        if not numbers or not all(isinstance(one, kinds) for one in numbers):
+            raise InvalidValue(f"{name}: {field}={value!r:.80}: must be {'numbers' if listed else 'a number'}")
+    if len(report["diversity_by_prompt"]) != prompts:
+        raise InvalidValue(
+            f"{name}: diversity_by_prompt has {len(report['diversity_by_prompt'])} for {prompts} prompts"
+        )
+
+
 def kept_diversity(first: Mapping[str, Any], second: Mapping[str, Any]) -> float | None:
-    """Diversity of `first` as a share of that of `second`, over the prompts that both have; None without any."""
+    """Diversity of `first` as a share of that of `second`, over the prompts that both have; None without any of it."""
     pairs = zip(first["diversity_by_prompt"], second["diversity_by_prompt"], strict=True)
     both = np.array([pair for pair in pairs if None not in pair], float).reshape(-1, 2)
-    return float(both[:, 0].mean() / both[:, 1].mean()) if len(both) else None
+    return float(both[:, 0].mean() / both[:, 1].mean()) if both[:, 1].any() else None

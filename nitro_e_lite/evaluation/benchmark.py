@@ -64,11 +64,8 @@ def time_pipeline(
         `text_seconds`, `sampling_seconds`, `decoding_seconds`; and `memory_bytes`, the most there was so far.
     """
     rows, sampler = [], sampler or pipeline.sampler()
-    config = pipeline.transformer.config
-    pixels = 3 * (config.sample_size * pipeline.vae_scale_factor) ** 2
-    numbers = pixels + 2 * pipeline.config.max_text_length * config.caption_channels  # a picture, both texts
     for batch in batch_sizes:
-        runtime.check_memory(f"batch={batch}", 4 * numbers * as_integer("batch_sizes", batch, 1))
+        check_room(pipeline, batch)
     for batch in batch_sizes:
         prompts = [CAPTION] * batch
         features = pipeline.encode_captions(prompts)
@@ -89,6 +86,18 @@ def time_pipeline(
             }
         )
     return rows
+
+
+def check_room(pipeline: NitroEPipeline, batch: int) -> None:
+    """Refuses a batch whose pictures and texts alone do not fit into memory.
+
+    Raises:
+        TypeError, ValueError: it does not, or is no number above 0.
+    """
+    config = pipeline.transformer.config
+    pixels = 3 * (config.sample_size * pipeline.vae_scale_factor) ** 2
+    numbers = pixels + 2 * pipeline.config.max_text_length * config.caption_channels  # a picture, both texts
+    runtime.check_memory(f"batch={batch}", 4 * numbers * as_integer("batch", batch, 1))
 
 
 def time_side_by_side(

@@ -19,15 +19,16 @@ from typing import Any
 
 from nitro_e_lite import runtime
 from nitro_e_lite.errors import InvalidValue
-from nitro_e_lite.evaluation.appearance import kept_diversity
+from nitro_e_lite.evaluation.appearance import check_report, kept_diversity
 from nitro_e_lite.files import read_json, write_atomically
 from nitro_e_lite.scenes.verifier import VERSION
 from nitro_e_lite.stats import paired_interval
 
 FOLDER = Path(__file__).with_suffix("")
 RECIPE = ("weights_sha256", "sampler", "steps", "guidance", "seeds", "environment")  # of every score of a model
+LITE = ("model", "prompt_list", "sigma_grid", "shift", "dtype")
 KINDS: dict[str, tuple[str, ...]] = {
-    "geneval_lite": (*RECIPE, "sigma_grid", "shift", "dtype", "overall", "low", "high", "categories", "verifier"),
+    "geneval_lite": (*RECIPE, *LITE, "overall", "low", "high", "categories", "verifier"),
     "geneval": (*RECIPE, "overall", "categories"),
     "dpg": (*RECIPE, "overall"),
     "hpsv2": (*RECIPE, "overall", "categories"),
@@ -41,6 +42,15 @@ KINDS: dict[str, tuple[str, ...]] = {
     "noted": ("from", "values"),
 }
 """Kind -> what a card of it must hold besides `command`."""
+TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("command", "sampler", "prompt_list", "model", "verdicts"), str),
+    **dict.fromkeys(("steps", "images", "images_expected", "prompts"), int),
+    **dict.fromkeys(("guidance", "shift", "overall", "low", "high"), (int, float)),
+    **dict.fromkeys(("categories", "environment", "values", "appearance"), dict),
+    "seeds": list,
+    "rows": (dict, list),
+}
+"""Field -> what it is in every card that has it."""
 PICTURES = {"geneval": 2212, "dpg": 1065, "hpsv2": 3200}
 """Benchmark -> pictures (for DPG: files of four), when it is complete."""
 PROMPTS = {"held_out_prompts": 300, "held_out_compositions": 96}
@@ -60,15 +70,18 @@ def check(card: Mapping[str, Any], name: str = "card") -> None:
     """Refuses a card from which no table may be made.
 
     Raises:
-        ValueError: an unknown kind, a missing part of the recipe, a wrong number of pictures, a score out of its range,
-            or verdicts of another version of the verifier; the first thing wrong is named.
+        ValueError: an unknown kind, a missing part of the recipe or one of another type, a wrong number of pictures or
+            verdicts, a score out of its range, or another version of the verifier; the first thing wrong is named.
     """
     kind = card.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise InvalidValue(f"{name}: kind {kind!r} is not one of {', '.join(KINDS)}")
     missing = [field for field in ("command", *KINDS[kind]) if card.get(field) in (None, "", [], {})]
     if missing:
         raise InvalidValue(f"{name}: lacks {', '.join(missing)}")
+    for field in TYPES.keys() & card.keys():
+        if not isinstance(card[field], TYPES[field]):
+            raise InvalidValue(f"{name}: {field}={card[field]!r:.80} is of another type than in other cards")
     if "weights_sha256" not in KINDS[kind]:
         return
     expected, found = card.get("images_expected"), card.get("images")
@@ -80,6 +93,11 @@ def check(card: Mapping[str, Any], name: str = "card") -> None:
             raise InvalidValue(f"{name}: judged by version {card['verifier']} of the verifier, this is {VERSION}")
         if not 0 <= card["low"] <= card["overall"] <= card["high"] <= 1:
             raise InvalidValue(f"{name}: {card['low']} to {card['high']} is no interval around {card['overall']}")
+        verdicts = card.get("verdicts", "")
+        if set(verdicts) - {"0", "1"} or len(verdicts) not in (0, found):
+            raise InvalidValue(f"{name}: verdicts must be a 0 or 1 for each of {found} pictures, or left out")
+        if "appearance" in card:
+            check_report(card["appearance"], f"{name}: appearance", card.get("prompts"))
 
 
 def _complete(card: Mapping[str, Any]) -> int | None:

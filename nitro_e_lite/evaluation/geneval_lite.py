@@ -30,7 +30,7 @@ from nitro_e_lite.inference.encoders import LatentStats, decode_latents, encode_
 from nitro_e_lite.inference.hub import weights_hash
 from nitro_e_lite.inference.pipeline import NitroEPipeline, Sampler
 from nitro_e_lite.model.fp8 import count_bytes
-from nitro_e_lite.scenes.geneval import Prompt, Score, Verdict, score, true_scene, verify
+from nitro_e_lite.scenes.geneval import CATEGORIES, Prompt, Score, Verdict, score, true_scene, verify
 from nitro_e_lite.scenes.render import render
 from nitro_e_lite.scenes.verifier import VERSION
 from nitro_e_lite.stats import share_interval
@@ -38,6 +38,7 @@ from nitro_e_lite.viz import image_grid, save_image
 
 UNSURE = "unsure"  # what eyes may also say
 PSNR_PICTURES = 60
+ROW = {"path": str, "prompt": str, "tag": str, "verifier": bool, "reason": str, "why": str, "steps": int}  # of a sheet
 SEED_STRIDE = 1_000_000  # picture seed = SEED_STRIDE * seed + place of the prompt
 
 
@@ -137,14 +138,23 @@ def write_sheet(
 
 def agreement(sheet: str | Path) -> dict[str, Any]:
     """`tally` of a filled-in sheet of `write_sheet`."""
-    return tally(list(read_jsonl(sheet)), sheet)
+    return tally(read_sheet(sheet), sheet)
+
+
+def read_sheet(sheet: str | Path) -> list[dict[str, Any]]:
+    """The rows of a sheet that a person filled in.
+
+    Raises:
+        ValueError: a line is no JSON object.
+    """
+    return list(read_jsonl(sheet, torn_last_line="counts"))
 
 
 def tally(rows: Sequence[dict[str, Any]], name: str | Path = "rows") -> dict[str, Any]:
     """What eyes say of the verifier: true, false or "unsure" for each picture.
 
     Args:
-        rows: `path`, `verifier`, `eyes` and `why` of each picture.
+        rows: those of `write_sheet`, with `eyes` and `why` filled in; `steps` may be there.
         name: of the rows, for errors.
 
     Returns:
@@ -152,11 +162,20 @@ def tally(rows: Sequence[dict[str, Any]], name: str | Path = "rows") -> dict[str
         and `disagree`, those rows.
 
     Raises:
-        ValueError: a picture that nobody has looked at, or a disagreement without a reason.
+        ValueError: no pictures, one that nobody has looked at, a disagreement without a reason, or a field that is not
+            as it was written.
     """
+    if not rows:
+        raise InvalidValue(f"{name}: holds no pictures")
     for row in rows:
+        for field, kind in ROW.items():
+            value = row.get(field, 0 if field == "steps" else None)
+            if not isinstance(value, kind):
+                raise InvalidValue(f"{name}: {row.get('path')!r:.80}: {field}={value!r:.80}: must be as it was written")
+        if row["tag"] not in CATEGORIES:
+            raise InvalidValue(f"{name}: {row['path']}: tag={row['tag']!r:.80}: must be one of {', '.join(CATEGORIES)}")
         if not isinstance(row.get("eyes"), bool) and row.get("eyes") != UNSURE:
-            raise InvalidValue(f"{name}: {row.get('path')}: eyes must be true or false, or {UNSURE!r}")
+            raise InvalidValue(f"{name}: {row['path']}: eyes must be true or false, or {UNSURE!r}")
         if row["eyes"] != row["verifier"] and not row["why"].strip():
             raise InvalidValue(f"{name}: {row['path']}: eyes and verifier disagree; say why")
     sure = [row for row in rows if row["eyes"] != UNSURE]

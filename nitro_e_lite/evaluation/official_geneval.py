@@ -72,8 +72,9 @@ def read_results(path: str | Path, metadata: Sequence[dict], images_per_prompt: 
 
 
 def _check_result(row: dict) -> dict:
-    if not {"correct", "metadata"} <= set(row) or not all(isinstance(row.get(key), str) for key in ("tag", "prompt")):
-        raise InvalidValue("must be an object with correct, metadata, tag (a string), prompt (a string)")
+    texts = all(isinstance(row.get(key), str) for key in ("tag", "prompt"))
+    if not texts or "metadata" not in row or row.get("correct") not in (True, False):
+        raise InvalidValue("must be an object with correct (true or false), metadata, tag, prompt (strings)")
     return row
 
 

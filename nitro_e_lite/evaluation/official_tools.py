@@ -41,7 +41,7 @@ from nitro_e_lite.errors import InvalidValue, MissingFile
 from nitro_e_lite.evaluation.cards import PICTURES
 from nitro_e_lite.evaluation.geneval_lite import SEED_STRIDE, describe, draw, picture_seed
 from nitro_e_lite.evaluation.official_geneval import declare, manifest_path, read_metadata, read_results
-from nitro_e_lite.files import explain_json, read_json, read_jsonl, run_lock, write_atomically
+from nitro_e_lite.files import read_json, read_jsonl, read_text, run_lock, write_atomically
 from nitro_e_lite.inference.arguments import as_integer
 from nitro_e_lite.inference.pipeline import NitroEPipeline, Sampler
 from nitro_e_lite.runtime import check_memory
@@ -99,7 +99,7 @@ def targets(tool: str, prompts: str | Path) -> list[Target]:
             for k in range(EACH)
         ]
     if tool == "dpg":
-        texts = {f"{one.stem}.png": _text(one).strip() for one in sorted(path.glob("*.txt"))}
+        texts = {f"{one.stem}.png": read_text(one).strip() for one in sorted(path.glob("*.txt"))}
     elif tool == "hpsv2":
         lists = {style: _list(path / f"{style}.json") for style in STYLES}
         texts = {f"{style}/{k:05d}.jpg": text for style, some in lists.items() for k, text in enumerate(some)}
@@ -118,16 +118,9 @@ def targets(tool: str, prompts: str | Path) -> list[Target]:
     return [Target(name, text, tuple(picture_seed(k, place) for k in each)) for place, (name, text) in numbered]
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InvalidValue(f"{path}: {explain_json(error)}") from None
-
-
 def _list(path: Path) -> list[str]:
     try:
-        found = json.loads(_text(path))
+        found = json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
         raise InvalidValue(f"{path}: no JSON ({error})") from None
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
@@ -297,7 +290,7 @@ def read_scores(tool: str, path: str | Path, wanted: Sequence[Target]) -> dict[s
         rows = {str(row.get("path")): _number(path, row, "score") for row in read_jsonl(path)}
         _same_names(path, rows, [one.path for one in wanted])
         return _counted(path, fmean(rows.values()), len(rows), wanted)
-    text, number = _text(path), r"\d+(?:\.\d+)?"
+    text, number = read_text(path), r"\d+(?:\.\d+)?"
     if tool == "hpsv2":
         lines = re.findall(rf"({'|'.join(STYLES)})\s+({number})\s+{number}", text)
         rows = {style: float(score) for style, score in lines}

@@ -214,6 +214,7 @@ def time_peers(
     """
     batch, device = as_integer("batch", batch, 1), runtime.pick_device(device)
     as_integer("repeats", repeats, 1)  # before models of gigabytes are made
+    runtime.check_memory(f"batch={batch}", 4 * 3 * 512**2 * batch)  # the pictures alone
     dtype = runtime.pick_dtype(dtype, device)
     peak = find_peak(runtime.device_name(device)) or measured_peak(device=device, dtype=dtype)
     seconds: dict[tuple[str, int], float] = {}

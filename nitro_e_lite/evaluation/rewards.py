@@ -30,6 +30,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import time
 import urllib.error
 import urllib.request
@@ -44,6 +45,7 @@ from scipy.optimize import linear_sum_assignment
 
 from nitro_e_lite.errors import InvalidValue, NotFinite, Unusable
 from nitro_e_lite.evaluation.learned_judges import PreferenceModel, load_judge
+from nitro_e_lite.files import explain_json, read_json_line
 from nitro_e_lite.scenes.geneval import Prompt, judge, true_scene
 from nitro_e_lite.scenes.grammar import COLORS
 from nitro_e_lite.scenes.render import render
@@ -51,6 +53,7 @@ from nitro_e_lite.scenes.verifier import Detection, detect
 
 EPS = 1e-4  # added to a deviation
 LARGEST_REQUEST = 2**28  # bytes
+LARGEST_PICTURES = 2**28  # pixels of all pictures in a request
 PREFLIGHT = Prompt("a red circle", "colors", (("circle", "red"),))
 
 
@@ -340,9 +343,12 @@ def _to_png(picture: np.ndarray) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _from_png(text: str) -> np.ndarray:
-    with Image.open(io.BytesIO(base64.b64decode(text, validate=True))) as picture:
-        return np.asarray(picture.convert("RGB"))
+def _from_png(texts: Sequence[str]) -> np.ndarray:
+    """Pictures (B, H, W, 3) of PNGs in base64; none is unpacked before it is known how large all are."""
+    pictures = [Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) for text in texts]
+    if (pixels := sum(picture.width * picture.height for picture in pictures)) > LARGEST_PICTURES:
+        raise InvalidValue(f"images: {pixels:,} pixels, {LARGEST_PICTURES:,} at most")
+    return np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
 
 
 class RewardServer(ThreadingHTTPServer):
@@ -372,9 +378,9 @@ class RewardServer(ThreadingHTTPServer):
             ValueError: it is not one.
         """
         try:
-            pictures = np.stack([_from_png(text) for text in request["images"]])  # (B, H, W, 3)
+            pictures = _from_png(request["images"])  # (B, H, W, 3)
             prompts = [self.read_prompt(entry) for entry in request["prompts"]]
-        except (KeyError, TypeError, OSError, ValueError) as error:
+        except Exception as error:  # Pillow raises many kinds on damaged pictures
             raise InvalidValue(f"needs images (PNG in base64, of one size) and prompts: {error}") from error
         if len(pictures) != len(prompts):
             raise InvalidValue(f"{len(pictures)} images, {len(prompts)} prompts: must be equally many")
@@ -384,6 +390,7 @@ class RewardServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: RewardServer
+    timeout = 60  # seconds that a client may be silent within its request
 
     def do_GET(self) -> None:
         if self.path == "/health":
@@ -392,15 +399,23 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, {"error": "there are GET /health and POST /score"})
 
     def do_POST(self) -> None:
-        length = int(self.headers.get("Content-Length") or 0)
+        told = self.headers.get("Content-Length")
+        length = int(told) if re.fullmatch("[0-9]{1,18}", told or "") else 0
         if self.path != "/score" or not 0 < length <= LARGEST_REQUEST:
             self.close_connection = True
-            self._send(404 if self.path != "/score" else 413, {"error": f"POST /score, 1 to {LARGEST_REQUEST} bytes"})
+            code = 404 if self.path != "/score" else 411 if told is None else 413 if length else 400
+            self._send(code, {"error": f"POST /score, with a Content-Length from 1 to {LARGEST_REQUEST} bytes"})
             return
         try:
-            self._send(200, self.server.answer(json.loads(self.rfile.read(length))))
+            body = self.rfile.read(length)
+            if len(body) < length:
+                raise InvalidValue(f"{len(body)} bytes came, Content-Length says {length}")
+            self._send(200, self.server.answer(read_json_line(body)))
+        except TimeoutError:
+            self.close_connection = True
+            self._send(408, {"error": f"no more came for {self.timeout} s, Content-Length says {length} bytes"})
         except ValueError as error:
-            self._send(400, {"error": str(error)})
+            self._send(400, {"error": explain_json(error)})
         except Exception as error:  # the judge itself failed: say so and go on serving
             self._send(500, {"error": f"{type(error).__name__}: {error}"})
 
@@ -412,7 +427,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
-        except ConnectionError:
+        except (ConnectionError, TimeoutError):
             self.close_connection = True  # whoever asked has gone
 
     def log_message(self, format: str, *arguments: Any) -> None:

@@ -73,7 +73,10 @@ def results_table(cards: Cards) -> str:
     """
     lines = ["| what | paper | measured or computed here | command |", "|---|---|---|---|"]
     for row in read_json(ROWS)["rows"]:
-        here, command = (result_cards.fill(row[name], cards) for name in ("here", "command"))
+        try:
+            here, command = (result_cards.fill(row[name], cards) for name in ("here", "command"))
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise InvalidValue(f"{ROWS.name}, {row['what']!r}: there is no card or field {error}") from None
         lines.append(f"| {row['what']} | {row['paper']} | {here} | `{command}` |")
     return "\n".join(lines + _against_sana(cards) + _against_16_bit(cards))
 

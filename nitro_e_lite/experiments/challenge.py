@@ -193,4 +193,12 @@ def _read(file: Path) -> dict[str, Any]:
     needed = {"rules", "name", "minutes", "seconds", "cores", "device", "config", "card"}
     if missing := sorted(needed - set(entry)):
         raise InvalidValue(f"{file}: is no entry of the challenge ({', '.join(missing)} missing)")
+    try:
+        breaches(entry)
+        card = entry["card"]
+        sound = 0 <= card["low"] <= card["overall"] <= card["high"] <= 1 and card["transformer_parameters"] > 0
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidValue(f"{file}: is no entry of the challenge ({type(error).__name__}: {error})") from None
+    if not sound or not isinstance(entry["name"], str):
+        raise InvalidValue(f"{file}: is no entry of the challenge (its score or its name makes no sense)")
     return entry

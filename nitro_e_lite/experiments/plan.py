@@ -23,7 +23,6 @@ Not modelled: gradient checkpointing, the allocator's fragmentation, work space 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -65,6 +64,7 @@ STORED = {"all stored": ("latents", "text", "vision"), "latents stored": ("laten
 SMALL_PICTURE = (
     22_000  # bytes of a JPEG of 224 px, for a vision model that looks in training: data_cards/nitro_e_25m.md
 )
+MOST_DEVICES, MOST_PICTURES = 10**9, 10**15  # that a plan is made for
 DISK = 1e9  # bytes/s that a checkpoint is written with, copied and hashed; ours
 DRAWN, DRAWN_PER_SECOND = "fluxdb", 0.56  # FLUX.1-dev on one MI300X, 512 px, batch 32: Table 2 of the Nitro-E report
 PICTURES = {"sa1b": 11_100_000, "journeydb": 4_400_000, "fluxdb": 9_500_000}  # in the paper's folders
@@ -272,8 +272,7 @@ def plan(
             f"accumulate={config.accumulate}"
         )
     count = count_pictures(config.data) if pictures is None else pictures
-    if count < 1:
-        raise InvalidValue(f"pictures={count}: must be at least 1")
+    check_pictures(count)
     model = _model_arguments(config)
     encoders = frozen_encoders(config)
     forward = forward_flops(config)
@@ -297,10 +296,16 @@ def plan(
     )
 
 
+def check_pictures(count: int) -> None:
+    """A data set has pictures, and no more than can be counted."""
+    if not 1 <= count <= MOST_PICTURES:
+        raise InvalidValue(f"pictures={count}: must be at least 1, at most {MOST_PICTURES:,}")
+
+
 def check_peak(peak_tflops: float | None) -> None:
-    """The peak that a person names is a number above 0."""
-    if peak_tflops is not None and not 0 < peak_tflops < math.inf:
-        raise InvalidValue(f"peak_tflops={peak_tflops}: must be a number above 0")
+    """The peak that a person names is a number above 0, of this world."""
+    if peak_tflops is not None and not 1e-6 <= peak_tflops <= 1e9:
+        raise InvalidValue(f"peak_tflops={peak_tflops}: must be a number above 0, from a millionth to a billion")
 
 
 def speed_of(hardware: str, devices: int, mfu: float | None, peak_tflops: float | None) -> tuple[float, float]:
@@ -311,10 +316,10 @@ def speed_of(hardware: str, devices: int, mfu: float | None, peak_tflops: float 
     """
     if hardware not in HARDWARE:
         raise InvalidValue(f"hardware={hardware!r}: not one of {', '.join(HARDWARE)}")
-    if devices < 1:
-        raise InvalidValue(f"devices={devices}: must be at least 1")
-    if mfu is not None and not 0 < mfu <= 1:
-        raise InvalidValue(f"mfu={mfu}: must be in (0, 1]")
+    if not 1 <= devices <= MOST_DEVICES:
+        raise InvalidValue(f"devices={devices}: must be at least 1, at most {MOST_DEVICES:,}")
+    if mfu is not None and not 1e-6 <= mfu <= 1:
+        raise InvalidValue(f"mfu={mfu}: must be in (0, 1], a millionth at least")
     check_peak(peak_tflops)
     peak = peak_tflops * 1e12 if peak_tflops else HARDWARE[hardware].peak or measured_peak()
     return peak, published_mfu()["all stored"] if mfu is None else mfu

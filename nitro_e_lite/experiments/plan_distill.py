@@ -18,8 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nitro_e_lite.config import DistillConfig, TrainConfig
-from nitro_e_lite.errors import InvalidValue
-from nitro_e_lite.experiments.plan import forward_flops, frozen_encoders, speed_of
+from nitro_e_lite.experiments.plan import check_pictures, forward_flops, frozen_encoders, speed_of
 from nitro_e_lite.model.flops import PUBLISHED_HARDWARE, TRAINING_PASSES
 
 TEACHER_STEPS = 20
@@ -76,8 +75,7 @@ def plan_distill(
     """
     peak, mfu = speed_of(hardware, devices, mfu, peak_tflops)
     count = PICTURES[config.preset] if pictures is None else pictures
-    if count < 1:
-        raise InvalidValue(f"pictures={count}: must be at least 1")
+    check_pictures(count)
     encoders, speed = frozen_encoders(teacher), devices * peak * mfu
     one, caption = forward_flops(teacher), encoders["text"].flops
     picture = TEACHER_STEPS * (2 if teacher.guidance > 1 else 1) * one + caption

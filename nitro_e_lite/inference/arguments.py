@@ -9,7 +9,6 @@ on.
 """
 
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
@@ -24,7 +23,7 @@ MAX_STEPS = 1000  # noise levels that timesteps of 1000 can tell apart
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-def as_integer(name: str, value: object, minimum: int, maximum: float = math.inf) -> int:
+def as_integer(name: str, value: object, minimum: int, maximum: int = 2**63 - 1) -> int:
     """`value` as an int that is at least `minimum` and at most `maximum`.
 
     Raises:

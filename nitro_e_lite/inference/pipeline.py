@@ -143,7 +143,7 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
             "latents_std": latents_std,
             "max_text_length": as_integer("max_text_length", max_text_length, 1),
             "sigma_grid": sigma_grid,
-            "default_steps": as_integer("default_steps", default_steps, 1),
+            "default_steps": as_integer("default_steps", default_steps, 1, MAX_STEPS),
             "default_guidance": as_number("default_guidance", default_guidance, 0.0),
             "default_shift": as_number("default_shift", default_shift, 1.0),
         }

@@ -37,6 +37,7 @@ PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 _FETCH = (*_HUB, "proxies", "weight_name", "use_safetensors")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PREFIX = re.compile(r"^(base_model\.model\.)?(transformer\.)?")
 _KEY = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _BLOCK = re.compile(r"(?:block_)?groups\.(\d+)\.(\d+)\.(.+)")
@@ -160,12 +161,27 @@ def fetch(source: str | Path | dict, options: dict[str, Any]) -> tuple[dict[str,
     """Tensors and configuration from wherever diffusers reads adapters; takes what concerns that out of `options`.
 
     Files of other kinds than safetensors, which diffusers would turn to when there are none, are not read.
+
+    Raises:
+        FileNotFoundError, ValueError: Nothing is there, a hub id without a `revision`, or it is damaged.
     """
     where = {name: options.pop(name) for name in _FETCH if name in options} | {"use_safetensors": True}
     config = options.pop("metadata", None)
     if isinstance(source, dict):
         return source, config
-    weights, found = SanaLoraLoaderMixin.lora_state_dict(source, return_lora_metadata=True, **where)
+    if not Path(source).exists():
+        if not _HUB_ID.fullmatch(str(source)):
+            raise MissingFile(f"lora: {source} is no folder, no file, and no hub id like owner/name")
+        if not where.get("revision"):
+            pin = "pass revision='<40-digit commit>', or download it once and name its folder"
+            raise InvalidValue(f"revision=None: {source} has no pinned commit; {pin}")
+    for name in filter(None, (where.get("weight_name"), source if Path(source).is_file() else None)):
+        if not str(name).endswith(".safetensors"):
+            raise InvalidValue(f"lora: {name}: is no .safetensors file; adapters of other kinds are not read")
+    try:
+        weights, found = SanaLoraLoaderMixin.lora_state_dict(source, return_lora_metadata=True, **where)
+    except SafetensorError as error:
+        raise InvalidValue(f"lora: {source}: is damaged or no safetensors file: {error}") from None
     if config is None and found is None and any(key.startswith("base_model.model.") for key in weights):
         folder = Path(source).parent if Path(source).is_file() else Path(source, where.get("subfolder") or "")
         path = folder / PEFT_FILES[0]

@@ -46,6 +46,7 @@ CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "
 SPLITS = ("held_out_prompts", "held_out_compositions")
 PROMPTS_PER_CATEGORY = {"held_out_prompts": 50, "held_out_compositions": 24}
 POSITION_MARGIN = 0.1  # fraction of the image; scenes that state a relation keep more, `grammar.RELATION_MARGIN`
+MOST_OBJECTS = 8  # of a prompt; `judge` tries every order of them
 RESAMPLES = 2000  # of the bootstrap interval
 _SPATIAL = frozenset("left right above over below under underneath higher lower top bottom".split())
 _SEED = 20
@@ -111,6 +112,8 @@ class Prompt:
         said = [text, tag, *(word for (shape, color), _ in items for word in (shape, color or ""))]
         if not all(isinstance(word, str) for word in [*said, relation or ""]):
             raise InvalidValue(f"{entry!r}: prompt, tag, class, color and relation must be strings")
+        if sum(count for _, count in items) > MOST_OBJECTS:
+            raise InvalidValue(f"{entry!r}: asks for more than {MOST_OBJECTS} objects")
         objects = [spec for spec, count in items for _ in range(count)]
         return cls(text, tag, tuple(reversed(objects) if relation else objects), relation)
 
