@@ -191,6 +191,7 @@ def benchmark(
     with output(json) as result:
         from nitro_e_lite import runtime
         from nitro_e_lite.data import check
+        from nitro_e_lite.experiments import plan
 
         if folder is not None and not folder.is_dir():
             raise MissingFile(f"folder={str(folder)!r}: is no folder")
@@ -198,7 +199,13 @@ def benchmark(
         options = {"batch": batch, "seconds": seconds, "folder": folder}
         check.check_room(sets[-1], batch, folder)  # the largest, before the first is measured
         result["rows"] = [check.measure_reading(columns, **options) for columns in sets]
-        result["decoding"] = check.measure_decoding(jpegs, seconds)
+        result["decoding"] = found = check.measure_decoding(jpegs, seconds)
+        needed = zip(plan.stated_mfus(), plan.pictures_encoded(), strict=True)
+        found["needed"] = [
+            {"share": mfu.share, "whose": mfu.whose, "pictures_per_second": round(speed)} for mfu, speed in needed
+        ]
+        for one in found["needed"]:
+            one["cores"] = round(one["pictures_per_second"] / found["pictures_per_second_per_core"], 1)
         result["environment"] = runtime.environment_report()
         if not json:
             process = result["rows"][0]["needed_samples_per_second_per_process"]
@@ -218,11 +225,11 @@ def benchmark(
                     for row in result["rows"]
                 ],
             )
-            found = result["decoding"]
-            console.print(
-                f"Decoding JPEGs ({found['source']}, {found['bytes_per_picture'] / 1e3:,.0f} KB each) to 512 px: "
-                f"{found['pictures_per_second_per_core']:,.1f} a second and core; 25 million pictures in a day take "
-                f"{found['cores_for_25_million_in_a_day']:,.0f} cores.",
-                markup=False,
-                soft_wrap=True,
+            line = f"Decoding JPEGs ({found['source']}, {found['bytes_per_picture'] / 1e3:,.0f} KB each) to 512 px: "
+            line += f"{found['pictures_per_second_per_core']:,.1f} pictures/s a core. {plan.PUBLISHED_DEVICES} x "
+            line += f"{plan.PUBLISHED_HARDWARE} encode, at this share of their peak, as many as these cores decode: "
+            line += "; ".join(
+                f"{one['share']:.1%} ({one['whose']}) {one['pictures_per_second']:,} a second, {one['cores']:,.0f} cores"
+                for one in found["needed"]
             )
+            console.print(f"{line}.", markup=False, soft_wrap=True)
