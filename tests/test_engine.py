@@ -15,7 +15,6 @@ from nitro_e_lite.config import RunConfig
 from nitro_e_lite.files import read_jsonl
 from nitro_e_lite.runtime import generator
 from nitro_e_lite.training import distributed
-from nitro_e_lite.training.checkpoints import list_checkpoints
 from nitro_e_lite.training.engine import Engine, Stage, Trainable
 
 RUN = RunConfig(steps=12, batch_size=8, log_every=1, checkpoint_every=5, ema_decay=0.9, keep_checkpoints=2)
@@ -229,35 +228,6 @@ def test_gradients_travel_once_a_step_in_the_stated_type_and_the_log_names_the_s
     assert len(json.loads((tmp_path / "fp32" / "config.json").read_text())["hosts"]) == 2
     beats = [json.loads(path.read_text()) for path in sorted((tmp_path / "fp32" / "heartbeat").iterdir())]
     assert len(beats) == 2 and all(beat["step"] >= 1 and beat["pid"] for beat in beats)
-
-
-HANGS = """
-import sys, time
-from pathlib import Path
-import torch.distributed as dist
-from test_engine import RUN, TwoPlayers
-from dataclasses import replace
-from nitro_e_lite.training.engine import Engine
-
-run = Engine(replace(RUN, patience=0.05, checkpoint_every=2), TwoPlayers, Path(sys.argv[1]), device="cpu")
-step = run.step
-run.step = lambda: time.sleep(1000 * (dist.get_rank() == 1 and run.global_step == 3)) or step()
-try:
-    run.fit()
-except RuntimeError as error:
-    print("gave up:", error, flush=True)
-    raise SystemExit(3)
-"""
-
-
-def test_a_process_that_hangs_is_waited_for_as_long_as_the_settings_say(ranks, tmp_path):  # noqa: F811
-    """The others end with the time in their message; torchrun then starts all again from the checkpoint."""
-    script = tmp_path / "hangs.py"
-    script.write_text(HANGS)
-    ranks.start(2, script, tmp_path / "run")
-    assert ranks.wait()[0] == 3
-    assert "Timed out waiting 3000ms" in ranks.log.read_text()
-    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000002"]
 
 
 def test_accelerators_have_a_flight_recorder(tmp_path, monkeypatch):

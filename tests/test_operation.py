@@ -133,7 +133,7 @@ class Copies(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         given, made = arguments[0], function(*arguments, **(options or {}))
         if function == torch.ops.aten._to_copy.default and given.device != made.device:
-            self.waits += [tuple(given.shape)] * (not options.get("non_blocking"))
+            self.waits += [tuple(given.shape)] * (not (options or {}).get("non_blocking"))
         return made
 
 
@@ -144,8 +144,9 @@ def test_a_step_with_all_encoders_beside_it_never_asks_the_device(tmp_path):
     """
     config = override(SMOKE, ["repa.weight=0.5"])
     meta, encoders, rows = torch.device("meta"), load_encoders("lite"), range(config.batch_size)
+    sees = load_vision("lite").model.config
     with meta:
-        text, eyes = LlamaModel(encoders.text_encoder.config), Dinov2Model(load_vision("lite").model.config)
+        text, eyes = LlamaModel(encoders.text_encoder.config), Dinov2Model(sees)
         sizes = {"repa_channels": eyes.config.hidden_size, "repa_hidden": config.repa.hidden}
         model = EMMDiTTransformer2DModel(**to_dict(config.model), **sizes)
     stage = Pretrain.__new__(Pretrain)

@@ -219,7 +219,7 @@ def checkpoint_bytes(config: TrainConfig) -> float:
 
 def snapshot_bytes(config: TrainConfig) -> float:
     """Bytes of one snapshot that stays: the transformer in bf16, without a projector."""
-    return 2 * _parameters(build_on_meta(to_dict(config.model)))
+    return 2 * sum(value.numel() for value in build_on_meta(to_dict(config.model)).state_dict().values())
 
 
 def checkpoint_hours(config: TrainConfig, bytes_per_second: float = DISK) -> float:
