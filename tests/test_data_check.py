@@ -164,7 +164,7 @@ def test_benchmark_says_what_the_node_needs(monkeypatch):
     monkeypatch.setattr(plan, "pictures_encoded", lambda: [2630.2])
     found = CliRunner().invoke(app, ["data", "benchmark"])
     assert "20.0 pictures/s a core. 8 x mi300x encode" in found.stdout and "the full run needs 296" in found.stdout
-    assert found.stdout.endswith("40.0% (ours) 2,630 a second, 132 cores.\n")
+    assert found.stdout.endswith("40.0% (ours) 2,630/s, 132 cores.\n")
 
 
 def test_reading_with_features_and_bad_arguments(tmp_path):

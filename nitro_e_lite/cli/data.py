@@ -229,7 +229,7 @@ def benchmark(
             line += f"{found['pictures_per_second_per_core']:,.1f} pictures/s a core. {plan.PUBLISHED_DEVICES} x "
             line += f"{plan.PUBLISHED_HARDWARE} encode, at this share of their peak, as many as these cores decode: "
             line += "; ".join(
-                f"{one['share']:.1%} ({one['whose']}) {one['pictures_per_second']:,} a second, {one['cores']:,.0f} cores"
+                f"{one['share']:.1%} ({one['whose']}) {one['pictures_per_second']:,}/s, {one['cores']:,.0f} cores"
                 for one in found["needed"]
             )
             console.print(f"{line}.", markup=False, soft_wrap=True)
