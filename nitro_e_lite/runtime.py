@@ -110,6 +110,11 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
     return device
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` of the host on `device`, without waiting until the device has done what it was given before."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """The number type of the weights: the one named, else bfloat16 on a GPU that has it, else float32.
 

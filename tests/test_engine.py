@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from nitro_e_lite.config import RunConfig
 from nitro_e_lite.files import read_jsonl
 from nitro_e_lite.runtime import generator
+from nitro_e_lite.training import distributed
 from nitro_e_lite.training.engine import Engine, Stage, Trainable
 
 RUN = RunConfig(steps=12, batch_size=8, log_every=1, checkpoint_every=5, ema_decay=0.9, keep_checkpoints=2)
@@ -226,6 +228,27 @@ def test_gradients_travel_once_a_step_in_the_stated_type_and_the_log_names_the_s
     assert len(json.loads((tmp_path / "fp32" / "config.json").read_text())["hosts"]) == 2
     beats = [json.loads(path.read_text()) for path in sorted((tmp_path / "fp32" / "heartbeat").iterdir())]
     assert len(beats) == 2 and all(beat["step"] >= 1 and beat["pid"] for beat in beats)
+
+
+def test_accelerators_have_a_flight_recorder(tmp_path, monkeypatch):
+    class Joined(Exception):
+        pass
+
+    def join(**_):
+        raise Joined
+
+    monkeypatch.setattr(os, "environ", {**os.environ, "RANK": "0", "WORLD_SIZE": "8"})
+    monkeypatch.setattr(distributed, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(distributed, "Accelerator", join)
+    with pytest.raises(Joined):
+        distributed.start_accelerator(RUN, tmp_path, None)
+    told = {name: value for name, value in os.environ.items() if name.startswith(("TORCH_FR_", "TORCH_NCCL_D"))}
+    assert told == {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(tmp_path / "flight" / "rank_"),
+    }
+    assert (tmp_path / "flight").is_dir()
 
 
 def test_streams_differ_in_everything_that_names_them():

@@ -10,23 +10,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_engine import RUN, TwoPlayers
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Dinov2Model, LlamaModel
 
 from nitro_e_lite.config import RunConfig, override, to_dict
 from nitro_e_lite.data.batches import Batches
 from nitro_e_lite.data.shard_writer import write_latents
 from nitro_e_lite.data.shards import LatentBatch
 from nitro_e_lite.errors import NotFinite
-from nitro_e_lite.experiments import launch, worker
+from nitro_e_lite.experiments import launch, plan, worker
 from nitro_e_lite.files import read_jsonl
 from nitro_e_lite.inference.encoders import load_encoders
 from nitro_e_lite.inference.loading import load_pipeline, load_transformer
+from nitro_e_lite.inference.vision import VisionEncoder, load_vision
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.presets import preset
 from nitro_e_lite.stages.pretrain import Pretrain, pretrain
 from nitro_e_lite.training import checkpoints, engine, optimizers
 from nitro_e_lite.training.checkpoints import CheckpointWriter, list_checkpoints, load_latest
 from nitro_e_lite.training.clock import straggler
-from nitro_e_lite.training.engine import Engine
+from nitro_e_lite.training.engine import Engine, Placement
 from nitro_e_lite.training.health import Health
 from nitro_e_lite.training.milestones import concerns
 
@@ -120,6 +123,48 @@ def test_adamw_is_fused_on_accelerators(monkeypatch):
     assert [o.param_groups[0]["fused"] for o in (plain, fused)] == [None, True]
 
 
+class Copies(TorchDispatchMode):
+    """Notes copies from the host that wait until the device has done all it was given before."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        given, made = arguments[0], function(*arguments, **(options or {}))
+        if function == torch.ops.aten._to_copy.default and given.device != made.device:
+            self.waits += [tuple(given.shape)] * (not (options or {}).get("non_blocking"))
+        return made
+
+
+def test_a_step_with_all_encoders_beside_it_never_asks_the_device(tmp_path):
+    """On torch's meta device, which has no numbers to give: whoever asks for one is found out without a GPU.
+
+    The library asked whether captions are padded, and the count of cut captions waited for its own copy.
+    """
+    config = override(SMOKE, ["repa.weight=0.5"])
+    meta, encoders, rows = torch.device("meta"), load_encoders("lite"), range(config.batch_size)
+    sees = load_vision("lite").model.config
+    with meta:
+        text, eyes = LlamaModel(encoders.text_encoder.config), Dinov2Model(sees)
+        sizes = {"repa_channels": eyes.config.hidden_size, "repa_hidden": config.repa.hidden}
+        model = EMMDiTTransformer2DModel(**to_dict(config.model), **sizes)
+    stage = Pretrain.__new__(Pretrain)
+    stage.config, stage.placement, stage.model = config, Placement(meta, torch.float32, (rows,)), model
+    stage.encoders, stage.vision = replace(encoders, text_encoder=text), VisionEncoder(eyes)
+    stage.batches = Batches(config, encoders, rows)
+    stage.batches.needs_images = True
+    with Copies() as copies:
+        losses = stage.losses(0, 0)["transformer"]
+        losses["loss"].mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        Health(config, meta).judge([norm], {"loss": losses["loss"].mean()})
+    assert {value.device for value in losses.values()} == {meta} and losses.keys() >= {"captions_cut", "repa_loss"}
+    assert copies.waits == []
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        losses["loss"].mean().item()
+
+
 # -- checkpoints, snapshots, milestones
 
 
@@ -177,6 +222,7 @@ def test_milestones_and_snapshots_of_the_average(operated):
     snapshot = operated / "snapshots" / "step-00000002"
     values = load_file(snapshot / "diffusion_pytorch_model.safetensors")
     assert {v.dtype for v in values.values()} == {torch.bfloat16}
+    assert sum(v.nbytes for v in values.values()) == plan.snapshot_bytes(SMOKE)
     assert EMMDiTTransformer2DModel.from_pretrained(snapshot, torch_dtype=torch.float32).dtype == torch.float32
     checks = [row for row in read_jsonl(operated / "metrics.jsonl") if "validation_loss" in row]
     assert [row["step"] for row in checks] == [2, 3, 4]

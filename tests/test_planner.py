@@ -22,6 +22,7 @@ from nitro_e_lite.experiments.plan import (
     forward_flops,
     frozen_encoders,
     outlook,
+    pictures_encoded,
     plan,
     published_mfu,
 )
@@ -115,6 +116,7 @@ def test_a_range_of_hours_and_all_that_comes_with_them(full):
     assert (slow.mfu.whose, fast.mfu.whose, fast.mfu.share) == ("published", "ours", 0.4)
     assert slow.hours == pytest.approx(full.hours)
     assert fast.encoding == pytest.approx(2.64, rel=0.01)  # 25 million x 1.5925 TFLOP at 40 % of 8 x 1307.4
+    assert pictures_encoded()[-1] == pytest.approx(25e6 / 3600 / fast.encoding)
     assert fast.hours["all stored"] == pytest.approx(24.4 * 0.056 / 0.4, rel=0.02)
     row = 2 * (32 * 256 + 128 * 2048 + 256 * 768)
     assert fast.reading["all stored"] == pytest.approx(8 * full.peak * 0.4 / full.sample_flops["all stored"] * row)

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +17,9 @@ import psutil
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
+from nitro_e_lite.cli.app import app
 from nitro_e_lite.config import override
 from nitro_e_lite.course import notebooks
 from nitro_e_lite.data.shard_writer import write_latents
@@ -164,7 +168,7 @@ def test_preflight_names_all_that_the_full_run_lacks_here(tmp_path, monkeypatch)
     )
     assert "must" not in missing and "'' is no folder" in missing["weights to start from"]
     assert "accept its licence" in missing["encoder: meta-llama/Llama-3.2-1B"]  # tests are offline
-    assert missing["disk"] == "9 GB free, 21.4 for 4 checkpoints"
+    assert missing["disk"] == "9 GB free, 24.4 for 4 checkpoints and 5 snapshots"
     (data,) = [one for one in found if one.name == "disk for data"]
     assert not data.fine and not data.must and "text 7.29" in data.says
     with pytest.raises(Unusable, match="the run cannot start: accelerators: none here"):
@@ -199,12 +203,14 @@ def test_preflight_of_shards_and_processes(tmp_path, monkeypatch):
     assert "Start the server again" in lacks(found)["reward: http://127.0.0.1:9"]
     assert any("a red circle, as asked for" in one.says for one in found if one.name == "reward: redness")
 
-    said = 'handshake {"backend": "gloo", "world": 2, "right": true, "met": 1.0, "sent": 3e9}'
+    said = handshake.SAYS + '{"backend": "gloo", "world": 2, "right": true, "met": 1.0, "sent": 3e9}'
     monkeypatch.setattr(launch, "run_processes", lambda words, count, environment, on_line: on_line(said))
-    (met,) = preflight._exchange(2, "cpu")
-    assert met.fine and met.says == "gloo: 2 met in 1.0 s; 3.00 GB/s each"
+    (batch,) = preflight._shares(preset("base", "smoke"), 3)
+    assert not batch.fine and batch.must and batch.says == "8 cannot be divided by 3 processes times accumulate=1"
+    gate = threading.Barrier(3, timeout=30)  # servers that take their time are asked at once
+    preflight._together(lambda _: gate.wait(), range(3))
     (met,) = preflight._exchange(4, "cpu")
-    assert not met.fine, "two of four met"
+    assert not met.fine and met.says == "gloo: 2 met in 1.0 s; 3.00 GB/s each", "two of four met"
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "inside of torchrun" in lacks(preflight.preflight(preset("base", "smoke"), tmp_path, 2, "cpu"))["launcher"]
 
@@ -224,6 +230,30 @@ def test_the_handshake_adds_and_says_how_fast(capsys, monkeypatch):
     handshake.main()
     found = json.loads(capsys.readouterr().out.removeprefix(handshake.SAYS))
     assert found["world"] == 1 and found["right"] and found["backend"] == "gloo" and found["seconds"] > 0
+
+
+HANGS = """
+import os, time
+from nitro_e_lite.experiments import handshake
+
+handshake.LIMIT, add = 3, handshake.dist.all_reduce
+if os.environ["RANK"] == "1":
+    handshake.dist.all_reduce = lambda numbers: add(numbers) if numbers.numel() == 1 else time.sleep(100)
+handshake.main()
+"""
+
+
+def test_a_hang_of_real_processes_is_named(tmp_path, monkeypatch):
+    """They meet and add once, then one hangs; what was said of it once was the last line of a traceback."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    script, run = tmp_path / "hangs.py", launch.run_processes
+    script.write_text(HANGS)
+    monkeypatch.setattr(launch, "run_processes", lambda words, *rest: run([str(script)], *rest))
+    (met,) = preflight._exchange(2, "cpu")
+    hangs = (
+        rf"timed out: process [01] on {re.escape(socket.gethostname())} waited 3 s in an all-reduce of 4 MB over gloo"
+    )
+    assert not met.fine and met.must and re.match(hangs, met.says), met.says
 
 
 # Runs in notebooks
@@ -288,6 +318,22 @@ def test_canary_kills_resumes_and_says_go(tmp_path, monkeypatch):
     bands = {band.name: band for band in canary.canary(config, tmp_path / "base", device="cpu", on_line=lines.append)}
     assert starts == [(20, False), (20, True)] and "killed after step 14; resumes from step 12" in lines
     assert bands["repeated steps, loss differs by"].measured == 0 and lines[-1] == "GO: 20 steps, one kill, 10 bands"
+
+
+def test_the_command_looks_first_and_names_all_that_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "1024px", "--preset", "full", "--processes", "8", "--device", "cpu", "--canary"]
+    found = CliRunner().invoke(app, words)
+    assert found.exit_code == 2 and len(found.stderr.strip().splitlines()) == 1
+    for name in (
+        "accelerators",
+        "data: data/1024px/journeydb",
+        "data: data/1024px/fluxdb",
+        "validation data",
+        "encoder",
+    ):
+        assert f"MISSING {name}" in found.stdout and f"{name}" in found.stderr
+    assert not [*tmp_path.iterdir()]
 
 
 def rows(losses, **more):

@@ -1,6 +1,7 @@
 """Cached latents: what goes in comes out, damage costs only what it hits, the order is a pure function."""
 
 import os
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from nitro_e_lite.data import shard_files, shards
-from nitro_e_lite.data.batches import batch_indices
+from nitro_e_lite.data.batches import LocalBatch, batch_indices
 from nitro_e_lite.data.shard_writer import ShardWriter, write_latents
 from nitro_e_lite.data.shards import QUARANTINE, LatentBatch, LatentDataset, quarantine, read_quarantine
 from nitro_e_lite.training.distributed import check_same_data
@@ -69,6 +70,24 @@ def test_many_shards_with_features_are_one_data_set(tmp_path):
     for name in ("latents", "text", "vision"):
         assert torch.equal(getattr(read, name), torch.cat([getattr(b, name) for b in written])[order])
     assert names(data, order) == [f"caption {i}" for i in order]
+
+
+def test_for_an_accelerator_nothing_is_converted_on_the_host(many, monkeypatch):
+    """There is no page-locked memory without one: its switch is dropped here."""
+    plain, empty = LatentDataset(many, "abc").batch([3, 1]), torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **rest: empty(*shape, **rest))
+    found = LatentDataset(many, "abc").batch([3, 1], pin=True)
+    assert found.latents.dtype == torch.float16 and torch.equal(found.latents.float(), plain.latents)
+    batch = LocalBatch(found.latents, ["", ""], torch.zeros(2), plain.latents)
+    assert torch.equal(batch.to(torch.device("cpu")).latents, plain.latents)
+
+
+def test_json_files_of_shards_are_read_side_by_side(many, monkeypatch):
+    """One after the other, those of 25 million rows keep a start waiting for a slow file server."""
+    gate, read = threading.Barrier(2, timeout=30), shards.read_json
+    monkeypatch.setattr(shards, "read_json", lambda path: (gate.wait(), read(path))[1])
+    found = shards.sidecars(many)
+    assert [*found] == [f"{k:06d}" for k in range(10)] and sum(state["rows"] for state in found.values()) == 40
 
 
 def test_several_folders_are_one_data_set(folder, many, tmp_path):

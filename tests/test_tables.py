@@ -62,6 +62,9 @@ def coming(found, tmp_path_factory):
     ratio = {key: {"end_to_end": 3.25, "transformer": 4.5} for key in ("sana_600m", "e_mmdit", "e_mmdit_4step")}
     values = {"rows": [{"key": "sana_600m", "dtype": "bfloat16"}], "ratios": {"1": ratio}}
     cards.write(folder / "peers.json", "peers", values, "nitro-e benchmark --peers")
+    row = {"samples_per_second_per_core": 20_000.4, "samples_per_second_cold": 9_000}
+    reading = {"rows": [row] * 4, "decoding": {"pictures_per_second_per_core": 100}}
+    cards.write(folder / "reading.json", "reading", reading, "nitro-e data benchmark")
     return cards.load(folder)
 
 
@@ -78,6 +81,7 @@ def test_cards_of_coming_models_need_no_more_code(coming, monkeypatch, tmp_path)
     assert len(tables.by_category(coming).splitlines()) == 2 + 9
     text = tables.results_table(coming)
     assert "| 3.07 end to end (bar) | 3.25; 4.50; 3.25; 4.50 | `nitro-e benchmark --peers` |" in text
+    assert "| warm 20,000; 20,000; 20,000; cold 9,000; 9,000; 9,000 | `nitro-e data benchmark` |" in text
     here = "`lite-grpo`, 10 steps, -0.0004 (-0.0013 to +0.0000), lost 0.04 %, won 0.00 %, 50.0 dB (43.5 to 56.0) |"
     assert here in text
     monkeypatch.setenv("NITRO_E_FIGURES", str(tmp_path))

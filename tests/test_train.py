@@ -609,7 +609,8 @@ def test_pictures_of_scenes_whose_latents_were_replaced_are_refused(tmp_path, mo
 def test_wrong_starts_are_refused(uninterrupted, tmp_path):
     with pytest.raises(FileExistsError, match="holds a run already"):
         engine(SMOKE, uninterrupted)
-    with pytest.raises(FileNotFoundError, match="data/sa1b: holds no shards"):
+    every = "data/sa1b, data/journeydb, data/fluxdb, data/validation: each holds no shards"
+    with pytest.raises(FileNotFoundError, match=every):
         engine(preset("base", "full"), tmp_path)
     with pytest.raises(ValueError, match="batch_size=4"):
         engine(override(SMOKE, ["batch_size=4"]), uninterrupted, resume=True)

@@ -194,6 +194,7 @@ def benchmark(
         from nitro_e_lite import runtime
         from nitro_e_lite.data import check
         from nitro_e_lite.evaluation import cards
+        from nitro_e_lite.experiments import plan
 
         if out is not None:
             check_output(out, "file")
@@ -203,7 +204,13 @@ def benchmark(
         options = {"batch": batch, "seconds": seconds, "folder": folder}
         check.check_room(sets[-1], batch, folder)  # the largest, before the first is measured
         result["rows"] = [check.measure_reading(columns, **options) for columns in sets]
-        result["decoding"] = check.measure_decoding(jpegs, seconds)
+        result["decoding"] = found = check.measure_decoding(jpegs, seconds)
+        needed = zip(plan.stated_mfus(), plan.pictures_encoded(), strict=True)
+        found["needed"] = [
+            {"share": mfu.share, "whose": mfu.whose, "pictures_per_second": round(speed)} for mfu, speed in needed
+        ]
+        for one in found["needed"]:
+            one["cores"] = round(one["pictures_per_second"] / found["pictures_per_second_per_core"], 1)
         result["environment"] = runtime.environment_report()
         if out is not None:
             cards.write(out, "reading", result, cards.command_line(sys.argv[1:]))
@@ -225,11 +232,11 @@ def benchmark(
                     for row in result["rows"]
                 ],
             )
-            found = result["decoding"]
-            console.print(
-                f"Decoding JPEGs ({found['source']}, {found['bytes_per_picture'] / 1e3:,.0f} KB each) to 512 px: "
-                f"{found['pictures_per_second_per_core']:,.1f} a second and core; 25 million pictures in a day take "
-                f"{found['cores_for_25_million_in_a_day']:,.0f} cores.",
-                markup=False,
-                soft_wrap=True,
+            line = f"Decoding JPEGs ({found['source']}, {found['bytes_per_picture'] / 1e3:,.0f} KB each) to 512 px: "
+            line += f"{found['pictures_per_second_per_core']:,.1f} pictures/s a core. {plan.PUBLISHED_DEVICES} x "
+            line += f"{plan.PUBLISHED_HARDWARE} encode, at this share of their peak, as many as these cores decode: "
+            line += "; ".join(
+                f"{one['share']:.1%} ({one['whose']}) {one['pictures_per_second']:,}/s, {one['cores']:,.0f} cores"
+                for one in found["needed"]
             )
+            console.print(f"{line}.", markup=False, soft_wrap=True)

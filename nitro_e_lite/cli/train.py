@@ -27,7 +27,7 @@ app.add_typer(train_app, name="train")
 Preset = Annotated[str, typer.Option(help="smoke, lite or full.")]
 Processes = Annotated[int, typer.Option(help="Processes on a machine, one for each accelerator.")]
 Canary = Annotated[
-    bool, typer.Option("--canary", help="Only the first 500 steps, one kill, one resume: GO (0) or STOP (1).")
+    bool, typer.Option("--canary", help="Look first, then only 500 steps, one kill, one resume: GO (0) or STOP (1).")
 ]
 Nodes = Annotated[int, typer.Option(help="Machines; for more than one the commands are printed, not run.")]
 
@@ -52,8 +52,10 @@ def run_stage(stage, preset, overrides, run_dir, resume, device, processes, node
         return
     with stoppable():
         if canary:
+            from nitro_e_lite.experiments import preflight
             from nitro_e_lite.experiments.canary import canary as run_canary
 
+            preflight.require(preflight.preflight(chosen, run_dir, processes, device))
             bands = run_canary(chosen, run_dir, processes, device, typer.echo)
             raise typer.Exit(0 if all(band.fine for band in bands) else 1)
         finish(launch.launch(chosen, run_dir, processes=processes, resume=resume, device=device, on_line=typer.echo))
@@ -110,9 +112,10 @@ def train_1024px(
     device: Device = None,
     processes: Processes = 1,
     nodes: Nodes = 1,
+    canary: Canary = False,
 ) -> None:
     """Teach a 512 px model pictures of twice the side; `--set start_from=FOLDER` names it."""
-    run_stage("1024px", preset, overrides, run_dir, resume, device, processes, nodes)
+    run_stage("1024px", preset, overrides, run_dir, resume, device, processes, nodes, canary)
 
 
 @command(train_app, "rewards")
@@ -416,6 +419,7 @@ def show_outlook(stage, chosen, found, devices, outlooks) -> None:
     size = sum(bytes_ for name, bytes_ in found.disk.items() if name != "latents")
     saved = found.sample_flops["latents stored"] / found.sample_flops["all stored"]
     typer.echo(f"Storing more than latents divides the arithmetic by {saved:.2f} and takes {size / 1e12:.3g} TB.")
+    typer.echo("With nothing stored: a price to compare with; training reads latents, and computes text and vision.")
 
 
 def plan_other_stage(stage, preset, hardware, devices, mfu, peak_tflops, overrides, json, **more) -> None:

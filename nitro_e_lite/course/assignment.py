@@ -42,8 +42,11 @@ CORE = {  # by notebook: what a lesson builds and then checks; the exercises com
     "08_emmdit_assembled": ("forward",),
     "09_repa_pretraining": ("alignment_loss", "make_projector", "stage_one"),
     "10_fine_tuning_ema": ("ema_update", "warm"),
+    "11_grpo": ("my_advantages", "my_step", "my_clipped", "my_forward"),
     "12_step_distillation": ("my_segment_loss", "my_logistic_loss"),
     "13_sana_sprint": ("my_trig", "my_tangent", "my_target", "my_loss", "my_sample"),
+    "14_fp8_inference": ("my_decode", "my_encode", "my_quantize"),
+    "15_evaluation": ("my_score", "my_summary"),
     "16_demo_20_vs_4_steps": ("my_steps",),
     "17_full_run_8x_mi300x": ("sample_cost", "rows_of"),
 }
@@ -216,7 +219,7 @@ def _is_check(statement: ast.stmt) -> bool:
     calls = [ast.unparse(node.func) for node in ast.walk(statement) if isinstance(node, ast.Call)]
     asserts = any(isinstance(node, ast.Assert) for node in ast.walk(statement))
     inside = isinstance(statement, (ast.FunctionDef, ast.ClassDef))  # checks when it is called, not here
-    return not inside and (asserts or any(call.split(".")[-1] in ("assert_close", "check") for call in calls))
+    return not inside and (asserts or any(call == "lessons.check" or call.endswith("assert_close") for call in calls))
 
 
 def _spread(tree: list[ast.stmt], open_names: set[str]) -> bool:

@@ -42,7 +42,7 @@ class LocalBatch:
     """What one process works on.
 
     Attributes:
-        latents: clean (B, C, H, W).
+        latents: clean (B, C, H, W); float16 as stored where an accelerator converts them.
         captions: one a picture; "" where the caption was dropped.
         t: noise levels (B,).
         noise: (B, C, H, W).
@@ -64,9 +64,9 @@ class LocalBatch:
         return replace(self, **{n: x.pin_memory() for n, x in vars(self).items() if isinstance(x, Tensor)})
 
     def to(self, device: torch.device) -> LocalBatch:
-        """The same on `device`, in the number types of the shards; pinned memory is copied while others compute."""
+        """The same on `device`; pinned memory is copied while others compute, and latents are made float32 there."""
         moved = {n: x.to(device, non_blocking=True) for n, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **moved)
+        return replace(self, **moved | {"latents": moved["latents"].float()})
 
     def microbatches(self, count: int) -> list[LocalBatch]:
         """The same in `count` equal parts."""
@@ -239,14 +239,15 @@ def check_folders(data: DataConfig) -> None:
     """Looks for the shards of a run before anything is loaded.
 
     Raises:
-        FileNotFoundError: a folder holds none.
+        FileNotFoundError: folders hold none; all of them are named.
         ValueError: there are folders to train on and none to validate on.
     """
     if data.folders and not data.validation_folders:
         raise InvalidValue("data.validation_folders=(): name shards to validate on, along with data.folders")
-    for folder in (*data.folders, *data.validation_folders):
-        if not (Path(folder) / CARD).is_file():
-            raise MissingFile(f"{folder}: holds no shards ({CARD} is missing); nitro-e data encode makes them")
+    missing = [one for one in (*data.folders, *data.validation_folders) if not (Path(one) / CARD).is_file()]
+    if missing:
+        hold = "holds" if len(missing) == 1 else "each holds"
+        raise MissingFile(f"{', '.join(missing)}: {hold} no shards ({CARD} is missing); nitro-e data encode makes them")
 
 
 def first_captions(batch: LatentBatch) -> list[str]:

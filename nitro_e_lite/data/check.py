@@ -412,7 +412,7 @@ def measure_decoding(folder: str | Path | None = None, seconds: float = 3.0, cou
         count: files that are taken.
 
     Returns:
-        The speed, the mean bytes of a file, and the cores that 25 million pictures in a day need.
+        The speed and the mean bytes of a file.
 
     Raises:
         FileNotFoundError: the folder holds no JPEG.
@@ -432,5 +432,4 @@ def measure_decoding(folder: str | Path | None = None, seconds: float = 3.0, cou
         "source": "made, 1500 x 2250" if folder is None else str(folder),
         "bytes_per_picture": round(sum(map(len, files)) / len(files)),
         "pictures_per_second_per_core": round(speed, 1),
-        "cores_for_25_million_in_a_day": round(25e6 / 86_400 / speed, 1),
     }

@@ -68,7 +68,7 @@ LARGEST_FINITE = 0x7BFF  # bits of the largest finite float16, sign left out
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """`latents` float32 (B, C, h, w) and the captions of each image (at least one).
+    """`latents` float32 or float16 (B, C, h, w) and the captions of each image (at least one).
 
     `text` (B, L, Dc), `vision` (B, P, Dv) and `states` (B, K, C, h, w) are float16, or None when the data set has none.
     `images` uint8 (B, H, W, 3) is what a reader makes of `pictures`, the JPEG files that were written. `sources` and
@@ -238,7 +238,7 @@ class LatentDataset:
         Args:
             indices: numbers of the rows.
             images: decode the stored pictures too.
-            pin: into memory from which an accelerator copies without waiting.
+            pin: into memory from which an accelerator copies without waiting; latents stay float16, which it converts.
 
         Raises:
             IndexError: for a row that is not there.
@@ -257,7 +257,7 @@ class LatentDataset:
             found = self._readers.map(read, parts) if len(parts) > 1 else map(read, parts)
             troubles = {place: trouble for part in found for place, trouble in part.items()}
             if not troubles:
-                return batch.finish(self.shapes)
+                return batch.finish(self.shapes, torch.float16 if pin else torch.float32)
             self._report(troubles.values())
             parts = [range(place, place + 1) for place in troubles]
         place, trouble = next(iter(troubles.items()))
@@ -364,10 +364,10 @@ class _Draft:
                 return "picture cannot be read"
         return "" if self.captions[place] else "no caption"
 
-    def finish(self, shapes: dict[str, tuple[int, ...]]) -> LatentBatch:
-        """The batch itself, latents in float32."""
+    def finish(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> LatentBatch:
+        """The batch itself, latents in `dtype`."""
         tensors = {name: x.unflatten(1, shapes[name]) for name, x in self.tensors.items()}
-        latents = tensors.pop("latents").float()
+        latents = tensors.pop("latents").to(dtype)
         return LatentBatch(latents, self.captions, keys=self.keys, images=self.images, **tensors)
 
 
@@ -411,17 +411,20 @@ def sidecars(folder: Path, names: str = "*") -> dict[str, dict[str, Any] | None]
     Raises:
         RuntimeError: a file cannot be reached; without it nobody knows how many rows there are.
     """
-    found = {}
-    for path in sorted((folder / SHARDS).glob(f"{names}.json")):
-        try:
-            state = patiently(lambda p=path: read_json(p))
-            whole = all(type(state.get(name)) is int and state[name] >= 0 for name in ("rows", "bytes"))
-            found[path.stem] = {"end": True, "next": 0, "sha256": "", **state} if whole else None
-        except ValueError:
-            found[path.stem] = None
-        except (OSError, MemoryError) as error:
-            raise Unusable(f"{path}: cannot be read ({explain(error)}); make it readable and start again") from None
-    return found
+    paths = sorted((folder / SHARDS).glob(f"{names}.json"))
+    with ThreadPoolExecutor(READERS) as pool:  # thousands, on a file server that takes its time for each
+        return dict(zip([path.stem for path in paths], pool.map(_sidecar, paths), strict=True))
+
+
+def _sidecar(path: Path) -> dict[str, Any] | None:
+    try:
+        state = patiently(lambda: read_json(path))
+        whole = all(type(state.get(name)) is int and state[name] >= 0 for name in ("rows", "bytes"))
+        return {"end": True, "next": 0, "sha256": "", **state} if whole else None
+    except ValueError:
+        return None
+    except (OSError, MemoryError) as error:
+        raise Unusable(f"{path}: cannot be read ({explain(error)}); make it readable and start again") from None
 
 
 def open_shards(folder: Path, card: dict[str, Any], fresh: bool = False) -> list[Chunk]:

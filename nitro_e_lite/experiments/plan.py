@@ -204,11 +204,22 @@ def outlook(config: TrainConfig, found: Plan, devices: int, mfus: Sequence[Utili
     return outlooks
 
 
+def pictures_encoded(devices: int = PUBLISHED_DEVICES, peak: float = HARDWARE[PUBLISHED_HARDWARE].peak) -> list[float]:
+    """Pictures a second that `devices` take through all full encoders, at each of `stated_mfus`: as many to decode."""
+    flops = sum(encoder.flops for encoder in frozen_encoders(preset("base", "full")).values())
+    return [devices * peak * mfu.share / flops for mfu in stated_mfus()]
+
+
 def checkpoint_bytes(config: TrainConfig) -> float:
     """Bytes of one checkpoint: masters, the optimiser's state, and the average where there is one."""
     size = _state_bytes(config, _model_arguments(config), {})
     count = _parameters(build_on_meta(_model_arguments(config)))
     return 4 * count + size["optimizer"] + size["average of the weights"]
+
+
+def snapshot_bytes(config: TrainConfig) -> float:
+    """Bytes of one snapshot that stays: the transformer in bf16, without a projector."""
+    return 2 * sum(value.numel() for value in build_on_meta(to_dict(config.model)).state_dict().values())
 
 
 def checkpoint_hours(config: TrainConfig, bytes_per_second: float = DISK) -> float:

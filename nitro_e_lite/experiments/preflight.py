@@ -15,9 +15,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
@@ -28,7 +30,7 @@ from nitro_e_lite.data.shards import array_shapes, read_card, sidecars
 from nitro_e_lite.errors import Unusable, UserError
 from nitro_e_lite.evaluation import rewards
 from nitro_e_lite.experiments import handshake, launch
-from nitro_e_lite.experiments.plan import PICTURES, checkpoint_bytes, frozen_encoders, plan
+from nitro_e_lite.experiments.plan import PICTURES, checkpoint_bytes, frozen_encoders, plan, snapshot_bytes
 from nitro_e_lite.files import find_weights
 from nitro_e_lite.inference.hub import FULL_AUTOENCODER, FULL_TEXT_ENCODER, HUB_REVISIONS
 from nitro_e_lite.inference.vision import VISION_FILES, VISION_REVISIONS
@@ -70,7 +72,7 @@ def preflight(
     """
     found = [*_devices(config, processes, device)]
     found += _exchange(processes, device) if all(one.fine for one in found) else []
-    found += _start(config, made_before)
+    found += [*_shares(config, processes), *_start(config, made_before)]
     if isinstance(config, TrainConfig):
         found += [*_data(config), *_encoders(config), *_memory(config, processes, device)]
     if isinstance(config, StudentConfig):
@@ -116,6 +118,13 @@ def _devices(config: RunConfig, processes: int, device: str | None) -> Iterator[
             yield Finding("launcher", False, says)
 
 
+def _shares(config: RunConfig, processes: int) -> Iterator[Finding]:
+    """A batch is divided among the processes and the parts of a step."""
+    if config.batch_size % (processes * config.accumulate):
+        says = f"{config.batch_size:,} cannot be divided by {processes} processes times accumulate={config.accumulate}"
+        yield Finding("batch", False, says)
+
+
 def _exchange(processes: int, device: str | None) -> Iterator[Finding]:
     if processes == 1 or processes > (_accelerators(device) or processes):
         return
@@ -126,7 +135,8 @@ def _exchange(processes: int, device: str | None) -> Iterator[Finding]:
         (said,) = (line.removeprefix(handshake.SAYS) for line in lines if line.startswith(handshake.SAYS))
         found = json.loads(said)
     except (launch.LaunchError, ValueError) as error:
-        yield Finding("exchange of gradients", False, f"failed: {str(error).splitlines()[-1]}")
+        waited = [line.removeprefix("handshake ") for line in lines if line.startswith(handshake.GIVES_UP)]
+        yield Finding("exchange of gradients", False, "; ".join(waited) or f"failed: {str(error).splitlines()[-1]}")
         return
     says = f"{found['backend']}: {found['world']} met in {found['met']:.1f} s; {found['sent'] / 1e9:.2f} GB/s each"
     yield Finding("exchange of gradients", found["right"] and found["world"] == processes, says)
@@ -200,13 +210,16 @@ def _prompts(config: RewardConfig) -> Iterator[Finding]:
 
 def _rewards(config: RewardConfig) -> Iterator[Finding]:
     """Every judge is there and tells a good picture from a bad one; one attempt, since a server should be up by now."""
-    for name in dict.fromkeys(name for name, _ in config.rewards):
+
+    def ask(name: str) -> Finding:
         try:
             ((good, bad),) = rewards.preflight(rewards.open_rewards([name], config.reward_timeout, retries=0)).values()
             says = f"a red circle, as asked for, {good:.2f}; a blue square in its place {bad:.2f}"
-            yield Finding(f"reward: {name}", True, says)
+            return Finding(f"reward: {name}", True, says)
         except UserError as error:
-            yield Finding(f"reward: {name}", False, str(error))
+            return Finding(f"reward: {name}", False, str(error))
+
+    yield from _together(ask, dict.fromkeys(name for name, _ in config.rewards))
 
 
 def _encoders(config: TrainConfig | StudentConfig) -> Iterator[Finding]:
@@ -220,8 +233,13 @@ def _encoders(config: TrainConfig | StudentConfig) -> Iterator[Finding]:
             wanted.append((config.repa.vision, VISION_REVISIONS))
         else:
             yield _folder("vision model", config.repa.vision, *VISION_FILES)
-    for name, revisions in wanted:
-        yield _on_the_hub(name, revisions[name])
+    yield from _together(lambda one: _on_the_hub(one[0], one[1][one[0]]), wanted)
+
+
+def _together(look: Callable[[Any], Finding], at: Iterable[Any]) -> list[Finding]:
+    """What is found at several places that may take their time to answer."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(look, at))
 
 
 def _folder(name: str, source: str, *files: str) -> Finding:
@@ -258,7 +276,7 @@ def _memory(config: TrainConfig, processes: int, device: str | None) -> Iterator
 
 
 def _disk(config: RunConfig, run_dir: Path) -> Iterator[Finding]:
-    """Room for checkpoints, one more than are kept, since the new one stands before an old one goes."""
+    """Room for checkpoints, one more than are kept, since the new one stands before an old one goes; and snapshots."""
     there = run_dir.resolve()
     while not there.exists():
         there = there.parent
@@ -266,9 +284,11 @@ def _disk(config: RunConfig, run_dir: Path) -> Iterator[Finding]:
     if not isinstance(config, TrainConfig):
         yield Finding("disk", free > SCRATCH, f"{free / 1e9:,.0f} GB free for checkpoints")
         return
-    one = checkpoint_bytes(config)
-    wanted = (config.keep_checkpoints + 1) * one + (SCRATCH if config.preset == "full" else 0)
-    says = f"{free / 1e9:,.0f} GB free, {wanted / 1e9:,.1f} for {config.keep_checkpoints + 1} checkpoints"
+    kept, snapshots = config.keep_checkpoints + 1, config.steps // config.snapshot_every if config.snapshot_every else 0
+    wanted = kept * checkpoint_bytes(config) + snapshots * snapshot_bytes(config)
+    wanted += SCRATCH if config.preset == "full" else 0
+    says = f"{free / 1e9:,.0f} GB free, {wanted / 1e9:,.1f} for {kept} checkpoints"
+    says += f" and {snapshots} snapshots" * (snapshots > 0)
     yield Finding("disk", free > wanted, says)
     missing = [folder for folder in config.data.folders if not sidecars(Path(folder))]
     if count := sum(PICTURES.get(Path(folder).name, 0) for folder in missing):

@@ -35,12 +35,14 @@ import torch
 from diffusers import AutoencoderDC
 from diffusers.hooks.group_offloading import _get_group_onload_device, _is_group_offload_enabled
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.masking_utils import create_causal_mask
 
 from nitro_e_lite.errors import InvalidType, InvalidValue
 from nitro_e_lite.files import find_weights, read_json
 from nitro_e_lite.inference import hub
 from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH, LITE_TEXT_LENGTH
+from nitro_e_lite.runtime import send
 
 
 @dataclass(frozen=True)
@@ -204,8 +206,10 @@ def encode_text(
     for place in too_long if cut is None else ():
         text = f"caption cut to {max_length} of {counts[place]} tokens: {texts[place]!r}"
         warnings.warn(text, CaptionCut, stacklevel=2)
-    device = execution_device(model)
-    tokens, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)  # (B, L)
+    device, tokens, mask = execution_device(model), batch["input_ids"], batch["attention_mask"]  # (B, L)
+    if device.type != "cpu" and isinstance(model, LlamaModel):  # it would ask the device whether there is padding
+        mask = create_causal_mask(model.config, torch.empty(*tokens.shape, 0, dtype=model.dtype), mask, cache=None)
+    tokens, mask = send(tokens, device), mask if mask is None else send(mask, device)  # (B, 1, L, L) now; or None
     return model(input_ids=tokens, attention_mask=mask).last_hidden_state  # (B, L, D)
 
 

@@ -25,6 +25,7 @@ from nitro_e_lite.files import find_weights
 from nitro_e_lite.inference.encoders import images_to_tensor
 from nitro_e_lite.inference.hub import EncoderUnavailable, attempt_model, weights_hash
 from nitro_e_lite.model.cpu_kernels import speed_up
+from nitro_e_lite.runtime import send
 
 FULL_VISION = "facebook/dinov2-base"
 FULL_VISION_SIZES = {"patch_size": 14, "image_size": 518}  # of it; the rest are the defaults of the class
@@ -69,7 +70,7 @@ def prepare_pixels(pixels: Tensor, size: int) -> Tensor:
     pixels = pixels[:, :, top : top + side, left : left + side]
     if side != size:
         pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
-    mean, std = (torch.tensor(values, device=pixels.device).view(1, 3, 1, 1) for values in (MEAN, STD))
+    mean, std = (send(torch.tensor(values).view(1, 3, 1, 1), pixels.device) for values in (MEAN, STD))
     return (pixels / 2 + 0.5 - mean) / std
 
 

@@ -50,6 +50,7 @@ from nitro_e_lite.model import flow
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.flops import model_flops
 from nitro_e_lite.model.official_weights import lora_targets, save_lora
+from nitro_e_lite.runtime import send
 from nitro_e_lite.training import weights
 from nitro_e_lite.training.distributed import fill_rows
 from nitro_e_lite.training.engine import Engine, Placement, Stage, Trainable
@@ -183,8 +184,8 @@ class Pretrain(Stage):
         if batch.text is None:
             places: list[int] = []
             text = self.encoders.encode_text(batch.captions, places).to(dtype)
-            return text, torch.tensor([float(k in places) for k in range(len(batch.captions))]).to(device)
-        dropped = torch.tensor([caption == "" for caption in batch.captions]).to(device, non_blocking=True)
+            return text, send(torch.tensor([float(k in places) for k in range(len(batch.captions))]), device)
+        dropped = send(torch.tensor([caption == "" for caption in batch.captions]), device)
         return torch.where(dropped[:, None, None], self._no_text, batch.text.to(dtype)), None
 
     # -- looking at the run
