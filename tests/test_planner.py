@@ -183,6 +183,13 @@ def test_encoders_may_lie_in_any_folder(tmp_path, monkeypatch):
     assert frozen_encoders(override(lite, ["data.encoders=./lite"])) == frozen_encoders(lite)
     with pytest.raises(FileNotFoundError, match="'nowhere' is no folder.*vae/config.json"):
         frozen_encoders(override(lite, ["data.encoders=nowhere"]))
+    for count in (frozen_encoders, decoder_flops):
+        with pytest.raises(ValueError, match="model.in_channels=5: the autoencoder of data.encoders='lite' has 8"):
+            count(override(lite, ["model.in_channels=5"]))
+    (tmp_path / "odd" / "vae").mkdir(parents=True)
+    (tmp_path / "odd" / "vae" / "config.json").write_text('{"_class_name": "AutoencoderDC", "latent_channels": "x"}')
+    with pytest.raises(ValueError, match="data.encoders: .*odd cannot be loaded"):
+        frozen_encoders(override(lite, [f"data.encoders={tmp_path / 'odd'}"]))
 
 
 def test_pictures_are_those_of_the_folders(tmp_path):

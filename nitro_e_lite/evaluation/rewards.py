@@ -408,12 +408,14 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             body = self.rfile.read(length)
-            if len(body) < length:
-                raise InvalidValue(f"{len(body)} bytes came, Content-Length says {length}")
-            self._send(200, self.server.answer(read_json_line(body)))
         except TimeoutError:
             self.close_connection = True
             self._send(408, {"error": f"no more came for {self.timeout} s, Content-Length says {length} bytes"})
+            return
+        try:
+            if len(body) < length:
+                raise InvalidValue(f"{len(body)} bytes came, Content-Length says {length}")
+            self._send(200, self.server.answer(read_json_line(body)))
         except ValueError as error:
             self._send(400, {"error": explain_json(error)})
         except Exception as error:  # the judge itself failed: say so and go on serving

@@ -42,6 +42,7 @@ from nitro_e_lite.data.shards import sidecars
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.evaluation.benchmark import measured_peak
 from nitro_e_lite.files import find_weights
+from nitro_e_lite.inference.hub import one_line
 from nitro_e_lite.inference.vision import FULL_VISION_SIZES, GRID
 from nitro_e_lite.model.cpu_kernels import plain_operations
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
@@ -391,7 +392,7 @@ def forward_flops(config: TrainConfig) -> float:
 @lru_cache
 def frozen_encoders(config: TrainConfig) -> dict[str, Encoder]:
     """The frozen encoders of a run: of pictures, of text, and with REPA the vision model."""
-    model, length, vae = config.model, _text_length(config), _autoencoder(config.data.encoders)
+    model, length, vae = config.model, _text_length(config), _autoencoder(config)
     with torch.device("meta"):
         if _is_full(config):
             text = AutoModel.from_config(LlamaConfig(**LLAMA_1B))
@@ -418,15 +419,22 @@ def decoder_flops(config: TrainConfig) -> float:
     """FLOPs of one picture from its latents."""
     model = config.model
     shape = (1, model.in_channels, model.sample_size, model.sample_size)
-    return _flops(_autoencoder(config.data.encoders).decode, torch.empty(shape, device="meta"))
+    return _flops(_autoencoder(config).decode, torch.empty(shape, device="meta"))
 
 
-def _autoencoder(encoders: str) -> AutoencoderDC:
+def _autoencoder(config: TrainConfig) -> AutoencoderDC:
+    encoders, channels = config.data.encoders, config.model.in_channels
     with torch.device("meta"):
         if encoders == "full":
-            return AutoencoderDC(**DC_AE_F32)
-        folder = find_weights(encoders, "vae/config.json").parent
-        return AutoencoderDC.from_config(AutoencoderDC.load_config(folder / "vae"))
+            vae = AutoencoderDC(**DC_AE_F32)
+        else:
+            folder = find_weights(encoders, "vae/config.json").parent
+            with one_line(folder, "data.encoders"):
+                vae = AutoencoderDC.from_config(AutoencoderDC.load_config(folder / "vae"))
+    if vae.config.latent_channels != channels:
+        found = f"the autoencoder of data.encoders={encoders!r} has {vae.config.latent_channels}"
+        raise InvalidValue(f"model.in_channels={channels}: {found}; set one of the two")
+    return vae
 
 
 def _parameters(model: nn.Module) -> int:
