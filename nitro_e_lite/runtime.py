@@ -231,7 +231,7 @@ def check_memory(field: str, needed: float) -> None:
     Raises:
         ValueError: more than there is.
     """
-    there = psutil.virtual_memory().total
+    there, needed = psutil.virtual_memory().total, min(needed, 1e30)  # integers may be larger than any float
     if needed > there:
         raise InvalidValue(f"{field}: needs about {needed / 1e9:,.0f} GB of memory; there are {there / 1e9:,.0f}")
 

@@ -302,6 +302,8 @@ def test_mistakes_of_all_kinds(here, shipped):
         (["course", "assignment", "out", "**"], "names 0 of them"),
         (["ship", "odd", "--name", str(shipped), "--steps", "1000000000"], "default_steps: 1000000000 is above 1000"),
         (["data", "check", "digits"], "a number of 401 digits"),
+        (["data", "benchmark", "--batch", "1" + "0" * 400], "GB of memory"),
+        (["data", "encode", "folder", "pictures", "out", "--size", "8000000"], "up to 65536"),
     ]:
         assert said in refused(*words), words
     assert sorted(path.name for path in here.iterdir()) == sorted(

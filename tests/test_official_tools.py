@@ -192,6 +192,10 @@ def test_outputs_of_the_tools_are_read_and_counted(prompts, tmp_path):
     (tmp_path / "ir.jsonl").write_text('{"path": "00000.png", "score": 1.5}\n{"path": "00001.png", "score": -0.5}\n')
     asked = targets("image_reward", prompts / "image_reward.txt")
     assert read_scores("image_reward", tmp_path / "ir.jsonl", asked)["overall"] == 0.5
+    with open(tmp_path / "ir.jsonl", "a") as file:
+        file.write('{"path": "00000.png", "score": 9}\n')
+    with pytest.raises(ValueError, match="3 scores of 2 pictures; each must be there once"):
+        read_scores("image_reward", tmp_path / "ir.jsonl", asked)
     (tmp_path / "fid.json").write_text('{"fid": 12.5, "n": 3, "tool": "clean-fid 0.1.35", "resize": "clean"}')
     with pytest.raises(ValueError, match="3 pictures were scored, 2 exported"):
         read_scores("fid", tmp_path / "fid.json", targets("fid", prompts / "fid.txt"))

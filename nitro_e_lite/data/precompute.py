@@ -51,6 +51,7 @@ from nitro_e_lite.inference.encoders import Encoders
 from nitro_e_lite.inference.hub import EncoderUnavailable
 from nitro_e_lite.inference.vision import GRID
 
+LARGEST = 65_536  # pixels a side of a picture
 GENERATOR = "black-forest-labs/FLUX.1-dev"
 GENERATOR_REVISIONS = {GENERATOR: "3de623fc3c33e44ffbe2bad470d0f45bccf2eb21"}
 SOURCES = {source.kind: source for source in (SA1B, JourneyDB, Folder)}
@@ -109,8 +110,9 @@ class Encoding:
                 raise InvalidValue(f"{name}={value}: must be at least 1")
         ratio = encoders.vae.spatial_compression_ratio
         self.size = GRID * ratio if size is None else size
-        if self.size < ratio or self.size % ratio:
-            raise InvalidValue(f"size={size}: must be a multiple of {ratio}, the autoencoder's compression")
+        if not ratio <= self.size <= LARGEST or self.size % ratio:
+            rule = f"must be a multiple of {ratio}, the autoencoder's compression, up to {LARGEST}"
+            raise InvalidValue(f"size={size}: {rule}")
         if pictures is not None and not 1 <= pictures <= self.size:
             raise InvalidValue(f"pictures={pictures}: must be 1 to size={self.size}")
         self.source, self.encoders, self.out, self.text, self.vision = source, encoders, Path(out), text, vision

@@ -287,7 +287,10 @@ def read_scores(tool: str, path: str | Path, wanted: Sequence[Target]) -> dict[s
         about = {name: found.get(name) for name in ("tool", "resize")}
         return _counted(path, _number(path, found, "fid"), _number(path, found, "n"), wanted) | about
     if tool == "image_reward":
-        rows = {str(row.get("path")): _number(path, row, "score") for row in read_jsonl(path)}
+        scored = [(str(row.get("path")), _number(path, row, "score")) for row in read_jsonl(path)]
+        rows = dict(scored)
+        if len(rows) < len(scored):
+            raise InvalidValue(f"{path}: {len(scored)} scores of {len(rows)} pictures; each must be there once")
         _same_names(path, rows, [one.path for one in wanted])
         return _counted(path, fmean(rows.values()), len(rows), wanted)
     text, number = read_text(path), r"\d+(?:\.\d+)?"
