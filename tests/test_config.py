@@ -343,7 +343,7 @@ def test_settings_need_no_torch():
         (["depths=[0.1, 1.5]"], "depths[1]=1.5: must be <= 1"),
         (["data.folders=[]"], "data.folders=(): must be at least 1 long"),
         (
-            ["adversarial_weight=0", "regression_weight=0"],
+            ["adversarial_weight=0", "regression_weight=0", "regression_share=0.5"],
             "regression_weight=0.0: must be > 0 with adversarial_weight=0",
         ),
         (["heads.lr=-1"], "heads.lr=-1.0: must be >= 0"),

@@ -158,6 +158,18 @@ def test_without_network_there_is_one_clear_error_and_no_noise(monkeypatch, capl
     assert caplog.messages == ["as before"]
 
 
+def test_loads_that_overlap_leave_the_hubs_warnings_as_they_were(tmp_path):
+    """Two threads that looked for encoders at once once left them silent for good."""
+    log = logging.getLogger("huggingface_hub")
+    before, (first, second) = log.level, (hub.quiet_loading(tmp_path) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert log.level == logging.ERROR
+    second.__exit__(None, None, None)
+    assert log.level == before
+
+
 @pytest.mark.parametrize(
     "file",
     ["vae/diffusion_pytorch_model.safetensors", "vae/latent_stats.json", "text_encoder/model.safetensors",

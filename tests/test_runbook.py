@@ -168,7 +168,7 @@ def test_preflight_names_all_that_the_full_run_lacks_here(tmp_path, monkeypatch)
     )
     assert "must" not in missing and "'' is no folder" in missing["weights to start from"]
     assert "accept its licence" in missing["encoder: meta-llama/Llama-3.2-1B"]  # tests are offline
-    assert missing["disk"] == "9 GB free, 24.4 for 4 checkpoints and 5 snapshots"
+    assert missing["disk"] == "9 GB free, 24.5 for 4 checkpoints and 5 snapshots"
     (data,) = [one for one in found if one.name == "disk for data"]
     assert not data.fine and not data.must and "text 7.29" in data.says
     with pytest.raises(Unusable, match="the run cannot start: accelerators: none here"):
@@ -313,6 +313,7 @@ def test_canary_kills_resumes_and_says_go(tmp_path, monkeypatch):
         return engine.fit()
 
     monkeypatch.setattr(launch, "launch", start)
+    monkeypatch.setitem(canary.STEADY, "cpu", 0.01)  # a step of a tenth of a second beside another test is not steady
     config = override(preset("base", "smoke"), ["steps=20", "optimizer.decay_steps=0"])
     lines = []
     bands = {band.name: band for band in canary.canary(config, tmp_path / "base", device="cpu", on_line=lines.append)}

@@ -54,6 +54,13 @@ def coming(found, tmp_path_factory):
             card["against"] = cards.difference(card, dict(base) | {"model": card["model"], "dtype": "bfloat16"})
         cards.write(folder / f"{name}.json", "geneval_lite", card, card["command"])
     for name, card in found.items():
+        if card["kind"] == "geneval_lite" and name not in (
+            "lite",
+            "lite_10_unguided",
+            "lite_compositions",
+            "lite-grpo",
+        ):
+            continue  # a card of today in place of the made-up one, or of a model that the list below does not have
         (folder / f"{name}.json").write_text(json.dumps(card))
     keys = ("model", "steps", "guidance", "dtype", "fp8")
     rows = [{k: card[k] for k in keys if k in card} for card in tables.compared_cards(cards.load(folder))]

@@ -51,6 +51,7 @@ CAPTIONS = (
     "a yellow star and a purple circle",
 )
 SIDE = 128  # pixels of a picture in a frame
+FRAME = 168  # pixels of a frame in the film
 FINAL, CHECKPOINT = "final", "weights.safetensors"
 LOGGED = ("step", "seconds", "loss", "student_loss", "student_tangent_norm", "student_adversarial", "heads_right")
 JUDGED = ("distance", "teacher_distance", "geneval", "teacher_geneval")
@@ -281,12 +282,15 @@ def curves(found: Mapping[str, Any]) -> Figure:
         minute, score, low, high = (
             np.array([point[name] for point in method["points"]]) for name in ("minute", "score", "low", "high")
         )
-        label = f"{method['name']}, {method['steps']} step{'s' * (method['steps'] > 1)}"
-        axis.plot(minute, score, color=color, linestyle=style, marker="o", markersize=3, label=label)
+        axis.plot(minute, score, color=color, linestyle=style, marker="o", markersize=3, label=_name(method))
         axis.fill_between(minute, low, high, color=color, alpha=0.1, linewidth=0)
     axis.set(xlabel="minutes of training on one core", ylabel="GenEval-lite", ylim=(0, 1))
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+def _name(method: Mapping[str, Any]) -> str:
+    return f"{method['name']}, {method['steps']} step{'s' * (method['steps'] > 1)}"
 
 
 def shipped_run(name: str) -> Figure | None:
@@ -336,24 +340,23 @@ def shipped_run(name: str) -> Figure | None:
 def scores() -> dict[str, dict[str, Any]]:
     """The cards of 2,400 pictures, by model and passes of the transformer a picture, the most passes first."""
     every = [
-        card for card in tables.lite_cards(cards.load()).values() if card["images"] == 2400 and not card.get("fp8")
+        card
+        for card in tables.lite_cards(cards.load()).values()
+        if card["images"] == 2400 and card["dtype"] == "float32" and not card.get("fp8")
     ]
     ordered = sorted(every, key=tables.passes, reverse=True)
     return {f"{card['model']}, {tables.passes(card)} passes": card for card in ordered}
 
 
 def film(found: Mapping[str, Any], folder: Path = FOLDER) -> Image.Image:
-    """A row a method, a column a moment of its training; each frame holds the captions, two in a row."""
-    columns = max(len(method["frames"]) for method in found["methods"])
+    """A row a method: before its training, on the way, at its end; each frame holds the captions, two in a row."""
     pictures, labels = [], []
     for method in found["methods"]:
-        for frame in method["frames"]:
-            pictures.append(_open(folder / frame["picture"]))
-            labels.append(f"{method['name']}: {_when(method, frame)}")
-        empty = columns - len(method["frames"])
-        pictures += [Image.new("RGB", (2 * SIDE, 2 * SIDE), "white")] * empty
-        labels += [""] * empty
-    return viz.image_grid(pictures, columns, labels)
+        frames = method["frames"]
+        for frame in [frames[0], frames[len(frames) // 2], frames[-1]]:
+            pictures.append(_open(folder / frame["picture"]).resize((FRAME, FRAME), Image.Resampling.LANCZOS))
+            labels.append(f"{_name(method)}: {_when(method, frame)}")
+    return viz.image_grid(pictures, 3, labels)
 
 
 def slider(found: Mapping[str, Any], folder: Path = FOLDER) -> widgets.VBox:
@@ -367,7 +370,7 @@ def slider(found: Mapping[str, Any], folder: Path = FOLDER) -> widgets.VBox:
         for method, image, text in zip(found["methods"], frames, texts, strict=True):
             frame = [one for one in method["frames"] if one["minute"] <= minute.value or one is method["frames"][0]][-1]
             image.value = (folder / frame["picture"]).read_bytes()
-            text.value = f"{method['name']}<br>{_when(method, frame)}"
+            text.value = f"{_name(method)}<br>{_when(method, frame)}"
 
     minute.observe(show, "value")
     show()

@@ -192,6 +192,8 @@ class Chain:
 
     def _rewards(self) -> None:
         changes = [f"seed={self.seed}", f"start_from={json.dumps(str(self.run_dir / 'weights'))}"]
+        if self.preset == "smoke":  # its pictures show nothing yet, and a reward that is constant stops a run
+            changes.append("rewards=[[redness, 1.0]]")
         chosen = configuration.override(presets.preset("rewards", self.preset), changes)
         with watched(self.run_dir / "rewards", self.say):
             launch(chosen, self.run_dir / "rewards", processes=self.devices, resume=True)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,12 +139,23 @@ def _resolve(source: str | Path, revision: str | None, option: str) -> dict[str,
     return {"pretrained_model_name_or_path": source, "revision": revision}
 
 
+_QUIET, _LOCK = {"loads": 0, "level": logging.NOTSET}, threading.Lock()  # several threads may load at once
+
+
+def _hush(loads: int) -> None:
+    """Counts loads that began or ended; the first silences the hub's warnings, the last lets them be heard again."""
+    hub = logging.getLogger("huggingface_hub")  # warns of every request that failed, before it tries again
+    with _LOCK:
+        if not _QUIET["loads"]:
+            _QUIET["level"] = hub.level
+        _QUIET["loads"] += loads
+        hub.setLevel(logging.ERROR if _QUIET["loads"] else _QUIET["level"])
+
+
 @contextmanager
 def quiet_loading(source: str | Path) -> Iterator[None]:
     """Without the hub's warnings, and without progress bars when `source` is a folder; a download shows its own."""
-    hub = logging.getLogger("huggingface_hub")  # warns of every request that failed, before it tries again
-    level = hub.level
-    hub.setLevel(logging.ERROR)
+    _hush(1)
     logs = [diffusers.utils.logging, transformers.utils.logging] if Path(source).is_dir() else []
     shown = [log for log in logs if log.is_progress_bar_enabled()]
     for log in shown:
@@ -151,7 +163,7 @@ def quiet_loading(source: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
-        hub.setLevel(level)
+        _hush(-1)
         for log in shown:
             log.enable_progress_bar()
 

@@ -211,9 +211,9 @@ def replay(rows: Iterable[Mapping[str, float]], config: StudentConfig) -> GateFa
             row = {name: math.nan if value is None else value for name, value in row.items()}  # as JSON has it
             for _ in range(turns if "heads_right" in row else 0):
                 balance.note(row["heads_right"], 0, 1)
-            balance.check(row["step"])
+            balance.check(int(row["step"]))
             if "teacher_distance" in row:
-                check_student(row, row["step"], config.sampler_steps, config)
+                check_student(row, int(row["step"]), config.sampler_steps, config)
     except GateFailed as failed:
         return failed
     return None
