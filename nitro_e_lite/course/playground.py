@@ -51,7 +51,6 @@ CAPTIONS = (
     "a yellow star and a purple circle",
 )
 SIDE = 128  # pixels of a picture in a frame
-FRAME = 168  # pixels of a frame in the film
 FINAL, CHECKPOINT = "final", "weights.safetensors"
 LOGGED = ("step", "seconds", "loss", "student_loss", "student_tangent_norm", "student_adversarial", "heads_right")
 JUDGED = ("distance", "teacher_distance", "geneval", "teacher_geneval")
@@ -354,9 +353,10 @@ def film(found: Mapping[str, Any], folder: Path = FOLDER) -> Image.Image:
     for method in found["methods"]:
         frames = method["frames"]
         for frame in [frames[0], frames[len(frames) // 2], frames[-1]]:
-            pictures.append(_open(folder / frame["picture"]).resize((FRAME, FRAME), Image.Resampling.LANCZOS))
+            pictures.append(_open(folder / frame["picture"]))
             labels.append(f"{_name(method)}: {_when(method, frame)}")
-    return viz.image_grid(pictures, 3, labels)
+    whole = viz.image_grid(pictures, 3, labels)
+    return whole.resize((3 * whole.width // 4, 3 * whole.height // 4), Image.Resampling.LANCZOS)
 
 
 def slider(found: Mapping[str, Any], folder: Path = FOLDER) -> widgets.VBox:
