@@ -161,8 +161,9 @@ def test_torch_load_reads_weights_only():
 
 
 def test_no_file_names_a_machine():
-    paths = [*MODULES.values(), ROOT / "README.md", *PACKAGE.rglob("*.json"), *(ROOT / "figures").glob("*.json")]
-    pattern = re.compile(r"(?<![\w.])/(?:" + "|".join(["work", "root", "home", "tmp"]) + r")/\w")
+    paths = [*MODULES.values(), ROOT / "README.md", *(ROOT / "figures").glob("*.json")]
+    paths += [*PACKAGE.rglob("*.json"), *PACKAGE.rglob("*.md"), *(ROOT / "data_cards").glob("*.md")]
+    pattern = re.compile(r"(?<![\w.])/(?:" + "|".join(["work", "root", "home", "tmp", "opt"]) + r")/\w")
     assert [path.name for path in paths if pattern.search(path.read_text(encoding="utf-8"))] == []
 
 

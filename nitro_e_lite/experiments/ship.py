@@ -32,6 +32,7 @@ from nitro_e_lite.inference.encoders import load_encoders
 from nitro_e_lite.inference.loading import ADAPTER, load_transformer
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.inference.vision import load_vision
+from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 
 
 def ship_student(source: str | Path, name: str) -> Path:
@@ -78,7 +79,7 @@ def ship_student(source: str | Path, name: str) -> Path:
             path = partial / "final" / ADAPTER
             save_file({key: value.half() for key, value in load_file(path).items()}, path, {"format": "pt"})
         else:
-            load_transformer(source).half().save_pretrained(partial / "final")
+            _half(source).save_pretrained(partial / "final")
         (partial / run.name).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         for kept, file in curves.items():
             shutil.copyfile(file, partial / kept)
@@ -121,7 +122,7 @@ def ship(
         return _ship_vision(Path(source), folder)
     run = Path(source) / "config.json"  # of a training run; the folder `final` has a model's
     trained = _about(run)[1]
-    transformer = load_transformer(source).half()
+    transformer = _half(source)
     pipeline = NitroEPipeline(
         transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
@@ -150,6 +151,14 @@ def ship(
             (folder / "transformer" / name).unlink(missing_ok=True)
     write_manifest(folder)
     return folder
+
+
+def _half(source: str | Path) -> EMMDiTTransformer2DModel:
+    """The transformer in float16; its configuration says nothing of the folder that it came from."""
+    trained = load_transformer(source)
+    model = EMMDiTTransformer2DModel.like(trained)
+    model.load_state_dict(trained.state_dict())
+    return model.half()
 
 
 def _about(run: Path) -> tuple[dict, dict]:
