@@ -495,9 +495,7 @@ class SprintConfig(StudentConfig):
     road_weight: NonNegativeNumber = 1.0  # of jumps from a picture's own road to that picture; published: none
     road_share: Share = 0.4  # of the steps after phase 1: such jumps alone, before consistency and adversary join
     adversarial_weight: NonNegativeNumber = 0.5
-    tangent_warmup: Share = (
-        0.15  # share of the steps from there on in which the tangent is let in; published: 4,000 steps
-    )
+    tangent_warmup: Share = 0.15  # of the steps from there on: the tangent comes in; published: 4,000 steps
     tangent_constant: NonNegativeNumber = 0.1  # c of g / (|g| + c)
     normalize_tangent: bool = True
     consistency_mean: AnyNumber = 0.2  # of log sigma, where consistency is asked for

@@ -213,7 +213,8 @@ _STUDENT_SMOKE = {
     "data": DrawnConfig(validation_rows=2),
 }
 
-# What "lite-4step" and "lite-sprint" are. Their teacher is "lite" after rewards, which needs no guidance and few steps:
+# What "lite-4step" is, and how far "lite-sprint" has come. Their teacher is "lite" after rewards, in few steps and
+# without guidance:
 # `nitro-e data draw data/drawn --model lite-grpo --steps 8 --guidance 0 --count 6000`.
 _STUDENT_LITE = {
     "teacher": "lite-grpo",

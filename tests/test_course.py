@@ -309,18 +309,15 @@ def test_the_playground_shows_a_run_at_its_moments_and_what_gates_say_of_a_faile
         playground.Shown.parse(f"a={tmp_path}")
 
 
-def test_the_log_of_a_shipped_student_goes_on_where_it_learned_from_rewards(tmp_path, monkeypatch):
+def test_the_log_of_a_shipped_student_is_drawn_by_minutes(tmp_path, monkeypatch):
     monkeypatch.setattr(playground.files, "weights_dir", lambda: tmp_path)
     assert playground.shipped_run("lite-4step") is None
     (tmp_path / "lite-4step").mkdir()
-    rows = [{"step": k, "seconds": 60.0 * k, "loss": 1.0} for k in (1, 2)] + [{"step": 2, "geneval": 0.8}]
-    later = [{"step": 4, "seconds": 30.0, "loss": 1.0}, {"step": 4, "geneval": 0.9}]
-    for name, some in (("metrics", [*rows, {"step": 2, "teacher_geneval": 0.7}]), ("rewards", later)):
-        lines = "".join(json.dumps(row) + "\n" for row in some)
-        (tmp_path / "lite-4step" / f"{name}.jsonl").write_text(lines)
+    rows = [{"step": k, "seconds": 60.0 * k, "loss": 1.0} for k in (1, 2)]
+    rows.append({"step": 2, "geneval": 0.8, "teacher_geneval": 0.7})
+    (tmp_path / "lite-4step" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, score, cards = playground.shipped_run("lite-4step").axes
-    drawn = [line.get_xydata().tolist() for line in score.lines[:2]]
-    assert drawn == [[[2.0, 0.8]], [[2.5, 0.9]]] and score.lines[2].get_ydata()[0] == 0.7
+    assert score.lines[0].get_xydata().tolist() == [[2.0, 0.8]] and score.lines[1].get_ydata()[0] == 0.7
     found = playground.scores()
     assert [text.get_text() for text in cards.get_yticklabels()] == list(found)
     assert {card["images"] for card in found.values()} == {2400} and next(iter(found)) == "lite, 40 passes"

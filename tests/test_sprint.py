@@ -190,6 +190,9 @@ def test_jumps_along_roads_come_first_and_shall_end_where_the_teacher_did(config
     assert set(stage.losses(5, 0)["student"]) == {"loss", "consistency", "tangent_norm", "road", "adversarial"}
     levels = torch.stack([stage.draw(step).level for step in range(12)])
     assert set(levels.flatten().tolist()) == {0, 1, 2, 3} and 0.25 < (levels == 0).float().mean() < 0.75
+    every, stage._road = stage._road, stage._road[:1]  # drawn for a student of one step
+    assert not stage.draw(0).level.any()
+    stage._road = every
     batch, ends = stage.batch(3, 0), stage.batch(3, 0).states[:, -1]
 
     def knowing(text, guidance):
@@ -321,12 +324,14 @@ def test_pictures_below_the_teachers_card_stop_a_run_before_its_first_step(confi
 
 
 def test_only_pictures_that_the_verifier_finds_right_are_learned_from(config, monkeypatch):
-    """The tiny teacher's noise shows nothing: what can be judged is left out, what cannot stays."""
+    """The tiny teacher's noise shows nothing, so too few are left; then three captions are called wrong."""
     verified = replace(config, data=replace(config.data, verified=True))
-    stage = stage_of(verified)
-    judged = set(gates.drawn_prompts(stage.drawn, stage.rows))
-    assert 0 < len(judged) and list(stage.kept) == [
-        row for row in range(stage.rows) if stage.drawn.batch([row]).captions[0] not in judged
-    ]
-    monkeypatch.setattr(gates, "verify", lambda image, prompt: SimpleNamespace(correct=True))
-    assert list(stage_of(verified).kept) == list(stage_of(config).kept) == list(range(stage.rows))
+    with pytest.raises(ValueError, match=r"batch_size=4: the verifier finds only \d of \d+ pictures right"):
+        stage_of(verified)
+    stage = stage_of(config)
+    captions = [stage.drawn.batch([row]).captions[0] for row in range(stage.rows)]
+    wrong = set(list(gates.drawn_prompts(stage.drawn, stage.rows))[:3])
+    monkeypatch.setattr(gates, "verify", lambda image, prompt: SimpleNamespace(correct=prompt.text not in wrong))
+    kept = list(stage_of(verified).kept)
+    assert kept == [row for row in range(stage.rows) if captions[row] not in wrong] and len(kept) < stage.rows
+    assert list(stage.kept) == list(range(stage.rows))

@@ -104,9 +104,9 @@ class Shown:
         drawn = self.about.get("drawn", {}).get("sampler", {})
         return Sampler(self.steps or own, guidance, self.trained.get("shift", drawn.get("shift", 1.0)))
 
-    def rows(self, log: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, Any]]:
         """Its metrics; `minute` is added, of training."""
-        rows = list(files.read_jsonl(self.run / log))
+        rows = list(files.read_jsonl(self.run / "metrics.jsonl"))
         known = [(0, 0.0)] + [(row["step"], row["seconds"] / 60) for row in rows if "seconds" in row]
         minutes = np.interp([row["step"] for row in rows], *zip(*known, strict=True))
         return [row | {"minute": float(minute)} for row, minute in zip(rows, minutes, strict=True)]
@@ -306,22 +306,18 @@ def shipped_run(name: str) -> Figure | None:
         return None
     rows = Shown(name, folder).rows()
     losses = [(row["minute"], row[name]) for row in rows for name in ("loss", "student_loss") if name in row]
-    later = Shown(name, folder).rows("rewards.jsonl") if (folder / "rewards.jsonl").is_file() else []
-    later = [row | {"minute": rows[-1]["minute"] + row["minute"]} for row in later]
     figure = Figure(figsize=(10.5, 2.9), layout="constrained")
     axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.2))
     axes[0].plot(*zip(*losses, strict=True))
     axes[0].set(xlabel="minutes of training", title="loss")
     about = Shown(name, folder).about
-    each = [about.get("config", {}).get("gate_prompts", 0), about.get("rewards", {}).get("validation_prompts", 0)]
-    for part, prompts, label in zip((rows, later), each, ("the student", "learning from rewards"), strict=True):
-        scored = [(row["minute"], row["geneval"]) for row in part if "geneval" in row]
-        if scored:
-            (line,) = axes[1].plot(*zip(*scored, strict=True), marker=".", label=label)
-        if scored and prompts:
-            bounds = [share_interval(round(6 * prompts * score), 6 * prompts) for _, score in scored]
-            shade = {"color": line.get_color(), "alpha": 0.12, "linewidth": 0}
-            axes[1].fill_between([minute for minute, _ in scored], *zip(*bounds, strict=True), **shade)
+    scored = [(row["minute"], row["geneval"]) for row in rows if "geneval" in row]
+    if scored:
+        (line,) = axes[1].plot(*zip(*scored, strict=True), marker=".", label="the student")
+    if scored and (asked := 6 * about.get("config", {}).get("gate_prompts", 0)):
+        bounds = [share_interval(round(asked * score), asked) for _, score in scored]
+        shade = {"color": line.get_color(), "alpha": 0.12, "linewidth": 0}
+        axes[1].fill_between([minute for minute, _ in scored], *zip(*bounds, strict=True), **shade)
     start = next((row["teacher_geneval"] for row in rows if "teacher_geneval" in row), None)
     if start is not None:
         axes[1].axhline(start, color="grey", linestyle=":", label="its teacher, as many steps")

@@ -261,6 +261,7 @@ def speed_and_quality(cards: Cards) -> Figure:
     unit = "pictures a second, in turn on one machine" if all(taken) else "passes of the transformer a picture"
     ticks = {} if all(taken) else {"xticks": (1, 2, 4, 10, 20, 40), "xticklabels": (1, 2, 4, 10, 20, 40)}
     axes[1].set(xscale="log", xlabel=unit, ylabel="GenEval-lite", ylim=(0, 1), **ticks)
+    axes[1].minorticks_off()  # their labels would lie on those of the ticks
     axes[1].set_title("lite models: cards of this repository", fontsize=9)
     axes[1].legend(frameon=False, fontsize=7, loc="lower right")
     axes[2].set(xticks=range(len(CATEGORIES)), ylim=(0, 1.02), ylabel="GenEval-lite")

@@ -39,26 +39,18 @@ def ship_student(source: str | Path, name: str) -> Path:
     """Puts what was made from "lite" beside it, as its run without checkpoints.
 
     Args:
-        source: a finished run of `nitro-e train distill` or `sprint` with the encoders "lite", of `rewards` from
-            "lite", or of `rewards` from such a student: then the student ships with what it learned last.
+        source: a finished run of `nitro-e train distill` or `sprint` with the encoders "lite", or of `rewards` from it.
         name: of the shipped weights, or a folder.
 
     Returns:
         The folder: `config.json` says how it was trained and draws, `final/` holds in float16 the student's transformer
-        or the adapter of `rewards`. A student that went on to learn from rewards has that run's settings under
-        "rewards", and its curve in `rewards.jsonl`.
+        or the adapter of `rewards`.
 
     Raises:
         ValueError: `source` is no such run.
     """
-    run, curves = Path(source) / "config.json", {"metrics.jsonl": Path(source) / "metrics.jsonl"}
+    run = Path(source) / "config.json"
     about, trained = _about(run)
-    first = Path(str(trained.get("start_from"))) / "config.json"  # of the student that rewards began with
-    if trained.get("stage") == "rewards" and first.is_file():
-        last = trained | {"start_from": "the run above"}
-        about, trained = _about(first)
-        about = about | {"rewards": last}
-        curves = {"metrics.jsonl": first.with_name("metrics.jsonl"), "rewards.jsonl": curves["metrics.jsonl"]}
     rewards, data = trained.get("stage") == "rewards", trained.get("data")
     data = data if isinstance(data, dict) else {}
     made_from = trained.get("start_from") if rewards else data.get("encoders")
@@ -67,9 +59,8 @@ def ship_student(source: str | Path, name: str) -> Path:
         raise InvalidValue(f"source={str(source)!r}: {rule}")
     folder = files.weights_dir() / name if name in STUDENTS else Path(name)
     check_output(folder, "folder")
-    for file in curves.values():
-        if not file.is_file():
-            raise InvalidValue(f"source={str(source)!r}: is no finished run, for {file.name} is missing")
+    if not run.with_name("metrics.jsonl").is_file():
+        raise InvalidValue(f"source={str(source)!r}: is no finished run, for metrics.jsonl is missing")
     if not rewards:
         about |= {"config": trained | {"data": data | {"folders": ["data/drawn"]}}}  # no paths of a machine
     about.pop("hosts", None)
@@ -81,8 +72,7 @@ def ship_student(source: str | Path, name: str) -> Path:
         else:
             _half(source).save_pretrained(partial / "final")
         (partial / run.name).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        for kept, file in curves.items():
-            shutil.copyfile(file, partial / kept)
+        shutil.copyfile(run.with_name("metrics.jsonl"), partial / "metrics.jsonl")
         write_manifest(partial)
     return folder
 

@@ -430,9 +430,7 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
         texts = self._check_texts(*given, guided=sampler.guidance > 1 and not self._consistency)
         count = len(texts[0]) * repeats
         shape = (self.transformer.config.in_channels, *grid)
-        fresh = self._consistency or scheduler.config.get(
-            "stochastic_sampling", False
-        )  # noise is put back between steps
+        fresh = self._consistency or scheduler.config.get("stochastic_sampling")  # noise is put back between steps
         generators = as_generators(generator, count) if latents is None or fresh else []
         if latents is None:
             latents = draw_noise(generators, shape)

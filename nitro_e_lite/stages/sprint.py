@@ -232,7 +232,9 @@ class Sprint(Student):
         strengths = torch.tensor(self._strengths)
         chosen = torch.randint(len(strengths), (count,), generator=self.stream(step, "guidance"))
         judged = trigflow.to_last(self._times(step, "judged", "judged"), self.stream(step, "max time"), config.max_time)
-        later = torch.randint(1, len(self._road), (count,), generator=self.stream(step, "level"))
+        later = torch.randint(
+            min(1, len(self._road) - 1), len(self._road), (count,), generator=self.stream(step, "level")
+        )
         begins = torch.rand(count, generator=self.stream(step, "from the noise")) < config.max_time
         rows = {
             "level": torch.where(begins, 0, later),

@@ -103,6 +103,11 @@ class Student(Stage):
         check_drawn(self.drawn, self.encoders, config)
         verified = config.data.verified
         self.kept = right_rows(self.drawn, self.encoders, self.rows) if verified else np.arange(self.rows)
+        if len(self.kept) < config.batch_size:
+            raise InvalidValue(
+                f"batch_size={config.batch_size}: the verifier finds only {len(self.kept)} of {self.rows} pictures "
+                "right; look at some of them, or set data.verified=false"
+            )
         torch.manual_seed(config.seed)
         self.features = FrozenFeatures(self.teacher, config.depths)
         self.modules: dict[str, Trainable] = {}
