@@ -465,8 +465,7 @@ class DistillConfig(StudentConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        even = self.sigma_grid == "linear" or self.shift == 1
-        _require(even, "shift", self.shift, "1 with sigma_grid='scheduler'")
+        _check_grid(self)
         learns = self.adversarial_weight > 0 or self.regression_weight > 0 or self.regression_share == 1
         rule = "> 0 with adversarial_weight=0, else nothing is learned"
         _require(learns, "regression_weight", self.regression_weight, rule)
@@ -482,8 +481,11 @@ class SprintConfig(StudentConfig):
     """One SANA-Sprint, see `stages/sprint.py`. The defaults are meant for a few hours of two quiet cores."""
 
     stage: SprintStageName = "sprint"
+    start_from: AnyText = ""  # other weights that the student starts with; "": the teacher's
     steps: Positive = 8000
     batch_size: Positive = 24
+    shift: Annotated[float, Field(ge=1)] = 1.6  # of the noise levels at which its sampler stops
+    sigma_grid: SigmaGrid = "linear"  # of those; "scheduler": the published times
     sampler_steps: Positive = 2  # of a call that names none; the student can draw in any small number
     guidance: NonNegativeNumber = 3.0  # what a call without it tells the student
     guidances: Annotated[tuple[PositiveNumber, ...], Field(min_length=1)] = (2.0, 3.0, 4.0)  # that it learns
@@ -510,6 +512,9 @@ class SprintConfig(StudentConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        _check_grid(self)
+        alone = not (self.start_from and self.finetune_share)
+        _require(alone, "finetune_share", self.finetune_share, "0 with start_from: such a student answers otherwise")
         losses = self.consistency_weight + self.road_weight + self.adversarial_weight
         _require(losses > 0, "consistency_weight", self.consistency_weight, "> 0 with all others at 0")
 
@@ -528,6 +533,11 @@ class SprintConfig(StudentConfig):
     def warmup_steps(self) -> int:
         """Steps in which the tangent is let in."""
         return max(1, round(self.tangent_warmup * (self.steps - self.joining_step)))
+
+
+def _check_grid(config: DistillConfig | SprintConfig) -> None:
+    even = config.sigma_grid == "linear" or config.shift == 1
+    _require(even, "shift", config.shift, "1 with sigma_grid='scheduler'")
 
 
 def _require(holds: bool, name: str, value, rule: str) -> None:

@@ -284,6 +284,8 @@ PRESETS: dict[tuple[str, str], RunConfig] = {
     ("sprint", "full"): SprintConfig(
         **_STUDENT_FULL,
         ema_decay=0.999,
+        shift=1.0,
+        sigma_grid="scheduler",
         finetune_share=0.25,
         road_weight=0.0,
         tangent_warmup=0.3,

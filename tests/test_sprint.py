@@ -17,7 +17,7 @@ from nitro_e_lite.errors import GateFailed
 from nitro_e_lite.experiments.launch import launch, train_arguments
 from nitro_e_lite.experiments.worker import RUNS, run_name
 from nitro_e_lite.files import read_jsonl
-from nitro_e_lite.inference.loading import load_pipeline
+from nitro_e_lite.inference.loading import load_pipeline, load_transformer
 from nitro_e_lite.model import trigflow
 from nitro_e_lite.model.blocks import TimeEmbedding
 from nitro_e_lite.presets import preset
@@ -242,7 +242,7 @@ def test_stopped_by_sigterm_and_resumed_through_the_launcher_it_has_the_same_bit
 def _draws_in_any_number_of_steps(final):
     """The folder loads by itself; its pictures are `trigflow.sample` from the same noises, one pass a step."""
     pipeline = load_pipeline(final, "cpu")
-    assert isinstance(pipeline.scheduler, SCMScheduler) and pipeline.sampler() == pipeline.sampler(2, 3.0, 1.0)
+    assert isinstance(pipeline.scheduler, SCMScheduler) and pipeline.sampler() == pipeline.sampler(2, 3.0, 1.6)
     asked, model = [], pipeline.transformer
     model.register_forward_pre_hook(lambda module, given: asked.append(len(given[0])))
     text = pipeline.encode_captions(["a red circle", "two blue stars"])
@@ -256,13 +256,11 @@ def _draws_in_any_number_of_steps(final):
             for _ in range(steps)
         ]
         predict = trigflow.predictor(model, text, guidance=3.0)
-        expected = trigflow.sample(predict, noises, trigflow.times(steps))
+        expected = trigflow.sample(predict, noises, trigflow.times(steps, shift=1.6))
         torch.testing.assert_close(drawn.images, expected, rtol=1e-4, atol=1e-4)
         asked.clear()
     other = pipeline(prompt_embeds=text, guidance_scale=9.0, num_inference_steps=1, generator=generators)
     assert len(other.images) == 2
-    with pytest.raises(ValueError, match="shift: 3.*times of its own"):
-        pipeline("a red circle", shift=3.0)
     with pytest.raises(ValueError, match="sigmas: a consistency model"):
         pipeline("a red circle", sigmas=[1.0, 0.5])
 
@@ -296,6 +294,21 @@ def test_another_teacher_than_before_the_embedding_stops_the_run(config):
         stage.losses(3, 0)
     same = stage_of(replace(config, dense_time=False))
     assert same.embedding_error() == 0.0
+
+
+def test_a_student_can_start_as_another_student(config, teacher_folder, tmp_path):
+    other = load_transformer(str(teacher_folder))
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.5)
+    other.save_pretrained(tmp_path)
+    named = replace(config, start_from=str(tmp_path), finetune_share=0.0, embedding_steps=0)
+    stage = stage_of(named)
+    torch.testing.assert_close(stage.student.proj_out.weight, other.proj_out.weight)
+    torch.testing.assert_close(stage.teacher.proj_out.weight * 1.5, other.proj_out.weight)
+    stage.losses(0, 0)  # that it answers otherwise than the teacher stops nothing
+    with pytest.raises(ValueError, match="finetune_share=0.25: must be 0 with start_from"):
+        replace(named, finetune_share=0.25)
 
 
 def test_training_captions_become_prompts_that_their_scenes_fulfil():

@@ -107,6 +107,16 @@ def test_even_times_are_those_of_diffusers():
     torch.testing.assert_close(torch.tensor(trigflow.times(3)), scheduler.timesteps, rtol=1e-5, atol=1e-5)
 
 
+def test_times_can_be_the_noise_levels_of_a_flow_sampler():
+    levels = torch.tensor([*flow.shift_sigmas(flow.linear_sigmas(4), 3.0), 0.0], dtype=torch.float64)
+    assert levels.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+    back = trigflow.to_flow_time(torch.tensor(trigflow.times(4, shift=3.0), dtype=torch.float64))
+    torch.testing.assert_close(back, levels, **EXACT)
+    assert trigflow.times(4) == [1.5683, 1.3, 1.1, 0.6, 0.0]  # the published
+    with pytest.raises(ValueError, match="shift=0.5"):
+        trigflow.times(2, shift=0.5)
+
+
 def test_a_perfect_model_needs_one_step():
     x0, noise = drawn(3, 4, 8, 8), drawn(3, 4, 8, 8, seed=1)
 

@@ -217,7 +217,7 @@ def _trained_pipeline(path: Path, parts: dict, dtype: torch.dtype) -> NitroEPipe
     few = {"default_steps": "sampler_steps", "sigma_grid": "sigma_grid"}  # of a student, which has steps of its own
     parts |= {name: trained[field] for name, field in few.items() if field in trained}
     if trained.get("stage") == "sprint":  # a consistency model
-        parts = {"scheduler": SCMScheduler(), "default_shift": 1.0, **parts}
+        parts = {"scheduler": SCMScheduler(), **parts}
     if trained.get("jumps"):  # fresh noise after every step
         parts = {"scheduler": FlowMatchEulerDiscreteScheduler(1000, stochastic_sampling=True), **parts}
     if "vae" in parts:  # without statistics of its own it has the published scaling factor, not lite's statistics

@@ -11,8 +11,9 @@ shifted towards noise where a model draws better so (`flow.shift_sigmas`). Diffe
 scheduler's own grid, whose last step goes from 0.001 to 0 and does nothing; `sigma_grid="scheduler"` keeps it.
 
 With diffusers' `SCMScheduler` the same pipeline draws with a consistency model (`trigflow.py`): each step jumps to a
-picture and, but for the last, puts fresh noise back. There is no guidance then; a model that has learned several
-strengths is told which.
+picture and, but for the last, puts fresh noise back. With `sigma_grid="linear"` it stops at the noise levels of a flow
+sampler, with "scheduler" at the published times. There is no guidance then; a model that has learned several strengths
+is told which.
 
 After `import nitro_e_lite.inference.pipeline`, `diffusers.DiffusionPipeline.from_pretrained(folder)` and
 `diffusers.AutoModel` know the classes of this project.
@@ -227,8 +228,6 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
         if self.config.sigma_grid == "scheduler" and settings.shift != self.shift:
             own = f"the {self.shift:g} of the scheduler, whose grid is used"
             raise InvalidValue(f"shift: {settings.shift:g} differs from {own}")
-        if self._consistency and settings.shift != 1:
-            raise InvalidValue(f"shift: {settings.shift:g}; a consistency model has times of its own, so it must be 1")
         return settings
 
     @property

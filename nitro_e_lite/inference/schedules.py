@@ -84,9 +84,10 @@ def started(
     scheduler = copy.deepcopy(scheduler)
     if isinstance(scheduler, SCMScheduler):
         if sigmas is not None:
-            raise InvalidValue("sigmas: a consistency model has times of its own; give num_inference_steps")
-        times = {"timesteps": trigflow.times(sampler.steps), "max_timesteps": None, "intermediate_timesteps": None}
-        scheduler.set_timesteps(sampler.steps, **times, device=device)
+            raise InvalidValue("sigmas: a consistency model takes none; give num_inference_steps, and shift")
+        times = trigflow.times(sampler.steps, sampler.shift if sigma_grid == "linear" else None)
+        named = {"timesteps": times, "max_timesteps": None, "intermediate_timesteps": None}
+        scheduler.set_timesteps(sampler.steps, **named, device=device)
         return scheduler
     _check(scheduler)
     if sigmas is not None and not takes_sigmas(scheduler):

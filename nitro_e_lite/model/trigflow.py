@@ -179,14 +179,22 @@ def to_last(t: Tensor, generator: torch.Generator, share: float = 0.5) -> Tensor
     return torch.where(torch.rand(len(t), generator=generator).to(t.device) < share, LAST, t)
 
 
-def times(steps: int) -> list[float]:
-    """The times of a sampler, from noise to 0: the published ones, or evenly spaced where there are none.
+def times(steps: int, shift: float | None = None) -> list[float]:
+    """The times of a sampler, from noise to 0.
+
+    Args:
+        steps: of the sampler.
+        shift: those of a flow sampler's even noise levels with this shift; None: the published ones, or evenly spaced
+            where there are none.
 
     Raises:
-        ValueError: for fewer than one step.
+        ValueError: for fewer than one step, or a shift below 1.
     """
     if steps < 1:
         raise InvalidValue(f"steps={steps}: must be >= 1")
+    if shift is not None:
+        levels = flow.shift_sigmas(flow.linear_sigmas(steps), shift)
+        return [*to_trig_time(torch.tensor(levels, dtype=torch.float64)).tolist(), 0.0]
     return list(TIMES.get(steps) or [LAST * (1 - k / steps) for k in range(steps)] + [0.0])
 
 

@@ -195,11 +195,11 @@ class Sprint(Student):
     def __init__(self, config: SprintConfig, placement: Placement):
         super().__init__(config, placement)
         self.student = self._like_student()
-        missing, unknown = self.student.load_state_dict(self.teacher.state_dict(), strict=False)
+        start = load_transformer(config.start_from or config.teacher)  # not rounded, and on the CPU
+        missing, unknown = self.student.load_state_dict(start.state_dict(), strict=False)
         assert not unknown and all(name.startswith("time_embed.guide.") for name in missing)
         if config.dense_time and config.embedding_steps:
-            old = load_transformer(config.teacher).time_embed  # not rounded, and on the CPU wherever the teacher is
-            fit_embedding(self.student.time_embed, old, config.embedding_steps, config.seed)
+            fit_embedding(self.student.time_embed, start.time_embed, config.embedding_steps, config.seed)
         if config.gradient_checkpointing:
             self.student.enable_gradient_checkpointing()
         self.model = Sprinter(self.student)
@@ -257,7 +257,7 @@ class Sprint(Student):
         batch = self.batch(step, part)
         if step < self.config.finetune_steps:
             return {"student": {"loss": self._embedding_loss(batch)}}
-        if step == self.config.finetune_steps and part == 0 and self.config.dense_time:
+        if step == self.config.finetune_steps and part == 0 and self.config.dense_time and not self.config.start_from:
             check_fine_tuned(self.embedding_error(), self.config)
             if step:
                 self._promote(self.student.state_dict())
@@ -373,7 +373,8 @@ class Sprint(Student):
 
     def pipeline(self) -> NitroEPipeline:
         """Draws with the student by diffusers' sampler of consistency models."""
-        sampler = {"default_guidance": self.config.guidance, "default_shift": 1.0, "sigma_grid": "linear"}
+        config = self.config
+        sampler = {"default_guidance": config.guidance, "default_shift": config.shift, "sigma_grid": config.sigma_grid}
         return self._pipeline(self.student, SCMScheduler(), **sampler)
 
     def reference(self) -> NitroEPipeline:
