@@ -40,6 +40,12 @@ def pytest_xdist_auto_num_workers(config):
     return 0 if named else min(4, os.cpu_count() or 1)
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first (`--no-loadscope-reorder`): one at the end would keep a single process busy."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def tiny_pipeline():
     """Shared by all tests: do not change its weights."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 
 import psutil
 import pytest
+from lesson_cells import write_stage_alone
 
 import nitro_e_lite
 from nitro_e_lite import presets
@@ -25,6 +27,11 @@ OVERRIDES += [f"data.{name}={json.dumps(getattr(LITE.data, name))}" for name in 
 @pytest.mark.slow
 def test_the_chain_leaves_weights_notebooks_and_metrics_and_knows_when_it_is_done(tmp_path, monkeypatch):
     monkeypatch.setenv("NITRO_E_CACHE", str(tmp_path / "cache"))
+    books, folder = tmp_path / "notebooks", notebooks.notebooks_dir()
+    shutil.copytree(folder / "params", books / "params")
+    for name in reproduce.STAGES.values():
+        write_stage_alone(folder / f"{name}.ipynb", books / f"{name}.ipynb")
+    monkeypatch.setattr(notebooks, "notebooks_dir", lambda: books)
     run_dir = tmp_path / "chain"
     chain = reproduce.Chain("smoke", run_dir, seed=3, overrides=OVERRIDES)
     assert all(seconds is not None for _, seconds in chain.run())
@@ -53,11 +60,24 @@ def test_the_chain_leaves_weights_notebooks_and_metrics_and_knows_when_it_is_don
     assert set(probe) == {"trained", "pixels", "untrained"}
 
     again = reproduce.Chain("smoke", run_dir, seed=3, overrides=OVERRIDES)
-    assert [seconds for _, seconds in again.run()] == [None] * 13
+    assert [seconds for _, seconds in again.run()] == [None] * 14
     report = json.loads((run_dir / "reproduce.json").read_text(encoding="utf-8"))
     assert list(report["steps"]) == [step.name for step in again.steps()]
     with pytest.raises(ValueError, match="holds a chain with"):
         reproduce.Chain("smoke", run_dir, seed=4)
+
+
+def test_at_lite_scale_the_second_student_starts_as_the_first_of_this_chain(tmp_path, monkeypatch):
+    chain, told = reproduce.Chain("lite", tmp_path), []
+    (tmp_path / "evaluation.json").write_text('{"overall": 0.5}', encoding="utf-8")
+    monkeypatch.setattr(reproduce, "launch", lambda config, *_, **__: told.append(config))
+    steps = {step.name: step for step in chain.steps()}
+    for name in ("stage 4, distillation", "SANA-Sprint"):
+        steps[name].work()
+    first, second = told
+    assert first.start_from == "" and first.data.folders == (str(tmp_path / "drawn"),)
+    assert second.start_from == str(tmp_path / "distill") and len(second.data.folders) == 2
+    assert first.teacher == second.teacher == str(tmp_path / "rewards") and second.gate_card == 0.5
 
 
 def test_a_step_killed_while_it_writes_its_result_is_not_done(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from lesson_cells import write_stage_alone
 from typer.testing import CliRunner
 
 from nitro_e_lite.cli.app import app
@@ -114,9 +115,11 @@ MORE = {  # what stage 2 does at lite scale and not at smoke scale; it once fail
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory):
-    """What a fresh clone has of the notebooks."""
+    """What a fresh clone has of the notebooks, of those with a stage the stage alone."""
     folder = tmp_path_factory.mktemp("fresh")
-    shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    shutil.copytree(ROOT / "notebooks" / "params", folder / "notebooks" / "params")
+    for name in STAGES:
+        write_stage_alone(ROOT / "notebooks" / f"{name}.ipynb", folder / "notebooks" / f"{name}.ipynb")
     return folder
 
 

@@ -7,7 +7,7 @@
     weights/                              encoders and transformer as a pipeline, for `nitro-e sample --model`
     evaluation.json, uncurated.png        GenEval-lite of these weights
     rewards/                              what these weights learned from rewards: an adapter
-    drawn/                                what they drew for students after that
+    drawn/, drawn-more/                   what they drew for students after that, more of it for the second
     distill/, sprint/                     the students of four steps, and of 1, 2 and 4
     students.json                         GenEval-lite after rewards and of both students, without guidance
     reproduce.json                        seconds of each step over all its attempts, and where its result is
@@ -50,7 +50,8 @@ from nitro_e_lite.stages.vision import VisionConfig, train_vision
 
 SCALES = ("smoke", "lite")
 STAGES = {"stage1": "09_repa_pretraining", "stage2": "10_fine_tuning_ema"}
-DRAWN = {"smoke": 8, "lite": 6000}  # pictures that students learn from
+DRAWN = {"smoke": {"drawn": 8, "drawn-more": 2}, "lite": {"drawn": 6000, "drawn-more": 14000}}
+"""Pictures that students learn from, by folder: the first student from the first, the second from both."""
 TEACHER = {"steps": 8, "guidance": 0.0}  # how they are drawn
 _SMALL = {  # overrides of the encoders at smoke scale
     "autoencoder": ["steps=2", "batch_size=2"],
@@ -123,9 +124,10 @@ class Chain:
             Step("pipeline", "weights/SHA256SUMS", self._assemble),
             Step("evaluation", "evaluation.json", self._evaluate),
             Step("stage 3, rewards", "rewards/final/adapter_config.json", self._rewards),
-            Step("drawn set", "drawn/done.json", self._draw),
-            Step("stage 4, distillation", "distill/final/config.json", lambda: self._student("distill")),
-            Step("SANA-Sprint", "sprint/final/config.json", lambda: self._student("sprint")),
+            Step("drawn set", "drawn/done.json", lambda: self._draw("drawn")),
+            Step("stage 4, distillation", "distill/final/config.json", lambda: self._student("distill", "drawn")),
+            Step("more of it", "drawn-more/done.json", lambda: self._draw("drawn-more")),
+            Step("SANA-Sprint", "sprint/final/config.json", lambda: self._student("sprint", "drawn", "drawn-more")),
             Step("students' evaluation", "students.json", self._evaluate_students),
         ]
 
@@ -198,24 +200,28 @@ class Chain:
         with watched(self.run_dir / "rewards", self.say):
             launch(chosen, self.run_dir / "rewards", processes=self.devices, resume=True)
 
-    def _draw(self) -> None:
+    def _draw(self, name: str) -> None:
         """The teacher's pictures, its states at the student's levels; a drawing that was killed goes on."""
-        student, out = presets.preset("distill", self.preset), self.run_dir / "drawn"
-        prompts, sampler = GrammarPrompts(self.seed, DRAWN[self.preset]), {"shift": student.shift}
-        sampler |= TEACHER | {"student_steps": student.sampler_steps}
-        done = Drawing(load_pipeline(self.run_dir / "rewards"), prompts, out, seed=self.seed, **sampler).run()
+        student, out, counts = presets.preset("distill", self.preset), self.run_dir / name, DRAWN[self.preset]
+        seed = self.seed + list(counts).index(name)
+        sampler = TEACHER | {"shift": student.shift, "student_steps": student.sampler_steps}
+        prompts = GrammarPrompts(seed, counts[name])
+        done = Drawing(load_pipeline(self.run_dir / "rewards"), prompts, out, seed=seed, **sampler).run()
         (out / "done.json").write_text(json.dumps(done) + "\n", encoding="utf-8")
 
-    def _student(self, stage: str) -> None:
+    def _student(self, stage: str, *drawn: str) -> None:
         """Trains a student; its gate on the drawn set asks for what this chain's own model scores."""
         card = json.loads((self.run_dir / "evaluation.json").read_text(encoding="utf-8"))
         encoders = str(self.run_dir / "encoders")
         changes = [f"teacher={json.dumps(str(self.run_dir / 'rewards'))}", f"gate_card={card['overall']}"]
         changes += [
-            f"data.folders={json.dumps([str(self.run_dir / 'drawn')])}",
+            f"data.folders={json.dumps([str(self.run_dir / name) for name in drawn])}",
             f"data.encoders={json.dumps(encoders)}",
         ]
-        chosen = configuration.override(presets.preset(stage, self.preset), [f"seed={self.seed}", *changes])
+        recipe = presets.preset(stage, self.preset)
+        if recipe.start_from:  # a shipped student: here this chain's own
+            changes.append(f"start_from={json.dumps(str(self.run_dir / 'distill'))}")
+        chosen = configuration.override(recipe, [f"seed={self.seed}", *changes])
         with watched(self.run_dir / stage, self.say):
             launch(chosen, self.run_dir / stage, processes=self.devices, resume=True)
 
