@@ -105,9 +105,9 @@ class Shown:
         return Sampler(self.steps or own, guidance, self.trained.get("shift", drawn.get("shift", 1.0)))
 
     def rows(self) -> list[dict[str, Any]]:
-        """Its metrics; `minute` is added, of training."""
-        rows = list(files.read_jsonl(self.run / "metrics.jsonl"))
-        known = [(0, 0.0)] + [(row["step"], row["seconds"] / 60) for row in rows if "seconds" in row]
+        """Its metrics; `minute` is added, of training, all processes together."""
+        rows, each = list(files.read_jsonl(self.run / "metrics.jsonl")), self.about.get("processes", 1) / 60
+        known = [(0, 0.0)] + [(row["step"], row["seconds"] * each) for row in rows if "seconds" in row]
         minutes = np.interp([row["step"] for row in rows], *zip(*known, strict=True))
         return [row | {"minute": float(minute)} for row, minute in zip(rows, minutes, strict=True)]
 
@@ -283,7 +283,7 @@ def curves(found: Mapping[str, Any]) -> Figure:
         )
         axis.plot(minute, score, color=color, linestyle=style, marker="o", markersize=3, label=_name(method))
         axis.fill_between(minute, low, high, color=color, alpha=0.1, linewidth=0)
-    axis.set(xlabel="minutes of training on one core", ylabel="GenEval-lite", ylim=(0, 1))
+    axis.set(xlabel="core-minutes of training", ylabel="GenEval-lite", ylim=(0, 1))
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -309,7 +309,7 @@ def shipped_run(name: str) -> Figure | None:
     figure = Figure(figsize=(10.5, 2.9), layout="constrained")
     axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.2))
     axes[0].plot(*zip(*losses, strict=True))
-    axes[0].set(xlabel="minutes of training", title="loss")
+    axes[0].set(xlabel="core-minutes of training", title="loss")
     about = Shown(name, folder).about
     scored = [(row["minute"], row["geneval"]) for row in rows if "geneval" in row]
     if scored:
@@ -322,7 +322,7 @@ def shipped_run(name: str) -> Figure | None:
     if start is not None:
         axes[1].axhline(start, color="grey", linestyle=":", label="its teacher, as many steps")
     axes[1].legend(frameon=False, fontsize=7, loc="lower right")
-    axes[1].set(xlabel="minutes of training", title="GenEval-lite on the way", xlim=(0, None), ylim=(0, 1))
+    axes[1].set(xlabel="core-minutes of training", title="GenEval-lite on the way", xlim=(0, None), ylim=(0, 1))
     found = scores()
     for place, card in enumerate(found.values()):
         error = [[card["overall"] - card["low"]], [card["high"] - card["overall"]]]

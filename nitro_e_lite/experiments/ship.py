@@ -62,7 +62,8 @@ def ship_student(source: str | Path, name: str) -> Path:
     if not run.with_name("metrics.jsonl").is_file():
         raise InvalidValue(f"source={str(source)!r}: is no finished run, for metrics.jsonl is missing")
     if not rewards:
-        about |= {"config": trained | {"data": data | {"folders": ["data/drawn"]}}}  # no paths of a machine
+        drawn = [f"data/{Path(one).name}" for one in data.get("folders", ())]  # no paths of a machine
+        about |= {"config": trained | {"data": data | {"folders": drawn}}}
     about.pop("hosts", None)
     with atomic_folder(folder, "the run is intact") as partial:
         if rewards:
