@@ -82,6 +82,7 @@ WRONG = [
     ("02", "theirs.load_state_dict(mine", "        if self.shortcut:\n", "        if False:\n"),
     ("02", "by_hand = (raw", " / torch.tensor(stored.std).view(1, -1, 1, 1)", ""),
     ("02", 'check("3 first that knows", first', "return None  # an integer", "return 6  #"),
+    ("02", 'check("3 first that knows", first', "return None  # an integer", "return len(tokens) - 2  #"),
     ("03", "line, target and both ends", "(1 - t) * x0 + t * noise", "t * x0 + (1 - t) * noise"),
     ("03", "line, target and both ends", "x_t - t * v, x_t + (1 - t) * v", "x_t - v, x_t + (1 - t) * v"),
     ("03", "from the score is the exact field", "(x - weight @ known) / t", "(x - weight @ known)"),
