@@ -82,6 +82,7 @@ WRONG = [
     ("02", "theirs.load_state_dict(mine", "        if self.shortcut:\n", "        if False:\n"),
     ("02", "by_hand = (raw", " / torch.tensor(stored.std).view(1, -1, 1, 1)", ""),
     ("02", 'check("3 first that knows", first', "return None  # an integer", "return 6  #"),
+    ("02", 'check("3 first that knows", first', "return None  # an integer", "return len(tokens) - 2  #"),
     ("03", "line, target and both ends", "(1 - t) * x0 + t * noise", "t * x0 + (1 - t) * noise"),
     ("03", "line, target and both ends", "x_t - t * v, x_t + (1 - t) * v", "x_t - v, x_t + (1 - t) * v"),
     ("03", "from the score is the exact field", "(x - weight @ known) / t", "(x - weight @ known)"),
@@ -94,6 +95,7 @@ WRONG = [
     ("04", "equal to torch's RMSNorm", "+ 1e-6).rsqrt()", "+ 1e-5).rsqrt()"),
     ("04", "(MyBlock(M, E), JointBlock(M, E))", "self.norm_q_context(q_text)", "self.norm_q(q_text)"),
     ("04", "(MyBlock(M, E), JointBlock(M, E))", "nn.LayerNorm(width)", "nn.LayerNorm(width, eps=1e-6)"),
+    ("04", "(MyBlock(M, E), JointBlock(M, E))", "affine=False, eps=1e-6", "affine=False, eps=1e-5"),
     ("04", "(MyBlock(M, E), JointBlock(M, E))", "* (1 + six[1]) + six[0]", "* (1 + six[0]) + six[1]"),
     ("04", "(MyBlock(M, E), JointBlock(M, E))", "tokens + six[2] * mixed", "tokens + mixed"),
     ("04", "(MyBlock(M, E), JointBlock(M, E))", ', approximate="tanh"', ""),
@@ -130,6 +132,7 @@ WRONG = [
     ("09", TAP, "patchify(x_t, 1)) + crop_positions(model.positions, 16, 16)", "patchify(x_t, 1))"),
     ("09", TAP, "nn.Sequential(first, nn.SiLU(), second", "nn.Sequential(first, nn.GELU(), second"),
     ("09", TAP, "-(projected * features).sum(-1).mean(1)", "1 - (projected * features).sum(-1).mean(1)"),
+    ("09", "by_hand, row", "1000 * t)", "t)"),  # moves a fresh model's loss by a thousandth
     ("10", AVERAGE, "(1 + k) / (10 + k)", "(2 + k) / (10 + k)"),
     ("10", AVERAGE, "(1 - decay) * (value.detach()", "decay * (value.detach()"),
     ("10", AVERAGE, "ema_update(mine, masters, warm(k,", "ema_update(mine, masters, warm(k + 1,"),

@@ -63,7 +63,7 @@ first_that_knows = Hidden(
         ([f"Ġ{word}" for word in text.split()] + ["</s>"],)
         for text in (
             "a red circle above a blue square",
-            "a small green star and a large red heart",
+            "a small green star and a large red heart in the picture",  # the shape is not always the last word
             "a cross next to a black triangle",
         )
     ),
