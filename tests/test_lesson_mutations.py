@@ -146,7 +146,7 @@ WRONG = [
     ("12", 'check("between"', "return None", "return x_a + (a - level) * (x_b - x_a)"),
     ("12", 'check("blur"', "return None  #", "return p * a + (1 - p) * b, (a - b) ** 2 / 4  #"),  # true for 1/2 alone
     ("13", JUMPS, "+ (1 - 2 * s_ + 2 * s_**2) * velocity", "+ velocity"),
-    ("13", JUMPS, "(predict, (x_t, t), (weight[:, None] * dxdt, weight))", "(predict, (x_t, t), (weight[:, None] * dxdt, 0 * t))"),
+    ("13", JUMPS, "(weight[:, None] * dxdt, weight)", "(weight[:, None] * dxdt, 0 * t)"),  # along x alone
     ("13", JUMPS, "- r * (cos * sin * x_t", "+ r * (cos * sin * x_t"),
     ("13", 'check("time"', "return None", "return s * math.pi / 2"),
     ("13", 'check("jump"', "return None", "return F"),
