@@ -11,7 +11,7 @@ import pytest
 from lesson_cells import needed
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
-LAYER, BLOCK, MODEL, TAP, AVERAGE, REWARDS, LOSSES = (
+LAYER, BLOCK, MODEL, TAP, AVERAGE, REWARDS, LOSSES, JUMPS, CODES = (
     "split, merge and the whole layer agree",
     "and whole block agree",
     'print("equal to the package")',
@@ -19,6 +19,8 @@ LAYER, BLOCK, MODEL, TAP, AVERAGE, REWARDS, LOSSES = (
     "the engine's differ by at most",
     "torch.testing.assert_close(my_advantages(",
     "clip and forward loss are the package's",
+    "circle, tangent, target and loss agree",
+    "numbers encoded as torch does, bit for bit",
 )
 AHEAD, V = "(following - sigma)", "velocity(x, sigma)"  # of notebook 16
 QUICK = {  # fewer steps, so that a row costs a second
@@ -42,6 +44,7 @@ QUICK = {  # fewer steps, so that a row costs a second
         ("stage1.train()", "pass"),
         ("run.train()", "None"),
     ],
+    "13": [('stage_run.prepare(run, again=preset == "smoke")', "None")],
 }
 WRONG = [
     (
@@ -145,9 +148,14 @@ WRONG = [
     ("12", 'check("passes"', "return None", "return teacher_steps * 2 / student_steps"),  # always guided
     ("12", 'check("between"', "return None", "return x_a + (a - level) * (x_b - x_a)"),
     ("12", 'check("blur"', "return None  #", "return p * a + (1 - p) * b, (a - b) ** 2 / 4  #"),  # true for 1/2 alone
+    ("13", JUMPS, "+ (1 - 2 * s_ + 2 * s_**2) * velocity", "+ velocity"),
+    ("13", JUMPS, "(weight[:, None] * dxdt, weight)", "(weight[:, None] * dxdt, 0 * t)"),  # along x alone
+    ("13", JUMPS, "- r * (cos * sin * x_t", "+ r * (cos * sin * x_t"),
     ("13", 'check("time"', "return None", "return s * math.pi / 2"),
     ("13", 'check("jump"', "return None", "return F"),
     ("13", 'check("strength"', "return None  #", "return rare / usual, rare / (usual + c)  #"),
+    ("14", CODES, "(below % 2 == 1)", "(below % 2 == 0)"),  # halves to the odd code
+    ("14", CODES, "torch.cat([values, values.new_tensor([65536.0])])", "values"),  # E5M2 without infinity
     ("14", 'check("step"', "return None", "return 2.0 ** (math.frexp(x)[1] - 4)"),  # steps that shrink for ever
     ("14", 'check("bytes"', "return None", "return p * (1 + 4 / group) / 2 + (1 - p)"),
     ("14", 'check("share"', "return None", "return 2 * (1 - 1 / gain)"),
@@ -161,6 +169,8 @@ WRONG = [
     ("16", 'check("heun"', "return None  #", f"return x + {AHEAD} * ({V} + velocity(x + {AHEAD} * {V}, sigma)) / 2  #"),
     ("17", 'check("hours"', "return None", "return steps * work / (devices * peak * share) / 3600"),  # no exchange
     ("17", 'check("accumulate"', "return None", "return 16"),
+    ("18", 'check("first loss"', "return None", "return 1 + sum(means) ** 2 + sum(spreads) ** 2"),  # one channel's
+    ("18", 'check("start left"', "return None", "return 1 - decay**steps"),  # what arrived
 ]
 
 

@@ -331,3 +331,12 @@ smallest_accumulate = Hidden(
     ((24e9, 512, 9.4e9, 0.249e9), (80e9, 256, 9.4e9, 0.249e9), (16e9, 2048, 6e9, 0.05e9), (48e9, 512, 30e9, 0.3e9)),
 )
 best_interval = Hidden(lambda save, between: (2 * save * between) ** 0.5, ((10.0, 86_400.0), (15.0, 6000.0)))
+
+
+# 18
+
+first_loss = Hidden(
+    lambda means, spreads: sum(1 + m * m + s * s for m, s in zip(means, spreads, strict=True)) / len(means),
+    (([0.0, 0.0], [1.0, 1.0]), ([6.4, -2.0, 0.5], [1.8, 1.0, 0.3]), ([0.0], [0.41])),
+)
+start_left = Hidden(lambda decay, steps: math.exp(steps * math.log(decay)), ((0.9999, 600), (0.98, 600), (0.5, 3)))
