@@ -78,12 +78,18 @@ def scale_of(config: Config | None, module: str) -> float:
     """What `B A` is multiplied with: `alpha / r` or `alpha / sqrt(r)`; 1 without a configuration, as in diffusers."""
     if config is None:
         return 1.0
-    numbers = []
-    for field, patterns in (("r", config.get("rank_pattern")), ("lora_alpha", config.get("alpha_pattern"))):
-        patterns = patterns or {}
-        numbers.append(patterns.get(get_pattern_key(patterns.keys(), module), config[field]))
-    rank, alpha = numbers
+    rank, alpha = rank_of(config, module), _named(config, "lora_alpha", "alpha_pattern", module)
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def rank_of(config: Config, module: str) -> float:
+    """The rank that a configuration names for a module."""
+    return _named(config, "r", "rank_pattern", module)
+
+
+def _named(config: Config, field: str, patterns: str, module: str) -> float:
+    others = config.get(patterns) or {}
+    return others.get(get_pattern_key(others.keys(), module), config[field])
 
 
 def _check_positive(field: str, value: object) -> None:
