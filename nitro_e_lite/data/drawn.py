@@ -352,19 +352,15 @@ class DrawnSet:
                     )
 
     def _check_card(self) -> None:
-        for name, kind in _CARD.items():
-            value = self.card.get(name)
-            fine = isinstance(value, kind)
-            if fine and name == "levels":
-                fine = all(isinstance(level, float) for level in value)
-            if fine and name == "sampler":
-                fine = {"shift", "sigma_grid"} <= value.keys()
-            if fine and name == "prompts" and value.startswith(GrammarPrompts.NAME):
-                fine = value.removeprefix(GrammarPrompts.NAME).isdecimal()
-            if not fine:
-                raise InvalidValue(
-                    f"{self.data.folders[0]}: {name}={value!r:.80} in its card is damaged; draw it again"
-                )
+        card, grammar = self.card, GrammarPrompts.NAME
+        fine = {name: isinstance(card.get(name), kind) for name, kind in _CARD.items()}
+        fine["levels"] = fine["levels"] and all(isinstance(level, float) for level in card["levels"])
+        fine["sampler"] = fine["sampler"] and {"shift", "sigma_grid"} <= card["sampler"].keys()
+        if fine["prompts"] and card["prompts"].startswith(grammar):
+            fine["prompts"] = card["prompts"].removeprefix(grammar).isdecimal()  # the seed
+        for name in (name for name, good in fine.items() if not good):
+            damaged = f"{name}={card.get(name)!r:.80} in its card is damaged"
+            raise InvalidValue(f"{self.data.folders[0]}: {damaged}; draw it again")
 
     def __len__(self) -> int:
         return len(self.data)

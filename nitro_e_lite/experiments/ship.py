@@ -126,8 +126,8 @@ def ship(
     run = Path(source) / "config.json"  # of a training run; the folder `final` has a model's
     trained = read_run(run).get("config") or {}
     if trained.get("stage") == "sprint" or trained.get("jumps"):
-        rule = "a student that jumps needs a sampler of its own; name its run, or ship it as " + " or ".join(STUDENTS)
-        raise InvalidValue(f"source={str(source)!r}: {rule}")
+        own = {stage: one for one, stage in STUDENTS.items()}.get(trained.get("stage"), "its run")
+        raise InvalidValue(f"source={str(source)!r}: its student needs a sampler of its own; ship it as {own}")
     transformer = _half(source)
     pipeline = NitroEPipeline(
         transformer,
