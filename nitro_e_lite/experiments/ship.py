@@ -76,11 +76,11 @@ def ship_student(source: str | Path, name: str) -> Path:
     about.pop("hosts", None)
     with atomic_folder(folder, "the run is intact") as partial:
         if rewards:
-            shutil.copytree(find_weights(source, ADAPTER), partial / "final")
-            path = partial / "final" / ADAPTER
-            half = {key: value.half() for key, value in read_safetensors(path).items()}
+            adapter = find_weights(source, ADAPTER)
+            half = {key: value.half() for key, value in read_safetensors(adapter / ADAPTER).items()}
             _check_finite(source, half)
-            save_file(half, path, {"format": "pt"})
+            shutil.copytree(adapter, partial / "final")
+            save_file(half, partial / "final" / ADAPTER, {"format": "pt"})
         else:
             _half(source).save_pretrained(partial / "final")
         (partial / run.name).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")

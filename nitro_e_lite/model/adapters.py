@@ -146,7 +146,8 @@ def read_adapter(source: str | Path) -> tuple[dict[str, Tensor], Config | None]:
     files = [source] if source.is_file() else [at / name for at in (source, source / "final") for name in names]
     path = next((one for one in files if one.is_file()), None)
     if path is None:
-        raise MissingFile(f"lora: {source} holds neither {PEFT_FILES[1]} nor {_DIFFUSERS_FILE}")
+        hint = "" if source.exists() else "; it is not on this disk: download it from the hub first"
+        raise MissingFile(f"lora: {source} holds neither {PEFT_FILES[1]} nor {_DIFFUSERS_FILE}{hint}")
     weights, beside = read_safetensors(path), path.with_name(PEFT_FILES[0])
     if path.name == PEFT_FILES[1] and beside.is_file():
         return weights, read_json(beside)
