@@ -20,7 +20,7 @@ from typing import IO, Any, Literal
 
 from safetensors import SafetensorError
 
-from nitro_e_lite.errors import InvalidValue, MissingFile, NotWritten, Unusable
+from nitro_e_lite.errors import FileThere, InvalidValue, MissingFile, NotWritten, Unusable, UserError
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -77,6 +77,16 @@ def check_output(path: Path, kind: Literal["file", "folder"]) -> None:
         raise NotWritten(f"{path}: cannot be written ({place} is a file)") from None
     except OSError as error:
         raise NotWritten(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def check_replaceable(folder: Path, mark: str) -> None:
+    """Refuses to put a folder in the place of one with somebody's work: what may be replaced holds the file `mark`.
+
+    Raises:
+        FileExistsError: it holds other things.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
+        raise FileThere(f"{folder}: holds other things, which would be lost; name another folder")
 
 
 PACKAGE_DIR = Path(__file__).resolve().parent
@@ -246,6 +256,18 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return found
 
 
+def read_run(path: str | Path) -> dict[str, Any]:
+    """What the `config.json` of a training run says of it: `config` are its settings. Nothing where there is none.
+
+    Raises:
+        ValueError: it holds something else; the message names the file.
+    """
+    about = read_json(path) if Path(path).is_file() else {}
+    if not isinstance(about.get("config") or {}, dict):
+        raise InvalidValue(f"{path}: config={about['config']!r:.80}: must be a JSON object")
+    return about
+
+
 def read_jsonl(
     path: str | Path,
     *,
@@ -352,6 +374,7 @@ def atomic_folder(final: Path, otherwise: str) -> Iterator[Path]:
 
     Raises:
         OSError: it could not be written, for example because the disk is full.
+        Exception: what went wrong within, as it is.
     """
     partial = final.with_name(f".partial-{final.name}")
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -359,8 +382,11 @@ def atomic_folder(final: Path, otherwise: str) -> Iterator[Path]:
     try:
         partial.mkdir()
         yield partial
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        mistake = isinstance(error, UserError) and not isinstance(error, NotWritten)  # in what was read for it
+        if mistake or not isinstance(error, (OSError, SafetensorError)):
+            raise
         free = shutil.disk_usage(final.parent).free / 1e9
         raise NotWritten(
             f"{final}: could not be written ({error}); {otherwise}; make room ({free:.1f} GB are free) and resume"

@@ -15,7 +15,7 @@ import pytest
 import torch
 import typer
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from nitro_e_lite import files
@@ -232,6 +232,11 @@ def test_mistakes_of_all_kinds(here, shipped):
     (here / "digits" / "card.json").write_text('{"rows": 1' + "0" * 400 + "}")
     (here / "looked").mkdir()
     (here / "looked" / "review.jsonl").write_text("{}")
+    (here / "drawn").mkdir()
+    (here / "drawn" / "000.png").write_text("mine")
+    row = {"path": "000.png", "prompt": "a star", "tag": "colors", "verifier": True, "reason": "", "why": ""}
+    (here / "sheet.jsonl").write_text(2 * (json.dumps(row | {"eyes": True}) + "\n"))
+    (here / "half.jsonl").write_text(json.dumps(load_prompts()[0].metadata() | {"prompt": "a \ud83d star"}) + "\n")
     (here / "lora").mkdir()
     save_file({"any": torch.zeros(1)}, here / "lora" / "adapter_model.safetensors")
     (here / "lora" / "adapter_config.json").write_text('{"r": 0, "lora_alpha": 4}')
@@ -297,6 +302,10 @@ def test_mistakes_of_all_kinds(here, shipped):
         (["benchmark", "--peers", "--batch", str(10**11)], f"batch={10**11}: needs about"),
         (["evaluate", "--seeds", "1000000000"], "seeds: 1000000000 is above"),
         (["evaluate", "--review", "looked"], "review.jsonl: is there already"),
+        (["eyes", "--redraw", "drawn"], "000.png: is there already"),
+        (["eyes", "sheet.jsonl"], "000.png: is there twice"),
+        (["reward", "serve", "geneval", "--host", "a\0b"], "cannot listen there (host name must not contain null"),
+        (["export", "geneval", "half.jsonl", "out", *FAST], "is no valid Unicode"),
         (["plan", "--preset", "lite", "--set", "steps=1" + "0" * 400], "must be <= "),
         (["demo", "--teaser", "--seed", str(2**32 - 1)], "seed: "),
         (["course", "assignment", "out", "**"], "names 0 of them"),
@@ -308,6 +317,7 @@ def test_mistakes_of_all_kinds(here, shipped):
         assert said in refused(*words), words
     assert sorted(path.name for path in here.iterdir()) == sorted(
         ["pictures", "prompts.jsonl", "card", "huge", "index", "digits", "looked", "lora", "odd"]
+        + ["drawn", "sheet.jsonl", "half.jsonl"]
     )
 
 
@@ -334,6 +344,7 @@ def test_adapters_that_say_nonsense(tiny_pipeline, tmp_path):
             (json.dumps(good | {"alpha_pattern": {"to_q": -1}}), {"inside": True}, "alpha_pattern.to_q=-1: must be"),
             (json.dumps(good | {"rank_pattern": {"(": 2}}), {}, r"rank_pattern: '\(' is no pattern"),
             (json.dumps(good), {"a": (3, 32)}, "wrong shape"),  # B A has no value
+            (json.dumps(good | {"r": 9}), {}, "wrong shape.*to_q: r=9"),  # another strength than it was trained with
             (json.dumps(good), {"a": (32,), "b": (32,)}, "wrong shape"),
             (json.dumps(good), {"a": (), "b": ()}, "wrong shape"),
         ]
@@ -371,6 +382,21 @@ def test_runs_that_say_nonsense_are_not_shipped(here, shipped):
     assert f"shift: {run} does not say which" in refused("ship", str(run), "--name", str(shipped))
     assert "steps: a student draws as it was" in refused("ship", str(run), "--name", "lite-4step", "--steps", "3")
     assert not (shipped.parent / "lite-4step").exists()
+    students = {"stage": "sprint", "data": {"encoders": "lite"}}
+    (run / "config.json").write_text(json.dumps({"config": students}))
+    (run / "metrics.jsonl").write_text("")
+    assert "is of the stage distill" in refused("ship", str(run), "--name", "lite-4step")
+    assert "needs a sampler of its own" in refused("ship", str(run), "--name", str(shipped))
+    weights = run / "final" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value * 1e38 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    assert "is not finite in float16" in refused("ship", str(run), "--name", "lite-sprint")
+    before = (shipped / "transformer" / weights.name).read_bytes()
+    (run / "config.json").write_text('{"config": {"guidance": 2, "shift": 1, "data": {"encoders": "lite"}}}')
+    assert "is not finite in float16" in refused("ship", str(run), "--name", str(shipped))
+    assert before == (shipped / "transformer" / weights.name).read_bytes()
+    assert not list(shipped.parent.glob("lite-*")) and not list(shipped.parent.glob(".partial-*"))
+    (run / "config.json").write_text('{"config": {"stage": "distill"}}')
+    assert "does not say data.encoders" in refused("sample", "a star", "--model", str(run))
     (run / "checkpoints").mkdir()
     for config in ("{", "[]"):
         (run / "config.json").write_text(config)

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from nitro_e_lite.cli.app import app
 from nitro_e_lite.course import assignment, notebooks, playground
 from nitro_e_lite.course import debugging_lab as lab
+from nitro_e_lite.errors import UserError
 from nitro_e_lite.experiments import challenge
 
 SLOW = ("load_pipeline(", "load_encoders(", "load_transformer(", "train(", "Engine(", "race(", "prepare(", "to_empty(")
@@ -307,6 +308,36 @@ def test_the_playground_shows_a_run_at_its_moments_and_what_gates_say_of_a_faile
         playground.Shown.parse("regression")
     with pytest.raises(ValueError, match="is no run of distill, sprint or rewards"):
         playground.Shown.parse(f"a={tmp_path}")
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "thesis.txt").write_text("years of work")
+    for words, said in [
+        ([f"a={run}", "--folder", str(own)], "holds other things, which would be lost"),
+        ([f"a={run}", "--folder", str(run)], "holds other things, which would be lost"),
+        ([f"a b={run}", f"a-b={bad}"], "a-b: two names are one as the name of a file"),
+        ([f"a={run}", "--arm", f"b={run}", "--prompts", "0"], "prompts=0: arms are told apart by their scores"),
+        ([f"a={run}@1000000000", "--prompts", "0"], "num_inference_steps: 1000000000 is above 1000"),
+    ]:
+        words = [*words, *([] if "--folder" in words else ["--folder", str(tmp_path / "second")])]
+        result = CliRunner().invoke(app, ["course", "playground", *words])
+        assert result.exit_code == 2 and said in result.stderr and result.stderr.count("Error: ") == 1, result.output
+    assert own.joinpath("thesis.txt").is_file() and (run / "checkpoints").is_dir()
+    assert not (tmp_path / "second").exists() and not list(tmp_path.glob(".partial-*"))
+    about = json.loads((bad / "config.json").read_text())
+    for file, text, said in [
+        ("metrics.jsonl", "", "metrics.jsonl: is empty"),
+        ("metrics.jsonl", '{"step": "x"}\n', "step='x': must be a number"),
+        (
+            "config.json",
+            json.dumps({"config": {"stage": "distill"}}),
+            "does not say log_every, sampler_steps, steps, te",
+        ),
+        ("config.json", json.dumps(about | {"config": [1]}), r"config=\[1\]: must be a JSON object"),
+    ]:
+        (bad / file).write_text(text)
+        with pytest.raises(UserError, match=said):
+            playground.Shown.parse(f"a={bad}")
+        (bad / "metrics.jsonl").write_text('{"step": 1}\n')
 
 
 def test_the_log_of_a_shipped_student_is_drawn_by_minutes(tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """SANA-Sprint: consistency in closed form, the new embedding, guidance told, one run from start to pictures."""
 
 import copy
+import json
 import math
 import os
+import shutil
 import signal
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,13 +15,14 @@ from diffusers import SCMScheduler
 from safetensors.torch import load_file
 
 from nitro_e_lite.config import DrawnConfig, OptimizerConfig
-from nitro_e_lite.errors import GateFailed
+from nitro_e_lite.errors import GateFailed, UserError
 from nitro_e_lite.experiments.launch import launch, train_arguments
 from nitro_e_lite.experiments.worker import RUNS, run_name
 from nitro_e_lite.files import read_jsonl
 from nitro_e_lite.inference.loading import load_pipeline, load_transformer
 from nitro_e_lite.model import trigflow
 from nitro_e_lite.model.blocks import TimeEmbedding
+from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.presets import preset
 from nitro_e_lite.runtime import RunStopped
 from nitro_e_lite.scenes.captions import caption
@@ -311,6 +314,53 @@ def test_a_student_can_start_as_another_student(config, teacher_folder, tmp_path
         replace(named, finetune_share=0.25)
 
 
+def test_a_student_starts_only_as_what_has_its_shape_and_is_told_what_it_is_told(
+    config, teacher_folder, cache, tmp_path, monkeypatch
+):
+    """Of another shape, or told the guidance or the dense time where this one is not: refused, not trained on."""
+    teacher = load_transformer(str(teacher_folder))
+
+    def start(kind=Sprint, of=None, told=None, **changes):
+        other = EMMDiTTransformer2DModel.like(teacher, **changes)
+        other.save_pretrained(tmp_path / "other")
+        base = configured("distill", teacher_folder, cache) if kind is Distill else replace(config, finetune_share=0.0)
+        return stage_of(replace(base, start_from=str(tmp_path / "other"), **(told or {})), kind), other
+
+    student = {"dense_time": True, "guidance_embedding": True}
+    for name, *given in [
+        ("block_groups", Sprint, {"block_groups": (1, 3, 1)}, {}),
+        ("sample_size", Sprint, {"sample_size": 32}, {}),
+        ("guidance_embedding", Sprint, student, {"guidance_embedding": False}),
+        ("dense_time", Sprint, student, {"dense_time": False, "embedding_steps": 0}),
+        ("num_attention_heads", Distill, {"num_attention_heads": 3}, {}),
+        ("dense_time", Distill, {"dense_time": True}, {}),
+    ]:
+        kind, changes, told = given
+        with pytest.raises(UserError, match=f"start_from=.*has {name}="):
+            start(kind, told=told, **changes)
+    monkeypatch.setattr(sprint, "fit_embedding", None)  # a student that goes on knows its embedding already
+    stage, other = start(**student)
+    assert all(torch.equal(value, stage.student.state_dict()[name]) for name, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("teacher", None),
+        ("sampler", {"shift": 3.0}),
+        ("levels", "abcd"),
+        ("prompts", 5),
+        ("prompts", "scene grammar, seed x"),
+    ],
+)
+def test_a_damaged_card_of_a_drawn_set_is_refused(config, cache, tmp_path, name, value):
+    shutil.copytree(cache, tmp_path / "set")
+    card = json.loads((cache / "card.json").read_text()) | {name: value}
+    (tmp_path / "set" / "card.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match=f"set: {name}=.* in its card is damaged"):
+        stage_of(replace(config, data=replace(config.data, folders=(str(tmp_path / "set"),))))
+
+
 def test_training_captions_become_prompts_that_their_scenes_fulfil():
     tags = {}
     for row in range(120):
@@ -348,3 +398,6 @@ def test_only_pictures_that_the_verifier_finds_right_are_learned_from(config, mo
     kept = list(stage_of(verified).kept)
     assert kept == [row for row in range(stage.rows) if captions[row] not in wrong] and len(kept) < stage.rows
     assert list(stage.kept) == list(range(stage.rows))
+    stage.drawn.card = stage.drawn.card | {"prompts": "a file's"}  # of which nothing is known
+    with pytest.raises(UserError, match="data.verified=True: the verifier can judge no caption of"):
+        gates.right_rows(stage.drawn, stage.encoders, stage.rows)

@@ -21,6 +21,7 @@ from nitro_e_lite.config import override, to_dict
 from nitro_e_lite.data import scene_latents
 from nitro_e_lite.data.batches import Batches
 from nitro_e_lite.data.scene_latents import encode_scenes
+from nitro_e_lite.errors import UserError
 from nitro_e_lite.experiments.ship import ship
 from nitro_e_lite.files import check_manifest, read_jsonl, run_lock, sha256_file, weights_dir
 from nitro_e_lite.inference.encoders import LatentStats, load_encoders
@@ -556,6 +557,14 @@ def test_fine_tuning_goes_on_from_the_base(uninterrupted, tmp_path):
     stage = override(preset("finetune", "smoke"), ["steps=2"])
     with pytest.raises(ValueError, match="start_from=''"):
         engine(stage, tmp_path)
+    known = EMMDiTTransformer2DModel.from_pretrained(uninterrupted / "final")
+    for change, said in [
+        ({"num_attention_heads": 3}, "size mismatch for "),
+        ({"dense_time": True}, "it is told the no"),
+    ]:
+        EMMDiTTransformer2DModel.like(known, **change).save_pretrained(tmp_path / "other")
+        with pytest.raises(UserError, match=f"start_from=.*does not fit the model: {said}"):
+            engine(override(stage, [f"start_from={tmp_path / 'other'}"]), tmp_path / "refused")
     run = engine(override(stage, [f"start_from={uninterrupted}"]), tmp_path)
     assert_same(
         {n: p.detach() for n, p in masters(run).items()},

@@ -346,13 +346,16 @@ def tables_command(
         root = files.repo_root()
         if root is None:
             raise Unusable("README.md: only a checkout of the repository has it; clone it and install with -e")
+        readme = root / "README.md"
+        before = files.read_text(readme)
         if recount:
             from nitro_e_lite.experiments.plan import published_mfu
 
+            check_output(cards.FOLDER / "counts.json", "file")
+            tables.split(before)
             counts = tables.count_all() | {"mfu": published_mfu()}
             cards.write(cards.FOLDER / "counts.json", "counts", counts, "nitro-e tables --count")
-        found, readme = cards.load(), root / "README.md"
-        before = files.read_text(readme)
+        found = cards.load()
         after = tables.rebuild(before, found)
         if after != before:
             files.write_atomically(readme, after)
@@ -380,7 +383,7 @@ def reward_serve(
         say(f"Warning: --host {host} lets everyone who reaches this machine ask; there is no password.", "yellow")
     try:
         server = RewardServer(LITE_REWARDS[reward](), host, port)
-    except (OSError, OverflowError, ValueError) as error:
+    except (OSError, OverflowError, TypeError, ValueError) as error:  # TypeError: a name that is none in DNS
         raise Unusable(
             f"host={host}, port={port}: cannot listen there ({getattr(error, 'strerror', None) or error})"
         ) from None

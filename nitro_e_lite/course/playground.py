@@ -75,21 +75,24 @@ class Shown:
         """`NAME=RUN` or `NAME=RUN@STEPS`.
 
         Raises:
-            ValueError: another text, or a folder that is no run of a student.
+            ValueError: another text, or a folder that is no run of a student, or one that says too little of itself.
         """
         found = re.fullmatch(r"([^=]+)=(.+?)(?:@(\d+))?", text)
         if not found or found[3] == "0":
             raise InvalidValue(f"{text!r}: must read NAME=RUN or NAME=RUN@STEPS")
         shown = cls(found[1].strip(), Path(found[2]), int(found[3]) if found[3] else None)
-        if shown.trained.get("stage") not in ("distill", "sprint", "rewards"):
+        if (stage := shown.trained.get("stage")) not in ("distill", "sprint", "rewards"):
             raise InvalidValue(f"{found[2]}: is no run of distill, sprint or rewards")
+        needed = {"guidance", "rollout_steps", "start_from"} if stage == "rewards" else {"sampler_steps", "teacher"}
+        if missing := (needed | {"log_every", "steps"}) - shown.trained.keys():
+            raise InvalidValue(f"{found[2]}: its config.json does not say {', '.join(sorted(missing))}")
+        shown.rows()
         return shown
 
     @property
     def about(self) -> dict[str, Any]:
         """What the run says of itself."""
-        path = self.run / "config.json"
-        return files.read_json(path) if path.is_file() else {}
+        return files.read_run(self.run / "config.json")
 
     @property
     def trained(self) -> dict[str, Any]:
@@ -105,8 +108,21 @@ class Shown:
         return Sampler(self.steps or own, guidance, self.trained.get("shift", drawn.get("shift", 1.0)))
 
     def rows(self) -> list[dict[str, Any]]:
-        """Its metrics; `minute` is added, of training, all processes together."""
-        rows, each = list(files.read_jsonl(self.run / "metrics.jsonl")), self.about.get("processes", 1) / 60
+        """Its metrics; `minute` is added, of training, all processes together.
+
+        Raises:
+            ValueError: there are none, or what should be a number is something else.
+        """
+        path = self.run / "metrics.jsonl"
+        rows = list(files.read_jsonl(path))
+        if not rows:
+            raise InvalidValue(f"{path}: is empty; the run has taken no step")
+        for row in rows:
+            for name in ("step", *(name for name in (*LOGGED, *JUDGED) if name in row)):
+                value = row.get(name)
+                if not isinstance(value, int if name == "step" else int | float | None):
+                    raise InvalidValue(f"{path}: {name}={value!r:.80}: must be a number")
+        each = self.about.get("processes", 1) / 60
         known = [(0, 0.0)] + [(row["step"], row["seconds"] * each) for row in rows if "seconds" in row]
         minutes = np.interp([row["step"] for row in rows], *zip(*known, strict=True))
         return [row | {"minute": float(minute)} for row, minute in zip(rows, minutes, strict=True)]
@@ -169,7 +185,7 @@ def write(
         folder: where to.
         moments: of a method.
         prompts: held-out prompts of each category at each moment; the scores of a run's own metrics count where they
-            are of as many. 0: those alone, and no arms.
+            are of as many. 0: those alone; then there can be no arms.
         seed: of the noises.
 
     Yields:
@@ -177,7 +193,19 @@ def write(
 
     Raises:
         FileNotFoundError: a run without weights.
+        FileExistsError: the folder holds something else than such data.
+        ValueError: two methods of one name, a failed run without gates, or arms without scores.
     """
+    folder = Path(folder).resolve()
+    files.check_replaceable(folder, INDEX)
+    for some in (shown, failed):
+        names = [_slug(one) for one in some]
+        if twice := sorted(name for name in set(names) if names.count(name) > 1):
+            raise InvalidValue(f"{twice[0]}: two names are one as the name of a file; give each its own")
+    if arms and not prompts:
+        raise InvalidValue("prompts=0: arms are told apart by their scores; leave the arms out, or have some drawn")
+    if unfit := [one for one in failed if one.trained["stage"] == "rewards"]:
+        raise InvalidValue(f"failed: {unfit[0].run} is a run of rewards; the gates of distill and sprint are shown")
     found: dict[str, Any] = {"captions": CAPTIONS, "seed": seed, "methods": [], "arms": {}, "failed": []}
     ends: dict[Path, float] = {}
     with files.atomic_folder(folder, "what was there is intact") as partial:
@@ -187,7 +215,7 @@ def write(
             ends[one.run.absolute()] = method["frames"][-1]["minute"]
             found["methods"].append(method)
             yield f"{one.name}: {len(method['frames'])} moments, {len(method['points'])} scores"
-        for one in arms if prompts else ():
+        for one in arms:
             step, weights = one.moments(10**6)[-1]
             score = _score(*one.pipeline(weights), prompts, seed)
             arm = found["arms"].setdefault(one.name, {"n": score.images, "scores": [], "minutes": []})
@@ -217,7 +245,7 @@ def _method(one: Shown, folder: Path, before: float, moments: int, prompts: int,
         pipeline, sampler = one.pipeline(weights)
         minute = before + minute_of.get(step, rows[-1]["minute"])
         pictures = draw(pipeline, [(caption, seed + k) for k, caption in enumerate(CAPTIONS)], sampler)
-        name = f"{re.sub(r'[^a-z0-9]+', '-', one.name.lower())}-{len(frames)}.jpg"
+        name = f"{_slug(one)}-{len(frames)}.jpg"
         _tile(pictures).save(folder / name, quality=82, optimize=True)
         frames.append({"minute": _short(minute), "picture": name})
         if prompts:
@@ -241,13 +269,18 @@ def _failed(one: Shown, folder: Path) -> dict[str, Any]:
     """Copies its log and notes the lite preset's bounds for a run of its length: a window of half of its turns."""
     trained = one.trained
     rows = [{name: _short(row[name]) for name in (*LOGGED, *JUDGED) if name in row} for row in one.rows()]
-    log = f"{re.sub(r'[^a-z0-9]+', '-', one.name.lower())}.jsonl"
+    log = f"{_slug(one)}.jsonl"
     files.write_atomically(folder / log, "".join(json.dumps(row) + "\n" for row in rows))
     turns = sum("heads_right" in row for row in rows) * max(1, trained["log_every"] // 2)
     usual = presets.preset(trained["stage"], "lite").gate_window
     settings = [f"{name}={trained[name]}" for name in ("steps", "log_every", "sampler_steps")]
     settings.append(f"gate_window={max(1, min(usual, turns // 2))}")
     return {"name": one.name, "stage": trained["stage"], "settings": settings, "log": log}
+
+
+def _slug(one: Shown) -> str:
+    """Its name as part of the name of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", one.name.lower())
 
 
 def _short(value: float | None) -> float | None:

@@ -53,6 +53,7 @@ from nitro_e_lite.scenes.captions import caption
 from nitro_e_lite.scenes.grammar import sample_scene
 
 KIND = "drawn"  # what the column `source` and the card say
+_CARD = {"teacher": str, "encoders": str, "prompts": str, "sampler": dict, "levels": list, "seed": int}
 _NEAR = 1e-6  # two noise levels that differ by less are one
 
 
@@ -327,7 +328,7 @@ class DrawnSet:
 
     Raises:
         FileNotFoundError: a folder holds no data set.
-        ValueError: it was not drawn, or with other encoders, or by different teachers.
+        ValueError: it was not drawn, its card is damaged, or with other encoders, or by different teachers.
     """
 
     def __init__(self, folders: str | Path | Sequence[str | Path], encoders: Encoders):
@@ -335,6 +336,7 @@ class DrawnSet:
         self.card, self.levels = self.data.card, self.data.card.get("levels", [])
         if self.card.get("kind") != KIND:
             raise InvalidValue(f"{self.data.folders[0]}: was not drawn by a teacher; nitro-e data draw makes such sets")
+        self._check_card()
         if self.card["encoders"] != encoders.fingerprint:
             raise InvalidValue(f"{self.data.folders[0]}: the teacher read its captions with another language model")
         if len(self.levels) < 2:
@@ -348,6 +350,17 @@ class DrawnSet:
                     raise InvalidValue(
                         f"{folder}: {name} is another than in {self.data.folders[0]}; one teacher, one run"
                     )
+
+    def _check_card(self) -> None:
+        card, grammar = self.card, GrammarPrompts.NAME
+        fine = {name: isinstance(card.get(name), kind) for name, kind in _CARD.items()}
+        fine["levels"] = fine["levels"] and all(isinstance(level, float) for level in card["levels"])
+        fine["sampler"] = fine["sampler"] and {"shift", "sigma_grid"} <= card["sampler"].keys()
+        if fine["prompts"] and card["prompts"].startswith(grammar):
+            fine["prompts"] = card["prompts"].removeprefix(grammar).isdecimal()  # the seed
+        for name in (name for name, good in fine.items() if not good):
+            damaged = f"{name}={card.get(name)!r:.80} in its card is damaged"
+            raise InvalidValue(f"{self.data.folders[0]}: {damaged}; draw it again")
 
     def __len__(self) -> int:
         return len(self.data)

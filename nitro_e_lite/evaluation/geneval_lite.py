@@ -111,11 +111,12 @@ def new_sheet(folder: str | Path) -> Path:
     """Where `write_sheet` writes its sheet.
 
     Raises:
-        FileExistsError: a sheet is there already.
+        FileExistsError: a sheet is there already, or pictures by the names of its own.
     """
     sheet = Path(folder) / "review.jsonl"
-    if sheet.exists():
-        raise FileThere(f"{sheet}: is there already; name another folder")
+    for path in (sheet, *Path(folder).glob("[0-9][0-9][0-9].png")):
+        if path.exists():
+            raise FileThere(f"{path}: is there already; name another folder")
     return sheet
 
 
@@ -162,11 +163,12 @@ def tally(rows: Sequence[dict[str, Any]], name: str | Path = "rows") -> dict[str
         and `disagree`, those rows.
 
     Raises:
-        ValueError: no pictures, one that nobody has looked at, a disagreement without a reason, or a field that is not
-            as it was written.
+        ValueError: no pictures, one twice, one that nobody has looked at, a disagreement without a reason, or a field
+            that is not as it was written.
     """
     if not rows:
         raise InvalidValue(f"{name}: holds no pictures")
+    seen: set[str] = set()
     for row in rows:
         for field, kind in ROW.items():
             value = row.get(field, 0 if field == "steps" else None)
@@ -178,6 +180,9 @@ def tally(rows: Sequence[dict[str, Any]], name: str | Path = "rows") -> dict[str
             raise InvalidValue(f"{name}: {row['path']}: eyes must be true or false, or {UNSURE!r}")
         if row["eyes"] != row["verifier"] and not row["why"].strip():
             raise InvalidValue(f"{name}: {row['path']}: eyes and verifier disagree; say why")
+        if row["path"] in seen:
+            raise InvalidValue(f"{name}: {row['path']}: is there twice")
+        seen.add(row["path"])
     sure = [row for row in rows if row["eyes"] != UNSURE]
     disagree = [row for row in sure if row["eyes"] != row["verifier"]]
     low, high = share_interval(len(sure) - len(disagree), len(sure)) if sure else (0.0, 1.0)

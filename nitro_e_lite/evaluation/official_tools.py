@@ -42,7 +42,7 @@ from nitro_e_lite.evaluation.cards import PICTURES
 from nitro_e_lite.evaluation.geneval_lite import SEED_STRIDE, describe, draw, picture_seed
 from nitro_e_lite.evaluation.official_geneval import declare, manifest_path, read_metadata, read_results
 from nitro_e_lite.files import read_json, read_jsonl, read_text, run_lock, write_atomically
-from nitro_e_lite.inference.arguments import as_integer
+from nitro_e_lite.inference.arguments import as_integer, as_prompts
 from nitro_e_lite.inference.pipeline import NitroEPipeline, Sampler
 from nitro_e_lite.runtime import check_memory
 
@@ -159,6 +159,7 @@ def export(
     if resize not in RESIZES or (size is None) != (resize == "none"):
         filters = ", ".join(list(RESIZES)[1:])
         raise InvalidValue(f"resize: {resize!r} for size {size}; name one of {filters} with a size, or neither")
+    as_prompts("prompt", [one.caption for one in wanted])  # before anything is written
     if size is not None:
         check_memory(f"size={size}", 3 * batch * as_integer("size", size, 1) ** 2)
     about = {"tool": tool, "files": len(wanted), "prompts_sha256": _digest(wanted), "size": size, "resize": resize}

@@ -114,7 +114,13 @@ def _against_16_bit(cards: Cards) -> list[str]:
 
 
 def rebuild(readme: str, cards: Cards) -> str:
-    """README's text with the table rebuilt between its two markers.
+    """README's text with the table rebuilt between its two markers; see `split`."""
+    before, after = split(readme)
+    return f"{before}{BEGIN}\n{results_table(cards)}\n\n{lite_models(cards)}\n{END}{after}"
+
+
+def split(readme: str) -> tuple[str, str]:
+    """README's text before and after what is written between its two markers.
 
     Raises:
         ValueError: the markers are not there.
@@ -123,7 +129,7 @@ def rebuild(readme: str, cards: Cards) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise InvalidValue(f"README.md: lacks {BEGIN if not begin else END}")
-    return f"{before}{BEGIN}\n{results_table(cards)}\n\n{lite_models(cards)}\n{END}{after}"
+    return before, after
 
 
 def lite_models(cards: Cards) -> str:

@@ -14,24 +14,28 @@ from typing import Any
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
 
 from nitro_e_lite import files
-from nitro_e_lite.errors import InvalidValue, NotWritten
+from nitro_e_lite.errors import InvalidValue, NotFinite, NotWritten
 from nitro_e_lite.files import (
     MANIFEST,
     STUDENTS,
     atomic_folder,
     check_manifest,
     check_output,
+    check_replaceable,
     find_weights,
     read_json,
+    read_run,
     write_manifest,
 )
 from nitro_e_lite.inference.encoders import load_encoders
 from nitro_e_lite.inference.loading import ADAPTER, load_transformer
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.inference.vision import load_vision
+from nitro_e_lite.model.adapters import read_safetensors
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 
 
@@ -47,18 +51,24 @@ def ship_student(source: str | Path, name: str) -> Path:
         or the adapter of `rewards`.
 
     Raises:
-        ValueError: `source` is no such run.
+        ValueError: `source` is no such run, or of another stage than the name says.
+        FloatingPointError: its weights are not finite in float16.
+        FileExistsError: the folder holds other things.
     """
     run = Path(source) / "config.json"
-    about, trained = _about(run)
+    about = read_run(run)
+    trained = about.get("config") or {}
     rewards, data = trained.get("stage") == "rewards", trained.get("data")
     data = data if isinstance(data, dict) else {}
     made_from = trained.get("start_from") if rewards else data.get("encoders")
     if trained.get("stage") not in STUDENTS.values() or made_from != "lite":
         rule = "is no run of distill or sprint with encoders lite, or of rewards that started from lite"
         raise InvalidValue(f"source={str(source)!r}: {rule}")
+    if trained["stage"] != STUDENTS.get(name, trained["stage"]):
+        raise InvalidValue(f"name={name!r}: is of the stage {STUDENTS[name]}, {source} is a run of {trained['stage']}")
     folder = files.weights_dir() / name if name in STUDENTS else Path(name)
     check_output(folder, "folder")
+    check_replaceable(folder, MANIFEST)
     if not run.with_name("metrics.jsonl").is_file():
         raise InvalidValue(f"source={str(source)!r}: is no finished run, for metrics.jsonl is missing")
     if not rewards:
@@ -67,9 +77,11 @@ def ship_student(source: str | Path, name: str) -> Path:
     about.pop("hosts", None)
     with atomic_folder(folder, "the run is intact") as partial:
         if rewards:
-            shutil.copytree(find_weights(source, ADAPTER), partial / "final")
-            path = partial / "final" / ADAPTER
-            save_file({key: value.half() for key, value in load_file(path).items()}, path, {"format": "pt"})
+            adapter = find_weights(source, ADAPTER)
+            half = {key: value.half() for key, value in read_safetensors(adapter / ADAPTER).items()}
+            _check_finite(source, half)
+            shutil.copytree(adapter, partial / "final")
+            save_file(half, partial / "final" / ADAPTER, {"format": "pt"})
         else:
             _half(source).save_pretrained(partial / "final")
         (partial / run.name).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -100,8 +112,9 @@ def ship(
     Raises:
         FileNotFoundError: there is no such folder.
         EncoderUnavailable: the folder holds no encoders.
-        ValueError: transformer and encoders do not fit, what stays in the folder differs from its checksums, or nobody
-            says how strong guidance and shift are.
+        ValueError: transformer and encoders do not fit, what stays in the folder differs from its checksums, nobody
+            says how strong guidance and shift are, or the run's student needs another sampler than the folder's.
+        FloatingPointError: the weights are not finite in float16.
     """
     folder = find_weights(name)
     check_output(folder, "folder")
@@ -112,7 +125,10 @@ def ship(
     if vision:
         return _ship_vision(Path(source), folder)
     run = Path(source) / "config.json"  # of a training run; the folder `final` has a model's
-    trained = _about(run)[1]
+    trained = read_run(run).get("config") or {}
+    if trained.get("stage") == "sprint" or trained.get("jumps"):
+        own = {stage: one for one, stage in STUDENTS.items()}.get(trained.get("stage"), "its run")
+        raise InvalidValue(f"source={str(source)!r}: its student needs a sampler of its own; ship it as {own}")
     transformer = _half(source)
     pipeline = NitroEPipeline(
         transformer,
@@ -149,16 +165,15 @@ def _half(source: str | Path) -> EMMDiTTransformer2DModel:
     trained = load_transformer(source)
     model = EMMDiTTransformer2DModel.like(trained)
     model.load_state_dict(trained.state_dict())
-    return model.half()
+    model.half()
+    _check_finite(source, model.state_dict())
+    return model
 
 
-def _about(run: Path) -> tuple[dict, dict]:
-    """What the `config.json` of a training run says, and the configuration in it; nothing where there is none."""
-    about = read_json(run) if run.is_file() else {}
-    trained = about.get("config") or {}
-    if not isinstance(trained, dict):
-        raise InvalidValue(f"{run}: config={trained!r:.80}: must be a JSON object")
-    return about, trained
+def _check_finite(source: str | Path, weights: dict[str, Tensor]) -> None:
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise NotFinite(f"source={str(source)!r}: {name} is not finite in float16; the run has come to nothing")
 
 
 def _usual(source: str | Path, trained: dict, field: str) -> Any:

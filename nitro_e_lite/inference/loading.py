@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SCMSch
 
 from nitro_e_lite import runtime
 from nitro_e_lite.errors import InvalidType, InvalidValue
-from nitro_e_lite.files import find_weights, read_json
+from nitro_e_lite.files import find_weights, read_json, read_run
 from nitro_e_lite.inference.encoders import Encoders, LatentStats, load_encoders
 from nitro_e_lite.inference.fp8_pipeline import quantize_pipeline
 from nitro_e_lite.inference.hub import (
@@ -189,15 +189,19 @@ def _rewarded(source: str | Path) -> tuple[Path, dict[str, Any]] | None:
         adapter = find_weights(source, ADAPTER)
     except FileNotFoundError:
         return None
-    trained = _run_of(adapter).get("config", {})
-    return (adapter, trained) if trained.get("stage") == "rewards" else None
+    trained = _run_of(adapter).get("config") or {}
+    if trained.get("stage") != "rewards":
+        return None
+    if missing := {"start_from", "rollout_steps", "guidance", "shift"} - trained.keys():
+        raise InvalidValue(f"{source}: its run's config.json does not say {', '.join(sorted(missing))}")
+    return adapter, trained
 
 
 def _run_of(path: Path) -> dict[str, Any]:
     """What a run says of itself that has written the folder `path`; nothing where none has."""
     parents = {"final": path.parent, "snapshots": path.parent.parent}
     file = parents.get(path.name, parents.get(path.parent.name, path)) / "config.json"
-    return read_json(file) if file.parent != path and file.is_file() else {}
+    return read_run(file) if file.parent != path else {}
 
 
 def _stored_variant(path: Path) -> dict[str, str]:
@@ -209,8 +213,11 @@ def _stored_variant(path: Path) -> dict[str, str]:
 def _trained_pipeline(path: Path, parts: dict, dtype: torch.dtype) -> NitroEPipeline:
     """A transformer alone, drawn with what it was trained with as far as its run says, else with the rest of "lite"."""
     run = _run_of(path)
-    trained = run.get("config", {"data": {"encoders": "lite"}})
-    source, given = trained["data"]["encoders"], "vae" in parts or "text_encoder" in parts
+    trained = run.get("config") or {"data": {"encoders": "lite"}}
+    data, given = trained.get("data"), "vae" in parts or "text_encoder" in parts
+    source = data.get("encoders") if isinstance(data, dict) else None
+    if not isinstance(source, str):
+        raise InvalidValue(f"{path}: its run's config.json does not say data.encoders")
     if "transformer" not in parts:
         parts["transformer"] = EMMDiTTransformer2DModel.from_pretrained(path, dtype=dtype, use_safetensors=True)
     parts |= {f"default_{name}": trained[name] for name in ("guidance", "shift") if name in trained}

@@ -78,12 +78,18 @@ def scale_of(config: Config | None, module: str) -> float:
     """What `B A` is multiplied with: `alpha / r` or `alpha / sqrt(r)`; 1 without a configuration, as in diffusers."""
     if config is None:
         return 1.0
-    numbers = []
-    for field, patterns in (("r", config.get("rank_pattern")), ("lora_alpha", config.get("alpha_pattern"))):
-        patterns = patterns or {}
-        numbers.append(patterns.get(get_pattern_key(patterns.keys(), module), config[field]))
-    rank, alpha = numbers
+    rank, alpha = rank_of(config, module), _named(config, "lora_alpha", "alpha_pattern", module)
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def rank_of(config: Config, module: str) -> float:
+    """The rank that a configuration names for a module."""
+    return _named(config, "r", "rank_pattern", module)
+
+
+def _named(config: Config, field: str, patterns: str, module: str) -> float:
+    others = config.get(patterns) or {}
+    return others.get(get_pattern_key(others.keys(), module), config[field])
 
 
 def _check_positive(field: str, value: object) -> None:
@@ -140,7 +146,8 @@ def read_adapter(source: str | Path) -> tuple[dict[str, Tensor], Config | None]:
     files = [source] if source.is_file() else [at / name for at in (source, source / "final") for name in names]
     path = next((one for one in files if one.is_file()), None)
     if path is None:
-        raise MissingFile(f"lora: {source} holds neither {PEFT_FILES[1]} nor {_DIFFUSERS_FILE}")
+        hint = "" if source.exists() else "; it is not on this disk: download it from the hub first"
+        raise MissingFile(f"lora: {source} holds neither {PEFT_FILES[1]} nor {_DIFFUSERS_FILE}{hint}")
     weights, beside = read_safetensors(path), path.with_name(PEFT_FILES[0])
     if path.name == PEFT_FILES[1] and beside.is_file():
         return weights, read_json(beside)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nitro_e_lite.errors import InvalidValue
-from nitro_e_lite.model.adapters import check_plain, parse_key, place, read_adapter, read_safetensors, scale_of
+from nitro_e_lite.model.adapters import check_plain, parse_key, place, rank_of, read_adapter, read_safetensors, scale_of
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.official_names import official_names
 
@@ -200,6 +200,10 @@ def merge_lora(model: EMMDiTTransformer2DModel, source: str | Path) -> EMMDiTTra
         for name, pair in pairs.items()
         if len(pair) == 4 and not _fits(pair["B"].shape, pair["A"].shape, pair["rows"].shape)
     )
+    if not (halves or misfits) and config is not None:  # another rank than the file's would be another strength
+        misfits = sorted(
+            f"{name}: r={r}" for name, pair in pairs.items() if (r := rank_of(config, name)) != len(pair["A"])
+        )
     if unknown or halves or misfits or not pairs:
         raise InvalidValue(
             f"{source} cannot be merged: {len(pairs)} adapters found; keys that fit nowhere {unknown}; "

@@ -53,7 +53,6 @@ from torch import Tensor, nn
 from nitro_e_lite.config import DistillConfig
 from nitro_e_lite.data.drawn import sampler_levels
 from nitro_e_lite.errors import InvalidValue
-from nitro_e_lite.inference.loading import load_transformer
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.model import flow
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
@@ -108,7 +107,7 @@ class Distill(Student):
                 f"sampler_steps={config.sampler_steps}: with this shift and grid they visit {mine}, "
                 f"{self.drawn.data.folders[0]} holds states at {drawn}; draw it again for these steps"
             )
-        self.student = load_transformer(config.start_from or config.teacher)
+        self.student = self.start()
         if config.gradient_checkpointing:
             self.student.enable_gradient_checkpointing()
         self.modules["student"] = self.trained(self.student, config.optimizer, hidden_matrices(self.student))

@@ -28,7 +28,7 @@ import torch
 
 from nitro_e_lite.config import StudentConfig
 from nitro_e_lite.data.drawn import DrawnSet, GrammarPrompts
-from nitro_e_lite.errors import GateFailed
+from nitro_e_lite.errors import GateFailed, InvalidValue
 from nitro_e_lite.inference.encoders import Encoders, decode_latents
 from nitro_e_lite.scenes.geneval import CATEGORIES, Prompt, Score, Verdict, load_prompts, prompt_of, score, verify
 from nitro_e_lite.scenes.grammar import sample_scene
@@ -78,9 +78,17 @@ def score_drawn(drawn: DrawnSet, encoders: Encoders, pictures: int) -> Score | N
 
 
 def right_rows(drawn: DrawnSet, encoders: Encoders, rows: int) -> np.ndarray:
-    """The first rows without those that the verifier finds wrong; what cannot be judged stays."""
-    wrong = {row for row, _, verdict in judge_drawn(drawn, encoders, rows) if not verdict.correct}
-    return np.array([row for row in range(rows) if row not in wrong])
+    """The first rows without those that the verifier finds wrong; what cannot be judged stays.
+
+    Raises:
+        ValueError: it can judge none.
+    """
+    right = {row: verdict.correct for row, _, verdict in judge_drawn(drawn, encoders, rows)}
+    if not right:
+        raise InvalidValue(
+            f"data.verified=True: the verifier can judge no caption of {drawn.data.folders[0]}; set false"
+        )
+    return np.array([row for row in range(rows) if right.get(row, True)])
 
 
 def check_drawn(drawn: DrawnSet, encoders: Encoders, config: StudentConfig) -> None:

@@ -77,7 +77,7 @@ class Pretrain(Stage):
 
     Raises:
         FileNotFoundError: a folder of `config.data` holds no shards.
-        ValueError: model and encoders do not fit, or `start_from` is missing.
+        ValueError: model and encoders do not fit, or `start_from` is missing or of another shape.
     """
 
     validates_together = True
@@ -134,7 +134,7 @@ class Pretrain(Stage):
         self._vision_width = self._open_vision() if config.repa.weight else None
         model = EMMDiTTransformer2DModel(**self._model_arguments())
         if config.start_from:
-            model.load_state_dict(_with_projector(model, load_transformer(config.start_from).state_dict()))
+            self._start(model)
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if config.lora.rank:
@@ -144,6 +144,18 @@ class Pretrain(Stage):
         elif config.optimizer.whiten_text_input:
             weights.whiten_input(model.text_embed, self._text_examples())
         return model
+
+    def _start(self, model: EMMDiTTransformer2DModel) -> None:
+        """Gives the model the weights that `start_from` names; another size of pictures is its own business."""
+        start, reason = load_transformer(self.config.start_from), ""
+        try:
+            model.load_state_dict(_with_projector(model, start.state_dict()))
+        except RuntimeError as error:  # its first line says which class could not be loaded
+            reason = str(error).splitlines()[1].strip()
+        if start.config.dense_time:
+            reason = "it is told the noise level as students of Sprint are"
+        if reason:
+            raise InvalidValue(f"start_from={self.config.start_from!r}: does not fit the model: {reason}")
 
     def _text_examples(self, count: int = 1024) -> Tensor:
         """Text features of tokens (N, Dc): of the first training captions and, where not stored, of the empty one."""

@@ -51,7 +51,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SCMScheduler
 from torch import Tensor, nn
 
 from nitro_e_lite.config import SprintConfig
-from nitro_e_lite.inference.loading import load_transformer
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.model import flow, trigflow
 from nitro_e_lite.model.blocks import TimeEmbedding
@@ -195,10 +194,9 @@ class Sprint(Student):
     def __init__(self, config: SprintConfig, placement: Placement):
         super().__init__(config, placement)
         self.student = self._like_student()
-        start = load_transformer(config.start_from or config.teacher)  # not rounded, and on the CPU
-        missing, unknown = self.student.load_state_dict(start.state_dict(), strict=False)
-        assert not unknown and all(name.startswith("time_embed.guide.") for name in missing)
-        if config.dense_time and config.embedding_steps:
+        start = self.start("dense_time", "guidance_embedding")
+        self.student.load_state_dict(start.state_dict(), strict=False)  # but for what says how it is guided
+        if config.dense_time and not start.config.dense_time and config.embedding_steps:
             fit_embedding(self.student.time_embed, start.time_embed, config.embedding_steps, config.seed)
         if config.gradient_checkpointing:
             self.student.enable_gradient_checkpointing()

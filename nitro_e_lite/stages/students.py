@@ -7,6 +7,7 @@ against the teacher at as many steps without guidance (`gates.py`).
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -126,6 +127,27 @@ class Student(Stage):
         optimizers = partial(build_optimizers, matrices=matrices, config=config, dtype=self.placement.dtype)
         schedule = partial(learning_rate_scale, steps=self.config.steps, config=config)
         return Trainable(module, optimizers, schedule, config.clip)
+
+    def start(self, *told: str) -> EMMDiTTransformer2DModel:
+        """What the student starts as, not rounded and on the CPU: the teacher, or what `start_from` names.
+
+        Args:
+            *told: arguments of the network in which this kind of student may differ from both.
+
+        Raises:
+            ValueError: it is of another shape than the teacher, or is told what this student is not.
+        """
+        config = self.config
+        found = load_transformer(config.start_from or config.teacher)
+        before, wanted = (json.loads(model.to_json_string()) for model in (found, self.teacher))
+        wanted |= {name: getattr(config, name) and before[name] for name in told}
+        for name in wanted:
+            if before.get(name) != wanted[name] and not name.startswith("_"):
+                rule = (
+                    f"has {name}={before.get(name)}, this student {wanted[name]}; start as another, or as the teacher"
+                )
+                raise InvalidValue(f"start_from={config.start_from!r}: {rule}")
+        return found
 
     def _check(self, teacher: EMMDiTTransformer2DModel) -> None:
         config, card, size = self.config, self.drawn.card, teacher.config
