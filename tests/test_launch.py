@@ -108,6 +108,15 @@ def test_a_start_waits_for_the_run_before_to_save(tmp_path, monkeypatch):
     assert slept == [1, 1] and lines == [f"{tmp_path}: the run before is still saving; waiting for it, 180 s at most"]
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_each_signal_is_heard_and_passed_on_once(name):
+    passed = []
+    with StopRequest(lambda: passed.append(name)) as request:
+        signal.raise_signal(getattr(signal, name))
+        signal.raise_signal(signal.SIGTERM)  # a terminal and a launcher may both send one
+    assert (request.name, passed) == (name, [name])
+
+
 def test_nohup_stays_in_force_and_the_handlers_come_back():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

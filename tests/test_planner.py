@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from nitro_e_lite.data.shard_writer import write_latents
 from nitro_e_lite.data.shards import LatentBatch
 from nitro_e_lite.experiments.plan import (
     STORED,
+    Utilisation,
     activation_bytes,
     checkpoint_bytes,
     checkpoint_hours,
@@ -128,6 +130,15 @@ def test_a_range_of_hours_and_all_that_comes_with_them(full):
     assert checkpoint_bytes(FULL) == 12 * full.parameters  # masters and two moments: stage 1 has no average
     assert checkpoint_bytes(override(FULL, ["ema_decay=0.9999"])) == 16 * full.parameters
     assert checkpoint_hours(FULL) == pytest.approx(100 * checkpoint_bytes(FULL) / 1e9 / 3600)
+
+
+def test_memory_and_hours_of_1024_px_are_those_in_readme():
+    config = preset("1024px", "full")
+    found = plan(config, "mi300x", 8)
+    (one,) = outlook(config, found, 8, [Utilisation(0.2, "ours", "")])
+    said = f"{found.needed / 1e9:.0f} GB a GPU, {one.hours['all stored']:.1f} h on 8 MI300X at 20 % of the peak"
+    assert said in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert found.needed < found.capacity
 
 
 def test_a_checkpoint_is_as_large_as_planned(tmp_path):

@@ -172,6 +172,9 @@ def test_preflight_names_all_that_the_full_run_lacks_here(tmp_path, monkeypatch)
     assert "must" not in missing and "'' is no folder" in missing["weights to start from"]
     assert "accept its licence" in missing["encoder: meta-llama/Llama-3.2-1B"]  # tests are offline
     assert missing["disk"] == "9 GB free, 24.5 for 4 checkpoints and 5 snapshots"
+    for stage, gigabytes in {"distill": 16.5, "sprint": 21.4}.items():  # 12 or, with an average, 16 bytes a parameter
+        disk = lacks(preflight.preflight(preset(stage, "full"), "runs/x", 1, "cpu"))["disk"]
+        assert disk == f"9 GB free, {gigabytes} for 4 checkpoints"
     (data,) = [one for one in found if one.name == "disk for data"]
     assert not data.fine and not data.must and "text 7.29" in data.says
     with pytest.raises(Unusable, match="the run cannot start: accelerators: none here"):
@@ -205,6 +208,14 @@ def test_preflight_of_shards_and_processes(tmp_path, monkeypatch):
     assert lacks(found).keys() == {"prompts", "reward: http://127.0.0.1:9"}
     assert "Start the server again" in lacks(found)["reward: http://127.0.0.1:9"]
     assert any("a red circle, as asked for" in one.says for one in found if one.name == "reward: redness")
+
+    run = tmp_path / "tuned" / "config.json"  # of the run whose model learns from rewards
+    run.parent.mkdir()
+    for encoders, missing in (("full", "encoder: meta-llama/Llama-3.2-1B"), ("nowhere", "encoders")):
+        run.write_text(json.dumps({"config": {"data": {"encoders": encoders}}}))
+        for place in (run.parent, run.parent / "final"):
+            started = override(preset("rewards", "smoke"), [f"start_from={place}", "rewards=[[redness, 1]]"])
+            assert missing in lacks(preflight.preflight(started, tmp_path, 1, "cpu")), place
 
     said = handshake.SAYS + '{"backend": "gloo", "world": 2, "right": true, "met": 1.0, "sent": 3e9}'
     monkeypatch.setattr(launch, "run_processes", lambda words, count, environment, on_line: on_line(said))

@@ -12,6 +12,7 @@ disk); it adds findings of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -31,10 +32,11 @@ from nitro_e_lite.errors import Unusable, UserError
 from nitro_e_lite.evaluation import rewards
 from nitro_e_lite.experiments import handshake, launch
 from nitro_e_lite.experiments.plan import PICTURES, checkpoint_bytes, frozen_encoders, plan, snapshot_bytes
-from nitro_e_lite.files import find_weights
-from nitro_e_lite.inference.hub import FULL_AUTOENCODER, FULL_TEXT_ENCODER, HUB_REVISIONS
+from nitro_e_lite.files import find_weights, read_json
+from nitro_e_lite.inference.hub import FULL_AUTOENCODER, FULL_TEXT_ENCODER, HUB_REVISIONS, OFFICIAL
 from nitro_e_lite.inference.vision import VISION_FILES, VISION_REVISIONS
 from nitro_e_lite.model.flops import HARDWARE
+from nitro_e_lite.presets import preset
 from nitro_e_lite.runtime import attention_backend, device_name, pick_device
 
 ROOM = 0.9  # of a device's memory that a plan may fill: allocator and libraries take their part
@@ -74,11 +76,12 @@ def preflight(
     found += _exchange(processes, device) if all(one.fine for one in found) else []
     found += [*_shares(config, processes), *_start(config, made_before)]
     if isinstance(config, TrainConfig):
-        found += [*_data(config), *_encoders(config), *_memory(config, processes, device)]
+        vision = config.repa.vision if config.repa.weight else ""
+        found += [*_data(config), *_encoders(config.data.encoders, vision), *_memory(config, processes, device)]
     if isinstance(config, StudentConfig):
-        found += [_weights("teacher", config.teacher), *_drawn(config), *_encoders(config)]
+        found += [_weights("teacher", config.teacher), *_drawn(config), *_encoders(config.data.encoders)]
     if isinstance(config, RewardConfig):
-        found += [*_prompts(config), *_rewards(config)]
+        found += [*_prompts(config), *_rewards(config), *_encoders(_encoders_of(config.start_from))]
     return [*found, *_disk(config, Path(run_dir))]
 
 
@@ -222,18 +225,28 @@ def _rewards(config: RewardConfig) -> Iterator[Finding]:
     yield from _together(ask, dict.fromkeys(name for name, _ in config.rewards))
 
 
-def _encoders(config: TrainConfig | StudentConfig) -> Iterator[Finding]:
-    source, wanted = config.data.encoders, []
+def _encoders(source: str, vision: str = "") -> Iterator[Finding]:
+    """Those of pictures and captions, and a vision model; nothing to look for where one is empty."""
+    wanted = []
     if source == "full":
         wanted = [(FULL_AUTOENCODER, HUB_REVISIONS), (FULL_TEXT_ENCODER, HUB_REVISIONS)]
-    else:
+    elif source:
         yield _folder("encoders", source, "vae/latent_stats.json")
-    if isinstance(config, TrainConfig) and config.repa.weight:
-        if config.repa.vision in VISION_REVISIONS:
-            wanted.append((config.repa.vision, VISION_REVISIONS))
-        else:
-            yield _folder("vision model", config.repa.vision, *VISION_FILES)
+    if vision in VISION_REVISIONS:
+        wanted.append((vision, VISION_REVISIONS))
+    elif vision:
+        yield _folder("vision model", vision, *VISION_FILES)
     yield from _together(lambda one: _on_the_hub(one[0], one[1][one[0]]), wanted)
+
+
+def _encoders_of(model: str) -> str:
+    """The encoders that `model` is drawn with and does not hold itself: a pipeline does, an official file never."""
+    if model == OFFICIAL or Path(model).is_file():
+        return "full"
+    for file in (Path(model) / "config.json", Path(model).parent / "config.json"):  # of a run, or of its `final`
+        if isinstance(run := read_json(file).get("config") if file.is_file() else None, dict):
+            return run.get("data", {}).get("encoders", "")
+    return ""
 
 
 def _together(look: Callable[[Any], Finding], at: Iterable[Any]) -> list[Finding]:
@@ -281,15 +294,22 @@ def _disk(config: RunConfig, run_dir: Path) -> Iterator[Finding]:
     while not there.exists():
         there = there.parent
     free = shutil.disk_usage(there).free
-    if not isinstance(config, TrainConfig):
+    if isinstance(config, StudentConfig):  # as large as a model of stage 2; its heads are a hundredth of that
+        same = {"ema_decay": config.ema_decay, "optimizer": config.optimizer}
+        model = dataclasses.replace(preset("finetune", config.preset), **same)
+    elif isinstance(config, TrainConfig):
+        model = config
+    else:  # adapters and encoders, which are small
         yield Finding("disk", free > SCRATCH, f"{free / 1e9:,.0f} GB free for checkpoints")
         return
     kept, snapshots = config.keep_checkpoints + 1, config.steps // config.snapshot_every if config.snapshot_every else 0
-    wanted = kept * checkpoint_bytes(config) + snapshots * snapshot_bytes(config)
+    wanted = kept * checkpoint_bytes(model) + snapshots * snapshot_bytes(model)
     wanted += SCRATCH if config.preset == "full" else 0
     says = f"{free / 1e9:,.0f} GB free, {wanted / 1e9:,.1f} for {kept} checkpoints"
     says += f" and {snapshots} snapshots" * (snapshots > 0)
     yield Finding("disk", free > wanted, says)
+    if not isinstance(config, TrainConfig):
+        return
     missing = [folder for folder in config.data.folders if not sidecars(Path(folder))]
     if count := sum(PICTURES.get(Path(folder).name, 0) for folder in missing):
         more = {name: count * encoder.stored for name, encoder in frozen_encoders(config).items()}
