@@ -351,7 +351,8 @@ def test_a_students_folder_beside_the_shipped_encoders_and_shipped_itself(shippe
         assert pipeline.sampler() == pipeline.sampler(4, 0.0, 3.0) and pipeline.config.sigma_grid == "linear"
     with pytest.raises(ValueError, match="is no run of distill or sprint with encoders lite"):
         ship_student(tmp_path, "lite-4step")
-    about = {"config": settings | {"stage": "distill", "data": {"encoders": "lite", "folders": ["/a/machine/drawn", "/b/more"]}}}
+    data = {"encoders": "lite", "folders": ["/a/machine/drawn", "/b/more"]}
+    about = {"config": settings | {"stage": "distill", "data": data}}
     (tmp_path / "config.json").write_text(json.dumps(about))
     (tmp_path / "metrics.jsonl").write_text("")
     folder = ship_student(tmp_path, "lite-4step")
