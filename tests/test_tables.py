@@ -105,6 +105,7 @@ def test_the_ledger_reads_cards(coming, found):
     def read(claim, some):
         return next(one for one in claims.load_claims(cards=some) if one.claim.startswith(claim))
 
+    found = {name: card for name, card in found.items() if not name.startswith("lite-sprint")}  # as before it shipped
     loss, ratios = copy.deepcopy(coming), copy.deepcopy(coming)
     loss["lite-grpo_fp8"]["against"]["score"][1] = -0.02
     ratios["peers"]["ratios"]["1"]["e_mmdit"]["end_to_end"] = 3.0
