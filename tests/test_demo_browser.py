@@ -228,7 +228,7 @@ def test_stop_stops_and_a_second_click_does_not_double(visit):
     for lane in (0, 1, 2):
         set_steps(page, lane, 3)
     race(page, "a blue heart")
-    assert page.locator(".nl-thumb").count() == hung + 3
+    sync_api.expect(page.locator(".nl-thumb")).to_have_count(hung + 3)  # they are hung after the last picture is shown
 
 
 def test_reload_while_drawing_frees_the_turn(visit, server):
