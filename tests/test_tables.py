@@ -99,6 +99,15 @@ def test_cards_of_coming_models_need_no_more_code(coming, monkeypatch, tmp_path)
     assert axes[1].get_xlabel().startswith("pictures a second")
 
 
+def test_quality_by_steps_takes_the_card_of_more_pictures(found):
+    card = next(card for card in found.values() if card.get("model") == "lite-4step" and card["dtype"] == "float32")
+    few = {"images": 600, "overall": 0.2, "low": 0.15, "high": 0.25}
+    cards_of_one = {"whole": card, "again": card | few, "two": card | few | {"steps": 2}}
+    (axis,) = tables.steps_and_quality(cards_of_one).axes
+    (line,) = axis.containers
+    assert line[0].get_xydata().tolist() == [[2, 0.2], [card["steps"], card["overall"]]]
+
+
 def test_the_ledger_reads_cards(coming, found):
     """As soon as a card is there, its numbers stand in the ledger, and they decide the verdict."""
 

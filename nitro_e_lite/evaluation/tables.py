@@ -36,7 +36,7 @@ ROWS = Path(__file__).with_name("results.json")
 BEGIN, END = "<!-- written by nitro-e tables -->", "<!-- end of what nitro-e tables wrote -->"
 FIGURE = "speed_and_quality"
 FEW = ("e_mmdit", "e_mmdit_4step")
-NEW = "held_out_compositions"
+HELD_OUT, NEW = "held_out_prompts", "held_out_compositions"
 Cards = Mapping[str, Mapping[str, Any]]
 
 
@@ -176,7 +176,7 @@ def categories(card: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]
 
 def compared_cards(cards: Cards) -> list[Mapping[str, Any]]:
     """The cards of lite models that stand side by side: on the held-out prompts, with what the pictures look like."""
-    found = [c for c in lite_cards(cards).values() if c["prompt_list"] == "held_out_prompts" and c.get("appearance")]
+    found = [c for c in lite_cards(cards).values() if c["prompt_list"] == HELD_OUT and c.get("appearance")]
     return sorted(found, key=lambda card: (card["model"], fp8_of(card), passes(card)))
 
 
@@ -273,6 +273,29 @@ def speed_and_quality(cards: Cards) -> Figure:
     axes[2].set(xticks=range(len(CATEGORIES)), ylim=(0, 1.02), ylabel="GenEval-lite")
     axes[2].set_xticklabels([name.replace("_", "\n") for name in CATEGORIES], fontsize=7)
     axes[2].set_title("by category; paler: more passes", fontsize=9)
+    return figure
+
+
+def steps_and_quality(cards: Cards) -> Figure:
+    """GenEval-lite by steps, a line for each lite model in 32 bit; of two cards that of more pictures."""
+    lines: dict[tuple[str, float], dict[int, Mapping[str, Any]]] = {}
+    for card in sorted(lite_cards(cards).values(), key=lambda card: card["images"]):
+        if card["prompt_list"] == HELD_OUT and card["dtype"] == "float32" and not card.get("fp8"):
+            lines.setdefault((card["model"], card["guidance"]), {})[card["steps"]] = card
+    figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    longer = sorted(key for key, found in lines.items() if len(found) > 1)
+    for number, (model, guidance) in enumerate(longer):
+        found = lines[model, guidance]
+        rows = [(steps, c["overall"], c["low"], c["high"]) for steps, c in sorted(found.items())]
+        steps, y, low, high = np.array(rows).T
+        guided = any(passes(card) > card["steps"] for card in found.values())
+        look = {"color": viz.COLORS[number], "marker": "os^Dv"[number % 5], "ls": viz.LINE_STYLES[number], "ms": 4}
+        label = f"{model}, guidance {guidance:g}: two passes a step" if guided else model
+        axis.errorbar(steps, y, [y - low, high - y], capsize=3, label=label, **look)
+    ticks = (1, 2, 4, 8, 10, 20)
+    axis.set(xscale="log", xlabel="steps", ylabel="GenEval-lite", ylim=(0, 1), xticks=ticks, xticklabels=ticks)
+    axis.minorticks_off()
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
 
