@@ -250,6 +250,7 @@ def test_the_words_of_the_declarations_are_the_vocabularies(config):
     [
         ("guidance=-3", "guidance=-3.0: must be >= 0"),
         ("shift=0.9", "shift=0.9: must be >= 1"),
+        ("shift=1e300", "shift=1e+300: must be <= 1000"),
         ("data.captions=0", "data.captions=0: must be >= 1"),
         ("data.scenes=0", "data.scenes=0: must be >= 1"),
         ("data.validation_scenes=0", "data.validation_scenes=0: must be >= 1"),
