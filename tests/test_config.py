@@ -140,6 +140,10 @@ def test_full_presets_are_the_papers():
         assert (adam.warmup_steps, adam.decay_steps) == (500, 0)
         assert (config.precision, config.caption_dropout) == ("bf16", 0.1)
         assert (config.timestep_mean, config.timestep_std) == (0.0, 1.0)
+    for stage in ("base", "finetune", "1024px", "distill", "sprint", "rewards"):
+        config = preset(stage, "full")
+        share = 1.0 if stage == "rewards" else 0.02  # the watch on hacking needs every validation
+        assert (config.checkpoint_minutes, config.validation_share) == (10.0, share), stage
     assert set(base.data.folders) - set(finetune.data.folders) == {"data/sa1b"}
     published = inspect.signature(EMMDiTTransformer2DModel.__init__).parameters
     for name, value in to_dict(base.model).items():

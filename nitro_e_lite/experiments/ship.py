@@ -194,10 +194,12 @@ def _is_vision(source: Path) -> bool:
 
 
 def _ship_vision(source: Path, folder: Path) -> Path:
-    """Model in float16, its probe and its metrics."""
+    """Model in float16, its probe and its metrics; a card that is there stays."""
     model = load_vision(source).model.half()
     with only_writer(folder):
         with atomic_folder(folder / "vision", "what was there is intact") as partial:
+            if (folder / "vision").is_dir():
+                shutil.copytree(folder / "vision", partial, dirs_exist_ok=True)
             model.save_pretrained(partial)
             for file in (source / "final" / "probe.json", source / "metrics.jsonl"):
                 if file.is_file():
