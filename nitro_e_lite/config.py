@@ -79,6 +79,8 @@ NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every library's generator takes
 PositiveNumber = Annotated[float, Field(gt=0)]
 NonNegativeNumber = Annotated[float, Field(ge=0)]
+MAX_SHIFT = 1000.0  # there even the last of twenty steps begins at 98 % noise
+Shift = Annotated[float, Field(ge=1, le=MAX_SHIFT)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running average: what is kept at each step
 AnyNumber = Annotated[float, FREE]  # finite
@@ -278,7 +280,7 @@ class TrainConfig(RunConfig):
     timestep_mean: AnyNumber = 0.0  # logit-normal density of t, as published; a larger mean prefers noise
     timestep_std: PositiveNumber = 1.0
     guidance: NonNegativeNumber = 3.0  # of the sample grids; up to 1 there is none
-    shift: Annotated[float, Field(ge=1)] = 1.0  # of their noise levels, see `flow.shift_sigmas`
+    shift: Shift = 1.0  # of their noise levels, see `flow.shift_sigmas`
     gradient_checkpointing: bool = False  # computes activations again instead of keeping them
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -358,7 +360,7 @@ class RewardConfig(RunConfig):
     pass_memory: Decay = 0.8  # of the running pass rate p of a kind, per roll-out
     rollout_steps: Positive = 10
     guidance: NonNegativeNumber = 0.0  # in roll-outs and updates; up to 1 there is none
-    shift: Annotated[float, Field(ge=1)] = 3.0
+    shift: Shift = 3.0
     rewards: Annotated[tuple[tuple[Name, PositiveNumber], ...], Field(min_length=1)] = (
         ("geneval", 0.7),  # name and weight; a name may be the address of a server, http://HOST:PORT
         ("partial", 0.3),
@@ -454,7 +456,7 @@ class DistillConfig(StudentConfig):
     start_from: AnyText = ""  # other weights that the student starts with; "": the teacher's
     sampler_steps: Annotated[int, Field(ge=2)] = 4  # of the student
     guidance: NonNegativeNumber = 0.0  # of the finished student's sampler; it is trained without
-    shift: Annotated[float, Field(ge=1)] = 3.0  # of its noise levels
+    shift: Shift = 3.0  # of its noise levels
     sigma_grid: SigmaGrid = "linear"  # of its noise levels; "scheduler" is the official weights' own
     jumps: bool = False  # every step aims at the picture, and the sampler puts fresh noise back; else at its next level
     regression_share: Share = 0.75  # of the steps that are phase 1; the rest are phase 2
@@ -484,7 +486,7 @@ class SprintConfig(StudentConfig):
     start_from: AnyText = ""  # other weights that the student starts with; "": the teacher's
     steps: Positive = 8000
     batch_size: Positive = 24
-    shift: Annotated[float, Field(ge=1)] = 1.6  # of the noise levels at which its sampler stops
+    shift: Shift = 1.6  # of the noise levels at which its sampler stops
     sigma_grid: SigmaGrid = "linear"  # of those; "scheduler": the published times
     sampler_steps: Positive = 2  # of a call that names none; the student can draw in any small number
     guidance: NonNegativeNumber = 3.0  # what a call without it tells the student

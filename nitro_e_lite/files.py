@@ -374,26 +374,53 @@ def atomic_folder(final: Path, otherwise: str) -> Iterator[Path]:
 
     Raises:
         OSError: it could not be written, for example because the disk is full.
+        RuntimeError: another process is writing it.
         Exception: what went wrong within, as it is.
     """
     partial = final.with_name(f".partial-{final.name}")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        yield partial
-    except BaseException as error:
+    with only_writer(final):
         shutil.rmtree(partial, ignore_errors=True)
-        mistake = isinstance(error, UserError) and not isinstance(error, NotWritten)  # in what was read for it
-        if mistake or not isinstance(error, (OSError, SafetensorError)):
-            raise
-        free = shutil.disk_usage(final.parent).free / 1e9
-        raise NotWritten(
-            f"{final}: could not be written ({error}); {otherwise}; make room ({free:.1f} GB are free) and resume"
-        ) from error
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
+        try:
+            partial.mkdir()
+            yield partial
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            mistake = isinstance(error, UserError) and not isinstance(error, NotWritten)  # in what was read for it
+            if mistake or not isinstance(error, (OSError, SafetensorError)):
+                raise
+            free = shutil.disk_usage(final.parent).free / 1e9
+            raise NotWritten(
+                f"{final}: could not be written ({error}); {otherwise}; make room ({free:.1f} GB are free) and resume"
+            ) from error
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Holds a folder that is about to be replaced, by a lock beside it; a kill frees it too.
+
+    Raises:
+        OSError: the lock could not be made.
+        RuntimeError: another process holds it.
+    """
+    folder = folder.resolve()
+    path = folder.parent / f".partial-{folder.name}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "w")
+    except OSError as error:
+        raise NotWritten(f"{folder}: could not be written ({error.strerror})") from error
+    if not try_lock(lock):
+        lock.close()
+        raise Unusable(f"{folder}: another process is writing there; stop it or let it end")
+    try:
+        yield
+    finally:
+        lock.close()  # first: Windows removes no open file
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 @contextmanager

@@ -8,7 +8,9 @@ import json
 import os
 import shutil
 import unicodedata
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,8 +24,12 @@ from nitro_e_lite import files
 from nitro_e_lite.cli import terminal
 from nitro_e_lite.cli.app import app
 from nitro_e_lite.cli.draw import claim
+from nitro_e_lite.course import debugging_lab, notebooks
+from nitro_e_lite.data import check
 from nitro_e_lite.data.sources import Folder, Problem, read_prompts, square
 from nitro_e_lite.errors import UserError
+from nitro_e_lite.evaluation import eyes
+from nitro_e_lite.experiments import plan
 from nitro_e_lite.inference.encoders import LatentStats
 from nitro_e_lite.model.official_weights import merge_lora
 from nitro_e_lite.runtime import rank_and_world
@@ -107,7 +113,10 @@ def refused(*words: str, runner: CliRunner | None = None) -> str:
 
 
 def test_every_command_says_what_it_writes():
+    """And what becomes of that on a full disk, and when two do it at once."""
     assert sorted(leaves(typer.main.get_command(app))) == sorted([*OUTPUTS, *ELSEWHERE])
+    writing = sorted([*OUTPUTS, *(name for name, where in ELSEWHERE.items() if where != "nothing")])
+    assert sorted([*FULL, *FULL_ELSEWHERE]) == sorted([*HELD, *SHARED]) == writing
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -174,27 +183,62 @@ def full_disk(size: int = 600):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["demo", "sample", "evaluate", "export", "reward plot", "data encode", "data draw", "compare", "ship"]
-    + ["course assignment"],
-)
-def test_full_disk_is_one_line_and_loses_nothing(here, shipped, name):
-    whole = {path: path.read_bytes() for path in shipped.rglob("*") if path.is_file()}
+ENGINE = "the one engine: test_train.py::test_a_full_disk_ends_the_run_and_spares_the_checkpoint"
+FULL = {  # command -> what it says before it is told that the disk is full
+    **dict.fromkeys(["demo", "sample", "export", "reward plot", "data encode", "data draw", "compare", "ship"], ""),
+    **dict.fromkeys(["course assignment", "course lab", "eyes", "notebooks refresh"], ""),
+    "evaluate": "overall",
+    "benchmark": "in turn",
+    "data benchmark": "Decoding JPEGs",
+}
+FULL_ELSEWHERE = {  # command -> where that is shown, or why it is left out
+    **{f"train {stage}": ENGINE for stage in ("base", "finetune", "rewards", "distill", "1024px", "sprint")},
+    **{f"train {model}": ENGINE for model in ("autoencoder", "language-model", "vision", "judge")},
+    "challenge": ENGINE + "; it tells the score before it writes the entry",
+    "reproduce": "its steps are these commands",
+    "course playground": "test_training_state.py::test_a_folder_is_whole_or_as_it_was",
+    "scores": "test_official_tools.py::test_scores_become_a_card_with_the_recipe_of_the_pictures",
+    "data check": "a warning; what it found is printed",
+    "tables": "README and figure are whole or as they were (write_atomically), and can be made again",
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_full_disk_is_one_line_and_loses_nothing(here, shipped, monkeypatch, name):
     (here / "run").mkdir()
     (here / "run" / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
-    words = OUTPUTS[name][0] if name != "ship" else [str(shipped), "--name", str(shipped)]
-    if name == "compare":  # else it ends before it writes: its preset goes with other encoders
+    words = OUTPUTS.get(name, [[]])[0]
+    if name == "ship":
+        words = [str(shipped), "--name", str(shipped)]
+    elif name == "compare":  # else it ends before it writes: its preset goes with other encoders
         words = [*words, "--set", "model.in_channels=4", "--set", "model.caption_channels=32"]
+    elif name == "benchmark":
+        words = [*OUTPUTS[name][1], *FAST, "--batch", "1", "--repeats", "2"]
+    elif name == "data benchmark":  # measured on a disk with room, full when the card is written
+        measured = defaultdict(lambda: 1, columns=["latents"], source="")
+        monkeypatch.setattr(check, "measure_reading", lambda *_, **__: measured)
+        monkeypatch.setattr(check, "measure_decoding", lambda *_: measured)
+        for counted in ("stated_mfus", "pictures_encoded"):  # which takes 10 s
+            monkeypatch.setattr(plan, counted, list)
+    elif name == "eyes":
+        few = eyes.load()
+        monkeypatch.setattr(eyes, "load", lambda: few | {"pictures": few["pictures"][:2]})
+    elif name == "course lab":
+        trained = {"drawn": {}, "log": [0] * 600}, None
+        monkeypatch.setattr(debugging_lab, "Lab", lambda seed: SimpleNamespace(train=lambda run: trained))
+    elif name == "notebooks refresh":
+        book = json.dumps({"cells": [{"cell_type": "markdown", "metadata": {}, "source": ["a" * 600]}], "metadata": {}})
+        (here / "00.ipynb").write_text(book)
+        monkeypatch.setattr(notebooks, "notebooks_dir", lambda: here)
+        monkeypatch.setattr(notebooks, "execute", lambda *_, **__: json.loads(book))
+    whole = {path: path.read_bytes() for folder in (here, shipped) for path in folder.rglob("*") if path.is_file()}
     with full_disk():
         found = CliRunner().invoke(app, [*name.split(), *(word.replace("PLACE", "out") for word in words)])
     assert found.exit_code == 2 and found.stderr.count("Error: ") == 1, (found.output, found.exception)
-    assert "could not be written" in found.stderr
-    if name == "evaluate":
-        assert "overall" in found.stdout  # the score is told before it is written
+    assert "could not be written" in found.stderr and FULL[name] in found.stdout
     left = [path for path in here.rglob("*.png") if path.parent.name != "pictures"]
     assert not left and not list(here.rglob("*.tmp"))
-    assert whole == {path: path.read_bytes() for path in shipped.rglob("*") if path.is_file()}
+    assert whole == {path: path.read_bytes() for path in whole}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -202,12 +246,38 @@ def test_full_disk_is_one_line_and_loses_nothing(here, shipped, name):
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["export", "data encode", "data draw", "compare", "reproduce"])
-def test_two_runs_in_one_folder(here, name):
-    words = [word.replace("PLACE", "out") for word in OUTPUTS[name][0]]
-    place = here / ("out/a-seed0" if name == "compare" else "out")
-    held = files.share_lock(place, 0, 1) if name.startswith("data") else files.run_lock(place)
-    with held:
+ONE_ENGINE = "the lock of the one engine: test_train.py::test_two_trainings_in_one_folder_are_refused"
+ONE_FILE = "a file, written whole: the last one stays"
+HELD = {  # command -> what a run holds, which the next one is refused
+    **dict.fromkeys(["export", "reproduce", "challenge", "course lab", "eyes", "evaluate"], files.run_lock),
+    "compare": lambda out: files.run_lock(out / "a-seed0"),
+    **dict.fromkeys(["data encode", "data draw"], lambda out: files.share_lock(out, 0, 1)),
+    **dict.fromkeys(["course playground", "ship"], files.only_writer),
+}
+SHARED = {  # command -> why two may do it at once
+    **{name: ONE_ENGINE for name in OUTPUTS if name.startswith("train ")},
+    **dict.fromkeys(["demo", "scores", "benchmark", "data benchmark", "reward plot"], ONE_FILE),
+    "sample": "each picture takes a free name: test_two_samples_never_take_one_name",
+    "course assignment": "both write the same files, whole; one that is there is refused",
+    "notebooks refresh": ONE_FILE,
+    "tables": ONE_FILE,
+    "data check": ONE_FILE,
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_two_runs_in_one_folder(here, shipped, name):
+    words = [word.replace("PLACE", "out") for word in OUTPUTS.get(name, [[]])[0]]
+    if name == "evaluate":
+        words += ["--review", "out"]
+    elif name == "ship":
+        words = [str(shipped), "--name", str(shipped)]
+    elif name == "course playground":
+        (here / "run").mkdir()
+        config = {"stage": "distill", "sampler_steps": 4, "teacher": "lite", "log_every": 1, "steps": 1}
+        (here / "run" / "config.json").write_text(json.dumps({"config": config}))
+        (here / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    with HELD[name](shipped if name == "ship" else here / "out"):
         assert "is writing there" in refused(*name.split(), *words)
 
 
@@ -250,6 +320,8 @@ def test_mistakes_of_all_kinds(here, shipped):
         (["sample", "a star", "--negative", "\ud83d"], "negative_prompt: "),
         (["sample", "a star", "--steps", "1000000000"], "num_inference_steps: 1000000000 is above 1000"),
         (["sample", "a star", "--num", "1000000000"], "num: 1000000000 is above"),
+        (["sample", "a star", "--shift", "1e300"], "shift: 1e+300 is above 1000"),
+        (["train", "base", *SMALL, "--set", "shift=1e300"], "shift=1e+300: must be <= 1000"),
         (["sample", "a star", "--device", "meta"], "its tensors hold no numbers"),
         (["sample", "a star", "--model", "index"], "index cannot be loaded"),
         (["sample", "a star", "--lora", "lora"], "r=0: must be a number above 0"),

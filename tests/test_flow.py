@@ -56,8 +56,9 @@ def test_shifted_sigmas_are_those_of_diffusers():
     scheduler = FlowMatchEulerDiscreteScheduler(1000, shift=3.0)
     scheduler.set_timesteps(sigmas=even)
     assert flow.shift_sigmas(even, 3.0) == pytest.approx(scheduler.sigmas[:-1].tolist())
-    with pytest.raises(ValueError, match="shift=0.5: must be >= 1"):
-        flow.shift_sigmas(even, 0.5)
+    for shift in (0.5, 1e300):
+        with pytest.raises(ValueError, match="shift=.*: must be >= 1 and at most 1000"):
+            flow.shift_sigmas(even, shift)
 
 
 def test_logit_normal_moments():

@@ -419,6 +419,7 @@ def test_sizes_that_are_taken_are_those_that_attention_can_split(compression, pa
         ({"default_steps": 0}, "default_steps: 0"),
         ({"default_guidance": -1.0}, "default_guidance: -1"),
         ({"default_shift": 0.5}, "default_shift: 0.5"),
+        ({"default_shift": 1001}, "default_shift: 1001 is above 1000"),
     ],
 )
 def test_constructor_refuses(tiny_pipeline, settings, message):
@@ -460,6 +461,7 @@ BAD = [
     ({"sigmas": [1.0, 0.5], "num_inference_steps": 3}, ValueError, "3 steps for 2 sigmas"),
     ({"sigmas": [1.0, 0.5], "shift": 1.0}, ValueError, "shift, sigmas: give one of the two"),
     ({"shift": 0.9}, ValueError, "shift: 0.9 is not a finite number of at least 1"),
+    ({"shift": 1e30}, ValueError, "shift: 1e+30 is above 1000"),
     ({"shift": "3"}, TypeError, "shift: expected a number"),
     ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt: 0"),
     ({"generator": 3}, TypeError, "generator: expected a torch.Generator"),

@@ -114,7 +114,9 @@ def test_a_vision_model_is_shipped_beside_what_is_there(vision, tmp_path):
     (tmp_path / "run" / "final" / "probe.json").write_text("{}")
     (tmp_path / "weights" / "vae").mkdir(parents=True)
     (tmp_path / "weights" / "vae" / "kept").write_bytes(b"as it was")
-    assert "vae/kept" in check_manifest(ship(tmp_path / "run", str(tmp_path / "weights")))
+    (tmp_path / "weights" / "vision").mkdir()
+    (tmp_path / "weights" / "vision" / "README.md").write_text("a card")
+    assert {"vae/kept", "vision/README.md"} < check_manifest(ship(tmp_path / "run", str(tmp_path / "weights"))).keys()
     there, shipped = load_vision(vision).model.state_dict(), load_vision(tmp_path / "weights" / "vision").model
     assert all(torch.equal(value, there[name].half().float()) for name, value in shipped.state_dict().items())
     assert (tmp_path / "weights" / "vision" / "probe.json").is_file()

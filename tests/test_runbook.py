@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -21,12 +22,13 @@ from lesson_cells import write_stage_alone
 from typer.testing import CliRunner
 
 from nitro_e_lite.cli.app import app
-from nitro_e_lite.config import override
+from nitro_e_lite.config import override, to_dict
 from nitro_e_lite.course import notebooks
 from nitro_e_lite.data.shard_writer import write_latents
 from nitro_e_lite.data.shards import LatentBatch
 from nitro_e_lite.errors import Unusable
 from nitro_e_lite.experiments import canary, handshake, launch, preflight, stage_run
+from nitro_e_lite.model.flops import build_on_meta
 from nitro_e_lite.presets import preset
 from nitro_e_lite.stages.pretrain import Pretrain
 from nitro_e_lite.training.checkpoints import list_checkpoints
@@ -95,6 +97,22 @@ def test_a_signal_ends_in_a_checkpoint_without_orphans_and_the_same_command_cont
     assert papermill.wait(60) != 0
     now = int(list_checkpoints(run / "checkpoints")[-1].name.removeprefix("step-"))
     assert now == trained(run) > begun, "the last step is saved, and it went on from the one before"
+
+
+def test_a_kernel_that_dies_over_two_processes_leaves_a_checkpoint_and_no_orphan(clone):
+    """The pipe to torchrun closes; its workers have inherited it."""
+    script = CELL.replace('"run"', '"two"').replace("apart=True", "processes=2")
+    environment, run = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, clone / "two"
+    log = (clone / "kernel.log").open("w")
+    kernel = subprocess.Popen([sys.executable, "-c", script], cwd=clone, env=environment, stdout=log, stderr=log)
+    until(lambda: trained(run) > 1 or kernel.poll() is not None)
+    family = psutil.Process(kernel.pid).children(recursive=True)
+    assert sum(launch.WORKER in one.cmdline() for one in family) == 3, "torchrun and two workers"
+    kernel.kill()
+    kernel.wait()
+    assert psutil.wait_procs(family, timeout=60)[1] == [], "an orphan"
+    (saved,) = list_checkpoints(run / "checkpoints")
+    assert int(saved.name.removeprefix("step-")) == trained(run) > 1
 
 
 # Commands as they are printed
@@ -328,15 +346,23 @@ def test_canary_kills_resumes_and_says_go(tmp_path, monkeypatch):
 
     monkeypatch.setattr(launch, "launch", start)
     monkeypatch.setitem(canary.STEADY, "cpu", 0.01)  # a step of a tenth of a second beside another test is not steady
+    monkeypatch.setattr(canary.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1e9, 0, 1e9))
     config = override(preset("base", "smoke"), ["steps=20", "optimizer.decay_steps=0"])
     lines = []
     bands = {band.name: band for band in canary.canary(config, tmp_path / "base", device="cpu", on_line=lines.append)}
     assert starts == [(20, False), (20, True)] and "killed after step 14; resumes from step 12" in lines
     assert bands["repeated steps, loss differs by"].measured == 0 and lines[-1] == "GO: 20 steps, one kill, 10 bands"
+    disk, stays = bands["disk to come / disk free"].measured, dataclasses.replace(config, snapshot_every=2)
+    (more,) = canary._disk(stays, tmp_path / "base-canary", 20)
+    snapshot = sum(value.numel() for value in build_on_meta(to_dict(config.model)).state_dict().values()) * 2
+    assert 1e9 * (more.measured - disk) == pytest.approx(10 * snapshot)
 
 
 def test_the_command_looks_first_and_names_all_that_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for stage in ("distill", "sprint"):
+        found = CliRunner().invoke(app, ["train", stage, "--preset", "full", "--device", "cpu", "--canary"])
+        assert found.exit_code == 2 and "MISSING drawn: data/drawn" in found.stdout
     words = ["train", "1024px", "--preset", "full", "--processes", "8", "--device", "cpu", "--canary"]
     found = CliRunner().invoke(app, words)
     assert found.exit_code == 2 and len(found.stderr.strip().splitlines()) == 1
@@ -355,6 +381,12 @@ def rows(losses, **more):
     return [{"step": k, "loss": x, "samples_per_second": 100.0, "memory": 1.0} | more for k, x in enumerate(losses, 1)]
 
 
+def student(losses):
+    """The metrics of a student beside heads, who take turns."""
+    turns = rows(losses)
+    return [row | {"student_loss": row.pop("loss")} for row in turns] + [{"step": 2, "heads_loss": 0.7}]
+
+
 @pytest.mark.parametrize(
     ("before", "after", "bad"),
     [
@@ -365,6 +397,8 @@ def rows(losses, **more):
         (rows([3, 2, 1.5]), [*rows([3, 2, 1.5, 1]), {"step": 5, "loss": None}], ["losses that are not finite"]),
         (rows([3, 2, 1.5]), rows([3, 2, 1.5, 1], skipped=1), ["steps skipped"]),
         (rows([3, 2, 1.5]), rows([3, 2, 1.5, 1], memory=9e9), ["memory of a process, peak"]),
+        (student([1, 2, 2.5]), student([1, 2, 2.5, 3]), []),  # with a judge beside it
+        (student([1, 2, 2.5]), student([1, 2, 2.6, 3]), ["repeated steps, loss differs by"]),
     ],
 )
 def test_bands_that_stop(before, after, bad):

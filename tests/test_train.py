@@ -5,18 +5,23 @@ import json
 import logging
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
 from ranks import ranks  # noqa: F401
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from nitro_e_lite import config
+from nitro_e_lite.cli.app import app
 from nitro_e_lite.config import override, to_dict
 from nitro_e_lite.data import scene_latents
 from nitro_e_lite.data.batches import Batches
@@ -39,6 +44,7 @@ from nitro_e_lite.training.optimizers import build_optimizers, hidden_matrices, 
 from nitro_e_lite.training.weights import MasterWeights, plain_weights, white_roots
 
 SMOKE = preset("base", "smoke")
+SHORT = ["--preset", "smoke", "--set", "steps=2", "--set", "batch_size=4", "--set", "validate_every=2"]
 TWO_PROCESSES = 1e-4  # largest relative difference of a weight tensor after ten steps; about 3e-6 is usual
 
 
@@ -596,6 +602,28 @@ def test_an_adapter_learns_and_is_loaded_by_pipelines(uninterrupted, tmp_path):
         assert not torch.allclose(untouched.transformer(*rows).sample, expected, atol=1e-3)
     with pytest.raises(ValueError, match="lora.rank=4: needs a model to adapt"):
         engine(dataclasses.replace(config, stage="base", start_from=""), tmp_path / "other")
+
+
+def test_a_lora_on_pictures_of_ones_own_by_the_commands_of_the_readme(uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "my_pictures"
+    folder.mkdir()
+    for number in range(8):
+        Image.new("RGB", (128, 128), (30 * number, 90, 90)).save(folder / f"{number}.png")
+    lines = [json.dumps({"file_name": f"{number}.png", "text": f"my cat, picture {number}"}) for number in range(8)]
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for begin, more in [
+        ("nitro-e data encode folder my_pictures", []),
+        ("nitro-e train finetune --set lora.rank=16", [*SHORT, "--set", f"start_from={uninterrupted}"]),
+    ]:
+        (line,) = (line for line in readme.splitlines() if line.startswith(begin))
+        found = CliRunner().invoke(app, [*shlex.split(line, comments=True)[1:], *more])
+        assert found.exit_code == 0, (found.output, found.exception)
+    pipeline = load_pipeline(uninterrupted, "cpu")
+    pipeline.load_lora_weights(tmp_path / "runs" / "lora" / "final")
+    added = [one for name, one in pipeline.transformer.named_parameters() if "lora_B" in name]
+    assert pipeline.get_active_adapters() and added and all(one.abs().max() > 0 for one in added), "it has learned"
 
 
 def test_pictures_of_scenes_whose_latents_were_replaced_are_refused(tmp_path, monkeypatch):

@@ -212,8 +212,6 @@ def benchmark(
         for one in found["needed"]:
             one["cores"] = round(one["pictures_per_second"] / found["pictures_per_second_per_core"], 1)
         result["environment"] = runtime.environment_report()
-        if out is not None:
-            cards.write(out, "reading", result, cards.command_line(sys.argv[1:]))
         if not json:
             process = result["rows"][0]["needed_samples_per_second_per_process"]
             show_table(
@@ -240,3 +238,5 @@ def benchmark(
                 for one in found["needed"]
             )
             console.print(f"{line}.", markup=False, soft_wrap=True)
+    if out is not None:  # last, because it may fail: the speeds are told before
+        cards.write(out, "reading", result, cards.command_line(sys.argv[1:]))

@@ -1,5 +1,6 @@
 """The commands that look at a model or a machine: `nitro-e count`, `benchmark`, `geneval`, ..."""
 
+import contextlib
 import io
 import itertools
 import sys
@@ -468,12 +469,12 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Score a model on GenEval-lite: six categories, a 95 % interval and the whole recipe."""
-    with output(json) as result:
+    with contextlib.ExitStack() as afterwards, output(json) as result:
         from nitro_e_lite import load_pipeline, viz
         from nitro_e_lite.evaluation import cards
         from nitro_e_lite.evaluation.geneval_lite import evaluate as run
         from nitro_e_lite.evaluation.geneval_lite import new_sheet, psnr_of
-        from nitro_e_lite.files import read_json
+        from nitro_e_lite.files import read_json, run_lock
         from nitro_e_lite.inference.arguments import as_integer
         from nitro_e_lite.scenes.geneval import SPLITS, load_prompts, read_prompts
         from nitro_e_lite.scenes.verifier import VERSION
@@ -500,6 +501,8 @@ def evaluate(
         pipeline = load_pipeline(model, device, dtype, quantization="fp8" if fp8 else None, **parts)
         sampler = {"steps": steps, "guidance": guidance, "shift": shift}
         kept = {"keep_images": bool(grid or review), "appearance": appearance}
+        if review:
+            afterwards.enter_context(run_lock(review, name="review"))
         found = run(pipeline, asked, seeds=range(seeds), batch_size=batch, **kept, **sampler)
         found.card.update(about, command=cards.command_line(sys.argv[1:]))
         if fp8:
@@ -526,12 +529,13 @@ def evaluate(
                 share = found.card["against"].get("diversity")
                 told += "" if share is None else f"; diversity {share:.0%} of it"
                 console.print(told, markup=False, highlight=False, soft_wrap=True)
-    if out:  # last, because it may fail: the score is told before
-        found.save(out)
-    if review:
-        found.review(review)
-    if grid:
-        viz.save_image(found.grid(), grid, {"model": model})
+        # When the score is told, because they may fail; the last one first.
+        if grid:
+            afterwards.callback(lambda: viz.save_image(found.grid(), grid, {"model": model}))
+        if review:
+            afterwards.callback(found.review, review)
+        if out:
+            afterwards.callback(found.save, out)
 
 
 def looks_rows(seen: dict) -> list[list[str]]:

@@ -32,7 +32,7 @@ Canary = Annotated[
 Nodes = Annotated[int, typer.Option(help="Machines; for more than one the commands are printed, not run.")]
 
 
-def run_stage(stage, preset, overrides, run_dir, resume, device, processes, nodes, canary=False) -> None:
+def run_stage(stage, preset, overrides, run_dir, resume, device, processes, nodes, canary) -> None:
     """Trains one stage, tries its first steps, or prints how to start it on several machines."""
     from nitro_e_lite import config, presets
     from nitro_e_lite.experiments import launch
@@ -142,9 +142,10 @@ def train_distill(
     device: Device = None,
     processes: Processes = 1,
     nodes: Nodes = 1,
+    canary: Canary = False,
 ) -> None:
     """Teach a student to draw in four steps without guidance (stage 4), from pictures of `nitro-e data draw`."""
-    run_stage("distill", preset, overrides, run_dir, resume, device, processes, nodes)
+    run_stage("distill", preset, overrides, run_dir, resume, device, processes, nodes, canary)
 
 
 @command(train_app, "sprint")
@@ -156,9 +157,10 @@ def train_sprint(
     device: Device = None,
     processes: Processes = 1,
     nodes: Nodes = 1,
+    canary: Canary = False,
 ) -> None:
     """Teach one student to draw in 1, 2 and 4 steps (SANA-Sprint), from pictures of `nitro-e data draw`."""
-    run_stage("sprint", preset, overrides, run_dir, resume, device, processes, nodes)
+    run_stage("sprint", preset, overrides, run_dir, resume, device, processes, nodes, canary)
 
 
 @command(train_app, "autoencoder")

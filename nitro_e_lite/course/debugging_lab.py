@@ -118,14 +118,15 @@ def write(folder: Path, runs: dict[str, Run] | None = None, seed: int = 0) -> It
     """
     as_integer("seed", seed, 0, 2**63 - 1)
     files.check_output(folder, "folder")
-    lab = Lab(seed)
-    for name, run in (runs or RUNS).items():
-        log, picture = lab.train(run)
-        files.write_atomically(folder / f"{name}.json", json.dumps(log) + "\n")
-        drawn = io.BytesIO()
-        picture.save(drawn, "PNG", optimize=True)
-        files.write_atomically(folder / f"{name}.png", drawn.getvalue())
-        yield name, log
+    with files.run_lock(folder, name="folder"):
+        lab = Lab(seed)
+        for name, run in (runs or RUNS).items():
+            log, picture = lab.train(run)
+            files.write_atomically(folder / f"{name}.json", json.dumps(log) + "\n")
+            drawn = io.BytesIO()
+            picture.save(drawn, "PNG", optimize=True)
+            files.write_atomically(folder / f"{name}.png", drawn.getvalue())
+            yield name, log
 
 
 class Network(nn.Module):

@@ -92,7 +92,7 @@ def refresh(names: Sequence[str] | None = None) -> Iterator[Refreshed]:
         size = len(text.encode())
         if size > MAX_BYTES:
             raise InvalidValue(f"{path.name}: {size:,} bytes with outputs, over {MAX_BYTES:,}; make figures smaller")
-        path.write_text(text, encoding="utf-8", newline="\n")
+        files.write_atomically(path, text)
         yield Refreshed(path.stem, time.perf_counter() - start, _children_seconds() - cpu, size)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.evaluation.geneval_lite import draw, new_sheet, tally, write_sheet
-from nitro_e_lite.files import read_json
+from nitro_e_lite.files import read_json, run_lock
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.scenes.geneval import CATEGORIES, load_prompts, verify
 from nitro_e_lite.scenes.verifier import VERSION
@@ -68,8 +68,14 @@ def redraw(pipeline: NitroEPipeline, sheet: dict[str, Any], folder: str | Path) 
 
     Raises:
         FileExistsError: a sheet is there already.
+        RuntimeError: another process is drawing one there.
     """
     new_sheet(folder)  # before any drawing
+    with run_lock(Path(folder), name="folder"):
+        return _redraw(pipeline, sheet, folder)
+
+
+def _redraw(pipeline: NitroEPipeline, sheet: dict[str, Any], folder: str | Path) -> Path:
     pictures, images = sheet["pictures"], {}
     for steps in sorted({row["steps"] for row in pictures}):
         numbers = [k for k, row in enumerate(pictures) if row["steps"] == steps]

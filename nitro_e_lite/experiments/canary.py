@@ -2,9 +2,10 @@
 
 A preflight says that everything is there. Whether it works together only a run can say: the real size, the real shards,
 all processes, for `STEPS` steps. In the middle everything is killed at once, as when a machine goes down, and resumed.
-Then bands decide, each with what was measured and what it must be: the loss falls and is finite, the repeated steps
-repeat their losses, the speed is steady and not far below the published run's, memory stays below the device's and does
-not grow, the disk holds what is to come, and no row had to be put into quarantine.
+Then bands decide, each with what was measured and what it must be: the loss falls (of a student with a judge beside it
+it need not) and is finite, the repeated steps repeat their losses, the speed is steady and not far below the published
+run's, memory stays below the device's and does not grow, the disk holds what is to come, and no row had to be put into
+quarantine.
 
 The run lies in a folder of its own beside the real one and may be deleted afterwards.
 """
@@ -24,10 +25,11 @@ from typing import Any
 
 import psutil
 
-from nitro_e_lite.config import RunConfig
+from nitro_e_lite.config import RunConfig, TrainConfig
 from nitro_e_lite.data.shards import QUARANTINE
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.experiments import launch
+from nitro_e_lite.experiments.plan import snapshot_bytes
 from nitro_e_lite.files import read_jsonl
 from nitro_e_lite.model.flops import (
     HARDWARE,
@@ -151,26 +153,28 @@ def judge(
         device: that they trained on.
     """
     chosen = pick_device(device)
-    rows = [row for row in after if row.get("loss") is not None]
-    losses = [row["loss"] for row in rows]
+    judged = not any("loss" in row for row in after)  # a student beside heads, against which its loss need not fall
+    name = "student_loss" if judged else "loss"
+    rows = [row for row in after if row.get(name) is not None]
+    losses = [row[name] for row in rows]
     part = max(1, len(losses) // 10)
     first, last = statistics.fmean(losses[:part]), statistics.fmean(losses[-part:])
-    missing = sum("loss" in row and row["loss"] is None for row in after)
-    again = {row["step"]: row["loss"] for row in rows if row["step"] > saved}
-    pairs = [(row["loss"], again[row["step"]]) for row in before if row.get("loss") and row["step"] in again]
+    missing = sum(name in row and row[name] is None for row in after)
+    again = {row["step"]: row[name] for row in rows if row["step"] > saved}
+    pairs = [(row[name], again[row["step"]]) for row in before if row.get(name) and row["step"] in again]
     apart = max((abs(one - other) / abs(one) for one, other in pairs), default=math.nan)
     speeds = [row["samples_per_second"] for row in rows]
     speed, resumed = statistics.median(speeds), next((k for k, row in enumerate(rows) if row["step"] > saved), 0)
     steady = [value for k, value in enumerate(speeds) if k not in (0, resumed, len(speeds) - 1)] or speeds
     memory = [row["memory"] for row in rows if row["step"] > saved and row.get("memory")]
     peak, least = find_peak(device_name(chosen)), -math.inf
-    if getattr(config, "preset", "") == "full" and peak:
+    if isinstance(config, TrainConfig) and config.preset == "full" and peak:  # whose speed is published
         share = processes * peak / (PUBLISHED_DEVICES * HARDWARE[PUBLISHED_HARDWARE].peak)
         least = PUBLISHED_SHARE * share * published_samples_per_second()
     kind = "cpu" if chosen.type == "cpu" else "accelerator"
     middle = statistics.median(memory[: len(memory) // 2 + 1]) if memory else math.nan
     return [
-        Band("loss, last tenth / first tenth", last / first, high=1.0),
+        Band("loss, last tenth / first tenth", last / first, high=math.inf if judged else 1.0),
         Band("losses that are not finite", missing, high=0),
         Band("steps skipped", rows[-1].get("skipped", 0), high=0),
         Band("repeated steps, loss differs by", apart, high=REPEATED[kind]),
@@ -187,11 +191,14 @@ def judge(
 
 
 def _disk(config: RunConfig, folder: Path, steps: int) -> list[Band]:
-    """Room for the checkpoints and metrics that the real run will write, by what these steps have written."""
+    """Room for checkpoints, snapshots and metrics that the real run will write, by what these steps have written."""
     newest = list_checkpoints(folder / "checkpoints")[-1]
     one = sum(path.stat().st_size for path in newest.iterdir())
+    snapshots = config.steps // config.snapshot_every if config.snapshot_every else 0
+    half = (newest / "weights.safetensors").stat().st_size / 2  # the average of these, in bf16
+    snapshot = snapshot_bytes(config) if isinstance(config, TrainConfig) else half
     metrics = (folder / "metrics.jsonl").stat().st_size * config.steps / steps
-    wanted = (config.keep_checkpoints + 1) * one + metrics
+    wanted = (config.keep_checkpoints + 1) * one + snapshots * snapshot + metrics
     return [Band("disk to come / disk free", wanted / shutil.disk_usage(folder).free, high=ROOM)]
 
 

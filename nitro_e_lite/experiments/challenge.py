@@ -108,6 +108,7 @@ def challenge(
     Raises:
         ValueError: settings that the rules do not allow, or no time.
         FileExistsError: the folder holds an entry or a training already.
+        RuntimeError: another process makes one there.
     """
     if not 0 < minutes < math.inf:
         raise InvalidValue(f"minutes={minutes}: must be a number > 0")
@@ -115,6 +116,11 @@ def challenge(
         raise FileThere(f"run_dir={run_dir}: holds an entry already; an entry is made in one go, name another folder")
     settings(preset, overrides, 1)
     files.check_output(run_dir, "folder")
+    with files.run_lock(run_dir):
+        return _make_entry(run_dir, minutes, name, preset, overrides, say)
+
+
+def _make_entry(run_dir: Path, minutes: float, name: str, preset: str, overrides: list[str], say) -> dict[str, Any]:
     cores = _keep_cores()
     each = seconds_a_step(settings(preset, overrides, 1000), run_dir / "speed", TRIED[preset])
     chosen = settings(preset, overrides, max(1, int(SHARE * 60 * minutes / each)))
@@ -128,6 +134,7 @@ def challenge(
     changes = configuration.differences(presets.preset("base", preset), chosen)
     entry |= {"device": "cpu", "overrides": list(overrides), "changes": changes}
     entry |= {"config": configuration.to_dict(chosen), "card": found.card}
+    say(f"GenEval-lite {found.score.overall:.3f}")  # a full disk may take the entry
     files.write_atomically(run_dir / "entry.json", json.dumps(entry, indent=1) + "\n")
     return entry
 

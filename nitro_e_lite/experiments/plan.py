@@ -487,12 +487,10 @@ def _state_bytes(config: TrainConfig, arguments: dict[str, Any], encoders: dict[
     momentum = sum(p.numel() for name, p in model.named_parameters() if name in names)
     half = config.precision == "bf16"
     width = 2 if half else 4
-    vision_is_here = not config.data.folders  # stored features need no vision model
-    frozen = sum(e.parameters for name, e in encoders.items() if name != "vision" or vision_is_here)
     return {
         "weights and gradients": count * (4 + 4 + (2 + 2 if half else 0)),
         "optimizer": 4 * momentum + 8 * (count - momentum),
         "average of the weights": 4 * count if config.ema_decay else 0,
         "gradient bucket": 4 * min(count, BUCKET),  # averaged in float32
-        "frozen encoders": width * frozen,
+        "frozen encoders": width * sum(e.parameters for e in encoders.values()),  # with stored features not all
     }

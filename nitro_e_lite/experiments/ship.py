@@ -27,6 +27,7 @@ from nitro_e_lite.files import (
     check_output,
     check_replaceable,
     find_weights,
+    only_writer,
     read_json,
     read_run,
     write_manifest,
@@ -138,9 +139,10 @@ def ship(
         default_guidance=_usual(source, trained, "guidance") if guidance is None else guidance,
         default_shift=_usual(source, trained, "shift") if shift is None else shift,
     )
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".ship-") as temporary:  # a full disk spoils nothing
+    beside = tempfile.TemporaryDirectory(dir=folder.parent, prefix=".ship-")
+    with only_writer(folder), beside as temporary:
         new = Path(temporary) / "new"
-        try:
+        try:  # a full disk spoils nothing
             pipeline.save_pretrained(new)
         except SafetensorError as error:
             raise NotWritten(f"{folder}: could not be written ({error}); what is there is intact") from error
@@ -153,10 +155,10 @@ def ship(
             target = folder / file.relative_to(new)
             target.parent.mkdir(exist_ok=True)
             os.replace(file, target)
-    if not trained:  # how the one before was trained does not stay
-        for name in ("training.json", "metrics.jsonl"):
-            (folder / "transformer" / name).unlink(missing_ok=True)
-    write_manifest(folder)
+        if not trained:  # how the one before was trained does not stay
+            for name in ("training.json", "metrics.jsonl"):
+                (folder / "transformer" / name).unlink(missing_ok=True)
+        write_manifest(folder)
     return folder
 
 
@@ -192,10 +194,15 @@ def _is_vision(source: Path) -> bool:
 
 
 def _ship_vision(source: Path, folder: Path) -> Path:
-    """Model in float16, its probe and its metrics."""
-    load_vision(source).model.half().save_pretrained(folder / "vision")
-    for file in (source / "final" / "probe.json", source / "metrics.jsonl"):
-        if file.is_file():
-            shutil.copyfile(file, folder / "vision" / file.name)
-    write_manifest(folder)
+    """Model in float16, its probe and its metrics; a card that is there stays."""
+    model = load_vision(source).model.half()
+    with only_writer(folder):
+        with atomic_folder(folder / "vision", "what was there is intact") as partial:
+            if (folder / "vision").is_dir():
+                shutil.copytree(folder / "vision", partial, dirs_exist_ok=True)
+            model.save_pretrained(partial)
+            for file in (source / "final" / "probe.json", source / "metrics.jsonl"):
+                if file.is_file():
+                    shutil.copyfile(file, partial / file.name)
+        write_manifest(folder)
     return folder

@@ -9,6 +9,7 @@ on.
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
@@ -38,14 +39,16 @@ def as_integer(name: str, value: object, minimum: int, maximum: int = 2**63 - 1)
     return int(value)
 
 
-def as_number(name: str, value: object, minimum: float) -> float:
-    """`value` as a finite float that is at least `minimum`.
+def as_number(name: str, value: object, minimum: float, maximum: float = math.inf) -> float:
+    """`value` as a finite float that is at least `minimum` and at most `maximum`.
 
     Raises:
-        TypeError, ValueError: not a number, not finite, or below `minimum`.
+        TypeError, ValueError: not a number, not finite, below `minimum` or above `maximum`.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InvalidType(f"{name}: expected a number, got {value!r} ({type(value).__name__})")
+    if value > maximum:
+        raise InvalidValue(f"{name}: {value} is above {maximum:g}")
     if not minimum <= value <= torch.finfo(torch.float32).max:  # beyond, it is infinite to the model
         raise InvalidValue(f"{name}: {value} is not a finite number of at least {minimum}")
     return float(value)

@@ -21,6 +21,7 @@ After `import nitro_e_lite.inference.pipeline`, `diffusers.DiffusionPipeline.fro
 
 import inspect
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nitro_e_lite.config import SIGMA_GRIDS
+from nitro_e_lite.config import MAX_SHIFT, SIGMA_GRIDS
 from nitro_e_lite.errors import InvalidType, InvalidValue, NotFinite
 from nitro_e_lite.inference import schedules
 from nitro_e_lite.inference.arguments import (
@@ -112,8 +113,9 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
         default_steps, default_guidance, default_shift: what a call without `num_inference_steps`, `guidance_scale`,
             `shift` uses.
 
-    Parts can be None for a pipeline that only encodes captions, or only draws. Parts that another pipeline drew with
-    (`NitroEPipeline(**pipeline.components)`) keep its settings when none are given.
+    Parts can be None for a pipeline that only encodes captions, or only draws. A transformer that another pipeline drew
+    with (`NitroEPipeline(**pipeline.components)`) keeps its settings when none are given, also beside another
+    autoencoder; a warning then names the statistics of latents, which belong to both.
 
     Raises:
         ValueError: when the parts do not fit together.
@@ -146,7 +148,7 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
             "sigma_grid": sigma_grid,
             "default_steps": as_integer("default_steps", default_steps, 1, MAX_STEPS),
             "default_guidance": as_number("default_guidance", default_guidance, 0.0),
-            "default_shift": as_number("default_shift", default_shift, 1.0),
+            "default_shift": as_number("default_shift", default_shift, 1.0, MAX_SHIFT),
         }
         settings = self._kept_settings(transformer, vae, settings)
         self._check_parts(transformer, vae, text_encoder, settings)
@@ -167,13 +169,16 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
 
     @classmethod
     def _kept_settings(cls, transformer: nn.Module | None, vae: nn.Module | None, settings: dict) -> dict:
-        """`settings`, or where none were given those of the pipeline that had the same two parts before."""
+        """`settings`, or where none were given those with which another pipeline drew with this transformer."""
         if transformer is None or vae is None:
             return settings
         parameters = inspect.signature(NitroEPipeline.__init__).parameters
         vae_of, kept = getattr(transformer, "_drawn_with", (None, None))
-        if vae_of is not None and vae_of() is vae and all(settings[k] == parameters[k].default for k in settings):
+        if kept is not None and all(settings[k] == parameters[k].default for k in settings):
             settings = kept
+            if vae_of() is not vae and kept["latents_mean"] is not None:
+                message = "vae: another one than this transformer drew with; latents_mean, latents_std are kept: give "
+                warnings.warn(f"{message}both where its latents have others", stacklevel=3)
         transformer._drawn_with = (weakref.ref(vae), settings)
         return settings
 
@@ -223,7 +228,7 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
         settings = Sampler(
             as_integer("num_inference_steps", self.config.default_steps if steps is None else steps, 1, MAX_STEPS),
             as_number("guidance_scale", self.config.default_guidance if guidance is None else guidance, 0.0),
-            as_number("shift", self.shift if shift is None else shift, 1.0),
+            as_number("shift", self.shift if shift is None else shift, 1.0, MAX_SHIFT),
         )
         if self.config.sigma_grid == "scheduler" and settings.shift != self.shift:
             own = f"the {self.shift:g} of the scheduler, whose grid is used"

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nitro_e_lite.config import MAX_SHIFT
 from nitro_e_lite.errors import InvalidValue
 
 TIMESTEP_SCALE = 1000.0  # the model's timestep argument is TIMESTEP_SCALE * t
@@ -91,8 +92,8 @@ def shift_sigmas(sigmas: list[float], shift: float) -> list[float]:
     Source: Stable Diffusion 3 (arXiv 2403.03206).
 
     Raises:
-        ValueError: for a shift below 1.
+        ValueError: for a shift below 1, or above `config.MAX_SHIFT`.
     """
-    if not shift >= 1:
-        raise InvalidValue(f"shift={shift}: must be >= 1")
+    if not 1 <= shift <= MAX_SHIFT:
+        raise InvalidValue(f"shift={shift}: must be >= 1 and at most {MAX_SHIFT:g}")
     return [shift * sigma / (1 + (shift - 1) * sigma) for sigma in sigmas]
