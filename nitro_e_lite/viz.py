@@ -234,7 +234,7 @@ def schematic(
         axis.annotate("", boxes[end], boxes[begin], arrowprops={"arrowstyle": "-|>", "color": "black"} | ends)
         if words:
             middle = [(a + b) / 2 for a, b in zip(boxes[begin], boxes[end], strict=True)]
-            axis.text(*middle, words[0], ha="center", va="center", fontsize=7, backgroundcolor="white")
+            axis.text(*middle, words[0], ha="center", va="center", fontsize=7, backgroundcolor="white", zorder=4)
     plt.close(figure)
     return figure
 

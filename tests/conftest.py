@@ -31,6 +31,7 @@ if sys.platform == "darwin":  # a Mac's accelerator rounds otherwise than the CP
 
     torch.accelerator.current_accelerator = lambda check_available=False: None
 
+LITTLE_TEXT_MUCH_WORK = ("test_overfit.py", "test_lesson_mutations.py", "test_cpu_kernels.py", "test_train.py")
 NEW = ("dense_time", "guidance_embedding")  # arguments of the transformer that came after the first weights
 
 
@@ -41,9 +42,15 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests come first (`--no-loadscope-reorder`): one at the end would keep a single process busy."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Long files come first (`--no-loadscope-reorder`): one at the end would keep a single process busy.
+
+    Those with slow tests, then notebooks, then the rest, the more text the earlier.
+    """
+    long = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("browser")}
+    long |= {item.path for item in items if item.path.name in LITTLE_TEXT_MUCH_WORK}
+    paths = {item.path for item in items}
+    places = {path: (path not in long, path.suffix != ".ipynb", -path.stat().st_size) for path in paths}
+    items.sort(key=lambda item: places[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -33,19 +33,36 @@ def stored(tree: ast.AST) -> set[str]:
 
 def loaded(tree: ast.Module) -> tuple[set[str], set[str]]:
     """Names that a cell takes from cells before it, when it runs and when its functions are called."""
-    own, now, late = set(), set(), set()
-    for statement in tree.body:
-        inner = {name for n in ast.walk(statement) if isinstance(n, ast.comprehension) for name in stored(n.target)}
-        for function in (n for n in ast.walk(statement) if isinstance(n, (ast.FunctionDef, ast.Lambda))):
+    now, late = set(), set()
+
+    def uses(node: ast.AST) -> set[str]:
+        inner = {name for n in ast.walk(node) if isinstance(n, ast.comprehension) for name in stored(n.target)}
+        for function in (n for n in ast.walk(node) if isinstance(n, (ast.FunctionDef, ast.Lambda))):
             body = function.body if isinstance(function.body, list) else []
             inner |= {n.arg for n in ast.walk(function.args) if isinstance(n, ast.arg)}
             inner |= {name for line in body for name in stored(line)}
-        uses = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)} - inner
-        if isinstance(statement, ast.FunctionDef):
-            late |= uses
-        else:
-            now |= uses - own
-        own |= stored(statement)
+        return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)} - inner
+
+    def run(statements: list[ast.stmt], own: set[str]) -> None:
+        """In order; `own` are names that the cell has defined by then, those of a loop before its body."""
+        for statement in statements:
+            blocks = [getattr(statement, name, []) for name in ("body", "handlers", "orelse", "finalbody")]
+            if isinstance(statement, ast.FunctionDef):
+                late.update(uses(statement))
+            elif isinstance(statement, ast.ClassDef) or not any(blocks):
+                now.update(uses(statement) - own)
+                if isinstance(statement, ast.AugAssign):
+                    now.update(stored(statement.target) - own)
+            else:
+                inside = {part for block in blocks for part in block}
+                head = [part for part in ast.iter_child_nodes(statement) if part not in inside]
+                now.update({name for part in head for name in uses(part)} - own)
+                own.update(name for part in head for name in stored(part))
+                for block in blocks:
+                    run(block, own)
+            own.update(stored(statement))
+
+    run(tree.body, set())
     return now, late
 
 
@@ -67,7 +84,8 @@ def needed(cells: list[str], last: int) -> list[int]:
 def write_stage_alone(notebook: Path, target: Path) -> None:
     """Writes a notebook with its stage alone: the cells that use its runs or what training gave, and what they need.
 
-    The other cells run with all the notebook, in `notebooks/`; they would take most of the time.
+    A figure is among them. The other cells run with all the notebook, in `notebooks/`; they would take most of the
+    time.
     """
     book = nbformat.read(notebook, as_version=4)
     numbers = [k for k, cell in enumerate(book.cells) if cell.cell_type == "code"]
@@ -78,6 +96,9 @@ def write_stage_alone(notebook: Path, target: Path) -> None:
     gave = {name for k in trains for name in stored(trees[k])}
     last = [k for k, tree in enumerate(trees) if loaded(tree)[0] & (runs | gave if k > trains[0] else runs)]
     last += [k for k, cell in enumerate(cells) if "Drawing(" in cell]  # what a student learns from
-    kept = {numbers[one] for k in last for one in needed(cells, k)}
+    kept = {one for k in last for one in needed(cells, k)}
+    if not any("save_figure(" in cells[k] for k in kept):
+        kept |= set(min((needed(cells, k) for k, cell in enumerate(cells) if "save_figure(" in cell), key=len))
+    kept = {numbers[k] for k in kept}
     book.cells = [cell for k, cell in enumerate(book.cells) if cell.cell_type != "code" or k in kept]
     nbformat.write(book, target)

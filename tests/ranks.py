@@ -57,12 +57,12 @@ class Ranks:
             os.kill(pid, signal.SIGKILL)
         assert set(self.wait()) == {-signal.SIGKILL}, "the run ended before it could be killed"
 
-    def until(self, condition, seconds: float = 60) -> None:
-        """Waits for `condition()`, looking often."""
+    def until(self, condition, seconds: float = 60, every: float = 0.01) -> None:
+        """Waits for `condition()`, looking every so many seconds: looking takes processor time from the run."""
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end and Path(f"/proc/{self.pids[0]}").exists(), self.log.read_text()
-            time.sleep(0.0005)
+            time.sleep(every)
 
     def limit_files(self, size: int) -> None:
         """From now on no process can make a file larger than `size` bytes, as if the disk were full."""

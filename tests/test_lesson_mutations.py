@@ -22,6 +22,14 @@ LAYER, BLOCK, MODEL, TAP, AVERAGE, REWARDS, LOSSES, JUMPS, CODES = (
     "circle, tangent, target and loss agree",
     "numbers encoded as torch does, bit for bit",
 )
+WALK, SCORES, RACE, COST, MEMORY, ORDER = (
+    "passes by hand are the finished student's picture",
+    "scores and sums are the package's",
+    "and the race drew the very same latents",
+    "1.5 days mean an MFU",
+    "assert math.isclose(size, plan.memory[name])",
+    "by hand and in the package: the same rows",
+)
 AHEAD, V = "(following - sigma)", "velocity(x, sigma)"  # of notebook 16
 QUICK = {  # fewer steps, so that a row costs a second
     "02": [("range(64)", "range(4)")],
@@ -44,7 +52,23 @@ QUICK = {  # fewer steps, so that a row costs a second
         ("stage1.train()", "pass"),
         ("run.train()", "None"),
     ],
+    "12": [
+        (
+            'stage_run.prepare(run, again=preset == "smoke")',
+            'Drawing(loading.load_pipeline("lite"), GrammarPrompts(seed, 6), small, steps=4, guidance=0.0).run()',
+        ),
+        ("run.train()", "Engine(stage4, Distill, run.folder).export()"),
+        ('"training", resume=True', '"again"'),
+    ],
     "13": [('stage_run.prepare(run, again=preset == "smoke")', "None")],
+    "15": [
+        ("dict(prompts=12", "dict(prompts=6"),
+        ("dict(steps=8", "dict(steps=1"),
+        ("dict(steps=4", "dict(steps=1"),
+        ("tables.speed_and_quality(everything)", "plt.figure()"),
+    ],
+    "16": [("(20, 4, 1)}", "(4, 1)}"), ("rounds=3", "rounds=1")],
+    "17": [('stage_run.prepare(base, finetune, again=preset == "smoke")', "None")],
 }
 WRONG = [
     (
@@ -145,6 +169,11 @@ WRONG = [
     ("11", LOSSES, "torch.maximum(-advantage", "torch.minimum(-advantage"),
     ("11", LOSSES, "old + sign * beta * (v - old)", "old + sign * (v - old)"),
     ("11", LOSSES, "5 / beta * loss", "loss"),
+    ("12", WALK, "-1 if jump else level + 1", "level + 1"),  # jumps to the next level alone
+    ("12", WALK, ".mean(1) / step**2", ".mean(1)"),
+    ("12", WALK, "sign = -1 if real else 1", "sign = 1 if real else -1"),
+    ("12", WALK, "(1 - there) * x0 + there * noise", "x0 + there * noise"),
+    ("12", WALK, "x + (there - here) * v", "x - here * v"),
     ("12", 'check("passes"', "return None", "return teacher_steps * 2 / student_steps"),  # always guided
     ("12", 'check("between"', "return None", "return x_a + (a - level) * (x_b - x_a)"),
     ("12", 'check("blur"', "return None  #", "return p * a + (1 - p) * b, (a - b) ** 2 / 4  #"),  # true for 1/2 alone
@@ -159,14 +188,25 @@ WRONG = [
     ("14", 'check("step"', "return None", "return 2.0 ** (math.frexp(x)[1] - 4)"),  # steps that shrink for ever
     ("14", 'check("bytes"', "return None", "return p * (1 + 4 / group) / 2 + (1 - p)"),
     ("14", 'check("share"', "return None", "return 2 * (1 - 1 / gain)"),
+    ("15", SCORES, "fmean(fmean(marks) for marks in by_tag.values())", "fmean(correct)"),  # of pictures, not of kinds
+    ("15", SCORES, "fmean(fmean(marks) for", "fmean(max(marks) for"),  # right at least once
+    ("15", SCORES, '[row["tag"] for row in rows]', '[row["prompt"] for row in rows]'),
     ("15", 'check("pictures"', "return None", "return 1.96 * p * (1 - p) / half**2"),
     ("15", 'check("lost prompts"', "return None", "return right * count / (count - lost) - right"),
     ("15", 'check("diagonal"', "return None", "return (a - b) / (n - 1)"),
+    ("16", RACE, "none + guidance * (told - none)", "told + guidance * (none - told)"),
+    ("16", RACE, "1000 * sigma).sample", "1000 * following).sample"),
+    ("16", RACE, "x + (following - sigma) * v", "x + (sigma - following) * v"),
     ("16", 'check("bill"', "return None", "return 2 * sum(steps for steps, _ in lanes)"),
     ("16", 'check("limit"', "return None", "return (a + count * b + c) / (a + b)"),
     ("16", 'check("heun"', "return None  #", f"return x + {AHEAD} * {V}  #"),  # Euler's
     ("16", 'check("heun"', "return None  #", f"return x + {AHEAD} * ({V} + velocity(x, following)) / 2  #"),
     ("16", 'check("heun"', "return None  #", f"return x + {AHEAD} * ({V} + velocity(x + {AHEAD} * {V}, sigma)) / 2  #"),
+    ("17", COST, "return 3 * forward", "return 2 * forward"),  # backward costs two
+    ("17", COST, "if name not in stored", "if name in stored"),
+    ("17", MEMORY, "4 * min(count, distributed.BUCKET)", "4 * count"),
+    ("17", ORDER, 'stream(seed, epoch, "order")', 'stream(seed, step, "order")'),
+    ("17", ORDER, "order[place * batch : (place + 1) * batch]", "order[place : place + batch]"),
     ("17", 'check("hours"', "return None", "return steps * work / (devices * peak * share) / 3600"),  # no exchange
     ("17", 'check("accumulate"', "return None", "return 16"),
     ("18", 'check("first loss"', "return None", "return 1 + sum(means) ** 2 + sum(spreads) ** 2"),  # one channel's

@@ -43,7 +43,7 @@ CORE = {  # by notebook: what a lesson builds and then checks; the exercises com
     "09_repa_pretraining": ("alignment_loss", "make_projector", "stage_one"),
     "10_fine_tuning_ema": ("ema_update", "warm"),
     "11_grpo": ("my_advantages", "my_step", "my_clipped", "my_forward"),
-    "12_step_distillation": ("my_segment_loss", "my_logistic_loss"),
+    "12_step_distillation": ("my_segment_loss", "my_logistic_loss", "my_walk"),
     "13_sana_sprint": ("my_trig", "my_tangent", "my_target", "my_loss", "my_sample"),
     "14_fp8_inference": ("my_decode", "my_encode", "my_quantize"),
     "15_evaluation": ("my_score", "my_summary"),

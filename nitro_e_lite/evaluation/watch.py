@@ -23,6 +23,7 @@ from nitro_e_lite.viz import COLORS
 
 STATISTICS = ("edge_density", "color_entropy", "background_variance")
 EDGE = 24.0  # of 255, from one pixel to the next
+MARKERS = "os^vDxP*<>phd+12"  # of lines, for who reads them in grey
 BORDER = 4  # pixels at the rim where no object lies, of 128
 
 
@@ -66,11 +67,12 @@ def reward_figure(rows: Iterable[dict[str, Any]], title: str = "") -> Figure:
     axes = figure.subplots(2, 3).flatten()
     for axis, (name, wanted) in zip(axes, PANELS.items(), strict=True):
         names = [known for one in wanted for known in _known(rows, one)]
-        for color, key in zip((*COLORS, *COLORS), names, strict=False):
+        for color, marker, key in zip((*COLORS, *COLORS), MARKERS, names, strict=False):
             points = [(_number(row, "step"), _number(row, key)) for row in rows if key in row]
             steps, values = np.array(points, float).T
             values = values / (values[0] or 1) if name == RELATIVE else values
-            axis.plot(steps, values, color=color, label=key.replace("_", " "), marker="." if len(points) < 12 else "")
+            look = {"color": color, "marker": marker, "markersize": 6, "fillstyle": "none"}
+            axis.plot(steps, values, label=key.replace("_", " "), markevery=max(1, len(points) // 8), **look)
             bounds = [[_number(row, f"{key}_{end}") for end in ("low", "high")] for row in rows if f"{key}_low" in row]
             if bounds:
                 low, high = np.array(bounds).T
