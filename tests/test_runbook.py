@@ -105,11 +105,13 @@ def test_a_kernel_that_dies_over_two_processes_leaves_a_checkpoint_and_no_orphan
     environment, run = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, clone / "two"
     log = (clone / "kernel.log").open("w")
     kernel = subprocess.Popen([sys.executable, "-c", script], cwd=clone, env=environment, stdout=log, stderr=log)
-    until(lambda: trained(run) > 1 or kernel.poll() is not None)
-    family = psutil.Process(kernel.pid).children(recursive=True)
-    assert sum(launch.WORKER in one.cmdline() for one in family) == 3, "torchrun and two workers"
-    kernel.kill()
-    kernel.wait()
+    try:
+        until(lambda: trained(run) > 1 or kernel.poll() is not None, seconds=300)  # three processes import torch
+        family = psutil.Process(kernel.pid).children(recursive=True)
+        assert sum(launch.WORKER in one.cmdline() for one in family) == 3, "torchrun and two workers"
+    finally:
+        kernel.kill()
+        kernel.wait()
     assert psutil.wait_procs(family, timeout=60)[1] == [], "an orphan"
     (saved,) = list_checkpoints(run / "checkpoints")
     assert int(saved.name.removeprefix("step-")) == trained(run) > 1
