@@ -18,6 +18,7 @@ sets `NITRO_E_FIGURES` to the checkout's `figures/`: only then are the committed
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import sys
 import time
@@ -38,6 +39,7 @@ from nitro_e_lite.errors import InvalidType, InvalidValue
 from nitro_e_lite.stats import interval
 
 __all__ = ["Hidden", "Lesson", "check", "interval", "race", "start"]
+RESULTS = files.PACKAGE_DIR / "course" / "results"  # of the lite run of a lesson, by its number
 MAX_SHOWN, MAX_SAVED = 25_000, 200_000  # bytes of a PNG with all its colours, in a notebook and in figures/
 
 
@@ -83,6 +85,46 @@ class Lesson:
             raise InvalidValue(f"settings: give {', '.join(SCALES)}, each with the same names")
         dials = dict(scales[self.preset])
         return config.override(dataclasses.make_dataclass("Settings", dials, frozen=True)(**dials), self.overrides)
+
+    def once(self, measure: Callable[..., Any], *arguments: Any) -> Any:
+        """`measure(*arguments)`; a lite run that was stopped does not measure again what it has measured.
+
+        That holds for `nitro-e course results`, which says in `NITRO_E_RESULTS` where to keep things.
+
+        Args:
+            measure: gives what JSON can hold.
+            *arguments: name the measurement, together with the name of `measure`.
+        """
+        if not (folder := os.environ.get("NITRO_E_RESULTS")):
+            return measure(*arguments)
+        file, name = Path(folder) / "measured.jsonl", f"{measure.__name__}{arguments}"
+        for row in files.read_jsonl(file) if file.is_file() else ():
+            if row["name"] == name:
+                return row["value"]
+        begin = time.process_time()
+        value = measure(*arguments)
+        files.append_jsonl(file, {"name": name, "value": value, "seconds": time.process_time() - begin})
+        return value
+
+    def beside_lite(self, dials: Mapping[str, Any], **measured: Any) -> dict[str, dict[str, Any]]:
+        """What was measured just now, and beside it what the lite run found, which ships with the course.
+
+        Args:
+            dials: the settings it was measured with.
+            **measured: by name, of what JSON can hold. A lesson may call this more than once.
+
+        Returns:
+            preset -> `measured` and, as "dials", the settings. Only one entry where this is the lite run.
+        """
+        number, folder = self.notebook[:2], os.environ.get("NITRO_E_RESULTS")
+        now = json.loads(json.dumps({"dials": dict(dials)} | measured))
+        if folder:
+            file = Path(folder) / f"{number}.json"
+            about = {"notebook": self.notebook, "seed": self.seed, "torch": torch.__version__.split("+")[0]}
+            found = files.read_json(file) if file.is_file() else about | {"device": runtime.device_name(self.device)}
+            files.write_atomically(file, json.dumps(found | now, indent=1) + "\n")
+        stored = {} if self.preset == "lite" else {"lite": files.read_json(RESULTS / f"{number}.json")}
+        return {self.preset: now} | stored
 
     def save_figure(self, figure: Figure | Image.Image, name: str, *, alt: str) -> Figure | Image.Image:
         """Saves a figure with its ledger entry; as the last line of a cell it also shows it.
