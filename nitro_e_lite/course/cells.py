@@ -32,6 +32,8 @@ def loaded(tree: ast.Module) -> tuple[set[str], set[str]]:
     own, now, late = set(), set(), set()
     for statement in tree.body:
         inner = {name for n in ast.walk(statement) if isinstance(n, ast.comprehension) for name in stored(n.target)}
+        for loop in (n for n in ast.walk(statement) if isinstance(n, ast.For)):
+            inner |= stored(loop.target) - {n.id for n in ast.walk(loop.iter) if isinstance(n, ast.Name)}
         for function in (n for n in ast.walk(statement) if isinstance(n, (ast.FunctionDef, ast.Lambda))):
             body = function.body if isinstance(function.body, list) else []
             inner |= {n.arg for n in ast.walk(function.args) if isinstance(n, ast.arg)}
