@@ -22,7 +22,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from nitro_e_lite.config import SCALES
 from nitro_e_lite.errors import InvalidType, InvalidValue
 from nitro_e_lite.stats import interval
 
-__all__ = ["Hidden", "Lesson", "check", "interval", "race", "start"]
+__all__ = ["Hidden", "Lesson", "check", "gaps", "interval", "race", "start"]
 RESULTS = files.PACKAGE_DIR / "course" / "results"  # of the lite run of a lesson, by its number
 MAX_SHOWN, MAX_SAVED = 25_000, 200_000  # bytes of a PNG with all its colours, in a notebook and in figures/
 
@@ -357,6 +357,37 @@ def _problem(answer: Any, expected: Any, rtol: float, atol: float) -> str:
         f"{wrong.sum()} of {truth.numel()} numbers differ; the first at {first}: "
         f"expected {truth[first]:.6g}, got {found[first]:.6g}"
     )
+
+
+def gaps(found: Mapping[str, Mapping[str, Sequence[float]]], label: str, title: str | None = None) -> Figure:
+    """Prints and draws differences with their intervals: which of them stand out of the noise, in which run.
+
+    The intervals of one run are read side by side, so they are widened until all of them hold at 95 %.
+
+    Args:
+        found: run -> comparison -> the difference of each seed, such as `beside_lite` helps to find.
+        label: what is compared; names the x axis.
+        title: above the figure.
+    """
+    rows = list(dict.fromkeys(name for run in found.values() for name in run))
+    figure, axis = plt.subplots(figsize=(6.4, 0.9 + 0.62 * len(rows)), layout="constrained")
+    axis.axvline(0, color="grey", linewidth=1, linestyle="-")
+    for (run, differences), marker, shift in zip(found.items(), "os^", (0.17, -0.17, 0), strict=False):
+        for name, values in differences.items():
+            mean, half = interval(values, together=len(differences))
+            verdict = "inside the noise" if abs(mean) <= half else "outside the noise"
+            print(f"{run:6} {name}: {mean:+.4f} ± {half:.4f}, n = {len(values)}: {verdict}")
+            place = len(rows) - 1 - rows.index(name) + shift
+            axis.plot(values, [place + 0.12] * len(values), "x", color="0.6", markersize=4)
+            said = run if name == next(iter(differences)) else None
+            fill = "white" if marker == "o" else "black"
+            style = {"fmt": marker, "color": "black", "markerfacecolor": fill, "markersize": 5, "capsize": 3}
+            axis.errorbar(mean, place, xerr=half, label=said, **style)
+    axis.set(xlabel=f"{label} (x: each seed)", yticks=range(len(rows)), yticklabels=rows[::-1], title=title or "")
+    axis.set_ylim(-0.5, len(rows) - 0.4)
+    axis.grid(axis="y", visible=False)
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
 
 
 def race(runners: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, list[float]]:
