@@ -376,7 +376,7 @@ def gaps(found: Mapping[str, Mapping[str, Sequence[float]]], label: str, title: 
         for name, values in differences.items():
             mean, half = interval(values, together=len(differences))
             verdict = "inside the noise" if abs(mean) <= half else "outside the noise"
-            print(f"{run:6} {name}: {mean:+.4f} ± {half:.4f}, n = {len(values)}: {verdict}")
+            print(f"{run:6} {' '.join(name.split())}: {mean:+.4f} ± {half:.4f}, n = {len(values)}: {verdict}")
             place = len(rows) - 1 - rows.index(name) + shift
             axis.plot(values, [place + 0.12] * len(values), "x", color="0.6", markersize=4)
             said = run if name == next(iter(differences)) else None
