@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 
 import pytest
-from lesson_cells import needed
+
+from nitro_e_lite.course.cells import needed
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 LAYER, BLOCK, MODEL, TAP, AVERAGE, REWARDS, LOSSES, JUMPS, CODES = (

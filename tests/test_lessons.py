@@ -230,6 +230,26 @@ def test_a_function_is_tried_on_inputs_that_the_notebook_does_not_show(capsys):
             lessons.check("1", wrong, truth)
 
 
+def test_gaps_say_what_stands_out_of_the_noise(capsys):
+    smoke = {"a\nlate": [0.9, 1.0, 1.1], "b": [-1.0, 0.0, 1.1]}
+    figure = lessons.gaps({"smoke": smoke, "lite": {"a\nlate": [1.0, 1.0, 1.01]}}, "x")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(": ")[2].split()[0] for line in lines] == ["outside", "inside", "outside"]
+    half = lessons.interval([0.9, 1.0, 1.1], together=2)[1]
+    assert lines[0].startswith(f"smoke  a late: +1.0000 ± {half:.4f}, n = 3")
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["b", "a\nlate"]
+
+
+def test_what_was_measured_stands_beside_the_lite_run(begin, monkeypatch, tmp_path):
+    monkeypatch.setattr(lessons, "RESULTS", tmp_path)
+    (tmp_path / "99.json").write_text('{"dials": {"steps": 9}, "losses": [1, 2, 3]}')
+    lesson = begin()
+    runs = lesson.beside_lite({"steps": 2}, losses=(4, 5))
+    assert runs["smoke"] == {"dials": {"steps": 2}, "losses": [4, 5]}
+    assert runs["lite"]["losses"] == [1, 2, 3] and list(runs) == ["smoke", "lite"]
+    assert list(begin(preset="lite").beside_lite({"steps": 9}, losses=[0])) == ["lite"]
+
+
 def test_race_takes_turns_and_leaves_out_the_first_round():
     turns = []
     runners = {"one": lambda: turns.append(1), "two": lambda: (turns.append(2), sum(range(300_000)))}

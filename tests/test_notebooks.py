@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from nitro_e_lite import presets
-from nitro_e_lite.course import notebooks
+from nitro_e_lite.course import lessons, notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks"
@@ -415,6 +415,86 @@ def test_refresh_names_the_notebooks_there_are(shelf):
     (shelf / "01_one.ipynb").write_text(notebook_of("1"))
     with pytest.raises(ValueError, match="01_one"):
         list(notebooks.refresh(["02"]))
+
+
+LESSON = (
+    "preset = 'smoke'\nseed = 0\noverrides = []",
+    "from nitro_e_lite.course import lessons\n"
+    "lesson = lessons.start('01_one', preset=preset, seed=seed, devices=1, run_dir=run_dir, overrides=overrides)\n"
+    "sizes = dict(steps=3)\ndials = lesson.settings(smoke=dict(steps=1), lite=sizes, full=sizes)",
+    "raise RuntimeError('this cell only shows something')",
+    "from pathlib import Path\n"
+    "def measure(run):\n"
+    "    with open(Path(run_dir) / 'log', 'a') as log:\n        log.write(f'{run} ')\n"
+    "    if run == 1 and not (Path(run_dir) / 'again').exists():\n        raise RuntimeError('stopped')\n"
+    "    return {'loss': run + dials.steps}",
+    "runs = lesson.beside_lite(vars(dials), losses=[lesson.once(measure, run) for run in range(3)])",
+)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Cells run in this process, which takes no seconds."""
+
+    def execute(path, parameters, folder, extra):
+        cells = [source(cell) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+        names = {}
+        with monkeypatch.context() as patch:
+            for name, value in extra.items():
+                patch.setenv(name, value)
+            exec(cells[0], names)
+            names |= yaml.safe_load(parameters.read_text(encoding="utf-8"))
+            for cell in cells[1:]:
+                exec(cell, names)
+
+    monkeypatch.setattr(notebooks, "execute", execute)
+
+
+def test_lite_results_are_measured_once_and_only_by_the_cells_they_need(shelf, here, tmp_path):
+    (shelf / "01_one.ipynb").write_text(notebook_of(*LESSON))
+    (shelf / "params").mkdir()
+    run_dir = tmp_path / "run"
+    (shelf / "params" / "01_one.lite.yaml").write_text(f"preset: lite\nrun_dir: {run_dir}\n")
+    with pytest.raises(RuntimeError, match="stopped"):
+        notebooks.store_lite("01", tmp_path / "stored")
+    assert not (tmp_path / "stored" / "01.json").exists()
+    (run_dir / "again").touch()
+    found = json.loads(notebooks.store_lite("01", tmp_path / "stored").read_text(encoding="utf-8"))
+    assert (found["losses"], found["dials"]) == ([{"loss": 3}, {"loss": 4}, {"loss": 5}], {"steps": 3})
+    assert (run_dir / "log").read_text() == "0 1 1 2 ", "what was measured before the stop is kept"
+    notebooks.store_lite("01", tmp_path / "stored", ["steps=4"])
+    found = json.loads((tmp_path / "stored" / "01.json").read_text(encoding="utf-8"))
+    assert found["losses"][0] == {"loss": 4}, "other settings begin anew"
+    (shelf / "02_two.ipynb").write_text(notebook_of("1"))
+    with pytest.raises(ValueError, match="no lite results"):
+        notebooks.store_lite("02", tmp_path)
+
+
+def lite_dials(name: str) -> dict:
+    """The lite settings, as the notebook's cells have them now."""
+    for node in (node for cell in cells(name) for node in ast.walk(ast.parse(source(cell)))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "settings":
+            (given,) = (word.value for word in node.keywords if word.arg == "lite")
+        elif isinstance(node, ast.Dict) and "lite" in (keys := [getattr(key, "value", None) for key in node.keys]):
+            given = node.values[keys.index("lite")]
+        else:
+            continue
+        if isinstance(given, ast.Call):
+            return {word.arg: ast.literal_eval(word.value) for word in given.keywords}
+    raise AssertionError(f"{name}: no lite settings")
+
+
+@every_notebook
+def test_lite_results_belong_to_the_settings_of_today(name):
+    """A notebook that shows them has them, with three seeds or more, from its own lite settings and seed."""
+    shows = any(".beside_lite(" in source(cell) for cell in cells(name))
+    file = lessons.RESULTS / f"{name[:2]}.json"
+    assert file.is_file() == shows
+    if shows:
+        stored, dials = json.loads(file.read_text(encoding="utf-8")), lite_dials(name)
+        assert (stored["notebook"], stored["dials"], stored["seed"]) == (name, dials, parameters(name)["seed"])
+        assert max(dials.get(repeats, 0) for repeats in ("seeds", "repeats", "copies")) >= 3
+        assert file.stat().st_size < 30_000
 
 
 def test_clean_takes_out_widgets_timing_and_split_streams():

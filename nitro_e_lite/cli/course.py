@@ -46,6 +46,25 @@ def lab(
             console.print(f"{name}: {said}", markup=False, soft_wrap=True)
 
 
+@command(app, "results")
+def results(
+    names: Annotated[list[str], typer.Argument(help="Names or numbers of notebooks, such as 02.")],
+    folder: Annotated[Path | None, typer.Option(help="Gets NUMBER.json; the package's own when none.")] = None,
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Measure at lite scale what a notebook shows beside its smoke run: minutes each; stopped, it goes on."""
+    with output(json) as result:
+        from nitro_e_lite.course import lessons, notebooks
+
+        folder = folder or lessons.RESULTS
+        files.check_output(folder, "folder")
+        result["files"] = []
+        for name in names:
+            result["files"].append(str(notebooks.store_lite(name, folder, overrides or [])))
+            console.print(result["files"][-1], markup=False, soft_wrap=True)
+
+
 @command(app, "playground")
 def playground(
     runs: Annotated[list[str], typer.Argument(help="NAME=RUN or NAME=RUN@STEPS, in the order of the page.")],

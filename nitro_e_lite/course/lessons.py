@@ -18,10 +18,11 @@ sets `NITRO_E_FIGURES` to the checkout's `figures/`: only then are the committed
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,8 @@ from nitro_e_lite.config import SCALES
 from nitro_e_lite.errors import InvalidType, InvalidValue
 from nitro_e_lite.stats import interval
 
-__all__ = ["Hidden", "Lesson", "check", "interval", "race", "start"]
+__all__ = ["Hidden", "Lesson", "check", "gaps", "interval", "race", "start"]
+RESULTS = files.PACKAGE_DIR / "course" / "results"  # of the lite run of a lesson, by its number
 MAX_SHOWN, MAX_SAVED = 25_000, 200_000  # bytes of a PNG with all its colours, in a notebook and in figures/
 
 
@@ -83,6 +85,46 @@ class Lesson:
             raise InvalidValue(f"settings: give {', '.join(SCALES)}, each with the same names")
         dials = dict(scales[self.preset])
         return config.override(dataclasses.make_dataclass("Settings", dials, frozen=True)(**dials), self.overrides)
+
+    def once(self, measure: Callable[..., Any], *arguments: Any) -> Any:
+        """`measure(*arguments)`; a lite run that was stopped does not measure again what it has measured.
+
+        That holds for `nitro-e course results`, which says in `NITRO_E_RESULTS` where to keep things.
+
+        Args:
+            measure: gives what JSON can hold.
+            *arguments: name the measurement, together with the name of `measure`.
+        """
+        if not (folder := os.environ.get("NITRO_E_RESULTS")):
+            return measure(*arguments)
+        file, name = Path(folder) / "measured.jsonl", f"{measure.__name__}{arguments}"
+        for row in files.read_jsonl(file) if file.is_file() else ():
+            if row["name"] == name:
+                return row["value"]
+        begin = time.process_time()
+        value = measure(*arguments)
+        files.append_jsonl(file, {"name": name, "value": value, "seconds": time.process_time() - begin})
+        return value
+
+    def beside_lite(self, dials: Mapping[str, Any], **measured: Any) -> dict[str, dict[str, Any]]:
+        """What was measured just now, and beside it what the lite run found, which ships with the course.
+
+        Args:
+            dials: the settings it was measured with.
+            **measured: by name, of what JSON can hold. A lesson may call this more than once.
+
+        Returns:
+            preset -> `measured` and, as "dials", the settings. Only one entry where this is the lite run.
+        """
+        number, folder = self.notebook[:2], os.environ.get("NITRO_E_RESULTS")
+        now = json.loads(json.dumps({"dials": dict(dials)} | measured))
+        if folder:
+            file = Path(folder) / f"{number}.json"
+            about = {"notebook": self.notebook, "seed": self.seed, "torch": torch.__version__.split("+")[0]}
+            found = files.read_json(file) if file.is_file() else about | {"device": runtime.device_name(self.device)}
+            files.write_atomically(file, json.dumps(found | now, indent=1) + "\n")
+        stored = {} if self.preset == "lite" else {"lite": files.read_json(RESULTS / f"{number}.json")}
+        return {self.preset: now} | stored
 
     def save_figure(self, figure: Figure | Image.Image, name: str, *, alt: str) -> Figure | Image.Image:
         """Saves a figure with its ledger entry; as the last line of a cell it also shows it.
@@ -315,6 +357,37 @@ def _problem(answer: Any, expected: Any, rtol: float, atol: float) -> str:
         f"{wrong.sum()} of {truth.numel()} numbers differ; the first at {first}: "
         f"expected {truth[first]:.6g}, got {found[first]:.6g}"
     )
+
+
+def gaps(found: Mapping[str, Mapping[str, Sequence[float]]], label: str, title: str | None = None) -> Figure:
+    """Prints and draws differences with their intervals: which of them stand out of the noise, in which run.
+
+    The intervals of one run are read side by side, so they are widened until all of them hold at 95 %.
+
+    Args:
+        found: run -> comparison -> the difference of each seed, such as `beside_lite` helps to find.
+        label: what is compared; names the x axis.
+        title: above the figure.
+    """
+    rows = list(dict.fromkeys(name for run in found.values() for name in run))
+    figure, axis = plt.subplots(figsize=(6.4, 0.9 + 0.62 * len(rows)), layout="constrained")
+    axis.axvline(0, color="grey", linewidth=1, linestyle="-")
+    for (run, differences), marker, shift in zip(found.items(), "os^", (0.17, -0.17, 0), strict=False):
+        for name, values in differences.items():
+            mean, half = interval(values, together=len(differences))
+            verdict = "inside the noise" if abs(mean) <= half else "outside the noise"
+            print(f"{run:6} {' '.join(name.split())}: {mean:+.4f} ± {half:.4f}, n = {len(values)}: {verdict}")
+            place = len(rows) - 1 - rows.index(name) + shift
+            axis.plot(values, [place + 0.12] * len(values), "x", color="0.6", markersize=4)
+            said = run if name == next(iter(differences)) else None
+            fill = "white" if marker == "o" else "black"
+            style = {"fmt": marker, "color": "black", "markerfacecolor": fill, "markersize": 5, "capsize": 3}
+            axis.errorbar(mean, place, xerr=half, label=said, **style)
+    axis.set(xlabel=f"{label} (x: each seed)", yticks=range(len(rows)), yticklabels=rows[::-1], title=title or "")
+    axis.set_ylim(-0.5, len(rows) - 0.4)
+    axis.grid(axis="y", visible=False)
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
 
 
 def race(runners: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, list[float]]:

@@ -7,23 +7,28 @@ notebook needs to stand alone is put in: its opening picture, and a line for tho
 """
 
 import base64
+import hashlib
 import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
+import yaml
 from PIL import Image
 
 from nitro_e_lite import files
+from nitro_e_lite.course.cells import needed
 from nitro_e_lite.errors import InvalidValue, MissingFile, Unusable
 from nitro_e_lite.runtime import StopRequest
 
@@ -96,6 +101,49 @@ def refresh(names: Sequence[str] | None = None) -> Iterator[Refreshed]:
         yield Refreshed(path.stem, time.perf_counter() - start, _children_seconds() - cpu, size)
 
 
+def store_lite(name: str, folder: Path, overrides: Sequence[str] = ()) -> Path:
+    """Measures at lite scale what a notebook shows beside its smoke run, and stores it in `folder`, a file a lesson.
+
+    Only the cells that the numbers need run, with `notebooks/params/NAME.lite.yaml`. What `Lesson.once` has measured
+    lies below `runs/` until all is there, so that the same command goes on after a stop; changed cells begin anew.
+
+    Args:
+        name: of the notebook, or its number.
+        folder: gets `NUMBER.json`.
+        overrides: "name=value" changes of the lite settings.
+
+    Raises:
+        ValueError: an unknown name, or a notebook that measures nothing at lite scale.
+        RuntimeError: a cell failed, or this process was asked to stop.
+    """
+    path = _find(name)
+    book = json.loads(path.read_text(encoding="utf-8"))
+    code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    texts = ["".join(cell["source"]) for cell in code]
+    asked = [number for number, text in enumerate(texts) if ".beside_lite(" in text]
+    if not asked:
+        raise InvalidValue(f"notebook: {path.stem} has no lite results")
+    wanted = sorted({number for last in asked for number in needed(texts, last)})
+    book["cells"] = [code[number] for number in wanted]
+    values = yaml.safe_load((path.parent / "params" / f"{path.stem}.lite.yaml").read_text(encoding="utf-8"))
+    values["overrides"] = [*values.get("overrides", []), *overrides]
+    digest = hashlib.sha256(json.dumps([texts[number] for number in wanted] + [values]).encode()).hexdigest()
+    work = path.parent.parent / "runs" / "results" / f"{path.stem[:2]}-{digest[:12]}"
+    work.mkdir(parents=True, exist_ok=True)
+    lesson, parameters = work / path.name, work / "parameters.yaml"
+    lesson.write_text(json.dumps(book), encoding="utf-8")
+    parameters.write_text(yaml.safe_dump(values), encoding="utf-8")
+    execute(lesson, parameters, folder=path.parent, extra={"NITRO_E_RESULTS": str(work)})
+    found = files.read_json(work / f"{path.stem[:2]}.json")
+    rows = list(files.read_jsonl(work / "measured.jsonl"))
+    found["measuring_minutes"] = round(sum(row["seconds"] for row in rows) / 60, 1)
+    target = folder / f"{path.stem[:2]}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_atomically(target, json.dumps(found) + "\n")
+    shutil.rmtree(work)
+    return target
+
+
 def find_all(names: Sequence[str] | None = None) -> list[Path]:
     """The files of notebooks by name or number; None: all, in order.
 
@@ -115,13 +163,21 @@ def _find(name: str) -> Path:
     return matches[0]
 
 
-def execute(path: Path, parameters: Path | None = None, figures: Path | None = None) -> dict[str, Any]:
-    """Runs a notebook with papermill, in the folder it lies in.
+def execute(
+    path: Path,
+    parameters: Path | None = None,
+    figures: Path | None = None,
+    folder: Path | None = None,
+    extra: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Runs a notebook with papermill.
 
     Args:
         path: the notebook; it is not changed.
         parameters: YAML file with values for its parameters cell.
         figures: folder that its figures go to; None: its own `run_dir`.
+        folder: where it runs; None: in the folder it lies in.
+        extra: environment variables.
 
     Returns:
         The notebook with outputs, as in its file.
@@ -130,10 +186,10 @@ def execute(path: Path, parameters: Path | None = None, figures: Path | None = N
         RuntimeError: a cell failed, or this process was asked to stop; what the notebook had started is stopped too.
     """
     environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
-    environment |= {"NITRO_E_FIGURES": str(figures)} if figures else {}
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / path.name
-        command = [sys.executable, "-m", "papermill", str(path), str(output), "--cwd", str(path.parent)]
+    environment |= {**extra} | ({"NITRO_E_FIGURES": str(figures)} if figures else {})
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / path.name
+        command = [sys.executable, "-m", "papermill", str(path), str(output), "--cwd", str(folder or path.parent)]
         command += ["--kernel", "python3", "--no-progress-bar", "--log-level", "ERROR"]
         command += ["-f", str(parameters)] if parameters else []
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
