@@ -555,7 +555,7 @@ def test_killed_by_the_system_and_resumed(ranks, small, tmp_path):  # noqa: F811
     config = small("grpo")
     ranks.run(1, *words_of(config, tmp_path / "whole"))
     ranks.start(1, *words_of(config, tmp_path / "parts"))
-    ranks.until(lambda: (tmp_path / "parts" / "checkpoints" / "step-00000003").exists())
+    ranks.until(lambda: (tmp_path / "parts" / "checkpoints" / "step-00000003").exists(), every=0.0005)
     ranks.kill()
     ranks.run(1, *words_of(config, tmp_path / "parts"))
     assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
