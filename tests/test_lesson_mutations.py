@@ -58,8 +58,9 @@ QUICK = {  # fewer steps, so that a row costs a second
             'stage_run.prepare(run, again=preset == "smoke")',
             'Drawing(loading.load_pipeline("lite"), GrammarPrompts(seed, 6), small, steps=4, guidance=0.0).run()',
         ),
-        ("run.train()", "Engine(stage4, Distill, run.folder).export()"),
+        ("run.train()", "None"),
         ('"training", resume=True', '"again"'),
+        ("loading.load_pipeline(final)", "stage.pipeline()"),
     ],
     "13": [('stage_run.prepare(run, again=preset == "smoke")', "None")],
     "15": [
