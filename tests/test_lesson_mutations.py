@@ -69,7 +69,13 @@ QUICK = {  # fewer steps, so that a row costs a second
         ("dict(steps=4", "dict(steps=1"),
         ("tables.speed_and_quality(everything)", "plt.figure()"),
     ],
-    "16": [("(20, 4, 1)}", "(4, 1)}"), ("rounds=3", "rounds=1")],
+    "16": [
+        ("demo_worker.Artist(lanes)", "None"),
+        ("demo_worker.draw(artist, order)", "[]"),
+        ("zip(lanes, results, strict=True)", "zip(lanes, results)"),
+        ("(20, 4, 1)}", "(4, 1)}"),
+        ("rounds=3", "rounds=1"),
+    ],
     "17": [('stage_run.prepare(base, finetune, again=preset == "smoke")', "None")],
 }
 WRONG = [
