@@ -69,6 +69,7 @@ OUTPUTS = {  # command -> words, with PLACE for what it writes
     "course assignment": [["PLACE"]],
     "course lab": [["PLACE"]],
     "course playground": [["regression=run", "--folder", "PLACE"]],
+    "course results": [["02", "--folder", "PLACE"]],
 }
 ELSEWHERE = {  # they write beside what they are given, or nothing
     "ship": "into a folder that must hold weights, tested below",
@@ -197,6 +198,7 @@ FULL_ELSEWHERE = {  # command -> where that is shown, or why it is left out
     "challenge": ENGINE + "; it tells the score before it writes the entry",
     "reproduce": "its steps are these commands",
     "course playground": "test_training_state.py::test_a_folder_is_whole_or_as_it_was",
+    "course results": "its file is written whole; what was measured lies in runs/ until then",
     "scores": "test_official_tools.py::test_scores_become_a_card_with_the_recipe_of_the_pictures",
     "data check": "a warning; what it found is printed",
     "tables": "README and figure are whole or as they were (write_atomically), and can be made again",
@@ -252,7 +254,7 @@ HELD = {  # command -> what a run holds, which the next one is refused
     **dict.fromkeys(["export", "reproduce", "challenge", "course lab", "eyes", "evaluate"], files.run_lock),
     "compare": lambda out: files.run_lock(out / "a-seed0"),
     **dict.fromkeys(["data encode", "data draw"], lambda out: files.share_lock(out, 0, 1)),
-    **dict.fromkeys(["course playground", "ship"], files.only_writer),
+    **dict.fromkeys(["course playground", "course results", "ship"], files.only_writer),
 }
 SHARED = {  # command -> why two may do it at once
     **{name: ONE_ENGINE for name in OUTPUTS if name.startswith("train ")},

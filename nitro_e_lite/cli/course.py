@@ -60,9 +60,10 @@ def results(
         folder = folder or lessons.RESULTS
         files.check_output(folder, "folder")
         result["files"] = []
-        for name in names:
-            result["files"].append(str(notebooks.store_lite(name, folder, overrides or [])))
-            console.print(result["files"][-1], markup=False, soft_wrap=True)
+        with files.only_writer(folder):
+            for name in names:
+                result["files"].append(str(notebooks.store_lite(name, folder, overrides or [])))
+                console.print(result["files"][-1], markup=False, soft_wrap=True)
 
 
 @command(app, "playground")
