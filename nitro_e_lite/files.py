@@ -135,7 +135,7 @@ def find_weights(source: str | Path, *parts: str) -> Path:
     looked_for = f" that holds {' or '.join(parts)}" if parts else ""
     models = [one for one in shipped if one in STUDENTS or (weights_dir() / one / "model_index.json").is_file()]
     known = ", ".join(models) or "none here"
-    if name in STUDENTS:
+    if name in STUDENTS and name not in shipped:
         raise MissingFile(
             f"{name!r}: this model is not among the shipped weights ({known}) yet; train "
             f"it (nitro-e train {STUDENTS[name]}) and name the folder of the run"

@@ -199,7 +199,8 @@ def execute(
         if request.name:
             raise Unusable(f"stopped by {request.name} while {path.name} ran; the same command begins it again")
         if process.returncode:
-            raise Unusable(f"{path.name} failed:\n{said[-3000:]}")
+            where = said[-3000:].rpartition("Exception encountered at ")[2]  # before it: papermill's own calls
+            raise Unusable(f"{path.name} failed:\n{where}")
         return json.loads(output.read_text(encoding="utf-8"))
 
 

@@ -289,7 +289,8 @@ def steps_and_quality(cards: Cards) -> Figure:
         rows = [(steps, c["overall"], c["low"], c["high"]) for steps, c in sorted(found.items())]
         steps, y, low, high = np.array(rows).T
         guided = any(passes(card) > card["steps"] for card in found.values())
-        look = {"color": viz.COLORS[number], "marker": "os^Dv"[number % 5], "ls": viz.LINE_STYLES[number], "ms": 4}
+        style = viz.LINE_STYLES[number % len(viz.LINE_STYLES)]
+        look = {"color": viz.COLORS[number % len(viz.COLORS)], "marker": "os^Dv"[number % 5], "ls": style, "ms": 4}
         label = f"{model}, guidance {guidance:g}: two passes a step" if guided else model
         axis.errorbar(steps, y, [y - low, high - y], capsize=3, label=label, **look)
     ticks = (1, 2, 4, 8, 10, 20)

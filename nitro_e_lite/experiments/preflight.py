@@ -34,6 +34,7 @@ from nitro_e_lite.experiments import handshake, launch
 from nitro_e_lite.experiments.plan import PICTURES, checkpoint_bytes, frozen_encoders, plan, snapshot_bytes
 from nitro_e_lite.files import find_weights, read_json
 from nitro_e_lite.inference.hub import FULL_AUTOENCODER, FULL_TEXT_ENCODER, HUB_REVISIONS, OFFICIAL
+from nitro_e_lite.inference.loading import ADAPTER
 from nitro_e_lite.inference.vision import VISION_FILES, VISION_REVISIONS
 from nitro_e_lite.model.flops import HARDWARE
 from nitro_e_lite.presets import preset
@@ -156,7 +157,7 @@ def _start(config: RunConfig, made_before: bool) -> Iterator[Finding]:
 def _weights(name: str, source: str) -> Finding:
     if Path(source).is_file():  # an official .safetensors file
         return Finding(name, True, source)
-    files = ("model_index.json", "diffusion_pytorch_model*", "transformer/diffusion_pytorch_model*")
+    files = ("model_index.json", "diffusion_pytorch_model*", "transformer/diffusion_pytorch_model*", ADAPTER)
     return _folder(name, source, *files)
 
 
@@ -195,7 +196,9 @@ def _data(config: TrainConfig) -> Iterator[Finding]:
 def _drawn(config: StudentConfig) -> Iterator[Finding]:
     """A lesson draws the pictures of small students itself; those of the full one take days."""
     if config.preset != "full":
-        yield Finding("drawn pictures", True, "drawn here before the training, as far as they are missing")
+        yield Finding(
+            "drawn pictures", True, "a lesson draws those that are missing; for a command nitro-e data draw makes them"
+        )
         return
     needed = config.batch_size + config.data.validation_rows
     for folder in map(Path, config.data.folders):

@@ -14,7 +14,7 @@ is then the peak; an accelerator holds one at a time.
 |---|---|---|---|
 | 2 of 512 px, on a CPU | 4.7 | 3.7 | measured |
 | decoding 4 of 512 px | 1.8 | 0.5 | counted on fake tensors |
-| decoding 4 of 1024 px | 7.1 | 0.5; one of them, on a CPU: 0.63 | counted on fake tensors; measured |
+| decoding 4 of 1024 px | 7.1 | 0.5 | counted on fake tensors |
 
 `tests/gpu` measures it on an accelerator.
 """
