@@ -218,10 +218,9 @@ def test_preflight_of_shards_and_processes(tmp_path, monkeypatch):
 
     full = preflight.preflight(preset("distill", "full"), tmp_path, 1, "cpu")
     assert {"teacher", "drawn: data/drawn"} < lacks(full).keys()
-    lite = preflight.preflight(preset("distill", "lite"), tmp_path, 1, "cpu")
-    assert "teacher" not in lacks(lite), "a shipped adapter is a model too"
-    small = preflight.preflight(override(preset("distill", "smoke"), ["teacher=lite"]), tmp_path, 1, "cpu")
-    assert not lacks(small) and any("drawn here" in one.says for one in small)
+    for teacher in ("lite", "lite-grpo"):  # a shipped adapter is a model too
+        small = preflight.preflight(override(preset("distill", "smoke"), [f"teacher={teacher}"]), tmp_path, 1, "cpu")
+        assert not lacks(small) and any("a lesson draws those" in one.says for one in small)
 
     rewards = override(
         preset("rewards", "smoke"), ["rewards=[[redness, 1], ['http://127.0.0.1:9', 1]]", "prompts=no.jsonl"]
