@@ -168,6 +168,9 @@ def test_loads_that_overlap_leave_the_hubs_warnings_as_they_were(tmp_path):
     assert log.level == logging.ERROR
     second.__exit__(None, None, None)
     assert log.level == before
+    with pytest.raises(OSError, match="too long"), hub.quiet_loading("x" * 5000):  # fails before anything is loaded
+        pass
+    assert log.level == before
 
 
 @pytest.mark.parametrize(

@@ -155,9 +155,9 @@ def _hush(loads: int) -> None:
 @contextmanager
 def quiet_loading(source: str | Path) -> Iterator[None]:
     """Without the hub's warnings, and without progress bars when `source` is a folder; a download shows its own."""
-    _hush(1)
     logs = [diffusers.utils.logging, transformers.utils.logging] if Path(source).is_dir() else []
     shown = [log for log in logs if log.is_progress_bar_enabled()]
+    _hush(1)  # nothing may fail between this and `try`
     for log in shown:
         log.disable_progress_bar()
     try:
