@@ -96,7 +96,7 @@ WINDOWS = os.name == "nt"
 
 # Names of models made from "lite", and the stages that make them.
 STUDENTS = {"lite-4step": "distill", "lite-sprint": "sprint", "lite-grpo": "rewards"}
-BEST = "lite-grpo"
+BEST, BEST_STEPS = "lite-4step", 10  # it draws better still in more steps than it learned
 
 
 def weights_dir() -> Path:
@@ -104,9 +104,11 @@ def weights_dir() -> Path:
     return PACKAGE_DIR / "weights"
 
 
-def best_shipped() -> str:
-    """The model that draws when none is named: what learned from rewards, as soon as it ships."""
-    return BEST if (weights_dir() / BEST / MANIFEST).is_file() else "lite"
+def best_shipped(steps: int | None = None) -> tuple[str, int | None]:
+    """The model that draws when none is named, and in how many steps: those given, else the ones it draws best in."""
+    if (weights_dir() / BEST / MANIFEST).is_file():
+        return BEST, BEST_STEPS if steps is None else steps
+    return "lite", steps
 
 
 def find_weights(source: str | Path, *parts: str) -> Path:

@@ -607,16 +607,20 @@ def test_the_adapter_is_what_was_trained(small, tiny_folder, tmp_path, monkeypat
     with monkeypatch.context() as patch:  # shipped, it is a name: the base merged, drawn as in its roll-outs
         patch.setattr("nitro_e_lite.files.weights_dir", lambda: tmp_path / "weights")
         shutil.copytree(tiny_folder, tmp_path / "weights" / "lite")
-        assert files.best_shipped() == "lite"
+        assert files.best_shipped() == ("lite", None) and files.best_shipped(3) == ("lite", 3)
         with pytest.raises(ValueError, match="'lite-grpo'.*nitro-e train rewards"):
             load_pipeline("lite-grpo", "cpu")
         run_file.write_text(json.dumps(about | {"config": about["config"] | {"start_from": "lite"}}))
         folder = ship_student(tmp_path, "lite-grpo")
         assert folder.name == "lite-grpo" and "hosts" not in (folder / "config.json").read_text()
-        assert files.best_shipped() == "lite-grpo"
-        for more, model in (([], "lite-grpo"), (["--lora", str(final)], "lite")):  # unless an adapter wants the base
-            words = ["sample", "a star", "--steps", "1", "--json", "--out", str(tmp_path / "star.png"), *more]
-            assert json.loads(CliRunner().invoke(app, words, catch_exceptions=False).stdout)["model"] == model
+        patch.setattr("nitro_e_lite.files.BEST", "lite-grpo")
+        assert files.best_shipped() == ("lite-grpo", 10) and files.best_shipped(1) == ("lite-grpo", 1)
+        wanted = [([], "lite-grpo", 10), (["--steps", "1"], "lite-grpo", 1)]
+        wanted += [(["--lora", str(final), "--steps", "1"], "lite", 1)]  # an adapter wants the base
+        for more, *which in wanted:
+            words = ["sample", "a star", "--json", "--out", str(tmp_path / "star.png"), *more]
+            said = json.loads(CliRunner().invoke(app, words, catch_exceptions=False).stdout)
+            assert [said["model"], said["steps"]] == which
         named = load_pipeline("lite-grpo", "cpu")
         assert named.sampler() == named.sampler(3, 0.0, 1.0)
         with torch.no_grad():

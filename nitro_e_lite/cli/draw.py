@@ -135,7 +135,7 @@ def _draw_eight(
         captions, count = list(DEMO_CAPTIONS), len(DEMO_CAPTIONS)
         [out] = picture_paths(out, ["demo"], [seed])
         generators = seeded_generators(range(seed, seed + count))
-        model = best_shipped()
+        model, steps = best_shipped(steps)
         pipeline = load_pipeline(model)
         sampler = pipeline.sampler(steps, guidance, shift)
         pipeline.set_progress_bar_config(disable=None)  # None: shown on a terminal only
@@ -259,7 +259,8 @@ def sample(
         from nitro_e_lite.inference.arguments import as_integer, seeded_generators
         from nitro_e_lite.inference.low_memory import draw_one_by_one
 
-        model = model or ("lite" if lora else best_shipped())  # adapters are learned on the base
+        if model is None:
+            model, steps = ("lite", steps) if lora else best_shipped(steps)  # adapters are learned on the base
         as_integer("num", num, 1, MAX_PICTURES)
         prompts = [caption for caption in captions for _ in range(num)]
         seeds = [seed + index for _ in captions for index in range(num)]
