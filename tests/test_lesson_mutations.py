@@ -217,6 +217,8 @@ WRONG = [
     ("17", ORDER, "order[place * batch : (place + 1) * batch]", "order[place : place + batch]"),
     ("17", 'check("hours"', "return None", "return steps * work / (devices * peak * share) / 3600"),  # no exchange
     ("17", 'check("accumulate"', "return None", "return 16"),
+    ("17", 'check("interval"', "return None", "return (save * between_kills) ** 0.5"),  # a kill loses half of it
+    ("17", 'numbers = {"latents"', "L * 2048", "L * 768"),  # features are as wide as the language model
     ("18", 'check("first loss"', "return None", "return 1 + sum(means) ** 2 + sum(spreads) ** 2"),  # one channel's
     ("18", 'check("start left"', "return None", "return 1 - decay**steps"),  # what arrived
 ]

@@ -2,7 +2,7 @@
 
 A card is a JSON file that one command wrote: what came out, and all that it depends on. `check` refuses one that lacks
 a part of its recipe, or was made from fewer pictures than its benchmark has: the official tools print a mean of
-whatever they found, and a published 0.66 of 544 prompts is not comparable with one of 553.
+whatever they found, and a score of 544 prompts is not comparable with one of 553.
 
 `cards/` holds those of this repository. Kinds are in `KINDS`; "noted" is for figures that stood in README before there
 were cards, with the command that printed them: they say so, and are replaced when the command is run again.
