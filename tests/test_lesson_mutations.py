@@ -174,6 +174,7 @@ WRONG = [
     ("11", REWARDS, "r.mean(1, keepdim=True)", "r.mean()"),
     ("11", REWARDS, "r.std(1, correction=0, keepdim=True)", "r.std(correction=0)"),
     ("11", REWARDS, "math.sqrt(sigma_next**2 - s**2) * x1", "sigma_next * x1"),
+    ("11", REWARDS, ".square().flatten(1).mean(1)", ".square().flatten(1).sum(1)"),
     ("11", LOSSES, "torch.maximum(-advantage", "torch.minimum(-advantage"),
     ("11", LOSSES, "old + sign * beta * (v - old)", "old + sign * (v - old)"),
     ("11", LOSSES, "5 / beta * loss", "loss"),
