@@ -213,11 +213,14 @@ def test_a_picture_is_shown_as_one_small_jpeg_without_bands():
     assert np.abs(np.asarray(shown, int) - np.asarray(picture, int)).max() <= 4
 
 
-def test_a_picture_is_saved_with_all_its_colours_unless_that_is_large():
-    picture = soft_picture()
+def test_a_picture_is_saved_with_all_its_colours_unless_that_is_large(monkeypatch):
+    picture, encoded = soft_picture(), []
+    png = lessons._png
+    monkeypatch.setattr(lessons, "_png", lambda image: encoded.append(image) or png(image))
     assert lessons._light(picture, 200_000) is picture
+    assert encoded == [picture], "once: on large pictures it takes a second"
     few = lessons._light(picture, 100)
-    assert few.mode == "P" and len(few.getcolors()) <= 256
+    assert few.mode == "P" and len(few.getcolors()) <= 64
 
 
 def test_a_function_is_tried_on_inputs_that_the_notebook_does_not_show(capsys):

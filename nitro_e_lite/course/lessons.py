@@ -253,8 +253,9 @@ def _light(image: Image.Image, limit: int) -> Image.Image:
     """The picture with all its colours, or, where its PNG would be over `limit` bytes, with those that suit it best."""
     found = image
     for colors, most in ((256, limit), (64, 2 * limit)):
-        if len(_png(found)) > most:
-            found = image.quantize(colors, method=Image.Quantize.MEDIANCUT, kmeans=2)
+        if len(_png(found)) <= most:
+            break  # not encoded a second time: that takes a second of a lesson's minute
+        found = image.quantize(colors, method=Image.Quantize.MEDIANCUT, kmeans=2)
     return found
 
 
