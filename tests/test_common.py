@@ -81,6 +81,15 @@ def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
     assert files.cache_dir() == tmp_path / "nitro-e-lite"
 
 
+def test_shipped_folders_hold_what_their_checksums_say():
+    """A card that was changed without them once made `nitro-e doctor` call a clean checkout damaged."""
+    shipped = [path.parent for path in files.weights_dir().glob("*/SHA256SUMS")]
+    assert {"lite", *files.STUDENTS} <= {folder.name for folder in shipped}
+    for folder in shipped:
+        there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {files.MANIFEST}
+        assert there == files.check_manifest(folder).keys(), folder.name
+
+
 def test_manifest_round_trip_and_damage(tmp_path):
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "b.txt").write_text("b")
