@@ -115,10 +115,10 @@ def test_the_ledger_reads_cards(coming, found):
     def read(claim, some):
         return next(one for one in claims.load_claims(cards=some) if one.claim.startswith(claim))
 
-    later = ("lite-sprint", "lite-grpo_fp8", "peers")
+    later = ("lite-sprint", "lite-4step_fp8", "peers")
     found = {name: card for name, card in found.items() if not name.startswith(later)}  # as before these were there
     loss, ratios = copy.deepcopy(coming), copy.deepcopy(coming)
-    loss["lite-grpo_fp8"]["against"]["score"][1] = -0.02
+    loss["lite-4step_fp8"]["against"]["score"][1] = -0.02
     ratios["peers"]["ratios"]["1"]["e_mmdit"]["end_to_end"] = 3.0
     for claim, said, worse in (
         ("no visible loss", "+0.0000) against 16 bit, PSNR 50.0 dB", loss),
