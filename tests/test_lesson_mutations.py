@@ -5,6 +5,7 @@ in one it needs. Only those cells run: a cell is needed when it defines a name t
 """
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -242,8 +243,9 @@ def run(number: str, check: str, old: str = "", new: str = "") -> None:
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """What a lesson writes goes to a folder of the test."""
+    """What a lesson writes goes to a folder of the test; the remarks it silences are heard again afterwards."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.root.manager, "disable", logging.root.manager.disable)
     monkeypatch.delenv("NITRO_E_FIGURES", raising=False)
 
 
