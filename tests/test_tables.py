@@ -23,8 +23,8 @@ def test_readme_holds_the_table_that_the_cards_give(found):
     assert tables.rebuild(text, found) == text
     with pytest.raises(ValueError, match="README.md: lacks <!-- written"):
         tables.rebuild("# a readme", found)
-    with pytest.raises(ValueError, match="there is no card or field 'noted'"):
-        tables.results_table({name: card for name, card in found.items() if name != "noted"})
+    with pytest.raises(ValueError, match="there is no card or field 'reading'"):
+        tables.results_table({name: card for name, card in found.items() if name != "reading"})
 
 
 def test_the_figure_was_drawn_from_these_cards(found, monkeypatch, tmp_path):

@@ -4,8 +4,7 @@ A card is a JSON file that one command wrote: what came out, and all that it dep
 a part of its recipe, or was made from fewer pictures than its benchmark has: the official tools print a mean of
 whatever they found, and a score of 544 prompts is not comparable with one of 553.
 
-`cards/` holds those of this repository. Kinds are in `KINDS`; "noted" is for figures that stood in README before there
-were cards, with the command that printed them: they say so, and are replaced when the command is run again.
+`cards/` holds those of this repository. Kinds are in `KINDS`.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ KINDS: dict[str, tuple[str, ...]] = {
     "fp8_speed": ("rows", "environment"),
     "reading": ("rows", "decoding", "environment"),
     "counts": ("rows", "environment"),
-    "noted": ("from", "values"),
 }
 """Kind -> what a card of it must hold besides `command`."""
 TYPES: dict[str, type | tuple[type, ...]] = {

@@ -74,8 +74,6 @@ def results_table(cards: Cards) -> str:
     lines = ["| what | paper | measured or computed here | command |", "|---|---|---|---|"]
     for row in read_json(ROWS)["rows"]:
         try:
-            once = row.get("once", row)
-            row |= once if result_cards.named(once["here"]) <= set(cards) else {}
             here, command = (result_cards.fill(row[name], cards) for name in ("here", "command"))
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise InvalidValue(f"{ROWS.name}, {row['what']!r}: there is no card or field {error}") from None
