@@ -408,3 +408,13 @@ def test_bands_that_stop(before, after, bad):
     bands = canary.judge(preset("base", "smoke"), before, after, 2, 1, "cpu")
     assert [band.name for band in bands if not band.fine] == bad
     assert all(str(band).startswith("STOP" if band.name in bad else "ok") for band in bands)
+
+
+@pytest.mark.parametrize(
+    ("memory", "fine"), [([1.0] * 12 + [1.3] * 18, True), ([1 + k / 100 for k in range(30)], False)]
+)
+def test_memory_may_step_up_once_and_not_go_on_growing(memory, fine):
+    """A checkpoint is a copy that is kept: a third of a small student's memory, and no leak."""
+    after = [row | {"memory": one} for row, one in zip(rows(range(32, 2, -1)), memory, strict=True)]
+    bands = {band.name: band for band in canary.judge(preset("base", "smoke"), after[:2], after, 0, 1, "cpu")}
+    assert bands["memory, end / middle"].fine is fine

@@ -172,7 +172,8 @@ def judge(
         share = processes * peak / (PUBLISHED_DEVICES * HARDWARE[PUBLISHED_HARDWARE].peak)
         least = PUBLISHED_SHARE * share * published_samples_per_second()
     kind = "cpu" if chosen.type == "cpu" else "accelerator"
-    middle = statistics.median(memory[: len(memory) // 2 + 1]) if memory else math.nan
+    half = len(memory) // 2  # the first checkpoint after the resume is a copy that is kept: the middle comes after it
+    middle = statistics.median(memory[max(0, half - 1) : half + 2]) if memory else math.nan
     return [
         Band("loss, last tenth / first tenth", last / first, high=math.inf if judged else 1.0),
         Band("losses that are not finite", missing, high=0),
