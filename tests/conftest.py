@@ -22,9 +22,6 @@ if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
-from tiny import TEACHER_SHIFT, build_tiny_pipeline, draw
-
-from nitro_e_lite import files
 
 if sys.platform == "darwin":  # a Mac's accelerator rounds otherwise than the CPU, and virtual ones have little memory
     import torch
@@ -56,6 +53,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def tiny_pipeline():
     """Shared by all tests: do not change its weights."""
+    from tiny import build_tiny_pipeline  # here, not above: the tests of structure need no torch
+
     return build_tiny_pipeline()
 
 
@@ -70,6 +69,8 @@ def tiny_folder(tiny_pipeline, tmp_path_factory):
 @pytest.fixture
 def shipped(monkeypatch, tmp_path, tiny_folder):
     """The tiny pipeline in the place of the shipped weights."""
+    from nitro_e_lite import files
+
     shutil.copytree(tiny_folder, tmp_path / "lite")
     files.write_manifest(tmp_path / "lite")
     monkeypatch.setattr(files, "weights_dir", lambda: tmp_path)
@@ -80,6 +81,7 @@ def shipped(monkeypatch, tmp_path, tiny_folder):
 def teacher_folder(tmp_path_factory):
     """A tiny teacher with its encoders, as a folder that both `load_pipeline` and `load_encoders` read."""
     import torch
+    from tiny import TEACHER_SHIFT, build_tiny_pipeline
 
     folder = tmp_path_factory.mktemp("teacher") / "tiny"
     pipeline = build_tiny_pipeline()
@@ -105,6 +107,8 @@ def teacher(teacher_folder):
 @pytest.fixture(scope="session")
 def cache(teacher, tmp_path_factory):
     """What it drew for students."""
+    from tiny import draw
+
     folder = tmp_path_factory.mktemp("drawn") / "set"
     draw(teacher, folder).run()
     return folder
