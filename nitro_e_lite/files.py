@@ -96,7 +96,7 @@ WINDOWS = os.name == "nt"
 
 # Names of models made from "lite", and the stages that make them.
 STUDENTS = {"lite-4step": "distill", "lite-sprint": "sprint", "lite-grpo": "rewards"}
-BEST, BEST_STEPS = "lite-4step", 10  # it draws better still in more steps than it learned
+BEST, BEST_STEPS = "lite-4step", 10  # as many as its teacher takes: better than in the 4 it learned
 
 
 def weights_dir() -> Path:
@@ -105,7 +105,7 @@ def weights_dir() -> Path:
 
 
 def best_shipped(steps: int | None = None) -> tuple[str, int | None]:
-    """The model that draws when none is named, and in how many steps: those given, else the ones it draws best in."""
+    """The model that draws when none is named, and in how many steps: those given, else `BEST_STEPS`."""
     if (weights_dir() / BEST / MANIFEST).is_file():
         return BEST, BEST_STEPS if steps is None else steps
     return "lite", steps

@@ -237,7 +237,7 @@ def sample(
     negative: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
     height: int | None = None,
     width: int | None = None,
-    model: Annotated[str | None, typer.Option(help="As in `evaluate`; the best shipped one when not given.")] = None,
+    model: Annotated[str | None, typer.Option(help="As in `evaluate`; when not given lite-4step, in 10 steps.")] = None,
     text_encoder: TextEncoder = None,
     vae: Vae = None,
     lora: Lora = None,

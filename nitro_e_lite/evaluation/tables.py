@@ -175,7 +175,7 @@ def categories(card: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]
 def compared_cards(cards: Cards) -> list[Mapping[str, Any]]:
     """The cards of lite models that stand side by side: on the held-out prompts, with what the pictures look like.
 
-    Those drawn in 16 bit are left out: FP8 is held against them, and they equal those in 32 bit.
+    Those drawn in 16 bit are left out: they are there for FP8 to be held against.
     """
     found = [c for c in lite_cards(cards).values() if c["prompt_list"] == HELD_OUT and c.get("appearance")]
     found = [c for c in found if c.get("fp8") or c["dtype"] == "float32"]

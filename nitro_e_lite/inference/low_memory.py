@@ -13,7 +13,7 @@ is then the peak; an accelerator holds one at a time.
 | pictures | as usual | in little memory | how it was found |
 |---|---|---|---|
 | 2 of 512 px, on a CPU | 4.7 | 3.7 | measured |
-| decoding 1 of 1024 px, on a CPU | 2.0 | 0.7 | measured |
+| decoding 1 of 1024 px, on a CPU | 2.0 | 0.7 | measured: resident memory over one `vae.decode` |
 | decoding 4 of 512 px | 1.8 | 0.5 | counted on fake tensors |
 | decoding 4 of 1024 px | 7.1 | 0.5 | counted on fake tensors |
 
