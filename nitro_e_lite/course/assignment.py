@@ -34,7 +34,7 @@ from nitro_e_lite.errors import FileThere, Unusable
 CORE = {  # by notebook: what a lesson builds and then checks; the exercises come on top
     "01_data_and_captions": ("scramble", "numbers", "draw"),
     "02_encoders": ("space_to_channel", "channel_to_space", "Down", "Up"),
-    "03_flow_matching": ("interpolate", "ends"),
+    "03_flow_matching": ("interpolate", "both_ends"),
     "04_joint_attention": ("logits_of", "attend", "RMSNorm", "MyJointAttention", "MyMLP", "MyStream", "MyBlock"),
     "05_token_compression": ("gather", "MyCompressor", "scatter", "MyReconstructor"),
     "06_alternating_subregion_attention": ("group_of", "split", "merge", "attend", "grouped_attention"),
