@@ -17,10 +17,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
-from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 
 from nitro_e_lite.data.shards import ARRAYS, CARD, SHARD_ROWS, SHARDS, LatentBatch, read_card
@@ -47,6 +45,9 @@ class ShardWriter:
     """
 
     def __init__(self, folder: str | Path, name: str, shapes: dict[str, tuple[int, ...]], pictures: bool = False):
+        import datasets  # takes most of a second, and every training would wait for it
+        from datasets.arrow_writer import ArrowWriter
+
         self._path = Path(folder) / SHARDS / f"{name}.arrow"
         self._partial = self._path.with_suffix(f".{os.getpid()}.partial")  # two processes never share a file
         self._path.parent.mkdir(parents=True, exist_ok=True)

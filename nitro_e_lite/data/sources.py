@@ -35,7 +35,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -466,6 +465,8 @@ def _json_lines(file: Path, columns: Sequence[str]) -> Iterator[str | None]:
 
 def _parquet_column(path: Path, files: Sequence[Path], columns: Sequence[str]) -> Sequence[str]:
     """Read from disk as it is asked for."""
+    import datasets  # takes most of a second, and every training would wait for it
+
     try:
         rows = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
     except Exception as error:  # Arrow and `datasets` raise many kinds on a damaged file
