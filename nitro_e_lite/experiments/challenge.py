@@ -17,7 +17,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,6 @@ from nitro_e_lite.experiments.compare import spread_prompts
 from nitro_e_lite.experiments.launch import launch
 from nitro_e_lite.inference.loading import load_pipeline
 from nitro_e_lite.scenes.geneval import load_prompts
-from nitro_e_lite.stages.pretrain import Pretrain
-from nitro_e_lite.training.engine import Engine
 
 RULES = 1  # a change of what is measured is a new number, and a new board
 CORES = 2
@@ -122,11 +120,14 @@ def challenge(
 
 def _make_entry(run_dir: Path, minutes: float, name: str, preset: str, overrides: list[str], say) -> dict[str, Any]:
     cores = _keep_cores()
-    each = seconds_a_step(settings(preset, overrides, 1000), run_dir / "speed", TRIED[preset])
+    few = settings(preset, overrides, 1 + TRIED[preset])
+    shared = preset == "lite" and cores == CORES and few.batch_size % CORES == 0
+    processes = CORES if shared else 1  # two processes of one thread are faster than one of two
+    each = seconds_a_step(few, run_dir / "speed", processes, say)
     chosen = settings(preset, overrides, max(1, int(SHARE * 60 * minutes / each)))
     say(f"{each:.3f} s a step on {cores} cores: {chosen.steps:,} steps in {minutes:g} minutes")
     begin = time.perf_counter()
-    launch(chosen, run_dir / "training", device="cpu", on_line=say)
+    launch(chosen, run_dir / "training", processes=processes, device="cpu", on_line=say)
     seconds = time.perf_counter() - begin
     prompts = load_prompts() if preset == "lite" else spread_prompts(load_prompts(), 1)
     found = evaluate(load_pipeline(run_dir / "training", "cpu"), prompts, seeds=(0,))
@@ -147,14 +148,12 @@ def _keep_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def seconds_a_step(config: TrainConfig, folder: Path, steps: int) -> float:
-    """Mean seconds of some steps, after one that does not count; scenes are drawn and encoded before."""
-    engine = Engine(config, Pretrain, folder, device="cpu")
-    engine.step()
-    begin = time.perf_counter()
-    for _ in range(steps):
-        engine.step()
-    return (time.perf_counter() - begin) / steps
+def seconds_a_step(config: TrainConfig, folder: Path, processes: int, say: Callable[[str], None] = print) -> float:
+    """Mean seconds of the steps of a short run; the first, which may compile, does not count."""
+    never = {name: 10**6 for name in ("validate_every", "sample_every", "checkpoint_every")}
+    launch(replace(config, log_every=1, **never), folder, processes=processes, device="cpu", on_line=say)
+    seconds = [row["seconds"] for row in files.read_jsonl(folder / "metrics.jsonl") if "seconds" in row]
+    return (seconds[-1] - seconds[0]) / (len(seconds) - 1)
 
 
 @dataclass(frozen=True)
