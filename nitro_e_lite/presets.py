@@ -269,7 +269,7 @@ _STUDENT_FULL = {
     "head_width": 256,
     "gate_pictures": 0,
     "gate_prompts": 0,
-    "data": DrawnConfig(encoders="full", validation_rows=512),
+    "data": DrawnConfig(folders=("data/drawn-full",), encoders="full", validation_rows=512),
 }
 
 _SLOW = OptimizerConfig(name="adamw", lr=1e-6, betas=(0.9, 0.999), warmup_steps=0, decay_steps=0)

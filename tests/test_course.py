@@ -304,6 +304,15 @@ def test_the_playground_shows_a_run_at_its_moments_and_what_gates_say_of_a_faile
     minute.max, minute.value = 99, 99
     assert column.children[0].value == last and "before" not in column.children[1].value
     assert playground.film(found, tmp_path / "page").width > 2 * playground.SIDE
+    words = ["course", "playground", "--arm", f"both={run}", "--arm", f"both={run}", "--arm", f"both={run}@1"]
+    result = CliRunner().invoke(app, [*words, "--folder", str(tmp_path / "page"), "--prompts", "1"])
+    assert result.exit_code == 0, result.output
+    arms = playground.read(tmp_path / "page")
+    assert arms | {"arms": {}} == found, "all but the arms stays"
+    assert set(arms["arms"]["distill"]) == {"both", "both, 1 step"}
+    both, one = arms["arms"]["distill"].values()
+    assert both["n"] == 6 and len(set(both["scores"])) == len(set(both["kid"])) == 1 and len(both["minutes"]) == 2
+    assert one["kid"] != both["kid"][:1] and one["kid_floor"] == both["kid_floor"]
     with pytest.raises(ValueError, match="must read NAME=RUN"):
         playground.Shown.parse("regression")
     with pytest.raises(ValueError, match="is no run of distill, sprint or rewards"):
@@ -316,6 +325,8 @@ def test_the_playground_shows_a_run_at_its_moments_and_what_gates_say_of_a_faile
         ([f"a={run}", "--folder", str(run)], "holds other things, which would be lost"),
         ([f"a b={run}", f"a-b={bad}"], "a-b: two names are one as the name of a file"),
         ([f"a={run}", "--arm", f"b={run}", "--prompts", "0"], "prompts=0: arms are told apart by their scores"),
+        (["--failed", f"b={bad}"], "runs: none; name some"),
+        (["--arm", f"b={run}"], "playground.json"),
         ([f"a={run}@1000000000", "--prompts", "0"], "num_inference_steps: 1000000000 is above 1000"),
     ]:
         words = [*words, *([] if "--folder" in words else ["--folder", str(tmp_path / "second")])]

@@ -217,7 +217,7 @@ def test_preflight_of_shards_and_processes(tmp_path, monkeypatch):
     assert any(one.says.endswith("vision features are computed from pictures") for one in found)
 
     full = preflight.preflight(preset("distill", "full"), tmp_path, 1, "cpu")
-    assert {"teacher", "drawn: data/drawn"} < lacks(full).keys()
+    assert {"teacher", "drawn: data/drawn-full"} < lacks(full).keys()
     for teacher in ("lite", "lite-grpo"):  # a shipped adapter is a model too
         small = preflight.preflight(override(preset("distill", "smoke"), [f"teacher={teacher}"]), tmp_path, 1, "cpu")
         assert not lacks(small) and any("a lesson draws those" in one.says for one in small)
@@ -365,7 +365,7 @@ def test_the_command_looks_first_and_names_all_that_is_missing(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     for stage in ("distill", "sprint"):
         found = CliRunner().invoke(app, ["train", stage, "--preset", "full", "--device", "cpu", "--canary"])
-        assert found.exit_code == 2 and "MISSING drawn: data/drawn" in found.stdout
+        assert found.exit_code == 2 and "MISSING drawn: data/drawn-full" in found.stdout
     words = ["train", "1024px", "--preset", "full", "--processes", "8", "--device", "cpu", "--canary"]
     found = CliRunner().invoke(app, words)
     assert found.exit_code == 2 and len(found.stderr.strip().splitlines()) == 1

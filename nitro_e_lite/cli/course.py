@@ -8,6 +8,7 @@ import typer
 from nitro_e_lite import files
 from nitro_e_lite.cli.terminal import Json, Overrides, RunDir, command, console, output, show_table
 from nitro_e_lite.cli.train import stoppable
+from nitro_e_lite.errors import InvalidValue
 
 app = typer.Typer(help="The course for classes: assignments and the debugging lab.", no_args_is_help=True)
 challenge_app = typer.Typer()
@@ -68,7 +69,10 @@ def results(
 
 @command(app, "playground")
 def playground(
-    runs: Annotated[list[str], typer.Argument(help="NAME=RUN or NAME=RUN@STEPS, in the order of the page.")],
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(help="NAME=RUN or NAME=RUN@STEPS, in the order of the page; none: only arms are made anew."),
+    ] = None,
     failed: Annotated[list[str] | None, typer.Option(help="NAME=RUN that was meant to fail; repeat.")] = None,
     arm: Annotated[list[str] | None, typer.Option(help="NAME=RUN of an ablation, once for each seed; repeat.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Gets the data; the package's own when none.")] = None,
@@ -84,8 +88,14 @@ def playground(
         folder = folder or playground.FOLDER
         files.check_output(folder, "folder")
         parts = [[playground.Shown.parse(text) for text in some or []] for some in (runs, failed, arm)]
+        if not parts[0] and (parts[1] or not parts[2]):
+            raise InvalidValue("runs: none; name some, or give --arm alone to make an ablation anew")
+        if parts[0]:
+            lines = playground.write(*parts, folder, moments, prompts, seed)
+        else:
+            lines = playground.write_arms(parts[2], folder, prompts, seed)
         result["said"] = []
-        for line in playground.write(*parts, folder, moments, prompts, seed):
+        for line in lines:
             result["said"].append(line)
             console.print(line, markup=False, soft_wrap=True)
 

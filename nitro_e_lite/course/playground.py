@@ -3,8 +3,8 @@
 `nitro-e course playground` reads runs, draws and scores each at a few moments of its training, and keeps what a page
 without any weights can show. In `course/playground/` lie
 
-    playground.json    captions; by method the scores and moments; by arm of the ablation the scores of its seeds; of
-                       runs that failed on purpose the settings that the gates need
+    playground.json    captions; by method the scores and moments; by stage the arms of its ablation with the scores of
+                       their seeds; of runs that failed on purpose the settings that the gates need
     METHOD-NUMBER.jpg  what a method drew at one moment of its training: the captions, two in a row
     FAILED.jsonl       the metrics of such a run, as far as gates and figures read them
 
@@ -202,8 +202,6 @@ def write(
         names = [_slug(one) for one in some]
         if twice := sorted(name for name in set(names) if names.count(name) > 1):
             raise InvalidValue(f"{twice[0]}: two names are one as the name of a file; give each its own")
-    if arms and not prompts:
-        raise InvalidValue("prompts=0: arms are told apart by their scores; leave the arms out, or have some drawn")
     if unfit := [one for one in failed if one.trained["stage"] == "rewards"]:
         raise InvalidValue(f"failed: {unfit[0].run} is a run of rewards; the gates of distill and sprint are shown")
     found: dict[str, Any] = {"captions": CAPTIONS, "seed": seed, "methods": [], "arms": {}, "failed": []}
@@ -215,19 +213,49 @@ def write(
             ends[one.run.absolute()] = method["frames"][-1]["minute"]
             found["methods"].append(method)
             yield f"{one.name}: {len(method['frames'])} moments, {len(method['points'])} scores"
-        for one in arms:
-            step, weights = one.moments(10**6)[-1]
-            score = _score(*one.pipeline(weights), prompts, seed)
-            arm = found["arms"].setdefault(one.name, {"n": score.images, "scores": [], "minutes": []})
-            arm["scores"].append(_short(score.overall))
-            arm["minutes"].append(_short(one.rows()[-1]["minute"]))
-            yield f"{one.name}: {score.overall:.3f} after {step} steps"
+        yield from _add_arms(arms, found["arms"], prompts, seed)
         for one in failed:
             found["failed"].append(_failed(one, partial))
             yield f"{one.name}: kept"
         files.write_atomically(partial / INDEX, json.dumps(found, indent=1) + "\n")
     for name, said in diagnoses(found, folder).items():
         yield f"{name}: {said}"
+
+
+def write_arms(arms: Sequence[Shown], folder: Path = FOLDER, prompts: int = 20, seed: int = 0) -> Iterator[str]:
+    """Scores an ablation anew for data that is there; the arms of other stages and all else stay.
+
+    Args, yields and errors are those of `write`; also
+
+    Raises:
+        FileNotFoundError: there is no data.
+    """
+    found = files.read_json(Path(folder) / INDEX)
+    known = {
+        stage: some for stage, some in found["arms"].items() if stage not in {one.trained["stage"] for one in arms}
+    }
+    yield from _add_arms(arms, known, prompts, seed)
+    files.write_atomically(Path(folder) / INDEX, json.dumps(found | {"arms": known}, indent=1) + "\n")
+
+
+def _add_arms(arms: Sequence[Shown], found: dict[str, Any], prompts: int, seed: int) -> Iterator[str]:
+    """Scores the end of each run: GenEval-lite and KID, floor beside it; one asked for its steps says them."""
+    if arms and not prompts:
+        raise InvalidValue("prompts=0: arms are told apart by their scores; leave the arms out, or have some drawn")
+    for one in arms:
+        step, weights = one.moments(10**6)[-1]
+        pipeline, sampler = one.pipeline(weights)
+        card = evaluate(
+            pipeline, few_prompts(prompts), seeds=(seed,), **vars(sampler), appearance=True, progress=False
+        ).card
+        name = _name({"name": one.name, "steps": one.steps}) if one.steps else one.name
+        floor = _short(card["appearance"]["kid_floor"][0])
+        new = {"n": card["images"], "scores": [], "minutes": [], "kid": [], "kid_floor": floor}
+        arm = found.setdefault(one.trained["stage"], {}).setdefault(name, new)
+        arm["scores"].append(_short(card["overall"]))
+        arm["minutes"].append(_short(one.rows()[-1]["minute"]))
+        arm["kid"].append(_short(card["appearance"]["kid"][0]))
+        yield f"{name}: {card['overall']:.3f} after {step} steps"
 
 
 def _method(one: Shown, folder: Path, before: float, moments: int, prompts: int, seed: int) -> dict[str, Any]:

@@ -188,7 +188,10 @@ def check_student(found: Mapping[str, float], step: int, sampler_steps: int, con
     """
     if 4 * step < config.steps:
         return
-    distance = "distance to the teacher's pictures {distance:.4f}, its own {teacher_distance:.4f}"
+    walk = "one jump" if config.stage == "sprint" else f"{sampler_steps} steps"  # `Student.ends`
+    distance = (
+        f"distance to the teacher's pictures {{distance:.4f}}, its own {{teacher_distance:.4f}}, both after {walk}"
+    )
     if found.get("teacher_geneval", 0.0) > config.gate_margin:
         worse = not found["geneval"] >= found["teacher_geneval"] - config.gate_margin  # what is no number is worse
         problem = f"GenEval-lite {{geneval:.3f}}, below its {{teacher_geneval:.3f}} ({distance})"
@@ -196,8 +199,8 @@ def check_student(found: Mapping[str, float], step: int, sampler_steps: int, con
         worse, problem = not found["distance"] <= config.gate_distance * found["teacher_distance"], distance
     if worse:
         raise GateFailed(
-            f"gate student-below-teacher, step {step}: at {sampler_steps} steps without guidance the student is worse "
-            f"than its teacher: {problem.format(**found)}. Look at the pictures in samples/, at "
+            f"gate student-below-teacher, step {step}: the student is worse than its teacher in as many "
+            f"steps without guidance: {problem.format(**found)}. Look at the pictures in samples/, at "
             "student_loss (still falling? train longer, raise optimizer.lr) and at student_adversarial (rising? lower "
             "adversarial_weight)"
         )
