@@ -230,12 +230,13 @@ def write_arms(arms: Sequence[Shown], folder: Path = FOLDER, prompts: int = 20, 
     Raises:
         FileNotFoundError: there is no data.
     """
-    found = files.read_json(Path(folder) / INDEX)
-    known = {
-        stage: some for stage, some in found["arms"].items() if stage not in {one.trained["stage"] for one in arms}
-    }
-    yield from _add_arms(arms, known, prompts, seed)
-    files.write_atomically(Path(folder) / INDEX, json.dumps(found | {"arms": known}, indent=1) + "\n")
+    folder = Path(folder).resolve()
+    found = files.read_json(folder / INDEX)
+    anew = {one.trained["stage"] for one in arms}
+    known = {stage: some for stage, some in found["arms"].items() if stage not in anew}
+    with files.only_writer(folder):
+        yield from _add_arms(arms, known, prompts, seed)
+        files.write_atomically(folder / INDEX, json.dumps(found | {"arms": known}, indent=1) + "\n")
 
 
 def _add_arms(arms: Sequence[Shown], found: dict[str, Any], prompts: int, seed: int) -> Iterator[str]:
