@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import itertools
 import json
+import os
 import re
 import shutil
 import statistics
@@ -297,22 +298,44 @@ def test_the_first_cell_says_how_to_install(monkeypatch):
     assert "\n" not in str(found.value)
 
 
-def test_wheel_holds_what_notebooks_read(tmp_path):
-    """Everything below the package is in the wheel, and notebooks look nowhere else."""
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
-    folder = tmp_path / "copy"
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The package as `pip install` gets it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(folder)]
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    shutil.copytree(ROOT / "nitro_e_lite", folder / "nitro_e_lite", ignore=ignore)
+    shutil.copytree(ROOT / "nitro_e_lite", folder / "copy" / "nitro_e_lite", ignore=ignore)
     for file in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, folder)
-    subprocess.run([*command, str(folder)], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    inside = set(zipfile.ZipFile(wheel).namelist())
+        shutil.copy(ROOT / file, folder / "copy")
+    subprocess.run([*command, str(folder / "copy")], check=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_holds_what_notebooks_read(wheel):
+    """Everything below the package is in the wheel, and notebooks look nowhere else."""
+    inside, folder = set(zipfile.ZipFile(wheel).namelist()), wheel.parent / "copy"
     there = {path.relative_to(folder).as_posix() for path in (folder / "nitro_e_lite").rglob("*") if path.is_file()}
     assert there - inside == set()
     # a checkout is asked for only where there is another way
     look = {name: re.findall(r"repo_root\(\) /", "".join(source(c) for c in cells(name))) for name in BOOKS}
     assert {name for name, found in look.items() if found} <= {"17_full_run_8x_mi300x"}
+
+
+@pytest.mark.slow
+def test_a_notebook_alone_runs_beside_an_installed_wheel(wheel, tmp_path):
+    """One file in an empty folder; the package comes from its wheel and not from this checkout."""
+    site, alone = tmp_path / "site", tmp_path / "alone"
+    alone.mkdir()
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "-q", "--target", str(site)]
+    subprocess.run([*install, str(wheel)], check=True)
+    shutil.copy(FOLDER / "08_emmdit_assembled.ipynb", alone)  # it reads a golden file of the package
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    environment.pop("NITRO_E_FIGURES", None)
+    where = [sys.executable, "-c", "import nitro_e_lite; print(nitro_e_lite.__file__)"]
+    said = subprocess.run(where, cwd=alone, env=environment, check=True, capture_output=True, text=True).stdout
+    assert Path(said.strip()).is_relative_to(site)
+    run = ["papermill", "08_emmdit_assembled.ipynb", "out.ipynb", "--kernel", "python3", "--no-progress-bar"]
+    subprocess.run([sys.executable, "-m", *run], cwd=alone, env=environment, check=True)
 
 
 # Running

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from nitro_e_lite.course.lessons import Hidden
 from nitro_e_lite.scenes import captions, grammar
 
-_NUMBERS = {"a": 1, "an": 1, "one": 1} | {word: count for count, word in grammar.COUNT_WORDS.items()}
+_NUMBERS = {"a": 1, "an": 1, "one": 1}
+_NUMBERS |= {said: count for count, word in grammar.COUNT_WORDS.items() for said in (word, str(count))}
 
 
 # 00
@@ -149,6 +150,18 @@ halving_length = Hidden(lambda width: 4 * width, ((768,), (192,), (64,)))
 # 07
 
 affine_parameters = Hidden(lambda dim, blocks: 12 * dim * (2 * blocks - 1), ((768, 24), (192, 10), (64, 1)))
+
+
+def same_as_affine(answer) -> bool:
+    """Whether the linear layer that `answer` makes gives the six vectors of AdaLN-affine."""
+    for width in (64, 48, 32):
+        weight, constant = torch.randn(6 * width, width) / width**0.5, torch.randn(6 * width)
+        bias, scale, vector = torch.randn(6, width), torch.randn(6, width), torch.randn(3, width)
+        six = F.linear(vector, weight, constant).unflatten(1, (6, width))
+        found = F.linear(vector, *answer(weight, constant, bias, scale))
+        if not torch.allclose(found, (bias + six * (1 + scale)).flatten(1), atol=1e-4):
+            return False
+    return True
 
 
 # 08

@@ -33,6 +33,7 @@ from nitro_e_lite.errors import InvalidValue, MissingFile, Unusable
 from nitro_e_lite.runtime import StopRequest
 
 MAX_BYTES, MAX_OPENING = 500_000, 30_000  # of a notebook; of its opening picture, as it is
+OPENING_PIXELS = 180_000  # of a larger one
 METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 CELL_METADATA = ("tags", "jupyter")
 GUARD = """import importlib.util
@@ -239,7 +240,8 @@ def stand_alone(notebook: dict[str, Any], figures: Path) -> dict[str, Any]:
     text = "".join(opening["source"])
     for target, name in re.findall(r"\]\(((?:\.\./figures/|attachment:)([\w-]+\.png))\)", text):
         if opening["cell_type"] == "markdown" and (figures / name).is_file():
-            opening["attachments"] = opening.get("attachments", {}) | {name: _embedded(figures / name)}
+            picture = _embedded(figures / name, _shown(notebook, name))
+            opening["attachments"] = opening.get("attachments", {}) | {name: picture}
             opening["source"] = text.replace(target, f"attachment:{name}").splitlines(keepends=True)
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
@@ -249,13 +251,24 @@ def stand_alone(notebook: dict[str, Any], figures: Path) -> dict[str, Any]:
     return notebook
 
 
-def _embedded(path: Path) -> dict[str, str]:
-    """A picture as an attachment: as it is, or, where it is large, 640 pixels wide and as JPEG."""
+def _shown(notebook: dict[str, Any], name: str) -> bytes | None:
+    """The picture as its cell shows it, with all its colours; None where that is no JPEG."""
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code" and f'"{Path(name).stem}"' in "".join(cell["source"]):
+            for output in cell["outputs"]:
+                if "image/jpeg" in output.get("data", {}):
+                    return base64.b64decode("".join(output["data"]["image/jpeg"]))
+    return None
+
+
+def _embedded(path: Path, shown: bytes | None) -> dict[str, str]:
+    """A picture as an attachment: as it is, or, where it is large, as JPEG of 180,000 pixels at most."""
     content, kind = path.read_bytes(), "image/png"
     if len(content) > MAX_OPENING:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(shown) if shown else path) as image:
             small, buffer = image.convert("RGB"), io.BytesIO()
-        small.thumbnail((640, 640))
+        shrink = min(1.0, (OPENING_PIXELS / (small.width * small.height)) ** 0.5)
+        small = small.resize((round(shrink * small.width), round(shrink * small.height)), Image.Resampling.LANCZOS)
         small.save(buffer, format="JPEG", quality=70)
         content, kind = buffer.getvalue(), "image/jpeg"
     return {kind: base64.b64encode(content).decode()}

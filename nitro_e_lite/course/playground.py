@@ -370,7 +370,10 @@ def shipped_run(name: str) -> Figure | None:
     losses = [(row["minute"], row[name]) for row in rows for name in ("loss", "student_loss") if name in row]
     figure = Figure(figsize=(10.5, 2.9), layout="constrained")
     axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.2))
-    axes[0].plot(*zip(*losses, strict=True))
+    minutes, raw = zip(*losses, strict=True)
+    axes[0].plot(minutes, raw, color="0.8", linewidth=0.8, linestyle="-")
+    smooth = [np.mean(raw[max(0, k - 2) : k + 3]) for k in range(len(raw))]
+    axes[0].plot(minutes, smooth, color=viz.COLORS[0], linestyle="-")
     axes[0].set(xlabel="core-minutes of training", title="loss")
     about = Shown(name, folder).about
     scored = [(row["minute"], row["geneval"]) for row in rows if "geneval" in row]
