@@ -216,6 +216,15 @@ def test_an_entry_is_trained_judged_and_ranked(tmp_path, monkeypatch):
     assert [row["place"] for row in json.loads(shown.stdout)["entries"]] == [1, 1, 2, None, None]
 
 
+def test_the_page_shows_the_board():
+    page = (notebooks.notebooks_dir() / "CHALLENGE.md").read_text(encoding="utf-8")
+    for row in challenge.board([notebooks.notebooks_dir() / "challenge"]):
+        card, words = row.entry["card"], " ".join(f"--set {one}" for one in row.entry["overrides"])
+        score = f"{card['overall']:.3f} ({card['low']:.3f} to {card['high']:.3f})"
+        cost = f"{row.entry['seconds'] / 60:.1f} | {card['transformer_parameters'] / 1e6:.2f}M"
+        assert row.breaches == [] and f"| {row.place} | {row.entry['name']} | {score} | {cost} | `{words}` |" in page
+
+
 @pytest.mark.parametrize("wrong", ["start_from=lite", "data.folders=[x]", "lora.rank=4", "data.encoders=full"])
 def test_the_rules_hold_before_any_work(tmp_path, wrong):
     with pytest.raises(ValueError, match=wrong.partition("=")[0]):
