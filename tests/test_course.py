@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shlex
 import shutil
@@ -20,7 +21,7 @@ from nitro_e_lite.errors import UserError
 from nitro_e_lite.experiments import challenge
 
 SLOW = ("load_pipeline(", "load_encoders(", "load_transformer(", "train(", "Engine(", "race(", "prepare(", "to_empty(")
-RUN = ("02", "05", "07")  # enough for a proof within seconds
+RUN = os.environ.get("NITRO_E_ASSIGNMENTS", "02 05 07").split()  # enough for a proof within seconds
 
 
 @pytest.fixture(scope="module")
