@@ -32,6 +32,16 @@ LITTLE_TEXT_MUCH_WORK = ("test_overfit.py", "test_lesson_mutations.py", "test_cp
 NEW = ("dense_time", "guidance_embedding")  # arguments of the transformer that came after the first weights
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Files go to processes whole, in the order below; without pytest-xdist all run in this one."""
+    option = config.option
+    if hasattr(option, "numprocesses") and "PYTEST_XDIST_WORKER" not in os.environ:
+        option.numprocesses = "auto" if option.numprocesses is None else option.numprocesses
+        option.dist = "loadfile" if option.dist == "no" else option.dist
+        option.loadscopereorder = False
+
+
 def pytest_xdist_auto_num_workers(config):
     """All tests together: a process for each core, up to four. Named files: one, so that `-s` shows what they print."""
     named = config.args_source is pytest.Config.ArgsSource.ARGS
