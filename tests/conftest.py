@@ -42,6 +42,7 @@ def pytest_cmdline_main(config):
         option.loadscopereorder = False
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
     """All tests together: a process for each core, up to four. Named files: one, so that `-s` shows what they print."""
     named = config.args_source is pytest.Config.ArgsSource.ARGS

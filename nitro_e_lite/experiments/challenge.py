@@ -153,7 +153,7 @@ def seconds_a_step(config: TrainConfig, folder: Path, processes: int, say: Calla
     never = {name: 10**6 for name in ("validate_every", "sample_every", "checkpoint_every")}
     launch(replace(config, log_every=1, **never), folder, processes=processes, device="cpu", on_line=say)
     seconds = [row["seconds"] for row in files.read_jsonl(folder / "metrics.jsonl") if "seconds" in row]
-    return (seconds[-1] - seconds[0]) / (len(seconds) - 1)
+    return (seconds[-1] - seconds[0]) / (len(seconds) - 1) if len(seconds) > 1 else seconds[0]
 
 
 @dataclass(frozen=True)
