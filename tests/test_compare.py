@@ -23,7 +23,7 @@ def measured(result):
 def test_same_variants_are_equal_and_a_stopped_comparison_goes_on(tmp_path):
     prompts = compare.spread_prompts(geneval.load_prompts(), 1)[:2]
     same = {"one": ["optimizer.lr=1e-3"], "Two!": ["optimizer.lr=1e-3"]}
-    result = compare.compare(SMOKE, same, [3], [1, 2], tmp_path / "whole", prompts, "cpu")
+    result = compare.compare(SMOKE, same, [3], [1, 2], tmp_path / "whole", prompts, "cpu", pairs=2)
     rows = measured(result)
     assert len(rows) == 4 and rows[:2] == rows[2:]
     assert [row["step"] for row in rows] == [1, 2, 1, 2] and all(set(row["categories"]) for row in rows)
@@ -31,23 +31,24 @@ def test_same_variants_are_equal_and_a_stopped_comparison_goes_on(tmp_path):
     shown = compare.summary(result)
     assert [row[:3] for row in shown] == [("one", 1, 1), ("one", 2, 1), ("Two!", 1, 1), ("Two!", 2, 1)]
     assert float(shown[1][3]) == pytest.approx(rows[1]["validation_loss"], abs=1e-4)
+    assert rows[1]["told"].keys() == set(config.FACTS) and float(shown[1][4]) == rows[1]["told"]["shapes"]
 
     part = {"one": same["one"]}
-    compare.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu")
+    compare.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu", pairs=2)
     file = tmp_path / "part" / "one-seed3" / "rows.jsonl"
     first, last = file.read_text(encoding="utf-8").splitlines()
     file.write_text(first + "\n", encoding="utf-8")
-    again = compare.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu")
+    again = compare.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu", pairs=2)
     assert measured(again) == rows[:2]
     assert json.loads((tmp_path / "part" / "comparison.json").read_text(encoding="utf-8")) == again
     with file.open("a", encoding="utf-8") as stream:
         stream.write('{"step": 3, "va')  # a kill while writing
-    assert measured(compare.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu")) == rows[:2]
+    assert measured(compare.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu", pairs=2)) == rows[:2]
     file.write_text(last + "\n", encoding="utf-8")  # as if point 1 were new: its weights are gone
     with pytest.raises(ValueError, match="points: .* trained to step 2; only later points can be added"):
-        compare.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu")
+        compare.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu", pairs=2)
     with pytest.raises(ValueError, match="holds a run with other settings"):
-        compare.compare(SMOKE, {"one": ["optimizer.lr=2e-3"]}, [3], [1, 2], tmp_path / "part", prompts, "cpu")
+        compare.compare(SMOKE, {"one": ["optimizer.lr=2e-3"]}, [3], [1, 2], tmp_path / "part", prompts, "cpu", pairs=2)
 
 
 def test_killed_between_points_it_goes_on_from_a_checkpoint(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ def test_a_model_that_does_not_look_at_the_text_rises_by_nothing():
     pipeline = build_tiny_pipeline()
     pipeline.encode_captions = lambda texts: torch.zeros(len(texts), 16, pipeline.transformer.config.caption_channels)
     for reading in caption_sensitivity(pipeline, 3, times=(0.5, 0.9), batch_size=4):
-        assert reading.rise == reading.margin == 0 and reading.loss > 0
+        assert reading.rise == reading.margin == reading.right == 0 and reading.loss > 0
 
 
 def test_it_is_the_loss_with_one_caption_minus_that_with_the_other():
@@ -30,7 +30,7 @@ def test_it_is_the_loss_with_one_caption_minus_that_with_the_other():
     for weight in tiny_pipeline.transformer.groups.parameters():
         weight.data *= 4  # else the text hardly matters, and the rise is near the rounding of the losses
     (reading,) = caption_sensitivity(tiny_pipeline, 2, times=(0.7,), facts=("colors",), batch_size=3)
-    generator, rises = torch.Generator().manual_seed(0), []
+    generator, rises, gains = torch.Generator().manual_seed(0), [], []
     pairs = pairs_of("colors", 2)
     size = tiny_pipeline.transformer.config.sample_size * tiny_pipeline.vae_scale_factor
     shape = (tiny_pipeline.transformer.config.in_channels, *[tiny_pipeline.transformer.config.sample_size] * 2)
@@ -52,7 +52,9 @@ def test_it_is_the_loss_with_one_caption_minus_that_with_the_other():
                     losses.append((v - target).square().mean().item())
             both.append(losses[1] - losses[0])
         rises.append(np.mean(both))
+        gains += both
     assert reading.rise == pytest.approx(np.mean(rises), rel=1e-3)
+    assert reading.right == np.mean(np.array(gains) > 0)
     assert reading.margin == pytest.approx(12.706 * np.std(rises, ddof=1) / 2**0.5, rel=1e-3)
 
 

@@ -251,6 +251,7 @@ def compare_command(
     points: Annotated[str, typer.Option(help="Steps after which every run is measured.")] = "100,200,400",
     seeds: Annotated[str, typer.Option(help="Each variant is trained with each of them.")] = "0,1,2",
     prompts: Annotated[int, typer.Option(help="GenEval-lite prompts of each category drawn at each point.")] = 10,
+    pairs: Annotated[int, typer.Option(help="Minimal pairs of each fact whose captions are exchanged; 0 or >= 2.")] = 0,
     stage: Annotated[str, typer.Option(help="base or finetune.")] = "base",
     preset: Preset = "lite",
     overrides: Overrides = None,
@@ -269,14 +270,15 @@ def compare_command(
         if len(variants) < len(variant):
             raise InvalidValue(f"variant: {len(variant)} variants with {len(variants)} names; give each its own")
         as_integer("prompts", prompts, 0)
+        as_integer("pairs", pairs, 2 if pairs else 0)
         steps, numbers = whole_numbers("points", points), whole_numbers("seeds", seeds)
         drawn = compare.spread_prompts(geneval.load_prompts(), prompts)
         folder = run_dir or Path("runs/comparison")
-        result |= compare.compare(chosen, variants, numbers, steps, folder, drawn, device)
+        result |= compare.compare(chosen, variants, numbers, steps, folder, drawn, device, pairs)
         if json:
             return
         rows = [[str(value) for value in row] for row in compare.summary(result)]
-        show_table("mean over seeds, 95 % interval", ["", "step", "seeds", "validation loss", "GenEval-lite"], rows)
+        show_table("mean over seeds, 95 % interval", ["", "step", "seeds", "validation loss", "shapes told", "GenEval-lite"], rows)
 
 
 @command(app, "overfit")

@@ -42,6 +42,7 @@ class Reading:
         t: noise level.
         loss: mean squared velocity error with the right caption.
         rise: of the loss with the other caption, and `margin`, half its 95 % interval over the pairs.
+        right: share of the pictures that the right caption fits better than the other; 0.5 is chance.
         text: change of the text features from one caption to the other, as a share of their length; median.
     """
 
@@ -50,6 +51,7 @@ class Reading:
     loss: float
     rise: float
     margin: float
+    right: float
     text: float
 
 
@@ -98,7 +100,8 @@ def caption_sensitivity(
         right, other = _losses(pipeline, chosen, times, batch_size)
         for k, t in enumerate(times):
             rise, margin = interval((other[k] - right[k]).view(-1, 2).mean(1).tolist())  # a pair is one observation
-            readings.append(Reading(fact, t, right[k].mean().item(), rise, margin, change))
+            told = (right[k] < other[k]).float().mean().item()
+            readings.append(Reading(fact, t, right[k].mean().item(), rise, margin, told, change))
     return readings
 
 

@@ -1,8 +1,8 @@
 """Which of several recipes learns more from the same data: runs that differ in one thing, over several seeds.
 
 A variant is a name and the fields it changes. For each seed, all variants see the same batches, noise and timesteps; at
-each of a few points of the training the averaged weights are validated and asked to draw. What remains is the spread
-over seeds, so that a difference can be told from luck. Learning rates stay constant: a point half-way is then a run of
+each of a few points of the training the averaged weights are validated, asked which of two captions fits a noisy
+picture, and asked to draw. What remains is the spread over seeds, so that a difference can be told from luck. Learning rates stay constant: a point half-way is then a run of
 its own, and not one that was cut before its end.
 
 Each run keeps its rows in a folder of its own. A comparison that was stopped goes on with the run it was in, and two
@@ -20,9 +20,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nitro_e_lite.config import TrainConfig, override, to_dict
+from nitro_e_lite.config import FACTS, TrainConfig, override, to_dict
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.evaluation.geneval_lite import evaluate
+from nitro_e_lite.evaluation.sensitivity import caption_sensitivity
 from nitro_e_lite.files import check_output, read_jsonl, run_lock, write_atomically
 from nitro_e_lite.scenes.geneval import CATEGORIES, Prompt
 from nitro_e_lite.stages.pretrain import Pretrain
@@ -31,6 +32,7 @@ from nitro_e_lite.training.engine import Engine
 from nitro_e_lite.training.metrics import MetricsWriter
 
 RESULT = "comparison.json"
+TOLD_AT = (0.6, 0.7, 0.8, 0.9)  # noise levels at which a caption's facts are read: where shapes are decided
 
 
 def read_variant(text: str) -> tuple[str, list[str]]:
@@ -53,6 +55,7 @@ def compare(
     run_dir: str | Path,
     prompts: Sequence[Prompt] = (),
     device: str | None = None,
+    pairs: int = 0,
 ) -> dict[str, Any]:
     """Trains every variant with every seed and measures at each point.
 
@@ -64,12 +67,14 @@ def compare(
         run_dir: gets a folder for each run and `comparison.json`.
         prompts: GenEval-lite prompts, drawn once each in 20 steps; none: only losses are measured.
         device: of the training.
+        pairs: minimal pairs of each fact whose captions are exchanged (see `evaluation/sensitivity.py`); 0: none.
 
     Returns:
         What `comparison.json` holds: `points`, `batch_size`, `variants`, `prompts`, `config` and `runs`.
         These are a list with a row for each variant, seed and point: `step`, `samples`, `trained_steps` since the
         point before or, if it was stopped on the way, since it went on, and their `seconds`, the fields of
-        `Pretrain.validate`, and with prompts `geneval` and `categories`.
+        `Pretrain.validate`, with pairs `told`, the share of noisy pictures that their own caption fits better than
+        the other, for each fact, and with prompts `geneval` and `categories`.
 
     Raises:
         ValueError: no variants, seeds or points, points out of order, an unknown field, or a folder that holds another
@@ -91,16 +96,16 @@ def compare(
     for name, one in runs:
         folder = run_dir / f"{places[name]}-seed{one.seed}"
         with run_lock(folder):
-            _run(one, points, folder, prompts, device, name)
-    about = {"points": list(points), "batch_size": config.batch_size, "prompts": len(prompts)}
+            _run(one, points, folder, prompts, pairs, device, name)
+    about = {"points": list(points), "batch_size": config.batch_size, "prompts": len(prompts), "pairs": pairs}
     about |= {"variants": {name: list(changes) for name, changes in variants.items()}, "config": to_dict(config)}
     return _collect(run_dir, about)
 
 
-def _run(config: TrainConfig, points, folder: Path, prompts, device: str | None, variant: str) -> None:
+def _run(config: TrainConfig, points, folder: Path, prompts, pairs: int, device: str | None, variant: str) -> None:
     """One run; goes on from its last checkpoint."""
     file, recipe = folder / "rows.jsonl", folder / "recipe.json"
-    text = json.dumps({"variant": variant, **to_dict(config), "steps": None, "prompts": len(prompts)})
+    text = json.dumps({"variant": variant, **to_dict(config), "steps": None, "prompts": len(prompts), "pairs": pairs})
     if recipe.is_file() and recipe.read_text(encoding="utf-8") != text:
         raise InvalidValue(f"run_dir={folder}: holds a run with other settings; name another folder")
     rows = _rows(file)
@@ -122,6 +127,11 @@ def _run(config: TrainConfig, points, folder: Path, prompts, device: str | None,
         trained = {"trained_steps": engine.global_step - before, "seconds": round(time.perf_counter() - begin, 2)}
         row = {"variant": variant, "seed": config.seed, "step": point, "samples": point * config.batch_size}
         row |= trained | engine.validate()
+        if pairs:
+            with engine.averaged():
+                readings = caption_sensitivity(engine.stage.pipeline(), pairs, TOLD_AT)
+            own = ([one.right for one in readings if one.fact == fact] for fact in FACTS)
+            row |= {"told": {fact: sum(some) / len(some) for fact, some in zip(FACTS, own, strict=True)}}
         if prompts:
             with engine.averaged():
                 options = {"seeds": [config.seed], "steps": 20, "guidance": config.guidance, "progress": False}
@@ -146,15 +156,16 @@ def _collect(run_dir: Path, about: dict[str, Any]) -> dict[str, Any]:
     return json.loads(text)
 
 
-def summary(result: Mapping[str, Any]) -> list[tuple[str, int, int, str, str]]:
-    """Rows (variant, step, seeds, validation loss, GenEval-lite): means over seeds with intervals."""
+def summary(result: Mapping[str, Any]) -> list[tuple[str, int, int, str, str, str]]:
+    """Rows (variant, step, seeds, validation loss, shapes told, GenEval-lite): means over seeds with intervals."""
     table = []
     for name in result["variants"]:
         for step in result["points"]:
             own = [row for row in result["runs"] if (row["variant"], row["step"]) == (name, step)]
-            found = ([row.get(key) for row in own] for key in ("validation_loss", "geneval"))
-            losses, scores = ([value for value in values if value is not None] for values in found)
-            table.append((name, step, len(own), _shown(losses), _shown(scores)))
+            told = [row.get("told", {}).get("shapes") for row in own]
+            found = [row.get("validation_loss") for row in own], told, [row.get("geneval") for row in own]
+            shown = (_shown([value for value in values if value is not None]) for values in found)
+            table.append((name, step, len(own), *shown))
     return table
 
 
