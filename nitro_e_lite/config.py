@@ -199,6 +199,7 @@ class ModelConfig:
     modulation: Modulation = "adaln_affine"
     compression: bool = True
     position_reinforcement: bool = True
+    qk_norm: bool = True
 
 
 @settings

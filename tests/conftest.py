@@ -29,7 +29,7 @@ if sys.platform == "darwin":  # a Mac's accelerator rounds otherwise than the CP
     torch.accelerator.current_accelerator = lambda check_available=False: None
 
 LITTLE_TEXT_MUCH_WORK = ("test_overfit.py", "test_lesson_mutations.py", "test_cpu_kernels.py", "test_train.py")
-NEW = ("dense_time", "guidance_embedding")  # arguments of the transformer that came after the first weights
+NEW = ("dense_time", "guidance_embedding", "qk_norm")  # arguments of the transformer that came after the first weights
 
 
 @pytest.hookimpl(tryfirst=True)

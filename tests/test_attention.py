@@ -88,6 +88,18 @@ def test_plain_heads_are_rms_normalised():
     torch.testing.assert_close(value[:, :, :96], raw.transpose(1, 2))
 
 
+def test_without_qk_norm_heads_are_the_projections():
+    module, (image, text) = JointAttention(2, 8, qk_norm=False).double(), inputs()
+    assert not [name for name, _ in module.named_parameters() if "norm" in name]
+    heads = module.joint_heads(image, text)
+    both = torch.cat([module.qkv(image), module.qkv_context(text)], 1).unflatten(2, (3, 2, 8))
+    for mine, expected in zip(heads, both.unbind(2), strict=True):
+        torch.testing.assert_close(mine, expected.transpose(1, 2))
+    query, key, value = heads
+    mixed = (joint_attention_probabilities(query, key) @ value).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(module(image, text)[0], module.out(mixed[:, :96]))
+
+
 def test_last_block_has_no_text_output_and_ignores_text_queries():
     module, streams = attention(context_pre_only=True), inputs()
     image, text = module(*streams)

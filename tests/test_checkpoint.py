@@ -101,7 +101,9 @@ def test_bad_configuration_is_refused(change, message, tmp_path):
         load_official(path, **(config | change))
 
 
-@pytest.mark.parametrize("change", [{"modulation": "adaln"}, {"compression": False}, {"mlp_ratio": 4.0}])
+@pytest.mark.parametrize(
+    "change", [{"modulation": "adaln"}, {"compression": False}, {"mlp_ratio": 4.0}, {"qk_norm": False}]
+)
 def test_models_the_layout_cannot_hold_are_refused(change, tmp_path):
     with pytest.raises(ValueError, match=f"{next(iter(change))} must be"):
         save_official(tiny(**change), tmp_path / "model.safetensors")

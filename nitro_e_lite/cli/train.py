@@ -278,7 +278,8 @@ def compare_command(
         if json:
             return
         rows = [[str(value) for value in row] for row in compare.summary(result)]
-        show_table("mean over seeds, 95 % interval", ["", "step", "seeds", "validation loss", "shapes told", "GenEval-lite"], rows)
+        columns = ["", "step", "seeds", "validation loss", "shapes told", "GenEval-lite"]
+        show_table("mean over seeds, 95 % interval", columns, rows)
 
 
 @command(app, "overfit")

@@ -2,8 +2,8 @@
 
 A variant is a name and the fields it changes. For each seed, all variants see the same batches, noise and timesteps; at
 each of a few points of the training the averaged weights are validated, asked which of two captions fits a noisy
-picture, and asked to draw. What remains is the spread over seeds, so that a difference can be told from luck. Learning rates stay constant: a point half-way is then a run of
-its own, and not one that was cut before its end.
+picture, and asked to draw. What remains is the spread over seeds, so that a difference can be told from luck. Learning
+rates stay constant: a point half-way is then a run of its own, and not one that was cut before its end.
 
 Each run keeps its rows in a folder of its own. A comparison that was stopped goes on with the run it was in, and two
 processes may share the work by taking different seeds.

@@ -1,7 +1,7 @@
 """Joint attention over image and text tokens, whole or in subregions.
 
 Image and text have their own query, key and value projections and look at one common sequence, image first.
-Queries and keys are RMS-normalised per head, which keeps the logits bounded in half precision.
+Queries and keys are RMS-normalised per head (QK norm), which keeps the logits bounded in half precision.
 
 *Alternating subregion attention* (ASA) cuts that sequence into `s` groups that attend only within themselves,
 which divides the cost of attention by `s`. A token at position `(l, s, n)` of the regrouping `(l s n)` goes to
@@ -120,13 +120,13 @@ def _check_divisible(tokens: int, ratio: int, chunk: int) -> None:
         )
 
 
-def join_heads(image: Tensor, text: Tensor, weights: tuple[Tensor, Tensor], ratio: int, chunk: int):
+def join_heads(image: Tensor, text: Tensor, weights: tuple[Tensor, Tensor] | None, ratio: int, chunk: int):
     """Two projected streams to the queries, keys and values of their common (sub)sequences.
 
     Args:
         image: Queries, keys and values of the image `(B, N, 3, M, E)`.
         text: The same of the text `(B, L, 3, M, E)`.
-        weights: RMS norm weights (query, key) of image and of text, `(2, E)` each.
+        weights: RMS norm weights (query, key) of image and of text, `(2, E)` each; None does not normalise.
         ratio: ASA groups `s`.
         chunk: ASA chunk `n`.
 
@@ -135,7 +135,7 @@ def join_heads(image: Tensor, text: Tensor, weights: tuple[Tensor, Tensor], rati
     """
     for stream in (image, text):
         _check_divisible(stream.shape[1], ratio, chunk)
-    if cpu_kernels.usable(image):
+    if weights is not None and cpu_kernels.usable(image):
         joined = cpu_kernels.JoinHeads.apply(image, text, *weights, ratio, chunk, EPS)
     else:
         joined = _join_heads_plain(image, text, weights, ratio, chunk)
@@ -144,11 +144,12 @@ def join_heads(image: Tensor, text: Tensor, weights: tuple[Tensor, Tensor], rati
 
 def _join_heads_plain(image, text, weights, ratio, chunk):
     joined = []
-    for stream, weight in zip((image, text), weights, strict=True):
+    for stream, weight in zip((image, text), weights or (None, None), strict=True):
         heads = stream.shape[2:]
         groups = subregion_split(stream.flatten(2), ratio, chunk).unflatten(2, heads)  # (B*s, N/s, 3, M, E)
         query, key, value = groups.unbind(2)
-        query, key = (F.rms_norm(x, x.shape[-1:], w, EPS) for x, w in zip((query, key), weight, strict=True))
+        if weight is not None:
+            query, key = (F.rms_norm(x, x.shape[-1:], w, EPS) for x, w in zip((query, key), weight, strict=True))
         joined.append((query, key, value))
     return [torch.cat(parts, dim=1) for parts in zip(*joined, strict=True)]  # (B*s, S, M, E)
 
@@ -161,10 +162,16 @@ class JointAttention(nn.Module):
         head_dim: `E`; the width is `D = M * E`.
         pattern: ASA pattern `(ratio, chunk)`; `(1, 1)` is full attention.
         context_pre_only: The text stream ends here: it has no output.
+        qk_norm: Queries and keys are normalised.
     """
 
     def __init__(
-        self, num_heads: int, head_dim: int, pattern: tuple[int, int] = (1, 1), context_pre_only: bool = False
+        self,
+        num_heads: int,
+        head_dim: int,
+        pattern: tuple[int, int] = (1, 1),
+        context_pre_only: bool = False,
+        qk_norm: bool = True,
     ):
         super().__init__()
         dim = num_heads * head_dim
@@ -172,22 +179,26 @@ class JointAttention(nn.Module):
         self.kernel, self.backend = "auto", None  # see `scaled_attention`
         self.qkv = Linear(dim, 3 * dim)
         self.qkv_context = Linear(dim, 3 * dim)
-        self.norm_q, self.norm_k = RMSNorm(head_dim, eps=EPS), RMSNorm(head_dim, eps=EPS)
-        self.norm_q_context, self.norm_k_context = RMSNorm(head_dim, eps=EPS), RMSNorm(head_dim, eps=EPS)
+        self.qk_norm = qk_norm
+        if qk_norm:
+            self.norm_q, self.norm_k = RMSNorm(head_dim, eps=EPS), RMSNorm(head_dim, eps=EPS)
+            self.norm_q_context, self.norm_k_context = RMSNorm(head_dim, eps=EPS), RMSNorm(head_dim, eps=EPS)
         self.out = Linear(dim, dim)
         self.out_context = None if context_pre_only else Linear(dim, dim)
 
     def joint_heads(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised queries, keys and values `(B * s, M, (N + L) / s, E)` of tokens `(B, N, D)` and `(B, L, D)`.
+        """Queries and keys, normalised, and values `(B * s, M, (N + L) / s, E)` of tokens `(B, N, D)` and `(B, L, D)`.
 
         `joint_attention_probabilities(query, key)` of them are the attention maps.
         """
         qkv = self.qkv(image).unflatten(-1, (3, *self.heads))  # (B, N, 3, M, E)
         qkv_context = self.qkv_context(text).unflatten(-1, (3, *self.heads))  # (B, L, 3, M, E)
-        weights = (
-            torch.stack([self.norm_q(), self.norm_k()]),
-            torch.stack([self.norm_q_context(), self.norm_k_context()]),
-        )
+        weights = None
+        if self.qk_norm:
+            weights = (
+                torch.stack([self.norm_q(), self.norm_k()]),
+                torch.stack([self.norm_q_context(), self.norm_k_context()]),
+            )
         return join_heads(qkv, qkv_context, weights, *self.pattern)
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:

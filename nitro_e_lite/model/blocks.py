@@ -151,6 +151,7 @@ class JointBlock(nn.Module):
         pattern: ASA pattern `(ratio, chunk)`.
         modulation: One of `config.MODULATIONS`.
         context_pre_only: The last block: the text stream is read (norm only, no modulation) but not continued.
+        qk_norm: Queries and keys are normalised.
     """
 
     def __init__(
@@ -161,11 +162,12 @@ class JointBlock(nn.Module):
         pattern: tuple[int, int] = (1, 1),
         modulation: str = "adaln_affine",
         context_pre_only: bool = False,
+        qk_norm: bool = True,
     ):
         super().__init__()
         dim = num_heads * head_dim
         self.context_pre_only = context_pre_only
-        self.attention = JointAttention(num_heads, head_dim, pattern, context_pre_only)
+        self.attention = JointAttention(num_heads, head_dim, pattern, context_pre_only, qk_norm)
         self.image = Stream(dim, int(dim * mlp_ratio), modulation)
         self.text = nn.LayerNorm(dim) if context_pre_only else Stream(dim, int(dim * mlp_ratio), modulation)
 

@@ -76,6 +76,7 @@ class EMMDiTTransformer2DModel(AdapterMixin, ModelMixin, ConfigMixin):
         repa_hidden: Inner width of the REPA projector.
         dense_time: The time embedding is dense, see `blocks.TimeEmbedding`; timesteps lie in [0, 1000] either way.
         guidance_embedding: `forward` is told a strength of guidance, in place of being asked twice.
+        qk_norm: Queries and keys are normalised; without it logits grow with the weights.
 
     Raises:
         ValueError: A value outside what the architecture can do.
@@ -106,6 +107,7 @@ class EMMDiTTransformer2DModel(AdapterMixin, ModelMixin, ConfigMixin):
         repa_hidden: int = 2048,
         dense_time: bool = False,
         guidance_embedding: bool = False,
+        qk_norm: bool = True,
     ):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
@@ -119,7 +121,8 @@ class EMMDiTTransformer2DModel(AdapterMixin, ModelMixin, ConfigMixin):
         self.text_embed = Linear(caption_channels, dim)
         self.time_embed = TimeEmbedding(dim, modulation, dense_time, guidance_embedding)
 
-        block = partial(JointBlock, num_attention_heads, attention_head_dim, mlp_ratio, modulation=modulation)
+        shape = (num_attention_heads, attention_head_dim, mlp_ratio)
+        block = partial(JointBlock, *shape, modulation=modulation, qk_norm=qk_norm)
         self.groups = _build_groups(block, block_groups, attention_pattern)
         self.compressor = TokenCompressor(dim) if compression else None
         self.reconstructor = TokenReconstructor(dim) if compression else None

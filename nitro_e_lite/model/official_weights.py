@@ -153,6 +153,7 @@ def save_official(model: EMMDiTTransformer2DModel, path: str | Path) -> None:
         "mlp_ratio": 3.0,
         "dense_time": False,
         "guidance_embedding": False,
+        "qk_norm": True,
     }
     for field, value in fixed.items():
         if model.config[field] != value:
