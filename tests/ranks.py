@@ -130,7 +130,7 @@ def wait(pids: list[int], seconds: float = 120) -> list[int]:
 
 def serve() -> None:
     import nitro_e_lite.cli.train  # noqa: F401
-    import nitro_e_lite.experiments.launch  # noqa: F401
+    import nitro_e_lite.experiments.worker  # noqa: F401  # all that a run needs: commands import it when they run
 
     print("ready", flush=True)
     for line in sys.stdin:
@@ -141,6 +141,7 @@ def serve() -> None:
             Path(request["log"]).write_text("")
             answer = [fork(rank, request) for rank in range(request["world"])]
         print(json.dumps(answer), flush=True)
+    os._exit(0)  # taking all that was imported apart takes seconds, too
 
 
 if __name__ == "__main__":

@@ -366,15 +366,8 @@ def test_twenty_visitors_all_get_pictures(browser, server):
     for page in pages:
         page.set_default_timeout(3 * SLOW)
         page.goto(server[1], wait_until="commit")
-    again = 0
     for page in pages:
-        try:
-            page.wait_for_selector(".nl-lanes .nl-medal >> nth=2", timeout=1.5 * SLOW)
-        except sync_api.TimeoutError:  # seen once beside other tests, cause not found: a visitor would load it again
-            again += 1
-            page.reload(wait_until="commit")
-            page.wait_for_selector(".nl-lanes .nl-medal >> nth=2")
-    assert again <= 1
+        page.wait_for_selector(".nl-lanes .nl-medal >> nth=2")
     opened = time.perf_counter() - begin
     for number, page in enumerate(pages):
         page.get_by_label("Seed", exact=True).fill(str(number + 1))
@@ -392,6 +385,22 @@ def test_twenty_visitors_all_get_pictures(browser, server):
     while len(psutil.Process(server[0].pid).children()) > 4 and time.monotonic() < deadline:
         time.sleep(0.5)
     assert len(psutil.Process(server[0].pid).children()) <= 4, "kernels of pages that are gone stay"
+
+
+def test_pages_asked_for_while_the_server_is_held_up_come_all_the_same(browser, server):
+    """What a kernel answered later than voila's 4 s was thrown away: such a page stayed empty until it was reloaded."""
+    context = browser.new_context()
+    pages = [context.new_page() for _ in range(6)]
+    for page in pages:
+        page.evaluate("address => { setTimeout(() => { location.href = address }, 10) }", server[1])
+    for _ in range(3):
+        server[0].send_signal(signal.SIGSTOP)
+        time.sleep(4.2)
+        server[0].send_signal(signal.SIGCONT)
+        time.sleep(0.25)
+    for page in pages:
+        page.wait_for_selector(".nl-lanes .nl-medal >> nth=2", timeout=SLOW)
+    context.close()
 
 
 def test_it_opens_a_browser_and_control_c_leaves_no_process(browser, tiny_folder, tmp_path):

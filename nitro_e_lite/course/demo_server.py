@@ -271,6 +271,8 @@ def _settings(lanes: int, host: str, port: int) -> dict[str, Any]:
             "resources": {"header": html.header(), "lanes": lanes},  # of the page until its widgets are there
             "show_tracebacks": False,
         },
+        # Its own 4 s end while many pages open at once, and a page whose outputs came later stayed empty for ever.
+        "VoilaExecutor": {"iopub_timeout": START_SECONDS, "startup_timeout": START_SECONDS},
         "KernelSpecManager": {"kernel_dirs": []},
         "MappingKernelManager": {
             "cull_idle_timeout": IDLE_MINUTES * 60,
