@@ -251,8 +251,9 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.delenv("NITRO_E_FIGURES", raising=False)
 
 
-@pytest.mark.parametrize(("number", "check"), sorted({row[:2] for row in WRONG}))
+@pytest.mark.parametrize(("number", "check"), sorted({row[:2] for row in WRONG if row[0] in QUICK}))
 def test_a_check_accepts_what_the_lesson_builds(number, check):
+    """Also when it is made quicker; the others run unchanged with their whole notebook."""
     run(number, check)
 
 
