@@ -124,7 +124,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects on a background. `relation` reads "objects[0] is RELATION objects[1]"; None when it is unclear."""
+    """Objects on a background. `relation` reads "objects[0] is RELATION objects[1]"; None when none is claimed."""
 
     kind: str
     objects: tuple[SceneObject, ...]
