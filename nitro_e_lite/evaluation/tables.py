@@ -102,11 +102,12 @@ def _against_16_bit(cards: Cards) -> list[str]:
             score, near = other["score"], card["psnr"]
             here = f"`{card['model']}`, {_steps(card)}, {score[0]:+.4f} ({score[1]:+.4f} to {score[2]:+.4f}), "
             here += f"lost {100 * other['lost']:.2f} %, won {100 * other['won']:.2f} %, "
-            found.append(f"{here}{near['median']:.1f} dB ({near['low']:.1f} to {near['high']:.1f})")
+            here += f"{near['median']:.1f} dB ({near['low']:.1f} to {near['high']:.1f}; {near['pictures']} pictures)"
+            found.append(here)
     what = (
         "FP8 minus 16 bit, GenEval-lite of the same pictures (bar: within 0.01); pictures lost, the most that a switch "
     )
-    what += "to 16 bit could win back, and won; PSNR, median and 90 % of pictures"
+    what += "to 16 bit could win back, and won; PSNR, median and 90 % of the pictures compared"
     command = "nitro-e evaluate --fp8 --against CARD"
     return [f"| {what} | no visible loss (SD3.5 article) | {'; '.join(found)} | `{command}` |"] if found else []
 
