@@ -358,7 +358,7 @@ def test_mistakes_of_all_kinds(here, shipped):
         (["compare", *SMALL, "--variant", "a: seed=1", "--variant", "a: seed=2"], "give each its own"),
         (["compare", *SMALL, "--variant", "A: seed=1", "--variant", "a: seed=2"], "tell their folders apart"),
         (["compare", *SMALL, "--variant", "a: seed=1", "--seeds", "0,0"], "each once"),
-        (["compare", *SMALL, "--variant", "a: seed=1", "--pairs", "1"], "pairs=1: must be"),
+        (["compare", *SMALL, "--variant", "a: seed=1", "--pairs", "1"], "pairs: 1 is below 2"),
         (["plan", "--preset", "lite", "--peak-tflops", "nan"], "peak_tflops=nan"),
         (["plan", "--preset", "lite", "--pictures", "-5"], "pictures=-5"),
         (["challenge", *SMALL, "--minutes", "inf"], "minutes=inf: must be a number > 0"),
