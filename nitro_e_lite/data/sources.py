@@ -26,6 +26,7 @@ import functools
 import hashlib
 import io
 import itertools
+import logging
 import os
 import tarfile
 import unicodedata
@@ -467,6 +468,7 @@ def _parquet_column(path: Path, files: Sequence[Path], columns: Sequence[str]) -
     """Read from disk as it is asked for."""
     import datasets  # takes most of a second, and every training would wait for it
 
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what it would say is the error below
     try:
         rows = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
     except Exception as error:  # Arrow and `datasets` raise many kinds on a damaged file
