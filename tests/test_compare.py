@@ -103,3 +103,13 @@ def test_lite_trains_with_the_optimizer_that_learned_most():
             losses.setdefault(optimizer.name, []).append(run["validation_loss"])
     chosen = losses.pop(presets.preset("base", "lite").optimizer.name)
     assert len(chosen) >= 3 and losses and max(chosen) < min(min(others) for others in losses.values())
+
+
+def test_the_recipes_of_the_card_are_those_of_its_file():
+    folder = files.weights_dir() / "lite" / "transformer"
+    runs = json.loads((folder / "recipes.json").read_text(encoding="utf-8"))["runs"]
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for row in (row for row in runs if row["step"] == 1500):
+        found = [f"{row[key]:.3f}" for key in ("validation_loss", "validation_loss_0.8_1.0")]
+        found += [f"{row['told'][fact]:.2f}" for fact in ("shapes", "places", "colors", "shape")]
+        assert f" | {' | '.join(found)} |" in card, row["variant"]
