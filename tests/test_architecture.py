@@ -176,3 +176,13 @@ def test_readme_package_map_names_every_room_and_module():
 def test_ci_runs_the_readmes_test_command():
     command = 'pip install -e ".[test]" && pytest'
     assert command in README and command in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_tests_of_structure_need_no_package_but_pytest_yaml_and_packaging():
+    """They once stopped at "No module named 'matplotlib'": documents and imports can be read without torch."""
+    allowed = {*sys.stdlib_module_names, "pytest", "yaml", "packaging"}
+    for name in ("conftest", "test_architecture", "test_environment", "test_notebooks"):
+        body = ast.parse((ROOT / "tests" / f"{name}.py").read_text(encoding="utf-8")).body
+        plain = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
+        plain |= {node.module for node in body if isinstance(node, ast.ImportFrom)}
+        assert {module.partition(".")[0] for module in plain} <= allowed, name

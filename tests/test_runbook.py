@@ -170,6 +170,17 @@ def test_the_printed_command_runs_as_printed(fresh, name):
         assert "stage 2, average" in printed and "ours agree on the first 32" in printed
 
 
+@pytest.mark.parametrize("scale", ["lite", "full"])
+def test_stage_2_goes_on_from_stage_1(scale):
+    stage_1, stage_2 = (
+        yaml.safe_load((ROOT / "notebooks" / "params" / f"{name}.{scale}.yaml").read_text(encoding="utf-8"))
+        for name in ("09_repa_pretraining", "10_fine_tuning_ema")
+    )
+    assert stage_2["base"] == f"{stage_1['run_dir']}/training"
+    assert stage_1["vision"] == preset("base", scale).repa.vision
+    assert stage_1["encoders"] == stage_2["encoders"] == preset("finetune", scale).data.encoders
+
+
 # What is looked at first
 
 
