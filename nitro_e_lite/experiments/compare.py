@@ -70,7 +70,7 @@ def compare(
         pairs: minimal pairs of each fact whose captions are exchanged (see `evaluation/sensitivity.py`); 0: none.
 
     Returns:
-        What `comparison.json` holds: `points`, `batch_size`, `variants`, `prompts`, `config` and `runs`.
+        What `comparison.json` holds: `points`, `batch_size`, `variants`, `prompts`, `pairs`, `config` and `runs`.
         These are a list with a row for each variant, seed and point: `step`, `samples`, `trained_steps` since the
         point before or, if it was stopped on the way, since it went on, and their `seconds`, the fields of
         `Pretrain.validate`, with pairs `told`, the share of noisy pictures that their own caption fits better than
