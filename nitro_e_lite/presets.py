@@ -168,6 +168,7 @@ _REWARDS_FULL = RewardConfig(
     log_every=10,
     validate_every=200,  # all of them, whatever they take: the watch on hacking reads them
     sample_every=200,
+    snapshot_every=200,  # the best of them is what that watch names
     checkpoint_every=20,
     checkpoint_minutes=10.0,
     keep_checkpoints=3,

@@ -4,20 +4,23 @@ import base64
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
 import threading
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from PIL import Image
 from ranks import ranks  # noqa: F401
 from safetensors.torch import load_file
 from test_engine import same, weights_of
@@ -28,7 +31,7 @@ from nitro_e_lite import config as settings
 from nitro_e_lite import files
 from nitro_e_lite.cli.app import app
 from nitro_e_lite.config import override
-from nitro_e_lite.evaluation import learned_judges, watch
+from nitro_e_lite.evaluation import judge_server, learned_judges, watch
 from nitro_e_lite.evaluation import rewards as judges
 from nitro_e_lite.evaluation.rewards import RemoteReward, RewardServer
 from nitro_e_lite.experiments.launch import train_arguments
@@ -192,6 +195,51 @@ def test_prompts_are_never_reserved_or_held_out():
         geneval.training_prompt("cats", 0)
 
 
+def test_a_run_on_a_file_of_prompts(small, tmp_path):
+    """Two rewards, one of them remote, each brought to one spread; killed in the second roll-out, it has the same bits.
+
+    The first prompt of a kind with ten is never asked for: it is held out.
+    """
+    kinds = {"many": 12, "few": 3}
+    entries = [{"tag": k, "include": [], "prompt": f"{k} {i}"} for k, count in kinds.items() for i in range(count)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+    class Judge(Odd):
+        name = "judge"
+
+        def __init__(self):
+            super().__init__()
+            self.asked, self.stop = set(), None
+
+        def score(self, pictures, prompts):
+            mine = prompts[0]["tag"] in kinds
+            self.asked |= {prompt["prompt"] for prompt in prompts if mine}
+            if self.calls == self.stop:
+                raise RuntimeError("gone")
+            return (-1 if mine else 1) * super().score(pictures, prompts)
+
+    found = {}
+    for name, stop in (("whole", None), ("parts", 4)):
+        reward = Judge()
+        reward.stop = stop
+        with served(reward, read_prompt=lambda entry: entry) as server:
+            changes = [f"prompts={tmp_path / 'prompts.jsonl'}", f"rewards=[[redness, 1.0], ['{server.url}', 0.5]]"]
+            changes += ["normalize_rewards=true", "reward_retries=0", "validation_prompts=2", "group=2"]
+            config = small("forward", *changes)
+            if stop is not None:
+                with pytest.raises(RuntimeError, match="reward judge@.*gone"):
+                    train_rewards(config, tmp_path / name, device="cpu")
+                reward.stop = None
+            train_rewards(config, tmp_path / name, resume=True, device="cpu")
+            found[name] = weights_of(tmp_path / name)
+            rolled = set(reward.asked)
+            assert rolled and "many 0" not in rolled and rolled <= {entry["prompt"] for entry in entries}
+            held = LOOKS["validate"](start(config, tmp_path / name, resume=True).stage)
+            assert held["held_out_redness"] == pytest.approx(-held[f"held_out_judge@{server.url}"])
+            assert reward.asked - rolled == {"many 0"}
+    assert same(found["whole"], found["parts"])
+
+
 def test_kinds_that_can_still_teach_are_drawn_more_often():
     prompts = Prompts(0, "", 0.05, 0.5)
     prompts.pass_rates |= dict.fromkeys(prompts.pass_rates, 1.0) | {"counting": 0.5, "position": 0.0}
@@ -345,6 +393,17 @@ def test_preflight_and_bad_batches_name_the_reward():
 
     with pytest.raises(RuntimeError, match="reward backwards: gives a red circle .* it must prefer the first"):
         judges.preflight([Backwards()])
+
+    class Dogs(Backwards):  # it knows no circles, and has pictures of its own
+        name, examples = "dogs", (judges.FilePrompt({"prompt": "a dog", "tag": "x"}), np.zeros((2, 8, 8, 3), np.uint8))
+
+        def score(self, pictures, prompts):
+            return np.arange(2, 0, -1) if prompts[0].text == "a dog" else np.zeros(2)
+
+    assert judges.preflight([Dogs()]) == {"dogs": (2, 1)}
+    Dogs.score = lambda self, pictures, prompts: np.ones(2)
+    with pytest.raises(RuntimeError, match="reward dogs: gives its good picture 1 and its bad one 1 .*'a dog'"):
+        judges.preflight([Dogs()])
     for scores, error, words in [
         ([1.0, math.nan, 0.0], FloatingPointError, "reward mine: 1 of 3 scores are NaN or infinite"),
         ([1.0, None, math.inf], FloatingPointError, "reward mine: 2 of 3"),
@@ -373,8 +432,8 @@ class Odd(judges.Redness):
 
 
 @contextmanager
-def served(reward, port=0):
-    with RewardServer(reward, port=port) as server:
+def served(reward, port=0, **options):
+    with RewardServer(reward, port=port, **options) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
@@ -410,6 +469,101 @@ def test_a_remote_reward_says_what_the_local_one_says():
             with pytest.raises(RuntimeError, match=words):
                 remote._ask(path, body)
         assert judges.preflight([remote])
+
+
+STAND_INS = {  # what `judge_server.py` uses of the two tools
+    "evaluate_images.py": """
+import argparse
+from PIL import Image
+
+def parse_args():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("imagedir")
+    parser.add_argument("--model-path")
+    return parser.parse_args()
+
+def load_models(args):
+    return args.model_path, (1, 2, 3), ["dog"]
+
+def evaluate_image(path, metadata):
+    assert (object_detector, clip_model, transform, tokenizer, classnames) == ("detector", 1, 2, 3, ["dog"])
+    assert (THRESHOLD, COUNTING_THRESHOLD, MAX_OBJECTS, NMS_THRESHOLD, POSITION_THRESHOLD) == (0.3, 0.9, 16, 1.0, 0.1)
+    red, green, blue = Image.open(path).getpixel((0, 0))
+    if metadata["prompt"] == "breaks":
+        raise ValueError("out of memory")
+    return {"correct": red > blue, "tag": metadata["tag"]}
+""",
+    "huggingface_hub.py": """
+def hf_hub_download(repository, name):
+    assert (repository, name) == ("xswu/HPSv2", "HPS_v2.1.pt")
+    return __file__.replace("huggingface_hub.py", "weights.pt")
+""",
+    "hpsv2/__init__.py": "",
+    "hpsv2/utils.py": 'hps_version_map = {"v2.1": "HPS_v2.1.pt"}',
+    "hpsv2/img_score.py": """
+import numpy as np
+import torch
+
+device, model_dict = "cpu", {}
+
+class Model(torch.nn.Linear):
+    def forward(self, images, texts):
+        return {"image_features": super().forward(images), "text_features": texts}
+
+def initialize_model():
+    model_dict["model"] = Model(3, 3)
+    model_dict["preprocess_val"] = lambda picture: torch.from_numpy(np.asarray(picture, np.float32) / 255).mean((0, 1))
+
+def get_tokenizer(name):
+    return lambda texts: torch.tensor([[float(text == "red"), 0.0, float(text == "blue")] for text in texts])
+""",
+}
+
+
+@pytest.mark.parametrize("judge", ["geneval", "hpsv2"])
+def test_the_tools_own_judges_are_served(judge, tmp_path):
+    """With stand-ins for both: what the tools are given, what they say, and the examples of one without circles."""
+    for name, text in STAND_INS.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    torch.save({"state_dict": {"weight": torch.eye(3), "bias": torch.zeros(3)}}, tmp_path / "weights.pt")
+    pictures = np.zeros((2, 16, 16, 3), np.uint8)
+    pictures[0, ..., 0] = pictures[1, ..., 2] = 200  # red, blue
+    for name, picture in zip(("good", "bad"), pictures, strict=True):
+        Image.fromarray(picture).save(tmp_path / f"{name}.png")
+    red = judges.FilePrompt({"tag": "colors", "include": [], "prompt": "red"})
+    words = [sys.executable, judge_server.__file__, judge, "--port", "0"]
+    shown = [
+        "--good",
+        str(tmp_path / "good.png"),
+        "--bad",
+        str(tmp_path / "bad.png"),
+        "--prompt",
+        json.dumps(red.entry),
+    ]
+    tool = ["--script", str(tmp_path / "evaluate_images.py"), "--models", "detector"]
+    words += [*tool, *shown] if judge == "geneval" else []
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env) as server:
+        try:
+            remote = RemoteReward(re.search(r"http://\S+", server.stdout.readline())[0], batch=2, retries=0)
+            assert remote.name.startswith(f"{judge}@")
+            blue = judges.FilePrompt(red.entry | {"prompt": "blue"})
+            said = remote.score(np.concatenate([pictures, pictures]), [red, red, blue, blue])
+            expected = [1, 0, 1, 0] if judge == "geneval" else [200 / 255, 0, 0, 200 / 255]
+            np.testing.assert_allclose(said, expected, atol=5e-3)
+            if judge == "geneval":
+                assert judges.preflight([remote]) == {remote.name: (1, 0)}
+                with pytest.raises(RuntimeError, match="500 .*ValueError: out of memory"):
+                    remote.score(pictures, [judges.FilePrompt(red.entry | {"prompt": "breaks"})] * 2)
+            with pytest.raises(RuntimeError, match="400 .*needs images"):
+                remote._ask("/score", b'{"images": ["AAAA"], "prompts": []}')
+        finally:
+            server.terminate()
+    if judge == "geneval":
+        lacks = subprocess.run(words[:5], capture_output=True, text=True)
+        assert lacks.returncode == 2 and "geneval needs --script" in lacks.stderr
 
 
 def test_a_request_of_a_length_that_is_not_true_is_answered(monkeypatch, capfd):
@@ -454,6 +608,29 @@ def test_a_server_that_fails_is_named(way, error, words):
             remote.score(pictures, prompts)
 
 
+def test_a_server_that_sends_byte_by_byte_is_late():
+    """Each byte comes in time and the answer never does: it once held a run up for as long as it liked."""
+    health = b'HTTP/1.0 200 OK\r\nContent-Length: 999\r\n\r\n{"name": "drip", "ready": true'
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip():
+            client, _ = server.accept()
+            with client, suppress(OSError):
+                client.recv(2**16)
+                client.sendall(health)
+                for _ in range(100):
+                    time.sleep(0.05)
+                    client.sendall(b" ")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        begin = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"no answer within 0\.3 s"):
+            RemoteReward(f"http://127.0.0.1:{server.getsockname()[1]}", timeout=0.3, retries=0)
+        assert time.monotonic() - begin < 2
+        thread.join()
+
+
 def test_one_failure_is_tried_again_and_a_dead_server_is_named():
     pictures, prompts = np.zeros((2, 8, 8, 3), np.uint8), [judges.PREFLIGHT] * 2
     with served(Odd("breaks once")) as server:
@@ -475,6 +652,38 @@ def test_an_easy_reward_rises_within_fifteen_iterations(method, needed, small, t
     rewards = [engine.step()["reward"] for _ in range(engine.config.steps)]
     print(f"{method}: {rewards[0]:.4f} to {rewards[-1]:.4f}")
     assert np.mean(rewards[-3:]) - np.mean(rewards[:3]) > needed
+
+
+def test_a_constant_reward_stops_the_run_by_name(small, tmp_path, monkeypatch):
+    """It prefers the good picture of the preflight and after that says always the same."""
+
+    class Stuck(judges.Redness):
+        name = "stuck"
+
+        def score(self, pictures, prompts):
+            return super().score(pictures, prompts) if prompts[0] is judges.PREFLIGHT else np.full(len(prompts), 0.5)
+
+    monkeypatch.setitem(judges.LITE_REWARDS, "stuck", Stuck)
+    with pytest.raises(RuntimeError, match=r"reward stuck: all 8 scores are 0\.5; .*step 0 is saved"):
+        train_rewards(small("forward", "rewards=[[stuck, 1.0]]"), tmp_path, device="cpu")
+
+
+def test_a_collapsing_run_is_stopped(small, tmp_path, monkeypatch):
+    """Pictures of a group that are all alike from the fifth roll-out on: the gate ends the run and names its step."""
+    config, drawn = small("grpo", "steps=12", "updates=1", "stop_diversity=0.7"), []
+    plain = GrpoRewards.roll_out
+
+    def alike(self, step, places, features):
+        found = plain(self, step, places, features)
+        drawn.append(step)
+        if step >= 4:
+            found["x0"] = found["x0"][:1] + 1e-3 * (found["x0"] - found["x0"][:1])
+        return found
+
+    monkeypatch.setattr(GrpoRewards, "roll_out", alike)
+    with pytest.raises(RuntimeError, match="gate diversity: "):
+        train_rewards(config, tmp_path, device="cpu")
+    assert 4 <= drawn[-1] < 11 and not (tmp_path / "final").exists()
 
 
 class Killed(BaseException):
@@ -509,29 +718,41 @@ def test_killed_anywhere_and_resumed_it_has_the_same_bits(method, where, call, w
     assert same(weights_of(undisturbed), weights_of(tmp_path))
 
 
-def test_nothing_is_lost_when_a_reward_server_dies(whole, tmp_path):
-    """The run ends with the server's name; with the server back it goes on to the bits of a run without accident."""
+@pytest.mark.parametrize(
+    ("method", "way", "error", "words"),
+    [
+        ("forward", "breaks", RuntimeError, "answered 500"),
+        ("forward", "nan", FloatingPointError, "scores are NaN"),
+        ("grpo", "nan", FloatingPointError, "scores are NaN"),
+        ("grpo", "few", RuntimeError, "scores for 2 pictures"),
+    ],
+)
+def test_nothing_is_lost_when_a_reward_server_fails(method, way, error, words, whole, tmp_path):
+    """The run ends with the server's name and saves its step; with the server well again it goes on to the same bits.
 
-    class Mortal(judges.Redness):
-        calls, last = 0, 7  # the preflight, the first roll-out in four parts, half of the second
+    The old policy once followed twice: before the roll-out that failed, and before the one that took its place.
+    """
+
+    class Ill(Odd):
+        last = 7  # the preflight, the first roll-out in four parts, half of the second
 
         def score(self, pictures, prompts):
-            self.calls += 1
-            if self.calls > self.last:
-                raise RuntimeError("gone")
+            self.way = way if self.calls >= self.last else ""
             return super().score(pictures, prompts)
 
-    reward = Mortal()
+    reward = Ill()
     with served(reward) as server:
-        config = override(whole["forward"][0], [f"rewards=[['{server.url}', 1.0]]", "reward_retries=0"])
-        with pytest.raises(RuntimeError, match=f"reward redness@{re.escape(server.url)}: answered 500"):
+        alone = [f"rewards=[['{server.url}', 1.0]]", "reward_retries=0", "checkpoint_every=99"]
+        config = override(whole[method][0], alone)
+        with pytest.raises(error, match=f"reward redness@{re.escape(server.url)}: .*{words}.*step 2 is saved"):
             train_rewards(config, tmp_path, device="cpu")
+        assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
         reward.last = 99
         train_rewards(config, tmp_path, resume=True, device="cpu")
-    assert same(weights_of(whole["forward"][1]), weights_of(tmp_path))  # which was paid by the reward in this process
+    assert same(weights_of(whole[method][1]), weights_of(tmp_path))  # which was paid by the reward in this process
     here, there = (
         [row["reward"] for row in read_jsonl(folder / "metrics.jsonl") if "reward" in row]
-        for folder in (whole["forward"][1], tmp_path)
+        for folder in (whole[method][1], tmp_path)
     )
     assert here == there and len(here) == 4
 
@@ -758,6 +979,21 @@ def test_a_run_that_is_hacked_is_stopped():
     for row, said in [({"reward": 1.0}, "step='missing'"), ({"step": 1, "reward": {}}, "reward={}")]:
         with pytest.raises(ValueError, match=f"metrics.jsonl: {said}: must be a number"):
             watch.reward_figure([row])
+
+
+def test_the_reference_holds_back_by_its_distance(small, tmp_path):
+    """With and without its term the loss differs by weight times the squared distance of the velocities."""
+    stage = start(small("forward"), tmp_path).stage
+    for value in stage.adapter.values():
+        value.data.normal_(0, 0.05)
+    found = {}
+    for weight in (0.0, 0.25):
+        forward = dataclasses.replace(stage.config.forward, reference_weight=weight)
+        stage.config = dataclasses.replace(stage.config, forward=forward)
+        found[weight] = stage.losses(0, 0)["transformer"]
+    distance = found[0.25]["reference_distance"]
+    assert "reference_distance" not in found[0.0] and distance.min() > 0
+    torch.testing.assert_close(found[0.25]["loss"] - found[0.0]["loss"], 0.25 * distance, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_that_teach_nothing_change_nothing_but_the_cost(small, tmp_path):

@@ -27,7 +27,7 @@ def read_metadata(path: str | Path) -> list[dict]:
     Raises:
         ValueError: naming the line that is not one or lacks one of `KEYS`; or no lines.
     """
-    found = list(read_jsonl(path, torn_last_line="counts", parse=_check_entry))
+    found = list(read_jsonl(path, torn_last_line="counts", parse=check_entry))
     if not found:
         raise InvalidValue(f"{path}: holds no prompts")
     return found
@@ -78,7 +78,12 @@ def _check_result(row: dict) -> dict:
     return row
 
 
-def _check_entry(entry: dict) -> dict:
+def check_entry(entry: dict) -> dict:
+    """The metadata of one prompt, as they are.
+
+    Raises:
+        ValueError: one of `KEYS` is missing or of another type.
+    """
     if any(not isinstance(entry.get(key), kind) for key, kind in KEYS.items()):
         kinds = ", ".join(f"{key} (a {'list' if kind is list else 'string'})" for key, kind in KEYS.items())
         raise InvalidValue(f"must be an object with {kinds}")

@@ -6,8 +6,8 @@ is arithmetic, a network or a program in another environment on another machine 
 * `geneval` is the strict verdict of GenEval-lite, 0 or 1; `partial` is its credit for what is right already, so that a
   group of failures still says which way is better; `preference` likes clean pictures, see `learned_judges.py`;
   `redness` is the easy reward of tests and lessons.
-* `RemoteReward` asks a server over HTTP. GenEval's detector and HPSv2.1 need environments of their own; `RewardServer`
-  is the reference for such a server, and serves the lite rewards.
+* `RemoteReward` asks a server over HTTP. GenEval's detector and HPSv2.1 need environments of their own, in which
+  `judge_server.py` serves them; `RewardServer` is the reference for such a server, and serves the lite rewards.
 
 **Adding rewards.** GenEval jumps by 1 where HPSv2.1 moves by 0.02: in a plain sum one drowns the other. With
 `normalize` each is brought to mean 0 and deviation 1 over the batch first:
@@ -15,10 +15,12 @@ is arithmetic, a network or a program in another environment on another machine 
     total = sum_k weight_k (r_k - mean r_k) / (std r_k + 1e-4)
 
 **Distrust.** A broken judge ruins a run silently. `preflight` shows each reward a good and a bad picture before the
-first roll-out; a batch that is not finite, or all the same, stops the run with the name of the reward.
+first roll-out, those of its server where it has some; a batch that is not finite, or all the same, stops the run with
+the name of the reward.
 
 The wire, JSON over HTTP: `POST /score` takes `{"images": [PNG in base64, ...], "prompts": [GenEval metadata, ...]}` and
-answers `{"scores": [number, ...]}`; `GET /health` answers `{"name": ..., "ready": true}`.
+answers `{"scores": [number, ...]}`; `GET /health` answers `{"name": ..., "ready": true}` and, when the judge knows no
+circles, `"examples": {"prompt": GenEval metadata, "good": PNG in base64, "bad": PNG in base64}`.
 
 Source: Flow-GRPO (rewards from GenEval and preference models, partly remote). Differs: there the sum is a plain one.
 """
@@ -36,6 +38,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from functools import lru_cache
+from http.client import HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Protocol
 
@@ -45,6 +48,7 @@ from scipy.optimize import linear_sum_assignment
 
 from nitro_e_lite.errors import InvalidValue, NotFinite, Unusable
 from nitro_e_lite.evaluation.learned_judges import PreferenceModel, load_judge
+from nitro_e_lite.evaluation.official_geneval import check_entry
 from nitro_e_lite.files import explain_json, read_json_line
 from nitro_e_lite.scenes.geneval import Prompt, judge, true_scene
 from nitro_e_lite.scenes.grammar import COLORS
@@ -65,6 +69,27 @@ class Asked(Protocol):
 
     def metadata(self) -> dict:
         """The same in GenEval's schema."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FilePrompt:
+    """A prompt of a file in GenEval's schema, about anything."""
+
+    entry: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        """The caption."""
+        return self.entry["prompt"]
+
+    @property
+    def tag(self) -> str:
+        """Its kind."""
+        return self.entry["tag"]
+
+    def metadata(self) -> dict[str, Any]:
+        """The entry itself."""
+        return self.entry
 
 
 class Reward(Protocol):
@@ -221,6 +246,8 @@ def check_scores(name: str, scores: np.ndarray, count: int, constant: bool = Tru
 def preflight(rewards: Sequence[Reward], size: int = 128) -> dict[str, tuple[float, float]]:
     """Shows each reward a red circle, and a blue square in its place, when a red circle is asked for.
 
+    A reward with `examples` of its own (prompt, pictures (2, H, W, 3)), the good one first, is shown those.
+
     Args:
         rewards: to try.
         size: of the pictures, pixels.
@@ -238,12 +265,13 @@ def preflight(rewards: Sequence[Reward], size: int = 128) -> dict[str, tuple[flo
     pictures = np.stack([render(one, size) for one in scenes])  # (2, H, W, 3)
     found = {}
     for reward in rewards:
-        said = reward.score(pictures, [PREFLIGHT] * 2)
-        good, bad = check_scores(reward.name, said, 2, constant=False)
+        prompt, shown = getattr(reward, "examples", None) or (PREFLIGHT, pictures)
+        good, bad = check_scores(reward.name, reward.score(shown, [prompt] * 2), 2, constant=False)
         if good <= bad:
+            names = ("a red circle", "a blue square") if prompt is PREFLIGHT else ("its good picture", "its bad one")
             raise Unusable(
-                f"reward {reward.name}: gives a red circle {good:g} and a blue square {bad:g} when asked for "
-                f"{PREFLIGHT.text!r}; it must prefer the first"
+                f"reward {reward.name}: gives {names[0]} {good:g} and {names[1]} {bad:g} when asked for "
+                f"{prompt.text!r}; it must prefer the first"
             )
         found[reward.name] = float(good), float(bad)
     return found
@@ -279,6 +307,9 @@ class RemoteReward:
         batch: pictures in one request.
         wait: seconds before the first further attempt, doubled each time.
 
+    Attributes:
+        examples: what its server would be shown in `preflight`, if it says so.
+
     Raises:
         RuntimeError: the server is not there or not ready; also from `score`, when it dies or is too slow.
     """
@@ -290,10 +321,20 @@ class RemoteReward:
         if not isinstance(health, dict) or health.get("ready") is not True:
             raise Unusable(f"reward {self.url}: is not ready, its /health says {health!r:.200}")
         self.name = f"{health.get('name', 'remote')}@{self.url}"
+        self.examples = self._examples(health.get("examples"))
 
     def health(self) -> Any:
         """What the server says of itself."""
         return self._ask("/health", None)
+
+    def _examples(self, told: Any) -> tuple[Asked, np.ndarray] | None:
+        if told is None:
+            return None
+        try:
+            pictures = _from_png([told["good"], told["bad"]])  # (2, H, W, 3)
+            return FilePrompt(check_entry(told["prompt"])), pictures
+        except Exception as error:  # Pillow raises many kinds on damaged pictures
+            raise Unusable(f"reward {self.name}: its /health has examples that cannot be read ({error})") from None
 
     def score(self, pictures: np.ndarray, prompts: Sequence[Asked]) -> np.ndarray:
         """The server's scores (B,); in a list of its own order, `batch` pictures a request."""
@@ -314,7 +355,7 @@ class RemoteReward:
         for attempt in range(tries):
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                    return json.loads(answer.read())
+                    return json.loads(self._read(answer))
             except urllib.error.HTTPError as error:
                 said = error.read().decode(errors="replace").strip()[:300]
                 reason = f"answered {error.code} {error.reason}: {said}"
@@ -335,6 +376,15 @@ class RemoteReward:
             f"reward {self.name}: {reason}; tried {tries} times. Start the server again; the run continues from its "
             "last checkpoint with --resume"
         )
+
+    def _read(self, answer: HTTPResponse) -> bytes:
+        """All of an answer; a server that sends byte by byte is late too, though each byte comes in time."""
+        end, body = time.monotonic() + self.timeout, bytearray()
+        while part := answer.read1(2**16):
+            body += part
+            if time.monotonic() > end:
+                raise TimeoutError
+        return bytes(body)
 
 
 def _to_png(picture: np.ndarray) -> str:

@@ -4,7 +4,7 @@ With F the FLOPs of one forward pass of one sample, K steps of a roll-out, g = 2
 iteration of N = `updates * batch_size` pictures in groups of G costs
 
     roll-outs           N (K g F + decoder), N / G captions
-    updates, forward    N times ((1 + g) F + 1 old + 1 reference), see `rewards_forward.py`
+    updates, forward    N times ((1 + g) F + g old + g reference), see `rewards_forward.py`
     updates, grpo       N window ((1 + g) F + g reference with kl), see `rewards_grpo.py`
 
 A step learns an adapter: the way back passes through the frozen matrices to their inputs alone, so it costs one forward

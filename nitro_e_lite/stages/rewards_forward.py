@@ -111,21 +111,24 @@ class ForwardRewards(Rewards):
 
     Attributes:
         old: the adapter of the old policy by name, float32.
+        old_step: the step at which it last followed. A roll-out that failed begins again, and it must not follow twice.
     """
 
     def __init__(self, config: RewardConfig, placement: Placement):
         super().__init__(config, placement)
+        self.old_step = 0
         self.old = {name: p.detach().to(placement.device, torch.float32, copy=True) for name, p in self.adapter.items()}
 
     @torch.no_grad()
     def before_rollout(self, step: int) -> None:
         """The old policy follows the new one."""
-        if step == 0:
-            return  # they are the same
+        if step == self.old_step:
+            return  # before the first update they are the same
         config = self.config.forward
         decay = old_decay(step, config.old_schedule, config.old_length, self.config.steps)
         for name, value in self.old.items():
             value.lerp_(self.adapter[name].detach().float(), 1 - decay)
+        self.old_step = step
 
     def roll_out(self, step: int, places: Sequence[int], features: Tensor) -> dict[str, Tensor]:
         """Pictures of the old policy along the ODE."""
@@ -173,10 +176,13 @@ class ForwardRewards(Rewards):
 
     def state(self) -> dict[str, Any]:
         """Also the old policy."""
-        return super().state() | {f"old.{name}": value for name, value in self.old.items()}
+        return (
+            super().state() | {"old_step": self.old_step} | {f"old.{name}": value for name, value in self.old.items()}
+        )
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Also the old policy."""
         super().load_state(state)
+        self.old_step = state.get("old_step", self.rollout_step)  # which a checkpoint of before does not name
         for name, value in self.old.items():
             value.copy_(state[f"old.{name}"])

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ from nitro_e_lite.errors import InvalidValue, NotFinite
 from nitro_e_lite.evaluation.geneval_lite import draw, picture_seed
 from nitro_e_lite.evaluation.learned_judges import SceneReader, load_judge
 from nitro_e_lite.evaluation.official_geneval import read_metadata
-from nitro_e_lite.evaluation.rewards import EPS, add_rewards, check_scores, open_rewards, preflight
+from nitro_e_lite.evaluation.rewards import EPS, FilePrompt, add_rewards, check_scores, open_rewards, preflight
 from nitro_e_lite.evaluation.watch import STATISTICS, picture_statistics
 from nitro_e_lite.inference.hub import weights_hash
 from nitro_e_lite.inference.loading import load_pipeline
@@ -63,27 +62,6 @@ PASSES = 0.5  # a picture passes when the first reward gives it more
 UNSEEN = 0.5  # pass rate of a kind of prompt before the first picture
 
 
-@dataclass(frozen=True)
-class FilePrompt:
-    """A prompt of a file in GenEval's schema, about anything."""
-
-    entry: dict[str, Any]
-
-    @property
-    def text(self) -> str:
-        """The caption."""
-        return self.entry["prompt"]
-
-    @property
-    def tag(self) -> str:
-        """Its kind."""
-        return self.entry["tag"]
-
-    def metadata(self) -> dict[str, Any]:
-        """The entry itself."""
-        return self.entry
-
-
 class Prompts:
     """What a run asks for, and how often each kind of it.
 
@@ -93,23 +71,30 @@ class Prompts:
             held-out compositions.
         floor: what is added to `p (1 - p)`.
         memory: what a pass rate keeps of itself at each roll-out.
+        held_out: prompts of each kind of a file that no roll-out asks for, a tenth of them at most.
 
     Attributes:
         pass_rates: by kind.
+        held_out: of a file, the first ones of each kind.
 
     Raises:
         ValueError: a file without prompts, or with a line that is none.
     """
 
-    def __init__(self, seed: int, path: str, floor: float, memory: float):
+    def __init__(self, seed: int, path: str, floor: float, memory: float, held_out: int = 0):
         self.seed, self.floor, self.memory = seed, floor, memory
         self.of_file: dict[str, list[FilePrompt]] | None = None
+        self.held_out: list[FilePrompt] = []
         kinds: Sequence[str] = CATEGORIES
         if path:
             self.of_file = {}
             for entry in read_metadata(path):
                 self.of_file.setdefault(entry["tag"], []).append(FilePrompt(entry))
             kinds = sorted(self.of_file)
+            for kind in kinds:
+                count = min(held_out, len(self.of_file[kind]) // 10)
+                self.held_out += self.of_file[kind][:count]
+                self.of_file[kind] = self.of_file[kind][count:]
         self.pass_rates = dict.fromkeys(kinds, UNSEEN)
 
     def shares(self) -> dict[str, float]:
@@ -194,7 +179,8 @@ class Rewards(Stage):
 
     def __init__(self, config: RewardConfig, placement: Placement):
         self.config, self.placement = config, placement
-        self.prompts = Prompts(config.seed, config.prompts, config.prompt_floor, config.pass_memory)
+        held_out = config.validation_prompts
+        self.prompts = Prompts(config.seed, config.prompts, config.prompt_floor, config.pass_memory, held_out)
         servers = {"timeout": config.reward_timeout, "retries": config.reward_retries, "batch": config.reward_batch}
         names, self.reward_weights = zip(*config.rewards, strict=True)
         self.rewards = open_rewards(names, **servers)
@@ -390,30 +376,46 @@ class Rewards(Stage):
     # -- looking at the run
 
     def validate(self) -> dict[str, float]:
-        """GenEval-lite of fixed held-out prompts, drawn as in roll-outs; nothing when prompts come from a file.
+        """GenEval-lite of fixed held-out prompts, drawn as in roll-outs; with a file the rewards of its held-out ones.
+
+        The score that `EarlyStop` watches is GenEval-lite's, or the first reward's mean.
 
         Raises:
             GateFailed: the score has fallen and there are steps left, see `EarlyStop`.
         """
         if self.prompts.of_file is not None:
-            return {}
+            return self._validate_on_file()
         prompts = self._held_out(self.config.validation_prompts)
         pictures = self._draw(prompts)
         verdicts = [verify(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
         found = score(prompts, verdicts)
         by_kind = {f"geneval_{kind}": value for kind, value in found.categories.items()}
         by_kind["held_out_reader"] = float(self.reader.right(np.stack(pictures), prompts).mean())
+        self._watch(found.overall)
+        return {"geneval": found.overall, "geneval_low": found.low, "geneval_high": found.high, **by_kind}
+
+    def _validate_on_file(self) -> dict[str, float]:
+        prompts = self.prompts.held_out
+        if not prompts:
+            return {}
+        pictures, found = np.stack(self._draw(prompts)), {}
+        for reward in self.rewards:
+            said = check_scores(reward.name, reward.score(pictures, prompts), len(prompts), constant=False)
+            found[f"held_out_{reward.name}"] = float(said.mean())
+        self._watch(next(iter(found.values())))
+        return found
+
+    def _watch(self, score: float) -> None:
         done = self.rollout_step + self.config.updates
         if done < self.config.steps:
-            self.early_stop.held_out(done, found.overall)
-        return {"geneval": found.overall, "geneval_low": found.low, "geneval_high": found.high, **by_kind}
+            self.early_stop.held_out(done, score)
 
     @staticmethod
     def _held_out(each: int) -> list[Prompt]:
         prompts = load_prompts()
         return [p for kind in CATEGORIES for p in [one for one in prompts if one.tag == kind][:each]]
 
-    def _draw(self, prompts: Sequence[Prompt], batch: int = 16) -> list[np.ndarray]:
+    def _draw(self, prompts: Sequence[Prompt | FilePrompt], batch: int = 16) -> list[np.ndarray]:
         sampler = self.pipeline.sampler(self.config.rollout_steps, self.config.guidance, self.config.shift)
         jobs = [(prompt.text, picture_seed(0, place)) for place, prompt in enumerate(prompts)]
         parts = [jobs[first : first + batch] for first in range(0, len(jobs), batch)]

@@ -39,7 +39,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from nitro_e_lite.config import RunConfig, to_dict
-from nitro_e_lite.errors import FileThere, InvalidValue, NotFinite
+from nitro_e_lite.errors import FileThere, InvalidValue, NotFinite, Unusable
 from nitro_e_lite.files import atomic_folder, check_output, run_lock, write_atomically
 from nitro_e_lite.model.cpu_kernels import speed_up
 from nitro_e_lite.runtime import RunStopped, StopRequest, environment_report, tune_cpu
@@ -471,7 +471,8 @@ class Engine:
             RunStopped: SIGTERM or SIGINT came before the last step; the checkpoint is written.
             OSError: a checkpoint could not be written; the one before it is intact.
             FloatingPointError: too many steps in a row were left out; the checkpoint is written.
-            RuntimeError: another process trains in this folder.
+            RuntimeError: another process trains in this folder, or what the stage needs failed, such as a judge on
+                another machine; then the checkpoint is written.
         """
         main = self.accelerator.is_main_process
         try:
@@ -481,9 +482,10 @@ class Engine:
                 set_patience(timedelta(minutes=self.config.patience))
                 try:
                     self._train()
-                except NotFinite as error:
+                except (NotFinite, Unusable) as error:  # the step had not changed anything yet
                     if main:
-                        raise NotFinite(f"{error}; step {self.global_step} is saved in {self.save().parent}") from None
+                        said = f"{error}; step {self.global_step} is saved in {self.save().parent}"
+                        raise type(error)(said) from None
                     raise
                 if main:
                     self.writer.wait()
