@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import hashlib
 import importlib.metadata
 import os
@@ -208,10 +209,18 @@ def device_name(device: torch.device) -> str:
 
 
 def memory_used(device: torch.device) -> int:
-    """Bytes: the most that this process ever had on the accelerator, or what it has in main memory on a CPU."""
+    """Bytes: the most on the accelerator since `forget_memory`, or what the process has in main memory on a CPU."""
     if device.type in ("cuda", "xpu"):
         return torch.accelerator.max_memory_reserved(device)
     return psutil.Process().memory_info().rss
+
+
+def forget_memory(device: torch.device) -> None:
+    """Gives back what nobody holds any more, and lets `memory_used` begin again."""
+    gc.collect()
+    if device.type in ("cuda", "xpu"):
+        torch.accelerator.empty_cache()
+        torch.accelerator.reset_peak_memory_stats(device)
 
 
 def memory_there(device: torch.device) -> int:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from nitro_e_lite.evaluation import cards, peers
+from nitro_e_lite.evaluation import cards, claims, gpu_cells, peers, tables
 
 ALL = peers.load_peers()
 ROWS = peers.table_rows()
@@ -109,3 +109,86 @@ def test_benchmark_peers_prints_and_writes_a_card(tiny, monkeypatch, tmp_path):
         assert CliRunner().invoke(app, [*words, *more]).exit_code == 2
     for more in (["--transformer", "smoke"], ["--beside", "lite@1"]):
         assert CliRunner().invoke(app, ["benchmark", "--compile", *more]).exit_code == 2
+
+
+@pytest.fixture
+def small_cells(tiny, monkeypatch):
+    """The cells of an accelerator with small models, 2 pictures for 32; other tests compile, and time passes."""
+    text = tiny["text"].config | {"vocab_size": 512}
+    decoder = {"latent_channels": 4, "attention_head_dim": 8}
+    for side in ("encoder", "decoder"):
+        decoder |= {f"{side}_block_types": "ResBlock", f"{side}_block_out_channels": (8, 8)}
+        decoder |= {f"{side}_layers_per_block": (1, 1), f"{side}_qkv_multiscales": ((), ())}
+    one = tiny["sana_600m"]
+    known = tiny | {key: dataclasses.replace(one, key=key) for key in ("e_mmdit", "e_mmdit_4step", "sd35_large")}
+    known["llama_3_2_1b"] = dataclasses.replace(tiny["text"], config=text)
+    inputs = {"z": ["B", 4, 16, 16]}
+    known["dc_ae_f32"] = dataclasses.replace(ALL["dc_ae_f32"], config=decoder, inputs=inputs)
+    monkeypatch.setattr(peers, "count", lambda peer: peers.Counts(0, 10**6, 0))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    seconds = iter(range(3, 10**6))
+    monkeypatch.setattr(peers, "_time", lambda *_: next(seconds) / 7)
+    cells = tuple((work, {32: 2}.get(batch, batch), compiled) for work, batch, compiled in gpu_cells.CELLS)
+    monkeypatch.setattr(gpu_cells, "CELLS", cells)
+    return known
+
+
+def test_one_command_fills_every_cell_that_waits_for_an_accelerator(small_cells, tmp_path, monkeypatch):
+    cells = gpu_cells.Cells(tmp_path / "cards", torch.device("cpu"), small_cells, repeats=1)
+    lines = list(gpu_cells.measure(cells))
+    assert len(lines) == len(gpu_cells.CELLS) and all(line.endswith(" s") for line in lines), lines
+    found = cards.load(tmp_path / "cards")
+    assert found.keys() == {"drawing_gpu", "peers_gpu", "peers_gpu_compiled", "fp8_gpu"}
+    drawn = found["drawing_gpu"]["rows"]
+    keys = ("steps", "batch", "compiled")
+    assert [tuple(row[key] for key in keys) for row in drawn] == [
+        (steps, batch, compiled) for compiled in (False, True) for batch in (2, 1) for steps in (20, 4)
+    ]
+    assert set(found["peers_gpu"]["ratios"]) == {"1", "2"} and found["peers_gpu_compiled"]["compiled"] is True
+    assert {(row["key"], row["batch"], row["compiled"]) for row in found["fp8_gpu"]["rows"]} == {
+        (key, batch, compiled) for key in peers.IN_FP8 for batch in (1, 8, 2) for compiled in (False, True)
+    }
+    every = cards.load() | found  # the table and the ledger read all of them
+    text, here = tables.results_table(every), " ".join(claim.here for claim in claims.load_claims(cards=every))
+    for row in drawn:
+        assert f"batch {row['batch']}{', compiled' * row['compiled']}: {row['images_per_second']:.1f}/s, " in text
+    for row in found["fp8_gpu"]["rows"]:
+        assert f": {row['ratio']:.2f}, {row['memory']:.2f}" in text
+    assert text.count("times as fast as Sana-0.6B, random weights, batch 2, ") == 2 and "bfloat16, compiled, " in text
+    first = found["fp8_gpu"]["rows"][1]
+    for said in (f"{drawn[0]['images_per_second']:.1f} in 20 steps", f"{drawn[2]['seconds']:.3f} s in 20 steps"):
+        assert said in here
+    assert first["key"] == "sd35_large" and f"as written: {first['ratio']:.2f}" in here
+
+
+def test_what_an_accelerator_has_measured_stays_when_it_fails_or_time_is_over(small_cells, tmp_path, monkeypatch):
+    work = gpu_cells.Cells.beside
+
+    def fails(self, batch, compiled):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    few = ((gpu_cells.Cells.draw, 1, False), (fails, 32, False), (work, 1, False))
+    monkeypatch.setattr(gpu_cells, "CELLS", few)
+    cells = gpu_cells.Cells(tmp_path, torch.device("cpu"), small_cells, repeats=1)
+    lines = list(gpu_cells.measure(cells))
+    assert lines[1] == "fails, batch 32: failed, OutOfMemoryError: CUDA out of memory. Tried to allocate"
+    assert cards.load(tmp_path).keys() == {"drawing_gpu", "peers_gpu"}
+    claims.load_claims(cards=cards.load() | cards.load(tmp_path))  # of half a card nothing is read
+    late = list(gpu_cells.measure(gpu_cells.Cells(tmp_path / "late", torch.device("cpu"), small_cells), minutes=-1))
+    assert all("left out" in line for line in late) and not (tmp_path / "late").exists()
+
+
+def test_the_command_of_an_accelerator(small_cells, monkeypatch, tmp_path):
+    from typer.testing import CliRunner
+
+    from nitro_e_lite.cli.app import app
+
+    monkeypatch.setattr(peers, "load_peers", lambda: small_cells)
+    monkeypatch.setattr(gpu_cells, "CELLS", ((gpu_cells.Cells.in_fp8, 1, False),))
+    words = ["benchmark", "--gpu", "--repeats", "1", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["nitro-e", *words, "--out", str(tmp_path)])
+    found = CliRunner().invoke(app, [*words, "--out", str(tmp_path)])
+    assert found.exit_code == 0 and ": 1" in found.stdout, found.output
+    assert cards.load(tmp_path)["fp8_gpu"]["command"] == "nitro-e benchmark --gpu --repeats 1 --device cpu"
+    for more in ([], ["--out", str(tmp_path), "--peers"], ["--out", str(tmp_path), "--batch", "2"]):
+        assert CliRunner().invoke(app, [*words, *more]).exit_code == 2

@@ -95,8 +95,12 @@ def benchmark_command(
         typer.Option(help="MODEL@STEPS[@GUIDANCE], also several: timed in turn with the model; ratios to it."),
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the denoising step, or the peers.")] = False,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Every cell that waits for an accelerator, in ten minutes: cards in --out.")
+    ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="With --peers or --beside: also write a result card to this file.")
+        Path | None,
+        typer.Option(help="With --peers or --beside: also a result card, this file; with --gpu a folder of them."),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -105,8 +109,14 @@ def benchmark_command(
     """Time whole pictures and their parts, one pass of the transformer, or the models of Table 2 side by side."""
     if compiled and (transformer or beside):
         raise InvalidValue("compile: belongs to --peers, or to one whole model")
+    if gpu:
+        if peers or beside or transformer or compiled or fp8 or batch or out is None:
+            raise InvalidValue(
+                "gpu: measures all there is and needs --out FOLDER; only --repeats and --device go with it"
+            )
+        return benchmark_gpu(repeats, out, device, json)
     if out and not (peers or beside):
-        raise InvalidValue("out: belongs to --peers and --beside")
+        raise InvalidValue("out: belongs to --peers, --beside and --gpu")
     if beside and (peers or transformer):
         raise InvalidValue("beside: whole models are timed; it goes without --peers and --transformer")
     own = {"model": None if model == "lite" else model, "steps": steps, "guidance": guidance, "shift": shift}
@@ -149,6 +159,24 @@ def benchmark_command(
         if not json:
             names = [name.replace("_", " ") for name in rows[0]]
             show_table(f"median of {repeats}", names, [[f"{v:.4g}" for v in row.values()] for row in rows])
+
+
+def benchmark_gpu(repeats, out, device, json) -> None:
+    """`nitro-e benchmark --gpu`: what README and the ledger lack of accelerators, a card after each measurement."""
+    with output(json) as result:
+        from nitro_e_lite import runtime
+        from nitro_e_lite.evaluation import cards, gpu_cells
+
+        check_output(out, "folder")
+        command = cards.command_line(sys.argv[1:])
+        cells = gpu_cells.Cells(out, runtime.pick_device(device), repeats=repeats, command=command)
+        result["cells"] = []
+        for line in gpu_cells.measure(cells):
+            result["cells"].append(line)
+            say(line, "green")
+        result["cards"] = sorted(cells.written)
+        if not json:
+            console.print(f"cards in {out}: {len(cells.written)}", soft_wrap=True)
 
 
 def benchmark_peers(batches, repeats, compiled, out, device, dtype, json) -> None:

@@ -61,12 +61,13 @@ def time_pipeline(
 
     Returns:
         One row a batch size: `batch`, `seconds` (the batch), `images_per_second`, and the medians
-        `text_seconds`, `sampling_seconds`, `decoding_seconds`; and `memory_bytes`, the most there was so far.
+        `text_seconds`, `sampling_seconds`, `decoding_seconds`; and `memory_bytes`, the most there was meanwhile.
     """
     rows, sampler = [], sampler or pipeline.sampler()
     for batch in batch_sizes:
         check_room(pipeline, batch)
     for batch in batch_sizes:
+        runtime.forget_memory(pipeline.device)
         prompts = [CAPTION] * batch
         features = pipeline.encode_captions(prompts)
         negative = pipeline.encode_captions([""] * batch)

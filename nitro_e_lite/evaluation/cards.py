@@ -36,6 +36,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "peers": ("rows", "ratios", "environment"),
     "speed": ("rows", "environment"),
     "fp8_speed": ("rows", "environment"),
+    "drawing": ("rows", "environment"),
     "reading": ("rows", "decoding", "environment"),
     "counts": ("rows", "environment"),
 }
@@ -163,9 +164,13 @@ def fill(text: str, cards: Mapping[str, Any]) -> str:
     return PLACE.sub(told, text)
 
 
-def named(text: str) -> set[str]:
-    """The cards that a text for `fill` names."""
-    return {place[1].partition(".")[0] for place in PLACE.finditer(text)}
+def can_fill(text: str, cards: Mapping[str, Any]) -> bool:
+    """Whether all that a text for `fill` names is there."""
+    try:
+        fill(text, cards)
+    except InvalidValue:
+        return False
+    return True
 
 
 def fingerprint(cards: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -4,8 +4,8 @@
 and notebooks read it. "Not run" and "cannot be tested here" are verdicts, and so is "contradicts its own table": some
 articles disagree with the table that they quote, and then the table is what counts.
 
-Numbers that were measured here stand in result cards, not in the ledger: `{card.field:format}` in `here` is filled from
-them (`cards.fill`). An entry may hold `once`, which takes the place of `here` as soon as all cards that it names are
+Numbers that were measured here stand in result cards, not in the ledger: `{card.field:format}` in `here` is filled
+from them (`cards.fill`). An entry may hold `once`, which takes the place of `here` as soon as all that it names is
 there; its `values`, all of them within `bounds`, then decide between "holds" and "does not hold".
 """
 
@@ -81,7 +81,7 @@ def _filled(entry: Mapping[str, Any], cards: Mapping[str, Mapping[str, Any]]) ->
     """An entry of the ledger with its numbers."""
     found = dict(entry)
     once = found.pop("once", None)
-    if once and result_cards.named(once["here"]) <= set(cards):
+    if once and result_cards.can_fill(once["here"], cards):
         found["here"] = once["here"]
         if "values" in once:
             low, high = once["bounds"]

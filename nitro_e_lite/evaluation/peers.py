@@ -259,16 +259,20 @@ def time_fp8(
 
     Yields:
         One row each: `name`, seconds of one `pass` in bfloat16 and one `pass_fp8`, their `ratio`, the `rung` of the
-        ladder with its `reasons`, and `bytes`, those of FP8 in relation to bfloat16's.
+        ladder with its `reasons`, `bytes`, those of FP8's weights in relation to bfloat16's, and `memory`, the same of
+        the most that was on the accelerator (on a CPU: of the process, which says little).
     """
     as_integer("batch", batch, 1), as_integer("repeats", repeats, 1)
     device = runtime.pick_device(device)
     for key in IN_FP8:
+        runtime.forget_memory(device)
         peer, model = peers[key], build(peers[key], device, torch.bfloat16)
-        exact = _time(model, peer, batch, repeats, compiled)
+        exact, memory = _time(model, peer, batch, repeats, compiled), runtime.memory_used(device)
         report = fp8.quantize_model(model)
+        runtime.forget_memory(device)
         fast = _time(model, peer, batch, repeats, compiled)
         about = {"rung": report.rung, "reasons": report.reasons, "bytes": report.bytes.ratio}
+        about["memory"] = runtime.memory_used(device) / memory
         yield {"key": key, "name": peer.name, "batch": batch, "compiled": compiled} | {
             "pass": exact, "pass_fp8": fast, "ratio": exact / fast, **about
         }  # fmt: skip

@@ -78,7 +78,8 @@ def results_table(cards: Cards) -> str:
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise InvalidValue(f"{ROWS.name}, {row['what']!r}: there is no card or field {error}") from None
         lines.append(f"| {row['what']} | {row['paper']} | {here} | `{command}` |")
-    return "\n".join(lines + _against_sana(cards) + _against_16_bit(cards))
+    more = (_against_sana, _drawn, _fp8_speed, _against_16_bit)
+    return "\n".join(lines + [line for part in more for line in part(cards)])
 
 
 def _against_sana(cards: Cards) -> list[str]:
@@ -87,11 +88,43 @@ def _against_sana(cards: Cards) -> list[str]:
     for card in (card for card in cards.values() if card["kind"] == "peers"):
         for batch, ratios in card["ratios"].items():
             what = f"times as fast as Sana-0.6B, random weights, batch {batch}, {card['rows'][0]['dtype']}, "
-            what += f"{card['environment']['device_name']}: end to end; transformer alone; both in 4 steps"
+            what += f"{'compiled, ' * bool(card.get('compiled'))}{card['environment']['device_name']}: end to end; "
+            what += "transformer alone; both in 4 steps"
             found = [ratios[key][kind] for key in FEW for kind in ("end_to_end", "transformer")]
             here = "; ".join(f"{one:.2f}" for one in found)
             lines.append(f"| {what} | 3.07 end to end (bar) | {here} | `{card['command']}` |")
     return lines
+
+
+def _drawn(cards: Cards) -> list[str]:
+    """Caption to pixels with the full model at random weights, on an accelerator."""
+    lines = []
+    for card in (card for card in cards.values() if card["kind"] == "drawing"):
+        what = f"full model at random weights, caption to pixels, {card['environment']['device_name']}; goals on an "
+        what += "H200: 60 pictures a second in 20 steps, 150 in 4"
+        found = [
+            f"{_steps(row)}, {_batch(row)}: {row['images_per_second']:.1f}/s, {1000 * row['seconds']:.0f} ms, "
+            f"{row['memory_bytes'] / 1e9:.1f} GB"
+            for row in card["rows"]
+        ]
+        paper = "MI300X, batch 32: 18.83/s and 39.36/s; batch 1: 398 and 99 ms"
+        lines.append(f"| {what} | {paper} | {'; '.join(found)} | `{card['command']}` |")
+    return lines
+
+
+def _fp8_speed(cards: Cards) -> list[str]:
+    """Passes of a transformer in FP8 beside bfloat16, on an accelerator."""
+    lines = []
+    for card in (card for card in cards.values() if card["kind"] == "fp8_speed"):
+        what = "a pass in FP8, times as fast as in bfloat16 and share of its memory, random weights, "
+        what += card["environment"]["device_name"]
+        found = [f"{row['name']}, {_batch(row)}: {row['ratio']:.2f}, {row['memory']:.2f}" for row in card["rows"]]
+        lines.append(f"| {what} | 1.8 (SD3.5 article) | {'; '.join(found)} | `{card['command']}` |")
+    return lines
+
+
+def _batch(row: Mapping[str, Any]) -> str:
+    return f"batch {row['batch']}{', compiled' * row['compiled']}"
 
 
 def _against_16_bit(cards: Cards) -> list[str]:
