@@ -44,6 +44,9 @@ def test_layouts_are_exact_and_a_stopped_export_continues(prompts, quick, tmp_pa
     assert (root / "0.png").stat().st_mtime_ns == kept and (root / "partiprompts97.png").read_bytes() == before
     square = Image.open(root / "0.png")
     assert square.size == (64, 64) and square.crop((0, 0, 32, 32)).tobytes() != square.crop((32, 0, 64, 32)).tobytes()
+    official_tools._write(tmp_path / "square.png", [Image.new("RGB", (4, 4), (50 * k, 0, 0)) for k in range(4)])
+    square = Image.open(tmp_path / "square.png")  # row by row, as the tool cuts it
+    assert [square.getpixel(place)[0] for place in ((0, 0), (7, 3), (3, 7), (7, 7))] == [0, 50, 100, 150]
     with pytest.raises(ValueError, match="holds pictures with steps 1, not 2"):
         export(pipeline, "dpg", wanted, root, pipeline.sampler(steps=2, guidance=1), size=32, resize="lanczos")
     for odd in ({"size": 32}, {"resize": "lanczos"}):
