@@ -230,6 +230,8 @@ def test_evaluate_json(run, prompt_file):
     assert json.loads(Path("card.json").read_text()) == result
     again = run("evaluate", "--prompts", prompt_file, "--against", "card.json", *FAST).stdout
     assert "picture by picture: +0.000 (+0.000 to +0.000)" in again
+    other = run("evaluate", "--prompts", prompt_file, "--fp8", "--against", "card.json", *FAST, code=2).stderr
+    assert "against: card.json was drawn in float32, this computes in bfloat16" in other  # two things would differ
     few = run("evaluate", "--prompts", prompt_file, "--against", "card.json", "--seeds", "1", code=2).stderr
     assert "seeds differs, [0] and [0, 1]" in few
 

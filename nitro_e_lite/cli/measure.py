@@ -500,8 +500,8 @@ def evaluate(
     with contextlib.ExitStack() as afterwards, output(json) as result:
         from nitro_e_lite import load_pipeline, viz
         from nitro_e_lite.evaluation import cards
+        from nitro_e_lite.evaluation.geneval_lite import describe, new_sheet, psnr_of
         from nitro_e_lite.evaluation.geneval_lite import evaluate as run
-        from nitro_e_lite.evaluation.geneval_lite import new_sheet, psnr_of
         from nitro_e_lite.files import read_json, run_lock
         from nitro_e_lite.inference.arguments import as_integer
         from nitro_e_lite.scenes.geneval import SPLITS, load_prompts, read_prompts
@@ -527,6 +527,12 @@ def evaluate(
             cards.same_pictures(about | recipe, other)  # before hours of drawing
         parts = {"text_encoder": text_encoder, "vae": vae, "lora": lora, "variant": variant}
         pipeline = load_pipeline(model, device, dtype, quantization="fp8" if fp8 else None, **parts)
+        if fp8 and other is not None and other["model"] == model:  # otherwise two things would differ
+            mine = describe(pipeline)["dtype"]
+            if other["dtype"] != mine:
+                raise InvalidValue(
+                    f"against: {against.name} was drawn in {other['dtype']}, and this computes in {mine}"
+                )
         sampler = {"steps": steps, "guidance": guidance, "shift": shift}
         kept = {"keep_images": bool(grid or review), "appearance": appearance}
         if review:
