@@ -531,7 +531,7 @@ def evaluate(
             mine = describe(pipeline)["dtype"]
             if other["dtype"] != mine:
                 raise InvalidValue(
-                    f"against: {against.name} was drawn in {other['dtype']}, and this computes in {mine}"
+                    f"against: {against.name} was drawn in {other['dtype']}, this computes in {mine}"
                 )
         sampler = {"steps": steps, "guidance": guidance, "shift": shift}
         kept = {"keep_images": bool(grid or review), "appearance": appearance}
