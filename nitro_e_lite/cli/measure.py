@@ -530,9 +530,7 @@ def evaluate(
         if fp8 and other is not None and other["model"] == model:  # otherwise two things would differ
             mine = describe(pipeline)["dtype"]
             if other["dtype"] != mine:
-                raise InvalidValue(
-                    f"against: {against.name} was drawn in {other['dtype']}, this computes in {mine}"
-                )
+                raise InvalidValue(f"against: {against.name} was drawn in {other['dtype']}, this computes in {mine}")
         sampler = {"steps": steps, "guidance": guidance, "shift": shift}
         kept = {"keep_images": bool(grid or review), "appearance": appearance}
         if review:
