@@ -10,6 +10,7 @@ import typer
 
 from nitro_e_lite.cli.app import app
 from nitro_e_lite.evaluation import claims
+from nitro_e_lite.evaluation.peers import table_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = claims.load_claims()
@@ -57,3 +58,17 @@ def test_every_command_of_the_ledger_exists():
                 assert any(part in name for name in names), command
         else:
             assert (ROOT / command).is_file(), command
+
+
+def test_what_contradicts_its_table_does_so_in_the_table():
+    """Figures that the ledger holds against an article, looked up in the rows of Table 2."""
+    rows = {key: peer.paper for key, peer in table_rows().items()}
+    base, few, rewards, sana = (rows[key] for key in ("e_mmdit", "e_mmdit_4step", "e_mmdit_grpo", "sana_600m"))
+    assert [row["latency_ms"] for row in (base, few, rewards)] == [398, 99, 398]  # the article: 498, 99, 512
+    assert [row["geneval"] for row in (base, few, rewards)] == [0.66, 0.67, 0.72]  # 0.68, 0.66, 0.72
+    assert rewards["images_per_second"] == base["images_per_second"] == 18.83  # 18.2
+    assert base["images_per_second"] / sana["images_per_second"] == pytest.approx(3.07, abs=0.005)  # 4
+    assert base["hpsv21"] == rewards["hpsv21"] == 29.82  # 3.2 more
+    contradicted = [claim.here for claim in ALL if claim.verdict == "contradicts its own table"]
+    said = " ".join(contradicted)
+    assert len(contradicted) == 5 and all(one in said for one in ("398 and 99", "0.66, 0.67", "18.83", "3.07", "29.82"))

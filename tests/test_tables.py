@@ -135,6 +135,7 @@ def test_the_ledger_reads_cards(coming, found):
 def test_table_2_says_paper_and_here_apart(found):
     lines = tables.table2(found).splitlines()
     assert len(lines) == 18 and "| E-MMDiT | 304 | 302.4 | 0.08 | 0.08 |" in lines[15]
+    assert "| 18.83 | 398 | 0.66 | 0.97 | 29.82 | 81.60 |" in lines[15]
     assert "| MicroDiT | 1,160 | not counted | 1.13 | not counted |" in lines[5]
     assert "at 1024 px" in next(line for line in lines if "Hunyuan" in line)
 

@@ -258,12 +258,14 @@ def _same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def table2(cards: Cards) -> str:
     """Table 2: the paper's column, the count of this package, and why they differ where they do."""
     counts = cards["counts"]["rows"]
-    lines = ["| model | M parameters, paper | here | TFLOPs, paper | here | img/s | GenEval | note |", "|" + "---|" * 8]
+    columns = "model|M parameters, paper|here|TFLOPs, paper|here|img/s|ms|GenEval|ImageReward|HPSv2.1|DPG|note"
+    lines = [f"| {columns.replace('|', ' | ')} |", "|" + "---|" * (columns.count("|") + 1)]
     for key, peer in peers.table_rows().items():
         told, found = peer.paper, counts.get(key)
         here = (f"{found['parameters'] / 1e6:,.1f}", f"{found['tflops']:.2f}") if found else ("not counted",) * 2
         cells = [peer.name, f"{told['parameters_m']:,}", here[0], f"{told['tflops']:.2f}", here[1]]
-        cells += [f"{told['images_per_second']:.2f}", f"{told['geneval']:.2f}", peer.note]
+        cells += [f"{told['images_per_second']:.2f}", f"{told['latency_ms']:,}"]
+        cells += [f"{told[name]:.2f}" for name in ("geneval", "image_reward", "hpsv21", "dpg")] + [peer.note]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
