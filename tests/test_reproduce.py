@@ -11,9 +11,11 @@ import time
 import psutil
 import pytest
 from lesson_cells import write_stage_alone
+from typer.testing import CliRunner
 
 import nitro_e_lite
 from nitro_e_lite import presets
+from nitro_e_lite.cli.app import app
 from nitro_e_lite.course import notebooks
 from nitro_e_lite.experiments import reproduce
 from nitro_e_lite.training.checkpoints import load_latest
@@ -56,6 +58,11 @@ def test_the_chain_leaves_weights_notebooks_and_metrics_and_knows_when_it_is_don
         "distill": (6, 4),
         "sprint": (6, 2),
     }
+    rows, costs = chain.scores(), chain.report["steps"]
+    assert [row["name"] for row in rows] == ["stages 1 and 2", "rewards", "distill", "sprint"]
+    assert rows[0]["overall"] == card["overall"] and rows[3]["overall"] == students["sprint"]["overall"]
+    spent = sum(cost["seconds"] for name, cost in costs.items() if "evaluation" not in name)
+    assert rows[3]["minutes"] == pytest.approx(spent / 60) and sorted(rows, key=lambda row: row["minutes"]) == rows
     probe = json.loads((run_dir / "vision" / "final" / "probe.json").read_text(encoding="utf-8"))
     assert set(probe) == {"trained", "pixels", "untrained"}
 
@@ -63,6 +70,11 @@ def test_the_chain_leaves_weights_notebooks_and_metrics_and_knows_when_it_is_don
     assert [seconds for _, seconds in again.run()] == [None] * 14
     report = json.loads((run_dir / "reproduce.json").read_text(encoding="utf-8"))
     assert list(report["steps"]) == [step.name for step in again.steps()]
+    words = ["reproduce", "--preset=smoke", f"--run-dir={run_dir}", "--seed=3", f"--out={tmp_path / 'card.json'}"]
+    words += [word for change in OVERRIDES for word in ("--set", change)]
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 0 and "what it came to" in shown.stdout, shown.output
+    assert json.loads((tmp_path / "card.json").read_text(encoding="utf-8"))["rows"] == rows
     with pytest.raises(ValueError, match="holds a chain with"):
         reproduce.Chain("smoke", run_dir, seed=4)
 

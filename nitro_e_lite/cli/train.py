@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +21,7 @@ from nitro_e_lite.cli.terminal import (
     show_table,
 )
 from nitro_e_lite.errors import InvalidValue
+from nitro_e_lite.files import check_output
 
 app = typer.Typer()
 train_app = typer.Typer(help="Train one of the models of the course.", no_args_is_help=True)
@@ -317,12 +319,16 @@ def reproduce_command(
     seed: int = 0,
     processes: Processes = 1,
     overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Also write a result card to this file.")] = None,
     json: Json = False,
 ) -> None:
-    """Make a lite model from nothing: encoders, both stages, evaluation. Continues where it stopped."""
+    """Make a lite model from nothing: encoders, all stages, evaluation. Continues where it stopped."""
     with output(json) as result:
+        from nitro_e_lite.evaluation import cards
         from nitro_e_lite.experiments.reproduce import Chain
 
+        if out is not None:
+            check_output(out, "file")
         folder = run_dir or Path("runs") / f"reproduce-{preset}"
         chain = Chain(preset, folder, seed, processes, overrides or [], say=lambda line: typer.echo(line, err=True))
         for step, seconds in chain.run():
@@ -331,8 +337,14 @@ def reproduce_command(
         result |= chain.report
         rows = [[name, f"{cost['seconds'] / 60:,.1f}"] for name, cost in chain.report["steps"].items()]
         total = sum(cost["seconds"] for cost in chain.report["steps"].values())
+        result["scores"] = scores = chain.scores()
         if not json:
             show_table("what it cost", ["", "minutes"], [*rows, ["in all", f"{total / 60:,.1f}"]])
+            lines = [[r["name"], f"{r['minutes']:,.1f}", f"{r['overall']:.3f}"] for r in scores]
+            show_table("what it came to", ["", "after minutes", "GenEval-lite"], lines)
+    if out is not None:
+        card = {"rows": scores, "preset": preset, "processes": processes}
+        cards.write(out, "chain", card, cards.command_line(sys.argv[1:]))
 
 
 @command(app, "plan")

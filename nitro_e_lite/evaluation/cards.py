@@ -37,6 +37,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "speed": ("rows", "environment"),
     "fp8_speed": ("rows", "environment"),
     "drawing": ("rows", "environment"),
+    "chain": ("rows", "preset", "processes", "environment"),
     "reading": ("rows", "decoding", "environment"),
     "counts": ("rows", "environment"),
 }

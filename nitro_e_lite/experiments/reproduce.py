@@ -53,6 +53,13 @@ STAGES = {"stage1": "09_repa_pretraining", "stage2": "10_fine_tuning_ema"}
 DRAWN = {"smoke": {"drawn": 8, "drawn-more": 2}, "lite": {"drawn": 6000, "drawn-more": 14000}}
 """Pictures that students learn from, by folder: the first student from the first, the second from both."""
 TEACHER = {"steps": 8, "guidance": 0.0}  # how they are drawn
+JUDGED = {
+    "pipeline": "stages 1 and 2",
+    "stage 3, rewards": "rewards",
+    "stage 4, distillation": "distill",
+    "SANA-Sprint": "sprint",
+}
+"""Step after which there is something to draw with -> how its score is called."""
 _SMALL = {  # overrides of the encoders at smoke scale
     "autoencoder": ["steps=2", "batch_size=2"],
     "language_model": ["steps=2", "batch_size=4"],
@@ -147,6 +154,24 @@ class Chain:
                     cost["seconds"] = round(before + time.perf_counter() - begin, 1)
                     write_atomically(self._file, json.dumps(self.report, indent=1) + "\n")
                 yield step, cost["seconds"]
+
+    def scores(self) -> list[dict[str, Any]]:
+        """What the chain came to, and after how long.
+
+        Returns:
+            For each of `JUDGED` in its order: `name`, `minutes` of all steps so far but for evaluations, and of its
+            score `overall`, `low`, `high`, `images`, `steps` and `guidance`.
+        """
+        base = read_json(self.run_dir / "evaluation.json")
+        found, minutes, rows = {"stages 1 and 2": base} | read_json(self.run_dir / "students.json"), 0.0, []
+        for step in self.steps():
+            if "evaluation" in step.name:
+                continue
+            minutes += self.report["steps"][step.name]["seconds"] / 60
+            if name := JUDGED.get(step.name):
+                card = {key: found[name][key] for key in ("overall", "low", "high", "images", "steps", "guidance")}
+                rows.append({"name": name, "minutes": minutes} | card)
+        return rows
 
     def _settings(self, cls: type, name: str) -> Any:
         small = _SMALL[name] if self.preset == "smoke" else []
