@@ -7,6 +7,7 @@ lines run on a CPU, so that they still work on the day when there is an accelera
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import sys
@@ -32,9 +33,10 @@ from nitro_e_lite.files import read_jsonl
 from nitro_e_lite.inference.low_memory import draw_one_by_one, save_memory
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.inference.vision import FULL_VISION_SIZES, GRID
-from nitro_e_lite.model import flow
+from nitro_e_lite.model import flow, fp8
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.flops import TRAINING_PASSES, find_peak, model_flops
+from nitro_e_lite.model.fp8_ladder import Choice, choose_rung
 from nitro_e_lite.presets import preset
 from nitro_e_lite.runtime import attention_backend, device_name, generator
 from nitro_e_lite.stages.pretrain import repa_loss
@@ -380,17 +382,9 @@ def checkpoint_time(scale: Scale, folder: Path) -> dict[str, float]:
 
 def drawing_memory(scale: Scale, folder: Path) -> dict[str, float]:
     """Peak memory of drawing at once as usual, and one by one in little memory."""
-    from tiny import build_tiny_pipeline
-
-    device = torch.device(scale.device or "cuda")
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    tokenizer, found = build_tiny_pipeline().tokenizer, {}
+    device, found = torch.device(scale.device or "cuda"), {}
     for name in ("as usual", "low memory"):
-        parts = (EMMDiTTransformer2DModel(**scale.model), AutoencoderDC(**scale.autoencoder), LlamaModel(scale.text))
-        parts = [torch.nn.Module.to(one, dtype).eval() for one in parts]
-        scheduler = FlowMatchEulerDiscreteScheduler(1000, shift=1.0)
-        pipeline = NitroEPipeline(*parts, tokenizer, scheduler, max_text_length=scale.tokens)
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = random_pipeline(scale, device)
         seeds, prompts = [torch.Generator().manual_seed(k) for k in range(4)], ["a red circle"] * 4
         peak_gigabytes(device)
         if name == "low memory":
@@ -400,7 +394,61 @@ def drawing_memory(scale: Scale, folder: Path) -> dict[str, float]:
             pictures = pipeline.to(device)(prompts, 2, generator=seeds).images
         assert len(pictures) == 4
         found[f"{name}, GB"] = peak_gigabytes(device)
-        del pipeline, parts
+        del pipeline
+    return found
+
+
+def random_pipeline(scale: Scale, device: torch.device) -> NitroEPipeline:
+    """A pipeline with random weights in main memory, in the number type of the device."""
+    from tiny import build_tiny_pipeline
+
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    torch.manual_seed(0)
+    parts = (EMMDiTTransformer2DModel(**scale.model), AutoencoderDC(**scale.autoencoder), LlamaModel(scale.text))
+    parts = [torch.nn.Module.to(one, dtype).eval() for one in parts]
+    scheduler, tokenizer = FlowMatchEulerDiscreteScheduler(1000, shift=1.0), build_tiny_pipeline().tokenizer
+    pipeline = NitroEPipeline(*parts, tokenizer, scheduler, max_text_length=scale.tokens)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def compiled_drawing_equals_written(scale: Scale, folder: Path) -> dict[str, float]:
+    """Latents of the compiled pipeline beside those of the plain one, at two batch sizes, one after the other twice."""
+    pipeline, found = random_pipeline(scale, torch.device("cpu")).to(scale.device or "cuda"), {}
+
+    def draw(batch: int) -> torch.Tensor:
+        seeds = [torch.Generator().manual_seed(k) for k in range(batch)]
+        return pipeline(["a red circle"] * batch, 2, generator=seeds, output_type="latent").images.float()
+
+    plain = {batch: draw(batch) for batch in (1, 3)}
+    pipeline.compile(**({} if scale.compile else {"backend": "eager"}))
+    for turn in range(2):  # a graph writes to one place: the second turn must not change what the first has drawn
+        for batch, expected in plain.items():
+            off = ((draw(batch) - expected).norm() / expected.norm()).item()
+            assert off < (0.02 if scale.compile else 1e-5), (batch, turn, off)
+            found[f"batch {batch}, turn {turn + 1}"] = off
+    return found
+
+
+@torch.no_grad()
+def fp8_is_near_16_bit(scale: Scale, folder: Path) -> dict[str, float]:
+    """A pass on each rung that the device has, as written and compiled, beside the same in bfloat16."""
+    device, found = torch.device(scale.device or "cuda"), {}
+    torch.manual_seed(0)
+    model = torch.nn.Module.to(EMMDiTTransformer2DModel(**scale.model), device, torch.bfloat16).eval()
+    size = model.config
+    latents = torch.randn(2, size.in_channels, size.sample_size, size.sample_size)
+    inputs = latents.to(model.dtype), torch.randn(2, scale.tokens, size.caption_channels).to(model.dtype)
+    inputs = [one.to(device) for one in (*inputs, torch.full((2,), 500.0))]
+    exact, best = model(*inputs).sample.float(), choose_rung(device, torch.bfloat16)
+    for choice in dict.fromkeys((best, Choice("weight_only"))):
+        rounded = copy.deepcopy(model)
+        assert fp8.quantize_model(rounded, choice=choice).converted
+        ways = {"as written": rounded} | ({"compiled": torch.compile(rounded)} if scale.compile else {})
+        for name, way in ways.items():
+            off = ((way(*inputs).sample.float() - exact).norm() / exact.norm()).item()
+            assert 0 < off < 0.1, (choice.rung, name, off)
+            found[f"{choice.rung}, {name}"] = off
     return found
 
 
@@ -414,6 +462,8 @@ CHECKS: tuple[Callable[[Scale, Path], dict[str, Any]], ...] = (
     attention_back_ends,
     checkpoint_time,
     drawing_memory,
+    compiled_drawing_equals_written,
+    fp8_is_near_16_bit,
 )
 
 if __name__ == "__main__":
