@@ -154,6 +154,8 @@ def main() -> None:
     examples = [asked.good, asked.bad, asked.prompt]
     if asked.judge == "geneval" and None in [asked.script, asked.models, *examples]:
         parser.error("geneval needs --script, --models, --good, --bad and --prompt")
+    if asked.host not in ("127.0.0.1", "localhost", "::1"):
+        print(f"Warning: --host {asked.host} lets everyone who reaches this machine ask", file=sys.stderr)
     Handler.health = {"name": asked.judge, "ready": True}
     if None not in examples:
         good, bad = (base64.b64encode(Path(path).read_bytes()).decode() for path in (asked.good, asked.bad))
