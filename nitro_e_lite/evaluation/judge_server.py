@@ -30,6 +30,7 @@ from pathlib import Path
 from PIL import Image
 
 LARGEST_REQUEST = 2**28  # bytes
+LARGEST_PICTURES = 2**28  # pixels of all pictures in a request
 GENEVAL = {  # what the script's last lines set: defaults of its own options
     "THRESHOLD": 0.3,
     "COUNTING_THRESHOLD": 0.9,
@@ -111,7 +112,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(400, {"error": f"POST /score with 1 to {LARGEST_REQUEST} bytes"})
         try:
             request = json.loads(self.rfile.read(length))
-            pictures = [open_picture(text) for text in request["images"]]
+            pictures = open_pictures(request["images"])
             prompts = request["prompts"]
             if len(pictures) != len(prompts):
                 raise ValueError(f"{len(pictures)} images, {len(prompts)} prompts")
@@ -134,9 +135,12 @@ class Handler(BaseHTTPRequestHandler):
         """Says nothing: a run asks thousands of times."""
 
 
-def open_picture(text: str) -> Image.Image:
-    """A PNG in base64."""
-    return Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]).convert("RGB")
+def open_pictures(texts: list) -> list:
+    """PNGs in base64; none is unpacked before it is known how large all are."""
+    found = [Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) for text in texts]
+    if sum(picture.width * picture.height for picture in found) > LARGEST_PICTURES:
+        raise ValueError(f"more than {LARGEST_PICTURES} pixels")
+    return [picture.convert("RGB") for picture in found]
 
 
 def main() -> None:
