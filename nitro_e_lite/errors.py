@@ -7,7 +7,13 @@ keeps its traceback. Each class is a built-in error too, so that code which catc
 
 
 class UserError(Exception):
-    """A mistake that its message explains to the person who made it."""
+    """A mistake that its message explains to the person who made it.
+
+    Attributes:
+        everywhere: all processes of a run raise it at the same place, so that one may save while the others wait.
+    """
+
+    everywhere = False
 
 
 class InvalidValue(UserError, ValueError):

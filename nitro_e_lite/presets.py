@@ -51,9 +51,8 @@ _SMOKE = TrainConfig(
 )
 
 # Where an object lies and what it is are decided above t = 0.75. The published density draws 14 % of its t there, this
-# one 31 %; its loss on either side lies between that of the published one and of one that draws 50 % there, see the
-# model's card. Sampling takes half of its steps there. The rate does not fall in stage 1: stage 2 begins with a third
-# of it and lets that fall to zero.
+# one 31 %: a middle way, see the model's card. Sampling takes half of its steps there. The rate does not fall in
+# stage 1: stage 2 begins with a third of it and lets that fall to zero.
 _LITE = TrainConfig(
     steps=9500,
     precision="auto",

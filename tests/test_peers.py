@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from nitro_e_lite import runtime
 from nitro_e_lite.evaluation import cards, claims, gpu_cells, peers, tables
 
 ALL = peers.load_peers()
@@ -113,7 +114,7 @@ def test_benchmark_peers_prints_and_writes_a_card(tiny, monkeypatch, tmp_path):
 
 @pytest.fixture
 def small_cells(tiny, monkeypatch):
-    """The cells of an accelerator with small models, 2 pictures for 32; other tests compile, and time passes."""
+    """The cells of an accelerator with small models, 2 pictures for 32, passes and compilers left out."""
     text = tiny["text"].config | {"vocab_size": 512}
     decoder = {"latent_channels": 4, "attention_head_dim": 8}
     for side in ("encoder", "decoder"):
@@ -128,12 +129,16 @@ def small_cells(tiny, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     seconds = iter(range(3, 10**6))
     monkeypatch.setattr(peers, "_time", lambda *_: next(seconds) / 7)
-    cells = tuple((work, {32: 2}.get(batch, batch), compiled) for work, batch, compiled in gpu_cells.CELLS)
-    monkeypatch.setattr(gpu_cells, "CELLS", cells)
+    timed = gpu_cells.time_pipeline
+
+    def few(pipeline, sampler, batches, repeats):
+        return [row | {"batch": batches[0]} for row in timed(pipeline, sampler, [min(2, *batches, 2)], repeats)]
+
+    monkeypatch.setattr(gpu_cells, "time_pipeline", few)
     return known
 
 
-def test_one_command_fills_every_cell_that_waits_for_an_accelerator(small_cells, tmp_path, monkeypatch):
+def test_one_command_fills_every_cell_that_waits_for_an_accelerator(small_cells, tmp_path):
     cells = gpu_cells.Cells(tmp_path / "cards", torch.device("cpu"), small_cells, repeats=1)
     lines = list(gpu_cells.measure(cells))
     assert len(lines) == len(gpu_cells.CELLS) and all(line.endswith(" s") for line in lines), lines
@@ -142,11 +147,11 @@ def test_one_command_fills_every_cell_that_waits_for_an_accelerator(small_cells,
     drawn = found["drawing_gpu"]["rows"]
     keys = ("steps", "batch", "compiled")
     assert [tuple(row[key] for key in keys) for row in drawn] == [
-        (steps, batch, compiled) for compiled in (False, True) for batch in (2, 1) for steps in (20, 4)
+        (steps, batch, compiled) for compiled in (False, True) for batch in (32, 1) for steps in (20, 4)
     ]
-    assert set(found["peers_gpu"]["ratios"]) == {"1", "2"} and found["peers_gpu_compiled"]["compiled"] is True
+    assert set(found["peers_gpu"]["ratios"]) == {"1", "32"} and found["peers_gpu_compiled"]["compiled"] is True
     assert {(row["key"], row["batch"], row["compiled"]) for row in found["fp8_gpu"]["rows"]} == {
-        (key, batch, compiled) for key in peers.IN_FP8 for batch in (1, 8, 2) for compiled in (False, True)
+        (key, batch, compiled) for key in peers.IN_FP8 for batch in (1, 8, 32) for compiled in (False, True)
     }
     every = cards.load() | found  # the table and the ledger read all of them
     text, here = tables.results_table(every), " ".join(claim.here for claim in claims.load_claims(cards=every))
@@ -154,11 +159,17 @@ def test_one_command_fills_every_cell_that_waits_for_an_accelerator(small_cells,
         assert f"batch {row['batch']}{', compiled' * row['compiled']}: {row['images_per_second']:.1f}/s, " in text
     for row in found["fp8_gpu"]["rows"]:
         assert f": {row['ratio']:.2f}, {row['memory']:.2f}" in text
-    assert text.count("times as fast as Sana-0.6B, random weights, batch 2, ") == 2 and "bfloat16, compiled, " in text
+    assert text.count("times as fast as Sana-0.6B, random weights, batch 32, ") == 2 and "bfloat16, compiled, " in text
     first = found["fp8_gpu"]["rows"][1]
     for said in (f"{drawn[0]['images_per_second']:.1f} in 20 steps", f"{drawn[2]['seconds']:.3f} s in 20 steps"):
         assert said in here
-    assert first["key"] == "sd35_large" and f"as written: {first['ratio']:.2f}" in here
+    assert first["cell"] == "sd35_large, batch 8" and f"as written, weight_only: {first['ratio']:.2f}" in here
+    faster = {name: dict(card) for name, card in every.items()}
+    for ratio, verdict in ((None, "not run"), (1.9, "holds"), (1.2, "does not hold")):  # of products in FP8 alone
+        rows = [row | ({"ratio_dynamic": ratio} if ratio else {}) for row in found["fp8_gpu"]["rows"]]
+        faster["fp8_gpu"] = found["fp8_gpu"] | {"rows": rows}
+        (claim,) = [one for one in claims.load_claims(cards=faster) if one.claim == "1.8 times the throughput"]
+        assert claim.verdict == verdict
 
 
 def test_what_an_accelerator_has_measured_stays_when_it_fails_or_time_is_over(small_cells, tmp_path, monkeypatch):
@@ -173,7 +184,9 @@ def test_what_an_accelerator_has_measured_stays_when_it_fails_or_time_is_over(sm
     lines = list(gpu_cells.measure(cells))
     assert lines[1] == "fails, batch 32: failed, OutOfMemoryError: CUDA out of memory. Tried to allocate"
     assert cards.load(tmp_path).keys() == {"drawing_gpu", "peers_gpu"}
-    claims.load_claims(cards=cards.load() | cards.load(tmp_path))  # of half a card nothing is read
+    every = claims.load_claims(cards=cards.load() | cards.load(tmp_path))
+    here = {one.claim[:8]: one.here for one in every}
+    assert here["18.8 pic"] == "no accelerator was at hand" and "s in 20 steps" in here["latency "]
     late = list(gpu_cells.measure(gpu_cells.Cells(tmp_path / "late", torch.device("cpu"), small_cells), minutes=-1))
     assert all("left out" in line for line in late) and not (tmp_path / "late").exists()
 
@@ -190,5 +203,16 @@ def test_the_command_of_an_accelerator(small_cells, monkeypatch, tmp_path):
     found = CliRunner().invoke(app, [*words, "--out", str(tmp_path)])
     assert found.exit_code == 0 and ": 1" in found.stdout, found.output
     assert cards.load(tmp_path)["fp8_gpu"]["command"] == "nitro-e benchmark --gpu --repeats 1 --device cpu"
-    for more in ([], ["--out", str(tmp_path), "--peers"], ["--out", str(tmp_path), "--batch", "2"]):
+    folder = ["--out", str(tmp_path)]
+    for more in (
+        [],
+        [*folder, "--peers"],
+        [*folder, "--batch", "2"],
+        [*folder, "--steps", "4"],
+        [*folder, "--model", "x"],
+    ):
         assert CliRunner().invoke(app, [*words, *more]).exit_code == 2
+    assert CliRunner().invoke(app, ["benchmark", "--gpu", "--repeats", "0", "--device", "cpu", *folder]).exit_code == 2
+    monkeypatch.setattr(runtime, "pick_device", lambda device: torch.device("cpu"))
+    nowhere = CliRunner().invoke(app, ["benchmark", "--gpu", *folder])
+    assert nowhere.exit_code == 2 and "there is no accelerator here" in nowhere.stderr

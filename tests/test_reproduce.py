@@ -74,7 +74,8 @@ def test_the_chain_leaves_weights_notebooks_and_metrics_and_knows_when_it_is_don
     words += [word for change in OVERRIDES for word in ("--set", change)]
     shown = CliRunner().invoke(app, words)
     assert shown.exit_code == 0 and "what it came to" in shown.stdout, shown.output
-    assert json.loads((tmp_path / "card.json").read_text(encoding="utf-8"))["rows"] == rows
+    written = json.loads((tmp_path / "card.json").read_text(encoding="utf-8"))
+    assert written["rows"] == rows and written["machines"].startswith("1 x ")
     with pytest.raises(ValueError, match="holds a chain with"):
         reproduce.Chain("smoke", run_dir, seed=4)
 

@@ -196,7 +196,7 @@ def test_prompts_are_never_reserved_or_held_out():
 
 
 def test_a_run_on_a_file_of_prompts(small, tmp_path):
-    """Two rewards, one of them remote, each brought to one spread; killed in the second roll-out, it has the same bits.
+    """Two rewards, one of them remote, each brought to one spread; a server that dies on the way changes no bit.
 
     The first prompt of a kind with ten is never asked for: it is held out.
     """
@@ -521,7 +521,7 @@ def get_tokenizer(name):
 
 
 @pytest.mark.parametrize("judge", ["geneval", "hpsv2"])
-def test_the_tools_own_judges_are_served(judge, tmp_path):
+def test_the_tools_own_judges_are_served(judge, tmp_path, monkeypatch):
     """With stand-ins for both: what the tools are given, what they say, and the examples of one without circles."""
     for name, text in STAND_INS.items():
         path = tmp_path / name
@@ -552,18 +552,30 @@ def test_the_tools_own_judges_are_served(judge, tmp_path):
             blue = judges.FilePrompt(red.entry | {"prompt": "blue"})
             said = remote.score(np.concatenate([pictures, pictures]), [red, red, blue, blue])
             expected = [1, 0, 1, 0] if judge == "geneval" else [200 / 255, 0, 0, 200 / 255]
-            np.testing.assert_allclose(said, expected, atol=5e-3)
+            np.testing.assert_allclose(said, expected, atol=1e-6)
             if judge == "geneval":
                 assert judges.preflight([remote]) == {remote.name: (1, 0)}
                 with pytest.raises(RuntimeError, match="500 .*ValueError: out of memory"):
                     remote.score(pictures, [judges.FilePrompt(red.entry | {"prompt": "breaks"})] * 2)
-            with pytest.raises(RuntimeError, match="400 .*needs images"):
-                remote._ask("/score", b'{"images": ["AAAA"], "prompts": []}')
+            two = json.dumps({"images": [judges._to_png(one) for one in pictures], "prompts": [red.entry]}).encode()
+            for path, body, reason in [
+                ("/score", b'{"images": ["AAAA"], "prompts": []}', "400 .*needs images"),
+                ("/score", two, "400 .*2 images, 1 prompts"),
+                ("/other", None, "404 .*GET /health"),
+            ]:
+                with pytest.raises(RuntimeError, match=reason):
+                    remote._ask(path, body)
         finally:
             server.terminate()
     if judge == "geneval":
         lacks = subprocess.run(words[:5], capture_output=True, text=True)
         assert lacks.returncode == 2 and "geneval needs --script" in lacks.stderr
+        Image.new("RGB", (8, 8)).save(tmp_path / "bad.png")
+        odd = subprocess.run(words, capture_output=True, text=True)
+        assert odd.returncode == 2 and "--good and --bad must be of the same size" in odd.stderr
+    monkeypatch.setattr(judge_server, "LARGEST_PICTURES", 2 * 16 * 16 - 1)
+    with pytest.raises(ValueError, match="more than 511 pixels"):
+        judge_server.open_pictures([judges._to_png(one) for one in pictures])
 
 
 def test_a_request_of_a_length_that_is_not_true_is_answered(monkeypatch, capfd):
@@ -608,9 +620,10 @@ def test_a_server_that_fails_is_named(way, error, words):
             remote.score(pictures, prompts)
 
 
-def test_a_server_that_sends_byte_by_byte_is_late():
+@pytest.mark.parametrize("code", [b"200 OK", b"500 Oh"])
+def test_a_server_that_sends_byte_by_byte_is_late(code):
     """Each byte comes in time and the answer never does: it once held a run up for as long as it liked."""
-    health = b'HTTP/1.0 200 OK\r\nContent-Length: 999\r\n\r\n{"name": "drip", "ready": true'
+    health = b"HTTP/1.0 " + code + b'\r\nContent-Length: 999\r\n\r\n{"name": "drip", "ready": true'
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def drip():
@@ -755,6 +768,25 @@ def test_nothing_is_lost_when_a_reward_server_fails(method, way, error, words, w
         for folder in (whole[method][1], tmp_path)
     )
     assert here == there and len(here) == 4
+
+
+def test_all_processes_end_when_the_judge_of_one_fails(ranks, small, tmp_path):  # noqa: F811
+    """Each asks for its own pictures. One that failed alone left the other waiting, and nothing was saved."""
+
+    class Picky(Odd):
+        def score(self, pictures, prompts):
+            with lock:  # both preflights, both parts of the first roll-out twice; then the first answer is NaN
+                self.way = "nan" if self.calls == 6 else ""
+                return super().score(pictures, prompts)
+
+    lock = threading.Lock()
+    with served(Picky()) as server:
+        config = small("forward", f"rewards=[['{server.url}', 1.0]]", "reward_retries=0", "checkpoint_every=99")
+        ranks.start(2, *words_of(config, tmp_path))
+        assert any(ranks.wait())
+    log = ranks.log.read_text()
+    assert "scores are NaN" in log and "another process failed" in log and "step 2 is saved" in log
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
 
 
 def test_another_base_is_refused_on_resume(small, tmp_path):

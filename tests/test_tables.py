@@ -74,7 +74,7 @@ def coming(found, tmp_path_factory):
     reading = {"rows": [row] * 4, "decoding": {"pictures_per_second_per_core": 100}}
     cards.write(folder / "reading.json", "reading", reading, "nitro-e data benchmark")
     row = {"minutes": 180.4, "overall": 0.81, "low": 0.79, "high": 0.83}
-    chain = {"preset": "lite", "processes": 2}
+    chain = {"preset": "lite", "machines": "2 x a processor"}
     chain["rows"] = [row | {"name": "stages 1 and 2"}, row | {"name": "rewards", "minutes": 250.0}]
     cards.write(folder / "chain.json", "chain", chain, "nitro-e reproduce --processes 2")
     return cards.load(folder)
@@ -94,6 +94,7 @@ def test_cards_of_coming_models_need_no_more_code(coming, monkeypatch, tmp_path)
     text = tables.results_table(coming)
     assert "| 3.07 end to end (bar) | 3.25; 4.50; 3.25; 4.50 | `nitro-e benchmark --peers` |" in text
     assert "| warm 20,000; 20,000; 20,000; cold 9,000; 9,000; 9,000 | `nitro-e data benchmark` |" in text
+    assert "| a lite model from nothing, 2 x a processor: minutes, and GenEval-lite then" in text
     assert "stages 1 and 2 180, 0.810 (0.790 to 0.830); rewards 250, 0.810" in text
     here = (
         "`lite-grpo`, 10 steps, -0.0004 (-0.0013 to +0.0000), lost 0.04 %, won 0.00 %, 50.0 dB (43.5 to 56.0; 60 pict"

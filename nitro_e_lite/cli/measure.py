@@ -110,10 +110,9 @@ def benchmark_command(
     if compiled and (transformer or beside):
         raise InvalidValue("compile: belongs to --peers, or to one whole model")
     if gpu:
-        if peers or beside or transformer or compiled or fp8 or batch or out is None:
-            raise InvalidValue(
-                "gpu: measures all there is and needs --out FOLDER; only --repeats and --device go with it"
-            )
+        others = (peers, beside, transformer, compiled, fp8, batch, steps, guidance, shift, dtype, model != "lite")
+        if out is None or any(one not in (None, False, []) for one in others):
+            raise InvalidValue("gpu: measures all there is and needs --out FOLDER; only --repeats and --device fit it")
         return benchmark_gpu(repeats, out, device, json)
     if out and not (peers or beside):
         raise InvalidValue("out: belongs to --peers, --beside and --gpu")
@@ -168,13 +167,17 @@ def benchmark_gpu(repeats, out, device, json) -> None:
         from nitro_e_lite.evaluation import cards, gpu_cells
 
         check_output(out, "folder")
-        command = cards.command_line(sys.argv[1:])
-        cells = gpu_cells.Cells(out, runtime.pick_device(device), repeats=repeats, command=command)
+        place, command = runtime.pick_device(device), cards.command_line(sys.argv[1:])
+        if place.type == "cpu" and device != "cpu":
+            raise Unusable("gpu: there is no accelerator here; the cells of a CPU have commands of their own")
+        cells = gpu_cells.Cells(out, place, repeats=repeats, command=command)
         result["cells"] = []
         for line in gpu_cells.measure(cells):
             result["cells"].append(line)
             say(line, "green")
         result["cards"] = sorted(cells.written)
+        if not cells.written:
+            raise Unusable("gpu: no cell could be measured, see above")
         if not json:
             console.print(f"cards in {out}: {len(cells.written)}", soft_wrap=True)
 

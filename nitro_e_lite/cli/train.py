@@ -342,9 +342,9 @@ def reproduce_command(
             show_table("what it cost", ["", "minutes"], [*rows, ["in all", f"{total / 60:,.1f}"]])
             lines = [[r["name"], f"{r['minutes']:,.1f}", f"{r['overall']:.3f}"] for r in scores]
             show_table("what it came to", ["", "after minutes", "GenEval-lite"], lines)
-    if out is not None:
-        card = {"rows": scores, "preset": preset, "processes": processes}
-        cards.write(out, "chain", card, cards.command_line(sys.argv[1:]))
+        if out is not None:  # last, because it may fail: what it came to is told before
+            card = {"rows": scores, "preset": preset, "machines": chain.machines()}
+            cards.write(out, "chain", card, cards.command_line(sys.argv[1:]))
 
 
 @command(app, "plan")

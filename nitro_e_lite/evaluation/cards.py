@@ -37,7 +37,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "speed": ("rows", "environment"),
     "fp8_speed": ("rows", "environment"),
     "drawing": ("rows", "environment"),
-    "chain": ("rows", "preset", "processes", "environment"),
+    "chain": ("rows", "preset", "machines", "environment"),
     "reading": ("rows", "decoding", "environment"),
     "counts": ("rows", "environment"),
 }

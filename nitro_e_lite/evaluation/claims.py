@@ -83,7 +83,7 @@ def _filled(entry: Mapping[str, Any], cards: Mapping[str, Mapping[str, Any]]) ->
     once = found.pop("once", None)
     if once and result_cards.can_fill(once["here"], cards):
         found["here"] = once["here"]
-        if "values" in once:
+        if "values" in once and all(result_cards.can_fill(f"{{{value}}}", cards) for value in once["values"]):
             low, high = once["bounds"]
             inside = all(low <= result_cards.lookup(cards, value) <= high for value in once["values"])
             found["verdict"] = "holds" if inside else "does not hold"

@@ -2,8 +2,8 @@
 
     nitro-e benchmark --gpu --out FOLDER
 
-measures in the order of `CELLS`, the most wanted first, and writes a card after each one: what a machine that is gone
-too early has measured is there all the same. No cell begins after the given minutes. Copied to `evaluation/cards`, the
+measures in the order of `CELLS`, the most wanted first, and writes a card after each cell: what a machine that is gone
+too early has measured is there all the same. No cell begins after nine minutes. Copied to `evaluation/cards`, the
 cards fill README's table and the ledger of claims (`nitro-e tables`).
 
 The full model is drawn with from caption to pixels with random weights of the published shapes, and a tokenizer of this
@@ -27,6 +27,7 @@ from nitro_e_lite.evaluation import cards, peers
 from nitro_e_lite.evaluation.benchmark import time_pipeline
 from nitro_e_lite.evaluation.peers import Peer
 from nitro_e_lite.files import find_weights
+from nitro_e_lite.inference.arguments import as_integer
 from nitro_e_lite.inference.hub import load_text_encoder
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 
@@ -41,10 +42,13 @@ class Cells:
 
     Args:
         folder: gets the cards.
-        device: the accelerator when not given.
+        device: the accelerator.
         known: the models, see `peers.load_peers`; tests give small ones.
         repeats: runs of which the median counts.
         command: for the cards.
+
+    Attributes:
+        written: what each card holds so far, by name.
     """
 
     folder: Path
@@ -54,9 +58,13 @@ class Cells:
     command: str = "nitro-e benchmark --gpu"
     written: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def __post_init__(self):
+        as_integer("repeats", self.repeats, 1)
+        self.environment = runtime.environment_report() | {"device_name": runtime.device_name(self.device)}
+
     def add(self, name: str, kind: str, rows: list[dict[str, Any]], **more: Any) -> None:
         """Adds rows to a card and writes it."""
-        card = self.written.setdefault(name, {"rows": [], "repeats": self.repeats})
+        card = self.written.setdefault(name, {"rows": [], "repeats": self.repeats, "environment": self.environment})
         card["rows"] += rows
         for key, value in more.items():
             card[key] = card.get(key, {}) | value if isinstance(value, dict) else value
@@ -69,7 +77,9 @@ class Cells:
             pipeline.compile()
         for way in WAYS:
             (row,) = time_pipeline(pipeline, pipeline.sampler(**way, shift=1.0), [batch], self.repeats)
-            self.add("drawing_gpu", "drawing", [way | {"compiled": compiled} | row])
+            cell = f"batch {batch}, {way['steps']} steps{', compiled' * compiled}"
+            self.add("drawing_gpu", "drawing", [{"cell": cell} | way | {"compiled": compiled} | row])
+            runtime.forget_memory(self.device)
 
     def beside(self, batch: int, compiled: bool) -> None:
         """The models of Table 2."""
@@ -80,7 +90,7 @@ class Cells:
     def in_fp8(self, batch: int, compiled: bool) -> None:
         """E-MMDiT and SD3.5 in bfloat16 and in FP8, each row as soon as it is there."""
         for row in peers.time_fp8(self.known, batch, self.device, self.repeats, compiled):
-            self.add("fp8_gpu", "fp8_speed", [row])
+            self.add("fp8_gpu", "fp8_speed", [{"cell": f"{row['key']}, batch {batch}{', compiled' * compiled}"} | row])
 
 
 CELLS: tuple[tuple[Callable[..., None], int, bool], ...] = (

@@ -22,9 +22,12 @@ import base64
 import importlib.util
 import io
 import json
+import math
+import re
 import sys
 import tempfile
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from PIL import Image
@@ -89,7 +92,7 @@ def hpsv2():
     def score(pictures: list, prompts: list) -> list:
         images = torch.stack([prepare(picture) for picture in pictures]).to(tool.device)
         texts = tokenizer([prompt["prompt"] for prompt in prompts]).to(tool.device)
-        with torch.no_grad(), torch.autocast(torch.device(tool.device).type):
+        with torch.no_grad(), torch.autocast("cuda", enabled=torch.device(tool.device).type == "cuda"):
             said = model(images, texts)
         return (said["image_features"].float() * said["text_features"].float()).sum(-1).tolist()
 
@@ -100,13 +103,17 @@ class Handler(BaseHTTPRequestHandler):
     """`GET /health` and `POST /score`, see `rewards.py`; `score` and `health` are set on the class before it serves."""
 
     timeout = 60
+    one_at_a_time = threading.Lock()  # a tool is no program for several threads
 
     def do_GET(self) -> None:
-        self.answer(200, self.health) if self.path == "/health" else self.answer(404, {"error": "GET /health"})
+        if self.path == "/health":
+            self.answer(200, self.health)
+        else:
+            self.answer(404, {"error": "there are GET /health and POST /score"})
 
     def do_POST(self) -> None:
         told = self.headers.get("Content-Length") or "0"
-        length = int(told) if told.isdigit() and len(told) < 19 else 0
+        length = int(told) if re.fullmatch("[0-9]{1,18}", told) else 0
         if self.path != "/score" or not 0 < length <= LARGEST_REQUEST:
             self.close_connection = True
             return self.answer(400, {"error": f"POST /score with 1 to {LARGEST_REQUEST} bytes"})
@@ -119,20 +126,33 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as error:  # Pillow raises many kinds
             return self.answer(400, {"error": f"needs images (PNG in base64) and prompts: {error}"})
         try:
-            self.answer(200, {"scores": type(self).score(pictures, prompts)})
+            with self.one_at_a_time:
+                scores = type(self).score(pictures, prompts)
         except Exception as error:  # the tool failed: say so and go on serving
-            self.answer(500, {"error": f"{type(error).__name__}: {error}"})
+            return self.answer(500, {"error": f"{type(error).__name__}: {error}"})
+        self.answer(200, {"scores": [one if math.isfinite(one) else None for one in scores]})  # NaN is not JSON
 
     def answer(self, code: int, said: dict) -> None:
+        """Sends JSON to whoever is still there."""
         body = json.dumps(said).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        try:
+            self.send_response(code)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+        except (ConnectionError, TimeoutError):
+            self.close_connection = True
 
     def log_message(self, format: str, *arguments) -> None:
         """Says nothing: a run asks thousands of times."""
+
+
+class Server(ThreadingHTTPServer):
+    """Answers all at once, and lets many wait: every process of a run asks at the same time."""
+
+    daemon_threads = True
+    request_queue_size = 128
 
 
 def open_pictures(texts: list) -> list:
@@ -152,20 +172,22 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="it knows no passwords: keep it on a trusted network")
     parser.add_argument("--port", type=int, default=8901)
     parser.add_argument("--good", help="a PNG that shows what --prompt asks for; GenEval needs the three")
-    parser.add_argument("--bad", help="one that does not")
+    parser.add_argument("--bad", help="one that does not, of the same size")
     parser.add_argument("--prompt", type=json.loads, help="GenEval metadata")
     asked = parser.parse_args()
     examples = [asked.good, asked.bad, asked.prompt]
     if asked.judge == "geneval" and None in [asked.script, asked.models, *examples]:
         parser.error("geneval needs --script, --models, --good, --bad and --prompt")
     if asked.host not in ("127.0.0.1", "localhost", "::1"):
-        print(f"Warning: --host {asked.host} lets everyone who reaches this machine ask", file=sys.stderr)
+        print(f"Warning: --host {asked.host} lets anyone who can reach this machine send requests", file=sys.stderr)
     Handler.health = {"name": asked.judge, "ready": True}
     if None not in examples:
         good, bad = (base64.b64encode(Path(path).read_bytes()).decode() for path in (asked.good, asked.bad))
+        if len({picture.size for picture in open_pictures([good, bad])}) > 1:
+            parser.error("--good and --bad must be of the same size")
         Handler.health["examples"] = {"prompt": asked.prompt, "good": good, "bad": bad}
     Handler.score = staticmethod(geneval(asked.script, asked.models) if asked.judge == "geneval" else hpsv2())
-    with HTTPServer((asked.host, asked.port), Handler) as server:
+    with Server((asked.host, asked.port), Handler) as server:
         print(f"serving {asked.judge} at http://{asked.host}:{server.server_address[1]}", flush=True)
         server.serve_forever()
 

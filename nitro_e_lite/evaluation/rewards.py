@@ -308,7 +308,7 @@ class RemoteReward:
         wait: seconds before the first further attempt, doubled each time.
 
     Attributes:
-        examples: what its server would be shown in `preflight`, if it says so.
+        examples: the prompt and the two pictures that its server asks to be shown in `preflight`; None: it names none.
 
     Raises:
         RuntimeError: the server is not there or not ready; also from `score`, when it dies or is too slow.
@@ -353,14 +353,18 @@ class RemoteReward:
         request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
         wait, tries = self.wait, self.retries + 1
         for attempt in range(tries):
+            end = time.monotonic() + self.timeout
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                    return json.loads(self._read(answer))
-            except urllib.error.HTTPError as error:
-                said = error.read().decode(errors="replace").strip()[:300]
-                reason = f"answered {error.code} {error.reason}: {said}"
-                if error.code < 500:  # the request is at fault, and would be again
-                    raise Unusable(f"reward {self.name}: {reason}") from None
+                try:
+                    with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                        return json.loads(self._read(answer, end))
+                except urllib.error.HTTPError as error:
+                    said = self._read(error.fp, end).decode(errors="replace").strip()[:300]
+                    reason = f"answered {error.code} {error.reason}: {said}"
+                    if error.code < 500:  # the request is at fault, and would be again
+                        raise Unusable(f"reward {self.name}: {reason}") from None
+            except Unusable:
+                raise
             except TimeoutError:
                 reason = f"no answer within {self.timeout:g} s"
             except (OSError, json.JSONDecodeError) as error:  # URLError, a connection cut off, half an answer
@@ -377,9 +381,10 @@ class RemoteReward:
             "last checkpoint with --resume"
         )
 
-    def _read(self, answer: HTTPResponse) -> bytes:
-        """All of an answer; a server that sends byte by byte is late too, though each byte comes in time."""
-        end, body = time.monotonic() + self.timeout, bytearray()
+    @staticmethod
+    def _read(answer: HTTPResponse, end: float) -> bytes:
+        """All of an answer's body; a server that sends byte by byte is late too, though each byte comes in time."""
+        body = bytearray()
         while part := answer.read1(2**16):
             body += part
             if time.monotonic() > end:

@@ -86,10 +86,8 @@ def _chain(cards: Cards) -> list[str]:
     """What a lite model takes from nothing, and what it is worth on the way."""
     lines = []
     for card in (card for card in cards.values() if card["kind"] == "chain"):
-        what = (
-            f"a lite model from nothing, {card['processes']} processes, {card['environment']['device_name']}: minutes, "
-        )
-        what += "and GenEval-lite then (goal 0.90 after 60)"
+        what = f"a {card['preset']} model from nothing, {card['machines']}: minutes, and GenEval-lite then (goal: 0.90 "
+        what += "after 60)"
         found = [
             f"{row['name']} {row['minutes']:,.0f}, {row['overall']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
             for row in card["rows"]

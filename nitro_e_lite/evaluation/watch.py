@@ -42,7 +42,7 @@ def picture_statistics(pictures: np.ndarray) -> np.ndarray:
 
 
 PANELS: dict[str, tuple[str, ...]] = {
-    "what is paid, what is seen": ("reward", "reward_*", "reader", "held_out_reader", "geneval"),
+    "what is paid, what is seen": ("reward", "reward_*", "reader", "held_out_*", "geneval"),
     "groups that teach nothing, clipped ratios": ("flat_groups", "clip_share"),
     "distance from ratio 1, from the start": ("ratio_off", "kl", "reference_distance", "old_distance"),
     "distance inside groups": ("group_distance",),

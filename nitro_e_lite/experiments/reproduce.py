@@ -10,7 +10,7 @@
     drawn/, drawn-more/                   what they drew for students after that, more of it for the second
     distill/, sprint/                     the students of four steps, and of 1, 2 and 4
     students.json                         GenEval-lite after rewards and of both students, without guidance
-    reproduce.json                        seconds of each step over all its attempts, and where its result is
+    reproduce.json                        seconds of each step over all its attempts, on what, and where its result is
 
 A step that came to its end is left out and a training goes on from its checkpoint, so the same command continues a
 chain that was killed. Scale "smoke" does everything in a minute or two and learns nothing; "lite" is the real one. The
@@ -33,7 +33,7 @@ from typing import Any
 import yaml
 
 from nitro_e_lite import config as configuration
-from nitro_e_lite import presets
+from nitro_e_lite import presets, runtime
 from nitro_e_lite.course import notebooks
 from nitro_e_lite.data.drawn import Drawing, GrammarPrompts
 from nitro_e_lite.errors import InvalidValue
@@ -147,6 +147,9 @@ class Chain:
                     yield step, None
                     continue
                 begin, before = time.perf_counter(), cost["seconds"]
+                cost["on"] = sorted(
+                    {*cost.get("on", []), f"{self.devices} x {runtime.device_name(runtime.pick_device(None))}"}
+                )
                 try:
                     step.work()
                     cost["result"] = step.result
@@ -172,6 +175,10 @@ class Chain:
                 card = {key: found[name][key] for key in ("overall", "low", "high", "images", "steps", "guidance")}
                 rows.append({"name": name, "minutes": minutes} | card)
         return rows
+
+    def machines(self) -> str:
+        """Processes and devices that its steps ran on."""
+        return " and ".join(sorted({one for cost in self.report["steps"].values() for one in cost.get("on", [])}))
 
     def _settings(self, cls: type, name: str) -> Any:
         small = _SMALL[name] if self.preset == "smoke" else []

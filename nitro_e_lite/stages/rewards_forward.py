@@ -183,6 +183,6 @@ class ForwardRewards(Rewards):
     def load_state(self, state: dict[str, Any]) -> None:
         """Also the old policy."""
         super().load_state(state)
-        self.old_step = state.get("old_step", self.rollout_step)  # which a checkpoint of before does not name
+        self.old_step = state.get("old_step", self.rollout_step)  # older checkpoints do not have it
         for name, value in self.old.items():
             value.copy_(state[f"old.{name}"])

@@ -39,7 +39,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from nitro_e_lite.config import RewardConfig
-from nitro_e_lite.errors import InvalidValue, NotFinite
+from nitro_e_lite.errors import InvalidValue, NotFinite, Unusable
 from nitro_e_lite.evaluation.geneval_lite import draw, picture_seed
 from nitro_e_lite.evaluation.learned_judges import SceneReader, load_judge
 from nitro_e_lite.evaluation.official_geneval import read_metadata
@@ -53,7 +53,7 @@ from nitro_e_lite.runtime import generator
 from nitro_e_lite.scenes.geneval import CATEGORIES, Prompt, load_prompts, score, training_prompt, verify
 from nitro_e_lite.scenes.grammar import Stream
 from nitro_e_lite.stages.gates import EarlyStop
-from nitro_e_lite.training.distributed import fill_rows
+from nitro_e_lite.training.distributed import any_rank, fill_rows
 from nitro_e_lite.training.engine import Placement, Stage, Trainable
 from nitro_e_lite.training.optimizers import build_optimizers, learning_rate_scale
 from nitro_e_lite.viz import image_grid
@@ -325,17 +325,24 @@ class Rewards(Stage):
         config = self.config
         count = config.updates * config.batch_size
         self._ask(self.prompts.draw(step, count // config.group))
-        kept, places = [], []
-        for update in range(config.updates):
-            for part in range(len(self.placement.microbatches)):
-                some = self._places(update, part)
-                found = self.roll_out(step, some, self.features[self._groups(some)])
-                if not found["x0"].isfinite().all():
-                    raise NotFinite(f"roll-out of step {step}: gave NaN or infinity; lower optimizer.lr")
-                asked = [self.asked[group] for group in self._groups(some)]
-                found["scores"], found["seen"] = self._judge(found["x0"], asked)
-                kept.append(found)
-                places += some
+        kept, places, failed = [], [], None
+        try:
+            for update in range(config.updates):
+                for part in range(len(self.placement.microbatches)):
+                    some = self._places(update, part)
+                    found = self.roll_out(step, some, self.features[self._groups(some)])
+                    if not found["x0"].isfinite().all():
+                        raise NotFinite(f"roll-out of step {step}: gave NaN or infinity; lower optimizer.lr")
+                    asked = [self.asked[group] for group in self._groups(some)]
+                    found["scores"], found["seen"] = self._judge(found["x0"], asked)
+                    kept.append(found)
+                    places += some
+        except (NotFinite, Unusable) as error:
+            failed = error
+        if any_rank(failed is not None, self.placement.device):
+            failed = failed or Unusable(f"roll-out of step {step}: another process failed, its own message says why")
+            failed.everywhere = True
+            raise failed
         rollout = {name: fill_rows(torch.cat([one[name] for one in kept]), places, count) for name in kept[0]}
         seen = rollout.pop("seen").double().mean(0).tolist()
         scores = rollout["scores"].double().cpu().numpy()  # (n, R)
@@ -377,6 +384,8 @@ class Rewards(Stage):
 
     def validate(self) -> dict[str, float]:
         """GenEval-lite of fixed held-out prompts, drawn as in roll-outs; with a file the rewards of its held-out ones.
+
+        Nothing where no kind of the file has ten prompts: then nothing is held out.
 
         The score that `EarlyStop` watches is GenEval-lite's, or the first reward's mean.
 

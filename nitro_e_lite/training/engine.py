@@ -472,7 +472,7 @@ class Engine:
             OSError: a checkpoint could not be written; the one before it is intact.
             FloatingPointError: too many steps in a row were left out; the checkpoint is written.
             RuntimeError: another process trains in this folder, or what the stage needs failed, such as a judge on
-                another machine; then the checkpoint is written.
+                another machine; what the first process knows of it then, it saves.
         """
         main = self.accelerator.is_main_process
         try:
@@ -482,11 +482,11 @@ class Engine:
                 set_patience(timedelta(minutes=self.config.patience))
                 try:
                     self._train()
-                except (NotFinite, Unusable) as error:  # the step had not changed anything yet
-                    if main:
-                        said = f"{error}; step {self.global_step} is saved in {self.save().parent}"
-                        raise type(error)(said) from None
-                    raise
+                except (NotFinite, Unusable) as error:  # before or after an update, never within one
+                    said = f"{error}; step {self.global_step} is saved in {self.save().parent}" if main else str(error)
+                    if error.everywhere:
+                        self.accelerator.wait_for_everyone()  # until it is saved: the first to end ends the others
+                    raise type(error)(said) from None
                 if main:
                     self.writer.wait()
         finally:
