@@ -96,7 +96,10 @@ def benchmark_command(
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the denoising step, or the peers.")] = False,
     gpu: Annotated[
-        bool, typer.Option("--gpu", help="Every cell that waits for an accelerator, in ten minutes: cards in --out.")
+        bool,
+        typer.Option(
+            "--gpu", help="Every cell that waits for an accelerator, none begun after nine minutes: cards in --out."
+        ),
     ] = False,
     out: Annotated[
         Path | None,
@@ -174,7 +177,7 @@ def benchmark_gpu(repeats, out, device, json) -> None:
         result["cells"] = []
         for line in gpu_cells.measure(cells):
             result["cells"].append(line)
-            say(line, "green")
+            say(line, "yellow" if ": failed" in line else "green")
         result["cards"] = sorted(cells.written)
         if not cells.written:
             raise Unusable("gpu: no cell could be measured, see above")
