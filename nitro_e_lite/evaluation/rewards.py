@@ -33,14 +33,16 @@ import io
 import json
 import math
 import re
+import socket
+import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
-from http.client import HTTPResponse
+from http.client import HTTPConnection, HTTPSConnection, responses
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -350,29 +352,21 @@ class RemoteReward:
         return np.array(scores)
 
     def _ask(self, path: str, body: bytes | None) -> Any:
-        request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
         wait, tries = self.wait, self.retries + 1
         for attempt in range(tries):
-            end = time.monotonic() + self.timeout
             try:
-                try:
-                    with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                        return json.loads(self._read(answer, end))
-                except urllib.error.HTTPError as error:
-                    said = self._read(error.fp, end).decode(errors="replace").strip()[:300]
-                    reason = f"answered {error.code} {error.reason}: {said}"
-                    if error.code < 500:  # the request is at fault, and would be again
-                        raise Unusable(f"reward {self.name}: {reason}") from None
-            except Unusable:
-                raise
+                code, said = self._exchange(path, body)
+                if code == 200:
+                    return json.loads(said)
+                reason = f"answered {code} {responses.get(code, '')}: {said.decode(errors='replace').strip()[:300]}"
             except TimeoutError:
-                reason = f"no answer within {self.timeout:g} s"
-            except (OSError, json.JSONDecodeError) as error:  # URLError, a connection cut off, half an answer
-                inner = getattr(error, "reason", error)
-                slow = isinstance(inner, TimeoutError)
-                reason = f"no answer within {self.timeout:g} s" if slow else f"cannot be asked ({inner})"
-            except Exception as error:  # http.client's own: an answer that breaks off
-                reason = f"cannot be asked ({type(error).__name__}: {error})"
+                code, reason = 0, f"no answer within {self.timeout:g} s"
+            except (OSError, json.JSONDecodeError) as error:  # no connection, half an answer
+                code, reason = 0, f"cannot be asked ({error})"
+            except Exception as error:  # http.client's own: no address, or an answer that breaks off
+                code, reason = 0, f"cannot be asked ({type(error).__name__}: {error})"
+            if 300 <= code < 500:  # the request is at fault, and would be again
+                raise Unusable(f"reward {self.name}: {reason}")
             if attempt < self.retries:
                 time.sleep(wait)
                 wait *= 2
@@ -381,15 +375,35 @@ class RemoteReward:
             "last checkpoint with --resume"
         )
 
-    @staticmethod
-    def _read(answer: HTTPResponse, end: float) -> bytes:
-        """All of an answer's body; a server that sends byte by byte is late too, though each byte comes in time."""
-        body = bytearray()
-        while part := answer.read1(2**16):
-            body += part
-            if time.monotonic() > end:
-                raise TimeoutError
-        return bytes(body)
+    def _exchange(self, path: str, body: bytes | None) -> tuple[int, bytes]:
+        """One request: the answer's code and body, within `timeout` even where each of its bytes comes in time."""
+        place = urlsplit(self.url)
+        kind = HTTPSConnection if place.scheme == "https" else HTTPConnection
+        connection = kind(place.netloc, timeout=self.timeout)
+        connection.connect()
+        line, late = connection.sock, threading.Event()
+
+        def cut() -> None:
+            late.set()
+            with suppress(OSError):
+                line.shutdown(socket.SHUT_RDWR)  # whoever waits for a byte gets none
+
+        timer = threading.Timer(self.timeout, cut)
+        timer.start()
+        try:
+            headers = {"Content-Type": "application/json", "Connection": "close"}
+            connection.request("GET" if body is None else "POST", place.path + path, body, headers)
+            answer = connection.getresponse()
+            found = answer.status, answer.read()
+        except Exception:
+            if not late.is_set():
+                raise
+        finally:
+            timer.cancel()
+            connection.close()
+        if late.is_set():  # also where an answer seems whole: headers that were cut off are taken for all of them
+            raise TimeoutError
+        return found
 
 
 def _to_png(picture: np.ndarray) -> str:
