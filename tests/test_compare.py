@@ -30,8 +30,8 @@ def test_same_variants_are_equal_and_a_stopped_comparison_goes_on(tmp_path):
     assert rows[0]["validation_loss"] != rows[1]["validation_loss"]
     shown = compare.summary(result)
     assert [row[:3] for row in shown] == [("one", 1, 1), ("one", 2, 1), ("Two!", 1, 1), ("Two!", 2, 1)]
-    assert float(shown[1][3]) == pytest.approx(rows[1]["validation_loss"], abs=1e-4)
-    assert rows[1]["told"].keys() == set(config.FACTS) and float(shown[1][4]) == rows[1]["told"]["shapes"]
+    assert float(shown[1][4]) == pytest.approx(rows[1]["validation_loss"], abs=1e-4)
+    assert rows[1]["told"].keys() == set(config.FACTS) and float(shown[1][5]) == rows[1]["told"]["shapes"]
 
     part = {"one": same["one"]}
     compare.compare(SMOKE, part, [3], [1, 2], tmp_path / "part", prompts, "cpu", pairs=2)
@@ -81,6 +81,24 @@ def test_refuses_what_is_no_comparison(tmp_path):
     assert not list(tmp_path.rglob("recipe.json"))  # it would refuse the same name with the mistake mended
     with pytest.raises(ValueError, match="must read 'name:"):
         compare.read_variant("repa.weight=0")
+
+
+def test_ways_of_learning_from_rewards_are_compared(tmp_path):
+    """After as many pictures of the same captions, in the held-out score; nothing ends a run early."""
+    changes = ["rewards=[[redness, 1.0]]", "batch_size=4", "group=4", "updates=1", "rollout_steps=3"]
+    changes += ["grpo.window_range=2", "stop_drop=0.5"]
+    settings = config.override(presets.preset("rewards", "smoke"), changes)
+    ways = {"forward": [], "Flow-GRPO": ["method=grpo"], "forward again": []}
+    result = compare.compare(settings, ways, [1], [1, 2], tmp_path, device="cpu")
+    rows = measured(result)
+    assert [row["step"] for row in rows] == [1, 2] * 3 and all(0 <= row["geneval"] <= 1 for row in rows)
+    assert rows[2:4] == rows[4:6] and rows[:2] != rows[2:4]  # by folder: flow-grpo, forward, forward-again
+    assert all(row["group_distance"] > 0 for row in rows)
+    assert result["config"]["stop_drop"] == 0
+    minutes = [float(row[3]) for row in compare.summary(result)]
+    assert minutes[0] <= minutes[1]
+    with pytest.raises(ValueError, match="its own held-out prompts alone"):
+        compare.compare(settings, ways, [1], [1], tmp_path, geneval.load_prompts()[:1])
 
 
 def test_prompts_are_spread_over_every_category():

@@ -1,6 +1,7 @@
 """The commands that train and plan: `nitro-e train ...` and `nitro-e plan`."""
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
@@ -230,12 +231,12 @@ def train_judge(
         finish(judges.train_judge(chosen, run_dir or Path("runs") / judge, resume, device))
 
 
-def transformer_run(stage, preset, overrides):
-    """The configuration of a run of stages 1 or 2, which compare, overfit and plan are about."""
+def transformer_run(stage, preset, overrides, also=()):
+    """The configuration of a run of stages 1 or 2, which compare, overfit and plan are about, or of one in `also`."""
     from nitro_e_lite import config, presets
 
-    if stage not in config.STAGES:
-        raise InvalidValue(f"stage={stage!r}: must be one of {', '.join(config.STAGES)} here")
+    if stage not in (known := (*config.STAGES, *also)):
+        raise InvalidValue(f"stage={stage!r}: must be one of {', '.join(known)} here")
     return config.override(presets.preset(stage, preset), overrides or [])
 
 
@@ -254,7 +255,7 @@ def compare_command(
     seeds: Annotated[str, typer.Option(help="Each variant is trained with each of them.")] = "0,1,2",
     prompts: Annotated[int, typer.Option(help="GenEval-lite prompts of each category drawn at each point.")] = 10,
     pairs: Annotated[int, typer.Option(help="Minimal pairs of each fact whose captions are exchanged; 0 or >= 2.")] = 0,
-    stage: Annotated[str, typer.Option(help="base or finetune.")] = "base",
+    stage: Annotated[str, typer.Option(help="base, finetune or rewards.")] = "base",
     preset: Preset = "lite",
     overrides: Overrides = None,
     run_dir: RunDir = None,
@@ -267,20 +268,23 @@ def compare_command(
         from nitro_e_lite.inference.arguments import as_integer
         from nitro_e_lite.scenes import geneval
 
-        chosen = transformer_run(stage, preset, overrides)
+        chosen = transformer_run(stage, preset, overrides, also=("rewards",))
         variants = dict(compare.read_variant(text) for text in variant)
         if len(variants) < len(variant):
             raise InvalidValue(f"variant: {len(variant)} variants with {len(variants)} names; give each its own")
         as_integer("prompts", prompts, 0)
         as_integer("pairs", pairs, 2 if pairs else 0)
         steps, numbers = whole_numbers("points", points), whole_numbers("seeds", seeds)
-        drawn = compare.spread_prompts(geneval.load_prompts(), prompts)
+        if stage == "rewards":
+            chosen, drawn = dataclasses.replace(chosen, validation_prompts=prompts), []
+        else:
+            drawn = compare.spread_prompts(geneval.load_prompts(), prompts)
         folder = run_dir or Path("runs/comparison")
         result |= compare.compare(chosen, variants, numbers, steps, folder, drawn, device, pairs)
         if json:
             return
         rows = [[str(value) for value in row] for row in compare.summary(result)]
-        columns = ["", "step", "seeds", "validation loss", "shapes told", "GenEval-lite"]
+        columns = ["", "step", "seeds", "minutes", "validation loss", "shapes told", "GenEval-lite"]
         show_table("mean over seeds, 95 % interval", columns, rows)
 
 

@@ -5,6 +5,10 @@ each of a few points of the training the averaged weights are validated, asked w
 picture, and asked to draw. What remains is the spread over seeds, so that a difference can be told from luck. Learning
 rates stay constant: a point half-way is then a run of its own, and not one that was cut before its end.
 
+Ways of learning from rewards are compared in the same manner: at each point the pictures of the averaged policy, drawn
+as in its roll-outs, are judged by GenEval-lite. No run is ended early, and the clock of each is kept, so that ways can
+be compared after as many pictures or after as many minutes.
+
 Each run keeps its rows in a folder of its own. A comparison that was stopped goes on with the run it was in, and two
 processes may share the work by taking different seeds.
 """
@@ -20,13 +24,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nitro_e_lite.config import FACTS, TrainConfig, override, to_dict
+from nitro_e_lite.config import FACTS, RewardConfig, TrainConfig, override, to_dict
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.evaluation.geneval_lite import evaluate
 from nitro_e_lite.evaluation.sensitivity import caption_sensitivity
 from nitro_e_lite.files import check_output, read_jsonl, run_lock, write_atomically
 from nitro_e_lite.scenes.geneval import CATEGORIES, Prompt
 from nitro_e_lite.stages.pretrain import Pretrain
+from nitro_e_lite.stages.rewards_grpo import learner
 from nitro_e_lite.stats import interval
 from nitro_e_lite.training.engine import Engine
 from nitro_e_lite.training.metrics import MetricsWriter
@@ -48,7 +53,7 @@ def read_variant(text: str) -> tuple[str, list[str]]:
 
 
 def compare(
-    config: TrainConfig,
+    config: TrainConfig | RewardConfig,
     variants: Mapping[str, Sequence[str]],
     seeds: Sequence[int],
     points: Sequence[int],
@@ -65,7 +70,8 @@ def compare(
         seeds: of weights, order, noise and pictures.
         points: steps after which a run is measured, ascending.
         run_dir: gets a folder for each run and `comparison.json`.
-        prompts: GenEval-lite prompts, drawn once each in 20 steps; none: only losses are measured.
+        prompts: GenEval-lite prompts, drawn once each in 20 steps; none: only losses are measured. A run of rewards has
+            its own, `validation_prompts` of each category.
         device: of the training.
         pairs: minimal pairs of each fact whose captions are exchanged (see `evaluation/sensitivity.py`); 0: none.
 
@@ -73,8 +79,8 @@ def compare(
         What `comparison.json` holds: `points`, `batch_size`, `variants`, `prompts`, `pairs`, `config` and `runs`.
         These are a list with a row for each variant, seed and point: `step`, `samples`, `trained_steps` since the
         point before or, if it was stopped on the way, since it went on, and their `seconds`, the fields of
-        `Pretrain.validate`, with pairs `told`, the share of noisy pictures that their own caption fits better than
-        the other, for each fact, and with prompts `geneval` and `categories`.
+        the stage's `validate`, with pairs `told`, the share of noisy pictures that their own caption fits better than
+        the other, for each fact, and with prompts `geneval` and `categories`; of rewards what the last roll-out showed.
 
     Raises:
         ValueError: no variants, seeds or points, points out of order, an unknown field, or a folder that holds another
@@ -87,8 +93,13 @@ def compare(
         raise InvalidValue(f"variant: {', '.join(variants)} need letters or digits that tell their folders apart")
     if len(set(seeds)) < len(seeds):
         raise InvalidValue(f"seeds={list(seeds)}: each once; a run counted twice would look like certainty")
+    rewarded = isinstance(config, RewardConfig)
+    if rewarded and (prompts or pairs):
+        raise InvalidValue("prompts, pairs: a run of rewards is measured on its own held-out prompts alone")
     optimizer = dataclasses.replace(config.optimizer, decay_steps=0)
     config = dataclasses.replace(config, steps=points[-1], optimizer=optimizer, tracker="none")
+    if rewarded:
+        config = dataclasses.replace(config, stop_drop=0.0, stop_diversity=0.0)
     chosen = {name: override(config, list(changes)) for name, changes in variants.items()}
     runs = [(name, dataclasses.replace(one, seed=seed)) for seed in seeds for name, one in chosen.items()]
     run_dir = Path(run_dir)
@@ -102,7 +113,9 @@ def compare(
     return _collect(run_dir, about)
 
 
-def _run(config: TrainConfig, points, folder: Path, prompts, pairs: int, device: str | None, variant: str) -> None:
+def _run(
+    config: TrainConfig | RewardConfig, points, folder: Path, prompts, pairs: int, device: str | None, variant: str
+) -> None:
     """One run; goes on from its last checkpoint."""
     file, recipe = folder / "rows.jsonl", folder / "recipe.json"
     text = json.dumps({"variant": variant, **to_dict(config), "steps": None, "prompts": len(prompts), "pairs": pairs})
@@ -112,7 +125,8 @@ def _run(config: TrainConfig, points, folder: Path, prompts, pairs: int, device:
     missing = [point for point in points if point not in {row["step"] for row in rows}]
     if not missing:
         return
-    engine = Engine(config, Pretrain, folder, resume=True, device=device)
+    rewarded = isinstance(config, RewardConfig)
+    engine = Engine(config, learner(config) if rewarded else Pretrain, folder, resume=True, device=device)
     if engine.global_step > missing[0]:
         raise InvalidValue(
             f"points: {folder} has been trained to step {engine.global_step}; only later points can be added"
@@ -127,6 +141,8 @@ def _run(config: TrainConfig, points, folder: Path, prompts, pairs: int, device:
         trained = {"trained_steps": engine.global_step - before, "seconds": round(time.perf_counter() - begin, 2)}
         row = {"variant": variant, "seed": config.seed, "step": point, "samples": point * config.batch_size}
         row |= trained | engine.validate()
+        if rewarded:
+            row |= engine.stage.report
         if pairs:
             with engine.averaged():
                 readings = caption_sensitivity(engine.stage.pipeline(), pairs, TOLD_AT)
@@ -156,16 +172,19 @@ def _collect(run_dir: Path, about: dict[str, Any]) -> dict[str, Any]:
     return json.loads(text)
 
 
-def summary(result: Mapping[str, Any]) -> list[tuple[str, int, int, str, str, str]]:
-    """Rows (variant, step, seeds, validation loss, shapes told, GenEval-lite): means over seeds with intervals."""
+def summary(result: Mapping[str, Any]) -> list[tuple[str, int, int, str, str, str, str]]:
+    """Rows (variant, step, seeds, minutes, loss, shapes told, GenEval-lite): means over seeds with intervals."""
     table = []
     for name in result["variants"]:
-        for step in result["points"]:
+        minutes = 0.0
+        for before, step in zip([0, *result["points"]], result["points"], strict=False):
             own = [row for row in result["runs"] if (row["variant"], row["step"]) == (name, step)]
+            paces = [row["seconds"] / row["trained_steps"] for row in own if row["trained_steps"]]
+            minutes += (step - before) * (sum(paces) / len(paces) if paces else math.nan) / 60
             told = [row.get("told", {}).get("shapes") for row in own]
             found = [row.get("validation_loss") for row in own], told, [row.get("geneval") for row in own]
             shown = (_shown([value for value in values if value is not None]) for values in found)
-            table.append((name, step, len(own), *shown))
+            table.append((name, step, len(own), f"{minutes:.1f}", *shown))
     return table
 
 

@@ -37,7 +37,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,5 +176,9 @@ class GrpoRewards(Rewards):
 
 def train_rewards(config: RewardConfig, run_dir: str | Path, resume: bool = False, device: str | None = None) -> Path:
     """Learns from rewards by the method of `config`; see `Engine`. Returns the folder with the adapter."""
-    stage: Any = GrpoRewards if config.method == "grpo" else ForwardRewards
-    return Engine(config, stage, run_dir, resume, device).fit()
+    return Engine(config, learner(config), run_dir, resume, device).fit()
+
+
+def learner(config: RewardConfig) -> type[Rewards]:
+    """The stage that learns by the method of `config`."""
+    return GrpoRewards if config.method == "grpo" else ForwardRewards
