@@ -82,14 +82,15 @@ def coming(found, tmp_path_factory):
 
 def test_cards_of_coming_models_need_no_more_code(coming, monkeypatch, tmp_path):
     lines = tables.lite_models(coming).splitlines()
-    assert len(lines) == 2 + 9 and [line.split(" | ")[0] for line in lines[2:]] == [
-        "| lite, 10 steps", "| lite, 20 steps", "| lite-4step, 4 steps", "| lite-4step FP8, 4 steps",
-        "| lite-grpo, 10 steps", "| lite-grpo FP8, 10 steps",
-        "| lite-sprint, 1 step", "| lite-sprint, 2 steps", "| lite-sprint, 4 steps",
+    assert len(lines) == 2 + 9 and [line.split("](")[0] for line in lines[2:]] == [
+        "| [lite, 10 steps", "| [lite, 20 steps", "| [lite-4step, 4 steps", "| [lite-4step FP8, 4 steps",
+        "| [lite-grpo, 10 steps", "| [lite-grpo FP8, 10 steps",
+        "| [lite-sprint, 1 step", "| [lite-sprint, 2 steps", "| [lite-sprint, 4 steps",
     ]  # fmt: skip
-    assert lines[-3].startswith("| lite-sprint, 1 step | 34.4 | 1 | 20 | 0.916 (0.903 to 0.928) | +0.06")
-    assert "| lite-4step FP8, 4 steps | 9.0 | 4 | 80 |" in lines[5]
-    assert " | 3.2 ± 1.7 (-1.2 ± 0.5) | `nitro-e evaluate" in lines[6]
+    assert "](nitro_e_lite/evaluation/cards/lite-sprint" in lines[-3]
+    assert ".json) | 34.4 | 1 | 20 | 0.916 (0.903 to 0.928) | +0.06" in lines[-3]
+    assert "| [lite-4step FP8, 4 steps](nitro_e_lite/evaluation/cards/lite-4step_fp8.json) | 9.0 | 4 | 80 |" in lines[5]
+    assert lines[6].endswith(" | 3.2 ± 1.7 (-1.2 ± 0.5) |")
     assert len(tables.by_category(coming).splitlines()) == 2 + 9
     text = tables.results_table(coming)
     assert "| 3.07 end to end (bar) | 3.25; 4.50; 3.25; 4.50 | `nitro-e benchmark --peers` |" in text

@@ -179,9 +179,10 @@ def split(readme: str) -> tuple[str, str]:
 
 
 def lite_models(cards: Cards) -> str:
-    """The lite models side by side: what they weigh and take, what is right, how it looks."""
-    columns = "model|MB|passes|ms|right|minus lite|new compositions|reader|preference|diversity|KID (floor)|command"
+    """The lite models side by side: what they weigh and take, what is right, how it looks; names link to the cards."""
+    columns = "model|MB|passes|ms|right|minus lite|new compositions|reader|preference|diversity|KID (floor)"
     lines = [f"| {columns.replace('|', ' | ')} |", "|" + "---|" * (columns.count("|") + 1)]
+    names, folder = {id(card): name for name, card in cards.items()}, "nitro_e_lite/evaluation/cards"
     scored, compared = lite_cards(cards).values(), compared_cards(cards)
     base = next(
         (card for card in compared if card["model"] == "lite" and passes(card) == 40 and not fp8_of(card)), None
@@ -191,13 +192,18 @@ def lite_models(cards: Cards) -> str:
         if base not in (None, card) and base["seeds"] == card["seeds"]:
             gap = result_cards.compare(card, base)  # picture by picture
         new = next((one for one in scored if one["prompt_list"] == NEW and _same_model(one, card)), None)
-        cells = [label(card), f"{weights_bytes(card) / 1e6:.1f}", str(passes(card)), f"{ms:.0f}" if ms else "-"]
+        cells = [
+            f"[{label(card)}]({folder}/{names[id(card)]}.json)",
+            f"{weights_bytes(card) / 1e6:.1f}",
+            str(passes(card)),
+            f"{ms:.0f}" if ms else "-",
+        ]
         cells += [f"{card['overall']:.3f} ({card['low']:.3f} to {card['high']:.3f})"]
         cells += ["{:+.3f} ({:+.3f} to {:+.3f})".format(*gap) if gap else "-"]
         cells += [f"{new['overall']:.3f} ({new['low']:.3f} to {new['high']:.3f})" if new else "-"]
         cells += [f"{seen['reader']:.3f}", f"{seen['preference']:.2f}", f"{seen['diversity']:.3f}"]
         kid, floor = (f"{1000 * seen[name][0]:.1f} ± {1000 * seen[name][1]:.1f}" for name in ("kid", "kid_floor"))
-        lines.append(f"| {' | '.join([*cells, f'{kid} ({floor})'])} | `{card['command']}` |")
+        lines.append(f"| {' | '.join([*cells, f'{kid} ({floor})'])} |")
     return "\n".join(lines)
 
 
