@@ -16,8 +16,12 @@ challenge_app = typer.Typer()
 
 @command(app, "assignment")
 def assignment(
-    folder: Annotated[Path, typer.Argument(help="Of the nbgrader course: gets source/ and release/.")],
-    names: Annotated[list[str] | None, typer.Argument(help="Names or numbers, such as 08; all when none.")] = None,
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of the nbgrader course; source/ and release/ are written there.")
+    ],
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Names or numbers, such as 08; all when none is given.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write notebooks for students in nbgrader's format: functions left to write, checks kept, solutions cut."""
@@ -32,8 +36,8 @@ def assignment(
 
 @command(app, "lab")
 def lab(
-    folder: Annotated[Path, typer.Argument(help="Gets a log and a picture of each run.")],
-    seed: Annotated[int, typer.Option(help="Of weights, batches and noise.")] = 0,
+    folder: Annotated[Path, typer.Argument(help="Where the log and the picture of each run go.")],
+    seed: Annotated[int, typer.Option(help="Seed of weights, batches and noise.")] = 0,
     json: Json = False,
 ) -> None:
     """Make the eight failed trainings of notebook 18 again, and the sound one: seconds each."""
@@ -50,11 +54,11 @@ def lab(
 @command(app, "results")
 def results(
     names: Annotated[list[str], typer.Argument(help="Names or numbers of notebooks, such as 02.")],
-    folder: Annotated[Path | None, typer.Option(help="Gets NUMBER.json; the package's own when none.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where NUMBER.json goes; by default into the package.")] = None,
     overrides: Overrides = None,
     json: Json = False,
 ) -> None:
-    """Measure at lite scale what a notebook shows beside its smoke run: minutes each; stopped, it goes on."""
+    """Measure at lite scale what a notebook shows beside its smoke run: minutes each; continues after a stop."""
     with output(json) as result:
         from nitro_e_lite.course import lessons, notebooks
 
@@ -71,17 +75,25 @@ def results(
 def playground(
     runs: Annotated[
         list[str] | None,
-        typer.Argument(help="NAME=RUN or NAME=RUN@STEPS, in the order of the page; none: only arms are made anew."),
+        typer.Argument(
+            help="NAME=RUN or NAME=RUN@STEPS, in the order of the page; without any, only arms are made again."
+        ),
     ] = None,
-    failed: Annotated[list[str] | None, typer.Option(help="NAME=RUN that was meant to fail; repeat.")] = None,
-    arm: Annotated[list[str] | None, typer.Option(help="NAME=RUN of an ablation, once for each seed; repeat.")] = None,
-    folder: Annotated[Path | None, typer.Option(help="Gets the data; the package's own when none.")] = None,
-    moments: Annotated[int, typer.Option(min=2, help="Of each run: before, on the way, its end.")] = 4,
-    prompts: Annotated[int, typer.Option(min=0, help="Of each category, at each moment; 0: no new scores.")] = 20,
-    seed: Annotated[int, typer.Option(help="Of the noises.")] = 0,
+    failed: Annotated[
+        list[str] | None, typer.Option(help="NAME=RUN that was meant to fail; may be given several times.")
+    ] = None,
+    arm: Annotated[list[str] | None, typer.Option(help="NAME=RUN of an ablation, once for each seed.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where the data go; by default into the package.")] = None,
+    moments: Annotated[
+        int, typer.Option(min=2, help="Moments shown of each run: its start, some on the way, its end.")
+    ] = 4,
+    prompts: Annotated[
+        int, typer.Option(min=0, help="Prompts of each category scored at each moment; 0: no new scores.")
+    ] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     json: Json = False,
 ) -> None:
-    """Set students of few steps side by side for notebook 13: pictures and scores by minutes of training."""
+    """Put students of few steps side by side for notebook 13: pictures and scores over minutes of training."""
     with output(json) as result:
         from nitro_e_lite.course import playground
 
@@ -102,8 +114,8 @@ def playground(
 
 @command(challenge_app, "challenge")
 def challenge(
-    minutes: Annotated[float, typer.Option(help="For the training; an entry has 60.")] = 60.0,
-    name: Annotated[str, typer.Option(help="Of the entry.")] = "anonymous",
+    minutes: Annotated[float, typer.Option(help="Minutes of training; an entry has 60.")] = 60.0,
+    name: Annotated[str, typer.Option(help="Name of the entry.")] = "anonymous",
     preset: Annotated[str, typer.Option(help="lite, or smoke to try the command.")] = "lite",
     overrides: Overrides = None,
     run_dir: RunDir = None,

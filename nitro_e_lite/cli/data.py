@@ -56,8 +56,10 @@ def encode(
         int | None, typer.Option(help="Store pictures of this side in pixels for REPA to look at; DINOv2 takes 224.")
     ] = None,
     captions: Annotated[Path | None, typer.Option(help="sa1b: folder of the caption files.")] = None,
-    generator: Annotated[str | None, typer.Option(help="fluxdb: pipeline that draws; FLUX.1-dev by default.")] = None,
-    draw: Annotated[list[str] | None, typer.Option(help="fluxdb: argument=value of the pipeline's call.")] = None,
+    generator: Annotated[
+        str | None, typer.Option(help="fluxdb: the pipeline that draws; FLUX.1-dev by default.")
+    ] = None,
+    draw: Annotated[list[str] | None, typer.Option(help="fluxdb: argument=value for the call of the pipeline.")] = None,
     batch: Annotated[int, typer.Option(help="Pictures at once.")] = 32,
     shard_rows: Annotated[int, typer.Option(help="Rows in one shard.")] = 10_000,
     threads: Annotated[int, typer.Option(help="Threads that decode pictures.")] = 4,
@@ -107,7 +109,7 @@ def encode(
 @command(app, "draw")
 def draw(
     out: Annotated[Path, typer.Argument(help="Folder of the data set; an unfinished one is continued.")],
-    count: Annotated[int, typer.Option(help="Pictures, for prompts of the scene grammar.")] = 10_000,
+    count: Annotated[int, typer.Option(help="How many pictures, for prompts of the scene grammar.")] = 10_000,
     prompts: Annotated[
         Path | None, typer.Option(help="File of prompts (.txt, .jsonl, .parquet) in place of the grammar.")
     ] = None,
@@ -116,7 +118,7 @@ def draw(
     guidance: Guidance = None,
     shift: Shift = None,
     student_steps: Annotated[int, typer.Option(help="Steps of the student, whose states on the way are kept.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of scenes and noises.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of scenes and noise.")] = 0,
     text: Annotated[bool, typer.Option("--text", help="Store text features too.")] = False,
     batch: Annotated[int, typer.Option(help="Pictures at once.")] = 50,
     shard_rows: Annotated[int, typer.Option(help="Pictures in one shard.")] = 500,
@@ -124,7 +126,7 @@ def draw(
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Have a teacher draw what a student of few steps learns from; continue and share it as `encode`."""
+    """Let a teacher draw what a student of few steps learns from; continues and shares the work as `encode` does."""
     with output(json) as result:
         from nitro_e_lite.data import drawn, sources
         from nitro_e_lite.inference.arguments import as_integer
@@ -181,11 +183,11 @@ def check(
 @command(app, "benchmark")
 def benchmark(
     folder: Annotated[
-        Path | None, typer.Option(help="On the disk to be measured; by default where temporary files go.")
+        Path | None, typer.Option(help="A folder on the disk to measure; by default where temporary files go.")
     ] = None,
-    jpegs: Annotated[Path | None, typer.Option(help="Folder of pictures to decode, in place of made ones.")] = None,
+    jpegs: Annotated[Path | None, typer.Option(help="Folder of pictures to decode, instead of made-up ones.")] = None,
     batch: Annotated[int, typer.Option(help="Rows read at once.")] = 256,
-    seconds: Annotated[float, typer.Option(help="How long to measure each.")] = 3.0,
+    seconds: Annotated[float, typer.Option(help="How long each is measured.")] = 3.0,
     out: Annotated[Path | None, typer.Option(help="Also write a result card to this file.")] = None,
     json: Json = False,
 ) -> None:

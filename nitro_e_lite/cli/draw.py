@@ -57,14 +57,18 @@ def demo(
     guidance: Guidance = None,
     shift: Shift = None,
     seed: int = 0,
-    web: Annotated[bool, typer.Option("--web", help="Serve a page: lanes race, and you watch.")] = False,
+    web: Annotated[bool, typer.Option("--web", help="Serve a page on which lanes race as you watch.")] = False,
     teaser: Annotated[bool, typer.Option("--teaser", help="Draw figures/teaser.png: 20 steps, 4 and 1.")] = False,
-    model: Annotated[str, typer.Option(help="Of the page: as in `sample`; draws in 20, 4 and 1 steps.")] = "lite",
+    model: Annotated[
+        str, typer.Option(help="For the page: a model as in `sample`; it draws in 20, 4 and 1 steps.")
+    ] = "lite",
     lane: Annotated[
-        list[str] | None, typer.Option(help="Of the page: MODEL@STEPS or MODEL@STEPS@GUIDANCE; up to four times.")
+        list[str] | None, typer.Option(help="For the page: MODEL@STEPS or MODEL@STEPS@GUIDANCE; up to four times.")
     ] = None,
-    port: Annotated[int | None, typer.Option(help="Of the page.")] = None,
-    host: Annotated[str, typer.Option(help="Of the page; other than 127.0.0.1 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Port of the page.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address of the page; anything but 127.0.0.1 lets other machines in.")
+    ] = "127.0.0.1",
     browser: Annotated[bool, typer.Option(help="Open a browser with the page.")] = True,
     text_encoder: TextEncoder = None,
     vae: Vae = None,
@@ -237,7 +241,7 @@ def sample(
     negative: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
     height: int | None = None,
     width: int | None = None,
-    model: Annotated[str | None, typer.Option(help="As in `evaluate`; when not given lite-4step, in 10 steps.")] = None,
+    model: Annotated[str | None, typer.Option(help="As in `evaluate`; lite-4step in 10 steps when not given.")] = None,
     text_encoder: TextEncoder = None,
     vae: Vae = None,
     lora: Lora = None,
@@ -246,10 +250,11 @@ def sample(
     dtype: Dtype = None,
     fp8: Annotated[bool, typer.Option("--fp8", help="Transformer in FP8, as far as the device can.")] = False,
     prompt_switch: Annotated[
-        bool, typer.Option("--prompt-switch", help="With --fp8: portraits, text and logos in 16 bit.")
+        bool, typer.Option("--prompt-switch", help="With --fp8: draw portraits, text and logos in 16 bit.")
     ] = False,
     low_memory: Annotated[
-        bool, typer.Option("--low-memory", help="One picture and one part of the model at a time; large ones in tiles.")
+        bool,
+        typer.Option("--low-memory", help="One picture and one part of the model at a time; large pictures in tiles."),
     ] = False,
     json: Json = False,
 ) -> None:

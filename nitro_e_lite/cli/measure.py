@@ -34,7 +34,7 @@ from nitro_e_lite.files import check_output
 MAX_SEEDS = 10_000
 
 app = typer.Typer()
-reward_app = typer.Typer(help="Judges that other programs ask.", no_args_is_help=True)
+reward_app = typer.Typer(help="Judges that other programs can ask.", no_args_is_help=True)
 app.add_typer(reward_app, name="reward")
 
 
@@ -81,7 +81,7 @@ def benchmark_command(
     steps: Steps = None,
     guidance: Guidance = None,
     shift: Shift = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Pictures at once; may be given several times.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Pictures drawn at once; may be given several times.")] = None,
     repeats: int = 3,
     transformer: Annotated[
         str | None, typer.Option(help="Time a transformer with random weights instead: full, lite or smoke.")
@@ -92,18 +92,23 @@ def benchmark_command(
     ] = False,
     beside: Annotated[
         list[str] | None,
-        typer.Option(help="MODEL@STEPS[@GUIDANCE], also several: timed in turn with the model; ratios to it."),
+        typer.Option(
+            help="MODEL@STEPS[@GUIDANCE], may be given several times: timed in turn with the model, as ratios to it."
+        ),
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the denoising step, or the peers.")] = False,
     gpu: Annotated[
         bool,
         typer.Option(
-            "--gpu", help="Every cell that waits for an accelerator, none begun after nine minutes: cards in --out."
+            "--gpu",
+            help="Measure every cell that waits for an accelerator; none begins after nine minutes; cards go to --out.",
         ),
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="With --peers or --beside: also a result card, this file; with --gpu a folder of them."),
+        typer.Option(
+            help="With --peers or --beside: also write a result card to this file; with --gpu: a folder of cards."
+        ),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -317,7 +322,7 @@ def export_command(
     guidance: Guidance = None,
     shift: Shift = None,
     size: Annotated[int | None, typer.Option(help="Side of each picture in pixels; as drawn when not given.")] = None,
-    resize: Annotated[str, typer.Option(help="How it gets there: bicubic or lanczos.")] = "none",
+    resize: Annotated[str, typer.Option(help="How it is resized: bicubic or lanczos.")] = "none",
     batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 16,
     text_encoder: TextEncoder = None,
     vae: Vae = None,
@@ -405,8 +410,8 @@ def tables_command(
 @command(reward_app, "serve")
 def reward_serve(
     reward: Annotated[str, typer.Argument(help="geneval, partial, redness or preference.")] = "geneval",
-    host: Annotated[str, typer.Option(help="Where it listens; it knows no passwords.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8901,
+    host: Annotated[str, typer.Option(help="Address it listens on; there is no password.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8901,
 ) -> None:
     """Serve a lite reward over HTTP until it is interrupted: the reference for servers of other judges."""
     from nitro_e_lite.course.demo_server import is_loopback
@@ -432,7 +437,7 @@ def reward_plot(
     run: Annotated[Path, typer.Argument(help="Folder of a run of nitro-e train rewards.")],
     out: Annotated[Path, typer.Option(help="The picture, a PNG.")] = Path("rewards.png"),
 ) -> None:
-    """Draw what a run was paid beside what nobody pays for: judges, diversity, distances, statistics of pictures."""
+    """Plot what a run was paid for beside what nobody pays for: judges, diversity, distances, picture statistics."""
     from nitro_e_lite import files
     from nitro_e_lite.evaluation.watch import reward_figure
 
@@ -488,10 +493,11 @@ def evaluate(
     ] = None,
     appearance: Annotated[
         bool,
-        typer.Option("--appearance", help="Also how pictures look and how alike they are."),
+        typer.Option("--appearance", help="Also measure how pictures look and how alike they are."),
     ] = False,
     against: Annotated[
-        Path | None, typer.Option(help="Result card of another model on the same pictures: also the paired difference.")
+        Path | None,
+        typer.Option(help="Result card of another model on the same captions: also give the paired difference."),
     ] = None,
     text_encoder: TextEncoder = None,
     vae: Vae = None,
@@ -586,7 +592,9 @@ def looks_rows(seen: dict) -> list[list[str]]:
 
 @command(app, "eyes")
 def eyes_command(
-    sheet: Annotated[Path | None, typer.Argument(help="A filled-in review.jsonl; else the repository's own.")] = None,
+    sheet: Annotated[
+        Path | None, typer.Argument(help="A filled-in review.jsonl; the repository's own when not given.")
+    ] = None,
     redraw: Annotated[
         Path | None, typer.Option(help="Draw the repository's 200 pictures again into this folder, for other eyes.")
     ] = None,

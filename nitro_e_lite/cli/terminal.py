@@ -38,7 +38,7 @@ TextEncoder = Annotated[str | None, typer.Option(help="Folder of a text encoder,
 Vae = Annotated[str | None, typer.Option(help="Folder of an autoencoder, for official weights.")]
 Variant = Annotated[
     str | None,
-    typer.Option(help="Of official weights: 512px, 512px-dist, 1024px, 1024px-dist; else guessed."),
+    typer.Option(help="Variant of official weights: 512px, 512px-dist, 1024px, 1024px-dist; guessed when not given."),
 ]
 Lora = Annotated[Path | None, typer.Option(help="PEFT LoRA folder to merge into official weights.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

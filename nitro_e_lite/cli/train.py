@@ -250,9 +250,9 @@ def whole_numbers(name: str, text: str) -> list[int]:
 
 @command(app, "compare")
 def compare_command(
-    variant: Annotated[list[str], typer.Option(help="'name: field=value field=value'; give several.")],
+    variant: Annotated[list[str], typer.Option(help="'name: field=value field=value'; may be given several times.")],
     points: Annotated[str, typer.Option(help="Steps after which every run is measured.")] = "100,200,400",
-    seeds: Annotated[str, typer.Option(help="Each variant is trained with each of them.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option(help="Seeds; each variant is trained with each.")] = "0,1,2",
     prompts: Annotated[int, typer.Option(help="GenEval-lite prompts of each category drawn at each point.")] = 10,
     pairs: Annotated[int, typer.Option(help="Minimal pairs of each fact whose captions are exchanged; 0 or >= 2.")] = 0,
     stage: Annotated[str, typer.Option(help="base, finetune or rewards.")] = "base",
@@ -293,8 +293,8 @@ def overfit_command(
     stage: Annotated[str, typer.Option(help="base or finetune.")] = "base",
     preset: Preset = "lite",
     overrides: Overrides = None,
-    samples: Annotated[int, typer.Option(help="In the one batch.")] = 8,
-    steps: Annotated[int, typer.Option(help="To train on it.")] = 60,
+    samples: Annotated[int, typer.Option(help="How many samples the one batch holds.")] = 8,
+    steps: Annotated[int, typer.Option(help="How many steps to train on it.")] = 60,
     device: Device = None,
     json: Json = False,
 ) -> None:
@@ -360,10 +360,14 @@ def plan_command(
     hardware: Annotated[
         str, typer.Option(help="mi250, mi300x, mi325x, mi355x, h100, h200, a100, rtx4090, cpu.")
     ] = "mi300x",
-    devices: Annotated[int, typer.Option(help="How many of them.")] = 8,
-    mfu: Annotated[float | None, typer.Option(help="Utilisation; a range of stated ones when not given.")] = None,
-    peak_tflops: Annotated[float | None, typer.Option(help="Of one device, instead of the data sheet's.")] = None,
-    pictures: Annotated[int | None, typer.Option(help="In the data set; those of its folders when not given.")] = None,
+    devices: Annotated[int, typer.Option(help="How many devices.")] = 8,
+    mfu: Annotated[
+        float | None, typer.Option(help="Model FLOPs utilisation; a range of stated values when not given.")
+    ] = None,
+    peak_tflops: Annotated[float | None, typer.Option(help="Peak of one device, instead of the data sheet's.")] = None,
+    pictures: Annotated[
+        int | None, typer.Option(help="Pictures in the data set; counted in its folders when not given.")
+    ] = None,
     overrides: Overrides = None,
     json: Json = False,
 ) -> None:
@@ -480,9 +484,9 @@ def finish(final: Path) -> None:
 def ship(
     source: Annotated[Path, typer.Argument(help="A finished training run.")],
     name: Annotated[str, typer.Option(help="Shipped weights, or a folder with encoders.")] = "lite",
-    steps: Annotated[int | None, typer.Option(help="Sampler steps of a call that names none; 20.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance likewise; that of the run when not given.")] = None,
-    shift: Annotated[float | None, typer.Option(help="Shift likewise; that of the run when not given.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampler steps when a call names none; 20 when not given.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance likewise; the run's own when not given.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Shift likewise; the run's own when not given.")] = None,
 ) -> None:
     """Put a trained transformer into the package (or a folder), in float16 and with fresh checksums."""
     from nitro_e_lite.experiments import ship
