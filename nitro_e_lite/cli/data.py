@@ -187,7 +187,7 @@ def benchmark(
     ] = None,
     jpegs: Annotated[Path | None, typer.Option(help="Folder of pictures to decode, instead of made-up ones.")] = None,
     batch: Annotated[int, typer.Option(help="Rows read at once.")] = 256,
-    seconds: Annotated[float, typer.Option(help="How long each is measured.")] = 3.0,
+    seconds: Annotated[float, typer.Option(help="How long each speed is measured.")] = 3.0,
     out: Annotated[Path | None, typer.Option(help="Also write a result card to this file.")] = None,
     json: Json = False,
 ) -> None:

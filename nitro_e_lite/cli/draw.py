@@ -60,14 +60,15 @@ def demo(
     web: Annotated[bool, typer.Option("--web", help="Serve a page on which lanes race as you watch.")] = False,
     teaser: Annotated[bool, typer.Option("--teaser", help="Draw figures/teaser.png: 20 steps, 4 and 1.")] = False,
     model: Annotated[
-        str, typer.Option(help="For the page: a model as in `sample`; it draws in 20, 4 and 1 steps.")
+        str,
+        typer.Option(help="For the page: a model to draw in 20, 4 and 1 steps; lite: what the package has for each."),
     ] = "lite",
     lane: Annotated[
         list[str] | None, typer.Option(help="For the page: MODEL@STEPS or MODEL@STEPS@GUIDANCE; up to four times.")
     ] = None,
     port: Annotated[int | None, typer.Option(help="Port of the page.")] = None,
     host: Annotated[
-        str, typer.Option(help="Address of the page; anything but 127.0.0.1 lets other machines in.")
+        str, typer.Option(help="Address of the page; any but a loopback address lets other machines in.")
     ] = "127.0.0.1",
     browser: Annotated[bool, typer.Option(help="Open a browser with the page.")] = True,
     text_encoder: TextEncoder = None,
@@ -241,7 +242,10 @@ def sample(
     negative: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
     height: int | None = None,
     width: int | None = None,
-    model: Annotated[str | None, typer.Option(help="As in `evaluate`; lite-4step in 10 steps when not given.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="As in `evaluate`; when not given lite-4step, in 10 steps by default; with --lora: lite."),
+    ] = None,
     text_encoder: TextEncoder = None,
     vae: Vae = None,
     lora: Lora = None,

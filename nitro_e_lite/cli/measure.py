@@ -322,7 +322,7 @@ def export_command(
     guidance: Guidance = None,
     shift: Shift = None,
     size: Annotated[int | None, typer.Option(help="Side of each picture in pixels; as drawn when not given.")] = None,
-    resize: Annotated[str, typer.Option(help="How it is resized: bicubic or lanczos.")] = "none",
+    resize: Annotated[str, typer.Option(help="How it is resized to --size: bicubic or lanczos.")] = "none",
     batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 16,
     text_encoder: TextEncoder = None,
     vae: Vae = None,
@@ -497,7 +497,7 @@ def evaluate(
     ] = False,
     against: Annotated[
         Path | None,
-        typer.Option(help="Result card of another model on the same captions: also give the paired difference."),
+        typer.Option(help="Result card of the same prompts and seeds: also give the paired difference to it."),
     ] = None,
     text_encoder: TextEncoder = None,
     vae: Vae = None,

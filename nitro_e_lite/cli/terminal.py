@@ -40,7 +40,9 @@ Variant = Annotated[
     str | None,
     typer.Option(help="Variant of official weights: 512px, 512px-dist, 1024px, 1024px-dist; guessed when not given."),
 ]
-Lora = Annotated[Path | None, typer.Option(help="PEFT LoRA folder to merge into official weights.")]
+Lora = Annotated[
+    Path | None, typer.Option(help="LoRA to merge into the weights: a PEFT folder, or a run that trained one.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="field=value; may be given several times.")]
 RunDir = Annotated[Path | None, typer.Option(help="Folder of the run.")]

@@ -254,7 +254,9 @@ def compare_command(
     points: Annotated[str, typer.Option(help="Steps after which every run is measured.")] = "100,200,400",
     seeds: Annotated[str, typer.Option(help="Seeds; each variant is trained with each.")] = "0,1,2",
     prompts: Annotated[int, typer.Option(help="GenEval-lite prompts of each category drawn at each point.")] = 10,
-    pairs: Annotated[int, typer.Option(help="Minimal pairs of each fact whose captions are exchanged; 0 or >= 2.")] = 0,
+    pairs: Annotated[
+        int, typer.Option(help="Minimal pairs of each fact whose captions are exchanged; 0 or >= 2; not for rewards.")
+    ] = 0,
     stage: Annotated[str, typer.Option(help="base, finetune or rewards.")] = "base",
     preset: Preset = "lite",
     overrides: Overrides = None,
@@ -362,11 +364,13 @@ def plan_command(
     ] = "mi300x",
     devices: Annotated[int, typer.Option(help="How many devices.")] = 8,
     mfu: Annotated[
-        float | None, typer.Option(help="Model FLOPs utilisation; a range of stated values when not given.")
+        float | None,
+        typer.Option(help="Model FLOPs utilisation; by default several stated values, for stages 3 and 4 one."),
     ] = None,
     peak_tflops: Annotated[float | None, typer.Option(help="Peak of one device, instead of the data sheet's.")] = None,
     pictures: Annotated[
-        int | None, typer.Option(help="Pictures in the data set; counted in its folders when not given.")
+        int | None,
+        typer.Option(help="Pictures in the data set; when not given those in its folders, or the published number."),
     ] = None,
     overrides: Overrides = None,
     json: Json = False,
