@@ -379,18 +379,21 @@ class RemoteReward:
         """One request: the answer's code and body, within `timeout` even where each of its bytes comes in time."""
         place = urlsplit(self.url)
         kind = HTTPSConnection if place.scheme == "https" else HTTPConnection
-        connection = kind(place.netloc, timeout=self.timeout)
-        connection.connect()
-        line, late = connection.sock, threading.Event()
+        connection, late, line = kind(place.netloc, timeout=self.timeout), threading.Event(), None
 
         def cut() -> None:
             late.set()
-            with suppress(OSError):
-                line.shutdown(socket.SHUT_RDWR)  # whoever waits for a byte gets none
+            if line is not None:
+                with suppress(OSError):
+                    line.shutdown(socket.SHUT_RDWR)  # whoever waits for a byte gets none
 
         timer = threading.Timer(self.timeout, cut)
         timer.start()
         try:
+            connection.connect()
+            line = connection.sock  # the connection itself forgets it when an answer begins
+            if late.is_set():
+                raise TimeoutError
             headers = {"Content-Type": "application/json", "Connection": "close"}
             connection.request("GET" if body is None else "POST", place.path + path, body, headers)
             answer = connection.getresponse()
