@@ -156,7 +156,7 @@ def _against_16_bit(cards: Cards) -> list[str]:
     )
     what += "to 16 bit could win back, and won; PSNR, median and 90 % of the pictures compared"
     command = "nitro-e evaluate --fp8 --against CARD"
-    return [f"| {what} | no visible loss (SD3.5 article) | {'; '.join(found)} | `{command}` |"] if found else []
+    return [f"| {what} | no visible loss (SD3.5 article) | {'<br>'.join(found)} | `{command}` |"] if found else []
 
 
 def rebuild(readme: str, cards: Cards) -> str:
@@ -180,38 +180,45 @@ def split(readme: str) -> tuple[str, str]:
 
 def lite_models(cards: Cards) -> str:
     """The lite models side by side: what they weigh and take, what is right, how it looks; names link to the cards."""
-    columns = "model|MB|passes|ms|right|minus lite|new compositions|reader|preference|diversity|KID (floor)"
-    lines = [f"| {columns.replace('|', ' | ')} |", "|" + "---|" * (columns.count("|") + 1)]
     names, folder = {id(card): name for name, card in cards.items()}, "nitro_e_lite/evaluation/cards"
     scored, compared = lite_cards(cards).values(), compared_cards(cards)
-    base = next(
-        (card for card in compared if card["model"] == "lite" and passes(card) == 40 and not fp8_of(card)), None
-    )
+    floor = max((1000 * card["appearance"]["kid_floor"][0] for card in compared), default=0.0)
+    columns = f"model|MB|passes|ms|right|compositions|reader|preference|diversity|KID (floor {floor:.1f})"
+    lines = [f"| {columns.replace('|', ' | ')} |", "|" + "---|" * (columns.count("|") + 1)]
     for card in compared:
-        seen, gap, ms = card["appearance"], None, milliseconds(card, cards)
-        if base not in (None, card) and base["seeds"] == card["seeds"]:
-            gap = result_cards.compare(card, base)  # picture by picture
+        seen, ms = card["appearance"], milliseconds(card, cards)
         new = next((one for one in scored if one["prompt_list"] == NEW and _same_model(one, card)), None)
         cells = [
-            f"[{label(card)}]({folder}/{names[id(card)]}.json)",
+            f"[{label(card).replace(', ', ',<br>').replace(' ', '&nbsp;')}]({folder}/{names[id(card)]}.json)",
             f"{weights_bytes(card) / 1e6:.1f}",
             str(passes(card)),
             f"{ms:.0f}" if ms else "-",
         ]
-        cells += [f"{card['overall']:.3f} ({card['low']:.3f} to {card['high']:.3f})"]
-        cells += ["{:+.3f} ({:+.3f} to {:+.3f})".format(*gap) if gap else "-"]
-        cells += [f"{new['overall']:.3f} ({new['low']:.3f} to {new['high']:.3f})" if new else "-"]
+        cells += [_spread(card["overall"], card["low"], card["high"])]
+        cells += [_spread(new["overall"], new["low"], new["high"]) if new else "-"]
         cells += [f"{seen['reader']:.3f}", f"{seen['preference']:.2f}", f"{seen['diversity']:.3f}"]
-        kid, floor = (f"{1000 * seen[name][0]:.1f} ± {1000 * seen[name][1]:.1f}" for name in ("kid", "kid_floor"))
-        lines.append(f"| {' | '.join([*cells, f'{kid} ({floor})'])} |")
+        kid, half = (1000 * value for value in seen["kid"])
+        lines.append(f"| {' | '.join([*cells, f'{kid:.1f} ± {half:.1f}'])} |")
     return "\n".join(lines)
 
 
+def _spread(value: float, low: float, high: float) -> str:
+    """`0.916 ± 0.013`: the wider half of the interval, on one line."""
+    return f"{value:.3f}&nbsp;±&nbsp;{max(value - low, high - value):.3f}"
+
+
 def by_category(cards: Cards) -> str:
-    """GenEval-lite of the same models by category, each with its 95 % interval over prompts."""
-    lines = [f"| model | {' | '.join(CATEGORIES)} |", "|" + "---|" * (1 + len(CATEGORIES))]
-    for card in compared_cards(cards):
-        cells = ["{:.3f} ({:.3f} to {:.3f})".format(*one) for one in categories(card).values()]
+    """GenEval-lite of the same models: against `lite` picture by picture, and by category; 95 % intervals."""
+    lines = [f"| model | minus lite | {' | '.join(CATEGORIES)} |", "|" + "---|" * (2 + len(CATEGORIES))]
+    compared = compared_cards(cards)
+    base = next(
+        (card for card in compared if card["model"] == "lite" and passes(card) == 40 and not fp8_of(card)), None
+    )
+    for card in compared:
+        cells = ["-"]
+        if base not in (None, card) and base["seeds"] == card["seeds"]:
+            cells = ["{:+.3f} ({:+.3f} to {:+.3f})".format(*result_cards.compare(card, base))]
+        cells += ["{:.3f} ({:.3f} to {:.3f})".format(*one) for one in categories(card).values()]
         lines.append(f"| {' | '.join([label(card), *cells])} |")
     return "\n".join(lines)
 
