@@ -44,13 +44,19 @@ def share_interval(right: int, count: int) -> tuple[float, float]:
 
 
 def paired_interval(
-    first: Sequence[float], second: Sequence[float], groups: Sequence[object], resamples: int = 2000
+    first: Sequence[float],
+    second: Sequence[float],
+    groups: Sequence[object],
+    kinds: Sequence[object] | None = None,
+    resamples: int = 2000,
 ) -> tuple[float, float, float]:
     """Mean of `first - second` and its 95 % interval, bootstrapped over groups: pictures of one prompt are alike.
 
     Args:
         first, second: one number a picture, in the same order.
         groups: what each picture belongs to, such as its prompt.
+        kinds: of each picture, such as its prompt's category; the mean is then that of the kinds' means, and groups are
+            drawn within each kind.
         resamples: of the bootstrap, the same ones every time.
 
     Returns:
@@ -62,9 +68,15 @@ def paired_interval(
     if not len(first) == len(second) == len(groups) or not len(first):
         raise InvalidValue(f"{len(first)}, {len(second)} and {len(groups)} values: must be equally many, > 0")
     differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    place = np.array([numbers[group] for group in groups])
-    sums, counts = (np.bincount(place, weights=w) for w in (differences, np.ones(len(differences))))
-    chosen = np.random.default_rng(0).integers(len(numbers), size=(resamples, len(numbers)))
-    low, high = np.quantile(sums[chosen].sum(1) / counts[chosen].sum(1), (0.025, 0.975))
-    return float(differences.mean()), float(low), float(high)
+    rng, means, drawn = np.random.default_rng(0), [], []
+    kinds = [None] * len(groups) if kinds is None else kinds
+    for kind in dict.fromkeys(kinds):
+        mine = [k for k, own in enumerate(kinds) if own == kind]
+        numbers = {group: number for number, group in enumerate(dict.fromkeys(groups[k] for k in mine))}
+        place = np.array([numbers[groups[k]] for k in mine])
+        sums, counts = (np.bincount(place, weights=w) for w in (differences[mine], np.ones(len(mine))))
+        chosen = rng.integers(len(numbers), size=(resamples, len(numbers)))
+        means.append(differences[mine].mean())
+        drawn.append(sums[chosen].sum(1) / counts[chosen].sum(1))  # (resamples,)
+    low, high = np.quantile(np.mean(drawn, axis=0), (0.025, 0.975))
+    return float(np.mean(means)), float(low), float(high)

@@ -231,7 +231,14 @@ def test_evaluate_json(run, prompt_file):
     again = run("evaluate", "--prompts", prompt_file, "--against", "card.json", *FAST).stdout
     assert "picture by picture: +0.000 (+0.000 to +0.000)" in again
     other = run("evaluate", "--prompts", prompt_file, "--fp8", "--against", "card.json", *FAST, code=2).stderr
-    assert "against: card.json was drawn in float32, this computes in bfloat16" in other  # two things would differ
+    assert "card.json was drawn with dtype=float32, this with dtype=bfloat16" in other  # two things would differ
+    half = [*FAST, "--dtype", "bfloat16"]
+    run("evaluate", "--prompts", prompt_file, "--out", "half.json", *half)
+    other = run("evaluate", "--prompts", prompt_file, "--fp8", "--against", "half.json", *half, "--shift", "2", code=2)
+    assert "half.json was drawn with shift=1.0, this with shift=2.0" in other.stderr
+    Path("half.json").write_text(json.dumps(json.loads(Path("half.json").read_text()) | {"fp8": "weight_only"}))
+    other = run("evaluate", "--prompts", prompt_file, "--fp8", "--against", "half.json", *half, code=2).stderr
+    assert "half.json was drawn in FP8 too" in other
     few = run("evaluate", "--prompts", prompt_file, "--against", "card.json", "--seeds", "1", code=2).stderr
     assert "seeds differs, [0] and [0, 1]" in few
 

@@ -232,6 +232,17 @@ def test_the_first_rung_that_the_hardware_can_do(facts, rung, reason):
     assert choice.reasons == () if reason is None else reason in choice.reasons[0]
 
 
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_products_of_intels_gpus_add_up_in_full(kind):
+    tried = []
+    facts = Facts(kind, kind, capability=(9, 0) if kind == "cuda" else None)
+    choose_rung("cpu", facts=facts, try_out=lambda device, choice, dtype: tried.append(choice))
+    assert [choice.rung for choice in tried] == ["dynamic"] and tried[0].fast_accum == (kind == "cuda")
+    codes, scale = fp8.quantize(torch.eye(16))
+    weight = fp8_ladder.wrap(codes, scale, torch.bfloat16, fp8.Policy(), tried[0], dynamic=True)
+    assert weight.mm_config.use_fast_accum == (kind == "cuda")
+
+
 def test_each_step_down_has_its_reason():
     def fails(device, choice, dtype):
         return f"no {choice.rung} kernel"

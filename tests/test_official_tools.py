@@ -229,6 +229,10 @@ def test_geneval_is_summed_up_as_its_own_script_does(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
     with pytest.raises(ValueError, match="1 results of 'three cats', must be 2"):
         official_geneval.read_results(path, metadata, 2)
+    entry = {"tag": "counting", "include": [], "prompt": "two cats"}  # asked twice, as a list of one's own may
+    rows = [{"tag": "counting", "prompt": "two cats", "correct": k < 3, "metadata": "{}"} for k in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert official_geneval.read_results(path, [entry] * 2, 2)["overall"] == 0.75
 
 
 def test_scores_become_a_card_with_the_recipe_of_the_pictures(prompts, quick, tmp_path, monkeypatch):
@@ -253,4 +257,8 @@ def test_scores_become_a_card_with_the_recipe_of_the_pictures(prompts, quick, tm
     with pytest.raises(ValueError, match="made from 1 pictures, 2 asked for"):
         cards.check(card | {"images": 1})
     with pytest.raises(FileNotFoundError, match="it tells what the pictures are"):
-        official_tools.make_card("fid", {}, tmp_path / "elsewhere")
+        official_tools.make_card("fid", wanted, {}, tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="holds pictures for fid, not for dpg"):
+        official_tools.make_card("dpg", wanted, {}, tmp_path / "pictures")
+    with pytest.raises(ValueError, match="pictures of other prompts"):
+        official_tools.make_card("fid", wanted[::-1], {}, tmp_path / "pictures")

@@ -240,6 +240,29 @@ def test_a_run_on_a_file_of_prompts(small, tmp_path):
     assert same(found["whole"], found["parts"])
 
 
+def test_rewards_of_scenes_read_a_file_about_scenes_and_refuse_another(small, tmp_path):
+    asked, file = geneval.load_prompts()[:100:5], tmp_path / "prompts.jsonl"
+    pictures = np.stack([render(geneval.true_scene(prompt)) for prompt in asked[:4]])
+    for kind in (judges.GenEvalReward, judges.PartialCredit):
+        of_file = [judges.FilePrompt(prompt.metadata()) for prompt in asked[:4]]
+        assert kind().score(pictures, of_file).tolist() == kind().score(pictures, asked[:4]).tolist()
+    file.write_text("".join(json.dumps(prompt.metadata()) + "\n" for prompt in asked))
+    paid = ["rewards=[[redness, 1.0], [partial, 0.1]]", f"prompts={file}", "validation_prompts=3"]
+    stage = start(small("forward", *paid), tmp_path / "run").stage
+    assert stage.losses(0, 0)["transformer"]["loss"].isfinite().all()
+    with pytest.MonkeyPatch.context() as patch:  # the grid shows what the file holds out, if anything
+        drawn = []
+        patch.setattr(Rewards, "_draw", lambda self, prompts: drawn.extend(prompts) or [pictures[0]] * len(prompts))
+        LOOKS["picture"](stage)
+        assert drawn == [one for k in stage.prompts.of_file for one in stage.prompts.held_out if one.tag == k]
+        stage.prompts.held_out = []
+        assert LOOKS["picture"](stage) is None
+    with file.open("a") as more:
+        more.write(json.dumps({"tag": "dogs", "include": [{"class": "dog", "count": 1}], "prompt": "a dog"}) + "\n")
+    with pytest.raises(ValueError, match="the reward partial reads lite scenes alone; .*dog"):
+        start(small("forward", *paid), tmp_path / "other")
+
+
 def test_kinds_that_can_still_teach_are_drawn_more_often():
     prompts = Prompts(0, "", 0.05, 0.5)
     prompts.pass_rates |= dict.fromkeys(prompts.pass_rates, 1.0) | {"counting": 0.5, "position": 0.0}
@@ -352,6 +375,9 @@ def test_what_does_not_fit_together_is_refused(small, tmp_path):
     ]:
         with pytest.raises(ValueError, match=words):
             start(small("grpo", *changes), tmp_path / "run")
+    for student in ("lite-4step", "lite-sprint"):
+        with pytest.raises(ValueError, match=f"start_from={student}: is a student that draws noise"):
+            start(small("forward", f"start_from={student}"), tmp_path / "run")
 
 
 # -- judges
@@ -1008,8 +1034,10 @@ def test_a_run_that_is_hacked_is_stopped():
     stop.held_out(40, 0.75)
     again = gates.EarlyStop(0.1, 0.7)
     again.load_state(json.loads(json.dumps(stop.state())))
-    with pytest.raises(RuntimeError, match=r"gate held-out: at step 60 .* 0\.690.*best, 0\.800.*that of step 20"):
-        again.held_out(60, 0.69)
+    for snapshots, said in [(0, "its best was step 20"), (15, "its best was step 20"), (10, "that of step 20 in snap")]:
+        again.snapshots = snapshots
+        with pytest.raises(RuntimeError, match=r"gate held-out: at step 60 .* 0\.690.*best, 0\.800.*" + said):
+            again.held_out(60, 0.69)
     with pytest.raises(RuntimeError, match=r"gate diversity: .* 0\.\d+, 6\d% of what it was"):
         for step in range(8):
             again.rolled_out(step, 0.5)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nitro_e_lite.evaluation import cards, claims, tables
+from nitro_e_lite.scenes.geneval import Prompt, Verdict, score
 from nitro_e_lite.viz import LEDGER
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,6 +193,30 @@ def test_two_cards_are_compared_picture_by_picture(found):
         cards.compare(card, card | {"seeds": [1]})
     with pytest.raises(ValueError, match="no verdicts"):
         cards.compare(card, card | {"verdicts": ""})
+    one, two = (card | {"prompts_sha256": name} for name in "ab")
+    with pytest.raises(ValueError, match="but the prompts in it differ"):
+        cards.compare(one, two)
+    cards.compare(card, two)  # a card of before that was kept
+
+
+def test_the_difference_of_a_list_of_ones_own_is_that_of_its_scores(found):
+    prompts = [Prompt("a circle", "single_object", (("circle", None),))]
+    prompts += [Prompt(f"a {c} circle", "colors", (("circle", c),)) for c in ("red", "blue", "green")]
+    own = cards.own_list(prompts)
+    assert own["tags"] == ["single_object", "colors", "colors", "colors"] and len(own["prompts_sha256"]) == 64
+    first, second = (dict(found["lite_compositions"]) | own | {"prompts": 4, "verdicts": v} for v in ("1000", "0111"))
+    scores = [score(prompts, [Verdict(mark == "1") for mark in card["verdicts"]]).overall for card in (first, second)]
+    assert cards.compare(first, second)[0] == scores[0] - scores[1] == 0.0  # over pictures it would be -0.5
+    with pytest.raises(ValueError, match="tags must be one for each of 96 prompts"):
+        cards.check(dict(found["lite_compositions"]) | {"tags": ["colors"]})
+
+
+def test_fp8_is_held_against_16_bit_alone(coming):
+    name = next(name for name, card in coming.items() if card.get("fp8") and card.get("against"))
+    card = dict(coming[name])
+    assert f"`{card['model']}`" in tables._against_16_bit({name: card})[0]
+    for change in ({"fp8": "dynamic"}, {"steps": card["steps"] + 1}, {"model": "lite"}):
+        assert tables._against_16_bit({name: card | {"against": card["against"] | change}}) == []
 
 
 def test_looks_of_other_prompts_are_refused_and_no_diversity_is_no_share(found):
@@ -204,6 +229,8 @@ def test_looks_of_other_prompts_are_refused_and_no_diversity_is_no_share(found):
         with pytest.raises(ValueError, match=message):
             cards.check(dict(found["lite"]) | {"appearance": looks | change})
     assert cards.kept_diversity(looks, looks | {"diversity_by_prompt": [0.0] * 300}) is None
+    alone = dict(found["lite"]) | {"appearance": looks | {"diversity": None, "diversity_by_prompt": [None] * 300}}
+    assert " | - | " in tables.lite_models({"lite": alone}).splitlines()[2].partition("±")[2][12:]
 
 
 def test_the_command_of_a_card_names_no_place_of_a_machine():

@@ -1,6 +1,7 @@
 """The commands that look at a model or a machine: `nitro-e count`, `benchmark`, `geneval`, ..."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import sys
@@ -364,8 +365,9 @@ def scores(
 
         if out is not None:
             check_output(out, "file")
-        found = official_tools.read_scores(tool, printed, official_tools.targets(tool, prompts))
-        result |= official_tools.make_card(tool, found, folder)
+        wanted = official_tools.targets(tool, prompts)
+        found = official_tools.read_scores(tool, printed, wanted)
+        result |= official_tools.make_card(tool, wanted, found, folder)
         if not json:
             rows = [[name, f"{value:.4f}"] for name, value in found.get("categories", {}).items()]
             show_table(f"{tool}, {found['images']} pictures", ["", ""], [*rows, ["overall", f"{found['overall']:.4f}"]])
@@ -532,6 +534,8 @@ def evaluate(
         if grid and grid.suffix.lower() != ".png":
             raise InvalidValue(f"grid: {grid.name!r} must end in .png")
         about = {"prompt_list": prompts.name if prompts else split, "model": model}
+        if prompts:
+            about |= cards.own_list(asked)
         other = read_json(against) if against else None
         if other is not None:
             cards.check(other, against.name)
@@ -539,11 +543,15 @@ def evaluate(
             cards.same_pictures(about | recipe, other)  # before hours of drawing
         parts = {"text_encoder": text_encoder, "vae": vae, "lora": lora, "variant": variant}
         pipeline = load_pipeline(model, device, dtype, quantization="fp8" if fp8 else None, **parts)
-        if fp8 and other is not None and other["model"] == model:  # otherwise two things would differ
-            mine = describe(pipeline)["dtype"]
-            if other["dtype"] != mine:
-                raise InvalidValue(f"against: {against.name} was drawn in {other['dtype']}, this computes in {mine}")
         sampler = {"steps": steps, "guidance": guidance, "shift": shift}
+        if fp8 and other is not None and other["model"] == model:  # otherwise two things would differ
+            if other.get("fp8"):
+                raise InvalidValue(f"against: {against.name} was drawn in FP8 too; name a card of 16 bit")
+            mine = dataclasses.asdict(pipeline.sampler(**sampler)) | {"dtype": describe(pipeline)["dtype"]}
+            for name in ("dtype", "steps", "guidance", "shift"):
+                if other[name] != mine[name]:
+                    told = f"{against.name} was drawn with {name}={other[name]}, this with {name}={mine[name]}"
+                    raise InvalidValue(f"against: {told}")
         kept = {"keep_images": bool(grid or review), "appearance": appearance}
         if review:
             afterwards.enter_context(run_lock(review, name="review"))

@@ -20,6 +20,7 @@ from nitro_e_lite import runtime
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.evaluation.appearance import check_report, kept_diversity
 from nitro_e_lite.files import read_json, write_atomically
+from nitro_e_lite.scenes.geneval import Prompt
 from nitro_e_lite.scenes.verifier import VERSION
 from nitro_e_lite.stats import paired_interval
 
@@ -48,6 +49,7 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("guidance", "shift", "overall", "low", "high"), (int, float)),
     **dict.fromkeys(("categories", "environment", "values", "appearance"), dict),
     "seeds": list,
+    "tags": list,
     "rows": (dict, list),
 }
 """Field -> what it is in every card that has it."""
@@ -96,6 +98,8 @@ def check(card: Mapping[str, Any], name: str = "card") -> None:
         verdicts = card.get("verdicts", "")
         if set(verdicts) - {"0", "1"} or len(verdicts) not in (0, found):
             raise InvalidValue(f"{name}: verdicts must be a 0 or 1 for each of {found} pictures, or left out")
+        if len(card.get("tags", ())) not in (0, card.get("prompts")):
+            raise InvalidValue(f"{name}: tags must be one for each of {card.get('prompts')} prompts, or left out")
         if "appearance" in card:
             check_report(card["appearance"], f"{name}: appearance", card.get("prompts"))
 
@@ -180,6 +184,12 @@ def fingerprint(cards: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return {name: hashlib.sha256(one.encode()).hexdigest()[:12] for name, one in text.items()}
 
 
+def own_list(prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What a card says of a list that is not this project's: by its file's name alone nobody knows it again."""
+    text = json.dumps([prompt.metadata() for prompt in prompts])
+    return {"prompts_sha256": hashlib.sha256(text.encode()).hexdigest(), "tags": [prompt.tag for prompt in prompts]}
+
+
 def same_pictures(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
     """Refuses to compare two GenEval-lite cards that are not about the same pictures.
 
@@ -189,6 +199,9 @@ def same_pictures(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
     for name in ("prompt_list", "seeds", "verifier", "prompts"):
         if first.get(name) != second.get(name):
             raise InvalidValue(f"cards: {name} differs, {first.get(name)} and {second.get(name)}")
+    both = [card["prompts_sha256"] for card in (first, second) if "prompts_sha256" in card]
+    if len(set(both)) == 2:
+        raise InvalidValue(f"cards: both are about {first['prompt_list']}, but the prompts in it differ")
     if not first.get("verdicts") or not second.get("verdicts"):
         raise InvalidValue("cards: one has no verdicts; evaluate again")
 
@@ -196,12 +209,17 @@ def same_pictures(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
 def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float, float, float]:
     """Difference of two GenEval-lite scores on the same pictures, picture by picture, with its 95 % interval.
 
+    Both are means over categories. The lists of this project have equally many prompts of each; a card about another
+    list says which category each prompt is of.
+
     Raises:
         ValueError: see `same_pictures`.
     """
     same_pictures(first, second)
     right = [[float(mark) for mark in card["verdicts"]] for card in (first, second)]
-    return paired_interval(*right, [k % first["prompts"] for k in range(len(right[0]))])
+    prompts = [k % first["prompts"] for k in range(len(right[0]))]
+    tags = first.get("tags")
+    return paired_interval(*right, prompts, [tags[k] for k in prompts] if tags else None)
 
 
 def difference(card: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,7 +230,8 @@ def difference(card: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, A
     Raises:
         ValueError: see `same_pictures`.
     """
-    told = {name: other.get(name) for name in ("model", "weights_sha256", "steps", "guidance", "dtype")}
+    recipe = ("model", "weights_sha256", "steps", "guidance", "shift", "dtype")
+    told = {name: other.get(name) for name in recipe} | {"fp8": bool(other.get("fp8"))}
     told["score"] = list(compare(card, other))
     pairs = list(zip(card["verdicts"], other["verdicts"], strict=True))
     told |= {name: pairs.count(pair) / len(pairs) for name, pair in (("won", ("1", "0")), ("lost", ("0", "1")))}

@@ -55,7 +55,7 @@ def read_results(path: str | Path, metadata: Sequence[dict], images_per_prompt: 
         tags.setdefault(row["tag"], []).append(bool(row["correct"]))
         prompts.setdefault(str(row["metadata"]), []).append(bool(row["correct"]))
     found = Counter(row["prompt"] for row in rows)
-    wanted = Counter({entry["prompt"]: images_per_prompt for entry in metadata})
+    wanted = Counter(entry["prompt"] for entry in metadata for _ in range(images_per_prompt))
     if wrong := sorted((wanted - found) + (found - wanted)):
         rule = f"{found[wrong[0]]} results of {wrong[0]!r}, must be {wanted[wrong[0]]}"
         raise InvalidValue(f"{path}: {rule}; the first of {len(wrong)} prompts")

@@ -329,13 +329,19 @@ def _counted(path: Path, overall: float, images: int, wanted: Sequence[Target]) 
     return {"overall": overall, "images": images, "images_expected": len(wanted)}
 
 
-def make_card(tool: str, scores: Mapping[str, Any], root: str | Path) -> dict[str, Any]:
+def make_card(tool: str, wanted: Sequence[Target], scores: Mapping[str, Any], root: str | Path) -> dict[str, Any]:
     """Scores with the recipe of the pictures: the values of a result card.
 
     Raises:
         FileNotFoundError: nobody exported into that folder.
+        ValueError: its pictures were exported for another tool, or of other prompts.
     """
     path = manifest_path(root)
     if not path.is_file():
         raise MissingFile(f"{path}: is missing; it tells what the pictures are")
-    return read_json(path) | dict(scores)
+    about = read_json(path)
+    if about.get("tool") != tool:
+        raise InvalidValue(f"{root}: holds pictures for {about.get('tool')}, not for {tool}")
+    if about.get("prompts_sha256") != _digest(wanted):
+        raise InvalidValue(f"{root}: holds pictures of other prompts; name the file that they were exported with")
+    return about | dict(scores)

@@ -36,7 +36,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from http.client import HTTPConnection, HTTPSConnection, responses
@@ -115,9 +115,10 @@ class GenEvalReward:
 
     name = "geneval"
 
-    def score(self, pictures: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
+    def score(self, pictures: np.ndarray, prompts: Sequence[Asked]) -> np.ndarray:
         """Verdicts (B,), 0 or 1."""
-        return np.array([float(judge(_detect(x), p).correct) for x, p in zip(pictures, prompts, strict=True)])
+        pairs = zip(pictures, map(scene_prompt, prompts), strict=True)
+        return np.array([float(judge(_detect(picture), prompt).correct) for picture, prompt in pairs])
 
 
 class PartialCredit:
@@ -125,9 +126,10 @@ class PartialCredit:
 
     name = "partial"
 
-    def score(self, pictures: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
+    def score(self, pictures: np.ndarray, prompts: Sequence[Asked]) -> np.ndarray:
         """Credits (B,) in [0, 1]."""
-        return np.array([partial_credit(_detect(x), p) for x, p in zip(pictures, prompts, strict=True)])
+        pairs = zip(pictures, map(scene_prompt, prompts), strict=True)
+        return np.array([partial_credit(_detect(picture), prompt) for picture, prompt in pairs])
 
 
 class Redness:
@@ -152,6 +154,29 @@ class Preference:
     def score(self, pictures: np.ndarray, prompts: Sequence[Asked]) -> np.ndarray:
         """Log-odds (B,)."""
         return self.model.score(pictures)
+
+
+def scene_prompt(prompt: Asked) -> Prompt:
+    """A prompt about lite scenes, for judges that read nothing else.
+
+    Raises:
+        ValueError: it is about something else.
+    """
+    return prompt if isinstance(prompt, Prompt) else Prompt.from_metadata(prompt.metadata())
+
+
+def check_prompts(rewards: Sequence[Reward], prompts: Iterable[Asked]) -> None:
+    """Refuses prompts that one of the rewards cannot read, before anything is drawn.
+
+    Raises:
+        ValueError: see `scene_prompt`; the reward is named.
+    """
+    readers = [reward.name for reward in rewards if isinstance(reward, GenEvalReward | PartialCredit)]
+    for prompt in prompts if readers else ():
+        try:
+            scene_prompt(prompt)
+        except InvalidValue as error:
+            raise InvalidValue(f"prompts: the reward {readers[0]} reads lite scenes alone; {error}") from None
 
 
 def partial_credit(found: Sequence[Detection], prompt: Prompt) -> float:

@@ -145,7 +145,9 @@ def _against_16_bit(cards: Cards) -> list[str]:
     """What FP8 changes, picture by picture."""
     found = []
     for card in compared_cards(cards):
-        if (other := card.get("against")) and card.get("fp8") and other["model"] == card["model"]:
+        other = card.get("against")
+        same = other and all(other.get(name) == card[name] for name in ("model", "steps", "guidance"))
+        if same and card.get("fp8") and not other.get("fp8"):
             score, near = other["score"], card["psnr"]
             here = f"`{card['model']}`, {_steps(card)}, {score[0]:+.4f} ({score[1]:+.4f} to {score[2]:+.4f}), "
             here += f"lost {100 * other['lost']:.2f} %, won {100 * other['won']:.2f} %, "
@@ -196,7 +198,8 @@ def lite_models(cards: Cards) -> str:
         ]
         cells += [_spread(card["overall"], card["low"], card["high"])]
         cells += [_spread(new["overall"], new["low"], new["high"]) if new else "-"]
-        cells += [f"{seen['reader']:.3f}", f"{seen['preference']:.2f}", f"{seen['diversity']:.3f}"]
+        cells += [f"{seen['reader']:.3f}", f"{seen['preference']:.2f}"]
+        cells += ["-" if seen["diversity"] is None else f"{seen['diversity']:.3f}"]  # of captions right twice, if any
         kid, half = (1000 * value for value in seen["kid"])
         lines.append(f"| {' | '.join([*cells, f'{kid:.1f} ± {half:.1f}'])} |")
     return "\n".join(lines)

@@ -7,7 +7,8 @@ rates stay constant: a point half-way is then a run of its own, and not one that
 
 Ways of learning from rewards are compared in the same manner: at each point the pictures of the averaged policy, drawn
 as in its roll-outs, are judged by GenEval-lite. No run is ended early, and the clock of each is kept, so that ways can
-be compared after as many pictures or after as many minutes.
+be compared after as many pictures or after as many minutes. Such a run has a length, by which the forward process plans
+how closely its old policy follows: points half-way are cut from it, and none can be added after its end.
 
 Each run keeps its rows in a folder of its own. A comparison that was stopped goes on with the run it was in, and two
 processes may share the work by taking different seeds.
@@ -118,20 +119,21 @@ def _run(
 ) -> None:
     """One run; goes on from its last checkpoint."""
     file, recipe = folder / "rows.jsonl", folder / "recipe.json"
-    text = json.dumps({"variant": variant, **to_dict(config), "steps": None, "prompts": len(prompts), "pairs": pairs})
+    rewarded = isinstance(config, RewardConfig)
+    told = {"variant": variant, **to_dict(config), "prompts": len(prompts), "pairs": pairs}
+    text = json.dumps(told if rewarded else told | {"steps": None})  # only rewards have a schedule that knows the end
     if recipe.is_file() and recipe.read_text(encoding="utf-8") != text:
         raise InvalidValue(f"run_dir={folder}: holds a run with other settings; name another folder")
     rows = _rows(file)
     missing = [point for point in points if point not in {row["step"] for row in rows}]
     if not missing:
         return
-    rewarded = isinstance(config, RewardConfig)
     engine = Engine(config, learner(config) if rewarded else Pretrain, folder, resume=True, device=device)
     if engine.global_step > missing[0]:
         raise InvalidValue(
             f"points: {folder} has been trained to step {engine.global_step}; only later points can be added"
         )
-    recipe.write_text(text, encoding="utf-8")  # after all that a person can mend
+    write_atomically(recipe, text)  # after all that a person can mend
     for point in missing:
         begin, before = time.perf_counter(), engine.global_step
         while engine.global_step < point:

@@ -30,6 +30,7 @@ from nitro_e_lite.config import RewardConfig, RunConfig, StudentConfig, TrainCon
 from nitro_e_lite.data.shards import array_shapes, read_card, sidecars
 from nitro_e_lite.errors import Unusable, UserError
 from nitro_e_lite.evaluation import rewards
+from nitro_e_lite.evaluation.official_geneval import read_metadata
 from nitro_e_lite.experiments import handshake, launch
 from nitro_e_lite.experiments.plan import PICTURES, checkpoint_bytes, frozen_encoders, plan, snapshot_bytes
 from nitro_e_lite.files import find_weights, read_json
@@ -208,10 +209,17 @@ def _drawn(config: StudentConfig) -> Iterator[Finding]:
 
 
 def _prompts(config: RewardConfig) -> Iterator[Finding]:
-    if config.prompts:
-        there = Path(config.prompts).is_file()
-        says = config.prompts if there else f"no file {config.prompts}; JSON lines in GenEval's schema"
-        yield Finding("prompts", there, says)
+    if not config.prompts:
+        return
+    if not Path(config.prompts).is_file():
+        yield Finding("prompts", False, f"no file {config.prompts}; JSON lines in GenEval's schema")
+        return
+    try:
+        entries = read_metadata(config.prompts)
+    except UserError as error:
+        yield Finding("prompts", False, str(error))
+    else:
+        yield Finding("prompts", True, f"{config.prompts}: {len(entries):,} of them")
 
 
 def _rewards(config: RewardConfig) -> Iterator[Finding]:

@@ -55,11 +55,13 @@ class Choice:
         rung: one of `RUNGS`.
         reasons: one for each step down from the first.
         fnuz: the hardware reads fnuz codes.
+        fast_accum: products may add up in fewer bits, which Intel's GPUs cannot.
     """
 
     rung: str
     reasons: tuple[str, ...] = ()
     fnuz: bool = False
+    fast_accum: bool = True
 
 
 def device_facts(device: torch.device) -> Facts:
@@ -106,7 +108,7 @@ def choose_rung(
     device, reasons = torch.device(device), []
     facts, try_out = facts or device_facts(device), try_out or try_product
     for rung, limit in (("dynamic", _why_not_dynamic(facts, dtype)), ("weight_only", None)):
-        choice = Choice(rung, tuple(reasons), facts.fnuz)
+        choice = Choice(rung, tuple(reasons), facts.fnuz, facts.kind != "xpu")
         problem = limit or try_out(device, choice, dtype)
         if problem is None:
             return choice
@@ -140,13 +142,13 @@ def _torchao() -> Any:
     from torchao.quantization.quantize_.workflows.float8.float8_tensor import Float8Tensor
     from torchao.quantization.quantize_.workflows.float8.float8_tensor import QuantizeTensorToFloat8Kwargs as Activation
 
-    def build(codes: Tensor, scale: Tensor, dtype: torch.dtype, activations: torch.dtype | None) -> Tensor:
+    def build(codes: Tensor, scale: Tensor, dtype: torch.dtype, activations: torch.dtype | None, fast: bool) -> Tensor:
         rows = len(scale) == len(codes) and len(codes) > 1
         kernel, options = KernelPreference.TORCH, {}
         if activations is not None:
             per = PerRow() if rows else PerTensor()
             options["act_quant_kwargs"] = Activation(activations, per, hp_value_lb=SMALLEST, kernel_preference=kernel)
-            options["mm_config"] = Float8MMConfig(use_fast_accum=codes.device.type != "xpu")
+            options["mm_config"] = Float8MMConfig(use_fast_accum=fast)
         block = [1 if rows else codes.shape[0], codes.shape[1]]
         return Float8Tensor(codes, scale, block_size=block, kernel_preference=kernel, dtype=dtype, **options)
 
@@ -163,4 +165,4 @@ def wrap(
     if choice.fnuz:
         codes, scale = to_fnuz(codes, scale)
         activations = {FN: FNUZ, E5M2: torch.float8_e5m2fnuz}.get(activations)
-    return nn.Parameter(_torchao()(codes, scale, dtype, activations), requires_grad=False)
+    return nn.Parameter(_torchao()(codes, scale, dtype, activations, choice.fast_accum), requires_grad=False)

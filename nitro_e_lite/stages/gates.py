@@ -236,14 +236,15 @@ class EarlyStop:
     Args:
         drop: how far the held-out score may fall below its best; 0: any distance.
         diversity: the share of its first value that the distance inside groups must keep; 0: none.
+        snapshots: steps between those that the run keeps; 0: none.
 
     Attributes:
         best: highest held-out score, and its step.
         first, now: distance inside groups, at first and as a running mean.
     """
 
-    def __init__(self, drop: float, diversity: float):
-        self.drop, self.diversity = drop, diversity
+    def __init__(self, drop: float, diversity: float, snapshots: int = 0):
+        self.drop, self.diversity, self.snapshots = drop, diversity, snapshots
         self.best: tuple[float, int] = (-np.inf, 0)
         self.first: float | None = None
         self.now = 0.0
@@ -278,9 +279,10 @@ class EarlyStop:
             self.best = score, step
 
     def _advice(self) -> str:
-        where = (
-            f"the best adapter is that of step {self.best[1]} in snapshots" if self.best[1] else "nothing was better"
-        )
+        step = self.best[1]
+        where = f"its best was step {step}" if step else "nothing was better"
+        if step and self.snapshots and step % self.snapshots == 0:
+            where = f"the best adapter is that of step {step} in snapshots"
         return f"Look at the figure of the run (nitro-e reward plot); {where}"
 
     def state(self) -> dict[str, Any]:

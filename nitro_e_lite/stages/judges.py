@@ -132,7 +132,9 @@ class Judges(Stage):
 
     def export(self, weights: dict[str, dict[str, Tensor]], folder: Path) -> None:
         """One file of weights, named for the judge."""
-        state = {name: value.detach().float().contiguous() for name, value in self.model.state_dict().items()}
+        buffers = {name: value.detach() for name, value in self.model.named_buffers()}
+        learned = buffers | weights[self.config.judge]  # those in float32, whatever was computed in
+        state = {name: learned[name].float().contiguous() for name in self.model.state_dict()}
         save_file(state, folder / f"{self.config.judge}.safetensors", {"format": "pt"})
 
 

@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import SCMScheduler
 from peft import LoraConfig, inject_adapter_in_model
 from PIL.Image import Image
 from torch import Tensor
@@ -43,10 +44,19 @@ from nitro_e_lite.errors import InvalidValue, NotFinite, Unusable
 from nitro_e_lite.evaluation.geneval_lite import draw, picture_seed
 from nitro_e_lite.evaluation.learned_judges import SceneReader, load_judge
 from nitro_e_lite.evaluation.official_geneval import read_metadata
-from nitro_e_lite.evaluation.rewards import EPS, FilePrompt, add_rewards, check_scores, open_rewards, preflight
+from nitro_e_lite.evaluation.rewards import (
+    EPS,
+    FilePrompt,
+    add_rewards,
+    check_prompts,
+    check_scores,
+    open_rewards,
+    preflight,
+)
 from nitro_e_lite.evaluation.watch import STATISTICS, picture_statistics
 from nitro_e_lite.inference.hub import weights_hash
 from nitro_e_lite.inference.loading import load_pipeline
+from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.model import flow
 from nitro_e_lite.model.official_weights import lora_targets, save_lora
 from nitro_e_lite.runtime import generator
@@ -96,6 +106,10 @@ class Prompts:
                 self.held_out += self.of_file[kind][:count]
                 self.of_file[kind] = self.of_file[kind][count:]
         self.pass_rates = dict.fromkeys(kinds, UNSEEN)
+
+    def all_of_file(self) -> list[FilePrompt]:
+        """Every prompt of the file, held out or not; none without a file."""
+        return [*self.held_out, *(one for some in (self.of_file or {}).values() for one in some)]
 
     def shares(self) -> dict[str, float]:
         """How often each kind is drawn; they sum to one."""
@@ -159,6 +173,16 @@ def group_distance(latents: Tensor, group: int) -> float:
     return squares.sqrt().mean().item()
 
 
+def _check_ode(source: str, pipeline: NitroEPipeline) -> None:
+    """Refuses a model that does not draw along the ODE: it would learn by one sampler and be used with another."""
+    config = pipeline.scheduler.config
+    if isinstance(pipeline.scheduler, SCMScheduler) or config.get("stochastic_sampling"):
+        raise InvalidValue(
+            f"start_from={source}: is a student that draws noise in every step; rewards teach models that follow the "
+            "ODE, such as its teacher"
+        )
+
+
 class Rewards(Stage):
     """What both methods are: a model with an adapter, roll-outs, rewards. Subclasses write `roll_out` and `losses`.
 
@@ -185,9 +209,11 @@ class Rewards(Stage):
         names, self.reward_weights = zip(*config.rewards, strict=True)
         self.rewards = open_rewards(names, **servers)
         self.reader = load_judge(SceneReader) if self.prompts.of_file is None else None  # it never rewards
-        self.early_stop = EarlyStop(config.stop_drop, config.stop_diversity)
+        check_prompts(self.rewards, self.prompts.all_of_file())
+        self.early_stop = EarlyStop(config.stop_drop, config.stop_diversity, config.snapshot_every)
         self.pipeline = load_pipeline(config.start_from, placement.device, torch.float32)
         self.pipeline.set_progress_bar_config(disable=True)
+        _check_ode(config.start_from, self.pipeline)
         self.model = self.pipeline.transformer
         self.examples = preflight(self.rewards, self.model.config.sample_size * self.pipeline.vae_scale_factor)
         parts = {name: getattr(self.pipeline, name) for name in ("transformer", "vae", "text_encoder")}
@@ -430,9 +456,14 @@ class Rewards(Stage):
         parts = [jobs[first : first + batch] for first in range(0, len(jobs), batch)]
         return [picture for part in parts for picture in draw(self.pipeline, part, sampler)]
 
-    def picture(self) -> Image:
-        """Two held-out prompts of each kind."""
+    def picture(self) -> Image | None:
+        """Two held-out prompts of each kind; of a file that holds none out, nothing."""
         prompts = self._held_out(2)
+        if self.prompts.of_file is not None:
+            kinds = self.prompts.of_file
+            prompts = [one for kind in kinds for one in [p for p in self.prompts.held_out if p.tag == kind][:2]]
+        if not prompts:
+            return None
         return image_grid(self._draw(prompts), columns=4, labels=[prompt.text for prompt in prompts])
 
     # -- keeping the run
