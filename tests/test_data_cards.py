@@ -95,10 +95,13 @@ def test_every_kind_that_can_be_encoded_has_its_command_and_gate_in_its_card(nam
 def test_full_presets_read_the_folders_that_the_cards_write():
     encode = [words for name in NAMES for words in commands(name) if words[:2] == ["data", "encode"]]
     written = {words[4] for words in encode}
+    larger = [words for words in encode if "--size" in words]  # read by a stage without REPA
     repa = preset("base", "full").repa
     assert repa.weight > 0  # so every folder that stage 1 may read needs vision features
-    assert all("--text" in words and words[words.index("--vision") + 1] == repa.vision for words in encode)
-    for stage in ("base", "finetune"):
+    assert all("--text" in words for words in encode)
+    assert all(words[words.index("--vision") + 1] == repa.vision for words in encode if words not in larger)
+    assert larger and all(words[words.index("--size") + 1] == "1024" and "--vision" not in words for words in larger)
+    for stage in ("base", "finetune", "1024px"):
         data = preset(stage, "full").data
         assert {*data.folders, *data.validation_folders} <= written
 

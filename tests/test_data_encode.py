@@ -137,6 +137,10 @@ def test_features_are_those_of_the_encoders(raw, models, vision, tmp_path):
         state["notes"]["further caption left out"] for state in sidecars(tmp_path / "out").values() if state["rows"]
     ]
     assert sum(notes) == len(GOOD)
+    data = LatentDataset(tmp_path / "out", models.image_fingerprint)
+    data.leave_out("vision")
+    less = data.batch(range(len(GOOD)))
+    assert less.vision is None and torch.equal(less.text, batch.text) and torch.equal(less.latents, batch.latents)
 
 
 def test_pictures_that_encode_to_nan_are_left_out(raw, models, tmp_path):
@@ -334,6 +338,11 @@ def test_fluxdb_from_prompts_to_rows(models, tmp_path, monkeypatch):
     assert data.batch(range(3)).captions == [["a red star"], ["a blue heart"], ["a star"]]
     assert data.card["pipeline"] == "FluxPipeline" and data.card["generator"] == "flux"
     assert data.card["settings"]["guidance_scale"] == 3.5
+    large = drawn_source(tmp_path / "prompts.txt", tmp_path / "flux", settings=small | {"height": 48}, size=64)
+    assert large._settings["height"] == 48 and large._settings["width"] == 32  # what is named wins
+    del small["height"], small["width"]
+    large = drawn_source(tmp_path / "prompts.txt", tmp_path / "flux", settings=small, size=64)
+    assert large._settings["height"] == large._settings["width"] == 64  # drawn so large, and not enlarged
     with pytest.raises(ValueError, match="FluxPipeline does not know steps"):
         drawn_source(tmp_path / "prompts.txt", tmp_path / "flux", settings={"steps": 1})
 

@@ -525,6 +525,15 @@ def test_commands_draw_and_distil(config, teacher_folder, tmp_path):
     words = ["data", "draw", str(tmp_path / "set"), "--model", str(teacher_folder), "--count", "6", "--steps", "4"]
     found = runner.invoke(app, [*words, "--batch", "6", "--device", "cpu", "--json"])
     assert found.exit_code == 0, found.output
+    (tmp_path / "prompts.txt").write_text("a star\na heart\ntwo circles\n")
+    for count, rows in (("2", 2), ("9", None)):
+        words = ["data", "draw", str(tmp_path / count), "--model", str(teacher_folder), "--count", count]
+        words += ["--prompts", str(tmp_path / "prompts.txt"), "--steps", "4", "--device", "cpu"]
+        found = runner.invoke(app, [*words, "--json"])
+        if rows:
+            assert json.loads(found.stdout)["rows"] == rows
+        else:
+            assert found.exit_code == 2 and "prompts.txt holds 3 prompts" in found.stderr
     settings = [f"data.folders=[{tmp_path / 'set'}]", f"data.encoders={teacher_folder}", f"teacher={teacher_folder}"]
     settings += ["steps=2", "validate_every=100", "sample_every=100"]
     words = ["train", "distill", "--preset", "smoke", "--run-dir", str(tmp_path / "run"), "--device", "cpu"]

@@ -805,6 +805,16 @@ def test_a_score_of_a_model_in_fp8_says_so(shipped, tmp_path, capfd):
     assert 0.5 < card["transformer_bytes"] / fp8.count_bytes(exact).total < 0.9
 
 
+def test_doctor_finds_a_torch_that_cannot_see_the_amd_gpu(monkeypatch, tmp_path):
+    from nitro_e_lite.cli import doctor
+
+    monkeypatch.setattr(doctor, "AMD_DRIVER", tmp_path)
+    for build, problems in ((None, 1), ("7.2", 0)):
+        monkeypatch.setattr(torch.version, "hip", build)
+        found = doctor.diagnose()
+        assert sum("not built for ROCm" in one for one in found["problems"]) == problems == (not found["ok"])
+
+
 def test_doctor_names_the_rung_and_why(capfd):
     from nitro_e_lite.cli.doctor import diagnose
 

@@ -179,10 +179,11 @@ def test_slurm_script(tmp_path, code, restarts, finished, again):
     script = slurm_script(words, nodes=2, processes=8, hours=36)
     for line in ("--nodes=2", "--ntasks-per-node=8", "--signal=TERM@600", "--requeue", "--open-mode=append"):
         assert f"#SBATCH {line}\n" in script
+    task = "SLURM_PROCID=9 SLURM_LOCALID=1 SLURM_NTASKS=16"
     told = "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT $OMP_NUM_THREADS"
     for name, text in {
         "scontrol": 'if [ "$1" = requeue ]; then echo "again $2"; else echo node0; echo node1; fi',
-        "srun": '[ "$1" = --kill-on-bad-exit=1 ] && shift && SLURM_PROCID=9 SLURM_LOCALID=1 SLURM_NTASKS=16 exec "$@"',
+        "srun": f'[ "$1 $SRUN_CPUS_PER_TASK" = "--kill-on-bad-exit=1 12" ] && shift && {task} exec "$@"',
         "nitro-e": f'echo {told}; printf "<%s>" "$@"; echo; exit {code}',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")

@@ -229,6 +229,9 @@ def test_stored_features_train_as_on_line_ones_do(shards, vision, tmp_path):
     text, _ = stored.stage._text(share)
     for k, caption in enumerate(share.captions):
         assert torch.allclose(text[k], stored.stage.encoders.encode_text([caption])[0], atol=2e-2), caption
+    second = Engine(override(preset("base", "smoke"), where), Pretrain, tmp_path / "second", device="cpu")
+    unread = second.stage.batches.local(0)  # stage 2 reads no features that only REPA looks at
+    assert unread.vision is None and torch.equal(unread.latents, share.latents) and torch.equal(unread.text, share.text)
     where = [line.replace("with", "without") for line in where]
     with pytest.raises(ValueError, match="holds no vision features"):
         Engine(override(preset("base", "smoke"), [*REPA, *where]), Pretrain, tmp_path / "none", device="cpu")

@@ -480,7 +480,10 @@ def test_a_remote_reward_says_what_the_local_one_says():
     huge = base64.b64encode(png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:]).decode()
     with served(judges.PartialCredit()) as server:
         remote = RemoteReward(server.url + "/", batch=2)
-        assert remote.name == f"partial@{server.url}" and remote.health() == {"name": "partial", "ready": True}
+        assert remote.name == f"partial@{server.url}" and remote._ask("/health", None) == {
+            "name": "partial",
+            "ready": True,
+        }
         np.testing.assert_array_equal(remote.score(pictures, prompts), judges.PartialCredit().score(pictures, prompts))
         for path, body, words in [
             ("/other", b"{}", "404"),
@@ -676,6 +679,29 @@ def test_a_server_that_sends_byte_by_byte_is_late(begin):
             RemoteReward(f"http://127.0.0.1:{server.getsockname()[1]}", timeout=0.3, retries=0)
         assert time.monotonic() - start_time < 2
         thread.join()
+
+
+def test_servers_of_one_judge_share_the_work_and_stand_in_for_each_other(monkeypatch):
+    pictures, prompts = np.zeros((2, 8, 8, 3), np.uint8), [judges.PREFLIGHT] * 2
+    two = [Odd(), Odd()]
+    with served(two[1]) as second:
+        with served(two[0]) as first:
+            urls = f"{first.url},{second.url}"
+            remotes = []
+            for rank in "0123":
+                monkeypatch.setenv("RANK", rank), monkeypatch.setenv("WORLD_SIZE", "4")
+                remotes.append(RemoteReward(urls, retries=1, wait=0.01))
+                assert remotes[-1].score(pictures, prompts).tolist() == [0, 0]
+            assert [one.calls for one in two] == [2, 2] and remotes[0].name == f"redness@{first.url} and 1 more"
+        assert remotes[0].score(pictures, prompts).tolist() == [0, 0] and [one.calls for one in two] == [2, 3]
+        with pytest.raises(
+            RuntimeError, match=f"reward {first.url}: cannot be asked"
+        ):  # at the start all must be there
+            RemoteReward(urls, retries=0)
+        with served(judges.PartialCredit()) as other, pytest.raises(RuntimeError, match="judges, partial, redness"):
+            RemoteReward(f"{other.url},{second.url}")
+    with pytest.raises(RuntimeError, match=f"redness@{first.url} and 1 more: http.* cannot be asked .*--resume"):
+        remotes[0].score(pictures, prompts)
 
 
 def test_one_failure_is_tried_again_and_a_dead_server_is_named():

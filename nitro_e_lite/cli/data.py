@@ -62,7 +62,9 @@ def encode(
     draw: Annotated[list[str] | None, typer.Option(help="fluxdb: argument=value for the call of the pipeline.")] = None,
     batch: Annotated[int, typer.Option(help="Pictures at once.")] = 32,
     shard_rows: Annotated[int, typer.Option(help="Rows in one shard.")] = 10_000,
-    threads: Annotated[int, typer.Option(help="Threads that decode pictures.")] = 4,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads that decode pictures; by default this process's share of the cores.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
@@ -76,7 +78,10 @@ def encode(
 
         rank, world = runtime.rank_and_world()
         check_output(out, "folder")
+        threads = threads or max(1, (os.cpu_count() or 4) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         device = local_device(device)
+        if encoders == "full" and device == "cpu":
+            errors.print("Warning: no accelerator was found; the full encoders take seconds a picture on a CPU.")
         number_type = runtime.pick_dtype(dtype, runtime.pick_device(device))
         if kind == "fluxdb":
             pairs = [pair.partition("=") for pair in draw or []]
@@ -84,7 +89,7 @@ def encode(
                 raise InvalidValue(f"draw={bad[0]!r}: must read argument=value")
             settings = {name: config.read_value(name, value) for name, _, value in pairs}
             chosen = generator or precompute.GENERATOR
-            options = {"settings": settings, "device": device, "dtype": number_type, "batch": batch}
+            options = {"settings": settings, "device": device, "dtype": number_type, "batch": batch, "size": size}
             source = precompute.drawn_source(path, chosen, **options)
         else:
             for name, value in (("generator", generator), ("draw", draw)):
@@ -100,7 +105,7 @@ def encode(
         result |= {"out": str(out), "rank": rank, "world": world} | encoding.run()
         if not json:
             line = f"Process {rank} of {world}: {result['rows']:,} rows in {result['seconds']:.1f} s, "
-            line += f"{result['rows_per_second']:,.1f} a second"
+            line += f"{result['rows_per_second']:,.1f} a second on {device}"
             if result["skipped"]:
                 line += f"; {result['skipped']:,} items gave no row, `nitro-e data check {out}` says why"
             console.print(line, markup=False, soft_wrap=True)
@@ -109,7 +114,9 @@ def encode(
 @command(app, "draw")
 def draw(
     out: Annotated[Path, typer.Argument(help="Folder of the data set; an unfinished one is continued.")],
-    count: Annotated[int, typer.Option(help="How many pictures, for prompts of the scene grammar.")] = 10_000,
+    count: Annotated[
+        int | None, typer.Option(help="How many pictures: of a file's first prompts (default: all), or of the grammar.")
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="File of prompts (.txt, .jsonl, .parquet) in place of the grammar.")
     ] = None,
@@ -133,9 +140,15 @@ def draw(
         from nitro_e_lite.inference.loading import load_pipeline
         from nitro_e_lite.runtime import rank_and_world
 
-        (rank, world), count = rank_and_world(), as_integer("count", count, 1, 10**9)
+        (rank, world), count = rank_and_world(), None if count is None else as_integer("count", count, 1, 10**9)
         check_output(out, "folder")
-        chosen = drawn.GrammarPrompts(seed, count) if prompts is None else sources.read_prompts(prompts)
+        if prompts is None:
+            chosen = drawn.GrammarPrompts(seed, count or 10_000)
+        else:
+            chosen = sources.read_prompts(prompts)
+            if count is not None and len(chosen) < count:
+                raise InvalidValue(f"count={count}: {prompts} holds {len(chosen):,} prompts")
+            chosen = chosen if count is None else chosen[:count]
         teacher = load_pipeline(model, local_device(device), dtype)
         options = {"steps": steps, "guidance": guidance, "shift": shift, "student_steps": student_steps, "seed": seed}
         options |= {"text": text, "batch": batch, "shard_rows": shard_rows}

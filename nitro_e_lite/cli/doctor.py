@@ -6,11 +6,13 @@ imported before the packages have been looked at.
 """
 
 import importlib.metadata
+from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
 
 DISTRIBUTION = "nitro-e-lite"
+AMD_DRIVER = Path("/dev/kfd")  # there where Linux knows an AMD GPU to compute on
 
 
 def check_packages() -> list[dict[str, Any]]:
@@ -56,6 +58,8 @@ def diagnose() -> dict[str, Any]:
             "weights": None,
             "fp8": None,
         }
+    import torch
+
     from nitro_e_lite import files, runtime
     from nitro_e_lite.model.fp8_ladder import choose_rung
 
@@ -71,6 +75,11 @@ def diagnose() -> dict[str, Any]:
             weights[folder.name] = sum((folder / name).stat().st_size for name in names)
         except (OSError, ValueError) as error:
             problems.append(str(error))
+    if AMD_DRIVER.exists() and not torch.version.hip:
+        problems.append(
+            "an AMD GPU is here, and this torch is not built for ROCm; notebooks/FULL_RUN.md has the command for one "
+            "that is"
+        )
     choice = choose_rung(runtime.pick_device())
     fp8 = {"rung": choice.rung, "reasons": list(choice.reasons)}
     report = {"packages": packages, "environment": runtime.environment_report(), "weights": weights, "fp8": fp8}

@@ -127,6 +127,9 @@ class Batches:
             self.sources.append(_Source.open(replace(config.data, pairs=()), encoders))
         self.training = self.sources[0].data
         self.validation = _open(config.data, encoders, "validation")
+        if not config.repa.weight:
+            for data in (*(source.data for source in self.sources), self.validation):
+                data.leave_out("vision")  # nobody looks at it, and it is most of a row
         for source in self.sources:
             if source.rows.size < config.batch_size:
                 raise InvalidValue(

@@ -279,6 +279,7 @@ def drawn_source(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     batch: int = 8,
+    size: int | None = None,
 ) -> Prompts:
     """A list of prompts, drawn by a diffusers pipeline as it is read.
 
@@ -290,6 +291,7 @@ def drawn_source(
         device: where to draw.
         dtype: number type of the weights.
         batch: prompts drawn at once.
+        size: pixels a side that will be encoded: the pictures are drawn so large, not enlarged; None: as in `FLUX`.
 
     Raises:
         EncoderUnavailable: the pipeline cannot be loaded; the message says what to do.
@@ -312,7 +314,8 @@ def drawn_source(
     unknown = [name for name in settings or {} if name not in known]
     if unknown:
         raise InvalidValue(f"settings: {type(pipeline).__name__} does not know {', '.join(unknown)}")
-    chosen = {name: value for name, value in FLUX.items() if name in known} | (settings or {})
+    wanted = FLUX | ({"height": size, "width": size} if size else {})
+    chosen = {name: value for name, value in wanted.items() if name in known} | (settings or {})
     name = "@".join([str(generator), str(place["revision"])]) if place else Path(generator).name
     source = Prompts(prompts, pipeline, chosen, batch=batch, generator=name)
     source.try_settings()

@@ -216,6 +216,10 @@ class LatentDataset:
     def __len__(self) -> int:
         return self._ends[-1]
 
+    def leave_out(self, column: str) -> None:
+        """From here on batches come without a column of features, and it is not read."""
+        self.shapes = {name: shape for name, shape in self.shapes.items() if name != column}
+
     @property
     def has_bad_rows(self) -> bool:
         """Whether a row was found that another takes the turns of."""

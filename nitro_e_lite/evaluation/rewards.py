@@ -52,6 +52,7 @@ from nitro_e_lite.errors import InvalidValue, NotFinite, Unusable
 from nitro_e_lite.evaluation.learned_judges import PreferenceModel, load_judge
 from nitro_e_lite.evaluation.official_geneval import check_entry
 from nitro_e_lite.files import explain_json, read_json_line
+from nitro_e_lite.runtime import rank_and_world
 from nitro_e_lite.scenes.geneval import Prompt, judge, true_scene
 from nitro_e_lite.scenes.grammar import COLORS
 from nitro_e_lite.scenes.render import render
@@ -220,7 +221,7 @@ def open_rewards(names: Sequence[str], timeout: float = 60, retries: int = 3, ba
     """The rewards of a run.
 
     Args:
-        names: of `LITE_REWARDS`, or addresses of reward servers, `http://HOST:PORT`.
+        names: of `LITE_REWARDS`, or addresses of reward servers, `http://HOST:PORT`, see `RemoteReward`.
         timeout, retries, batch: of the servers, see `RemoteReward`.
 
     Raises:
@@ -328,7 +329,8 @@ class RemoteReward:
     """A reward that a server gives, see the module's essay.
 
     Args:
-        url: `http://HOST:PORT`.
+        url: `http://HOST:PORT`; several with commas between them are servers of the same judge that share the work:
+            process number k begins with the k-th, and what one cannot answer is asked of the next.
         timeout: seconds that the server has to answer one request.
         retries: further attempts after one that failed; NaN is an answer and no failure.
         batch: pictures in one request.
@@ -342,17 +344,23 @@ class RemoteReward:
     """
 
     def __init__(self, url: str, timeout: float = 60, retries: int = 3, batch: int = 16, wait: float = 0.5):
-        self.url, self.timeout, self.retries, self.batch, self.wait = url.rstrip("/"), timeout, retries, batch, wait
-        self.name = self.url
-        health = self.health()
-        if not isinstance(health, dict) or health.get("ready") is not True:
-            raise Unusable(f"reward {self.url}: is not ready, its /health says {health!r:.200}")
-        self.name = f"{health.get('name', 'remote')}@{self.url}"
-        self.examples = self._examples(health.get("examples"))
+        self.timeout, self.retries, self.batch, self.wait = timeout, retries, batch, wait
+        self.urls, self.turn = [one.strip().rstrip("/") for one in url.split(",")], 0
+        told = [self._ready(turn) for turn in range(len(self.urls))]
+        if len(names := {one.get("name", "remote") for one in told}) > 1:
+            raise Unusable(f"reward {url}: these serve different judges, {', '.join(sorted(map(str, names)))}")
+        self.turn = rank_and_world()[0] % len(self.urls)
+        more = f" and {len(self.urls) - 1} more" if len(self.urls) > 1 else ""
+        self.name = f"{names.pop()}@{self.urls[0]}{more}"
+        self.examples = self._examples(told[0].get("examples"))
 
-    def health(self) -> Any:
-        """What the server says of itself."""
-        return self._ask("/health", None)
+    def _ready(self, turn: int) -> dict[str, Any]:
+        """What server number `turn` says of itself; no other is asked in its place."""
+        self.turn, self.name = turn, self.urls[turn]
+        health = self._ask("/health", None, others=False)
+        if not isinstance(health, dict) or health.get("ready") is not True:
+            raise Unusable(f"reward {self.name}: is not ready, its /health says {health!r:.200}")
+        return health
 
     def _examples(self, told: Any) -> tuple[Asked, np.ndarray] | None:
         if told is None:
@@ -376,7 +384,7 @@ class RemoteReward:
             scores += check_scores(self.name, said, len(asked), constant=False).tolist()
         return np.array(scores)
 
-    def _ask(self, path: str, body: bytes | None) -> Any:
+    def _ask(self, path: str, body: bytes | None, others: bool = True) -> Any:
         wait, tries = self.wait, self.retries + 1
         for attempt in range(tries):
             try:
@@ -392,6 +400,9 @@ class RemoteReward:
                 code, reason = 0, f"cannot be asked ({type(error).__name__}: {error})"
             if 300 <= code < 500:  # the request is at fault, and would be again
                 raise Unusable(f"reward {self.name}: {reason}")
+            if others and len(self.urls) > 1:
+                reason = f"{self.urls[self.turn]} {reason}"
+                self.turn = (self.turn + 1) % len(self.urls)
             if attempt < self.retries:
                 time.sleep(wait)
                 wait *= 2
@@ -402,7 +413,7 @@ class RemoteReward:
 
     def _exchange(self, path: str, body: bytes | None) -> tuple[int, bytes]:
         """One request: the answer's code and body, within `timeout` even where each of its bytes comes in time."""
-        place = urlsplit(self.url)
+        place = urlsplit(self.urls[self.turn])
         kind = HTTPSConnection if place.scheme == "https" else HTTPConnection
         connection, late, line = kind(place.netloc, timeout=self.timeout), threading.Event(), None
 

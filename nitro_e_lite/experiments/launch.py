@@ -305,6 +305,7 @@ def slurm_script(words: Sequence[str], nodes: int, processes: int, hours: int = 
 #SBATCH --open-mode=append
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT={port}
 export OMP_NUM_THREADS=${{SLURM_CPUS_PER_TASK:-8}}
+export SRUN_CPUS_PER_TASK=$OMP_NUM_THREADS  # since Slurm 22.05 srun does not take it over by itself
 srun --kill-on-bad-exit=1 bash -c '{ranks}{processes} exec nitro-e "$@"' nitro-e {shlex.join(words)}
 code=$?
 # not finished: stopped in good order, or failed; again, but not for ever

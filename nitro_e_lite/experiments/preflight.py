@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -224,11 +225,15 @@ def _prompts(config: RewardConfig) -> Iterator[Finding]:
 
 def _rewards(config: RewardConfig) -> Iterator[Finding]:
     """Every judge is there and tells a good picture from a bad one; one attempt, since a server should be up by now."""
+    pictures = config.steps * config.batch_size
 
     def ask(name: str) -> Finding:
         try:
-            ((good, bad),) = rewards.preflight(rewards.open_rewards([name], config.reward_timeout, retries=0)).values()
-            says = f"a red circle, as asked for, {good:.2f}; a blue square in its place {bad:.2f}"
+            opened, begin = rewards.open_rewards([name], config.reward_timeout, retries=0), time.perf_counter()
+            ((good, bad),) = rewards.preflight(opened).values()
+            hours = (time.perf_counter() - begin) / 2 * pictures / len(name.split(",")) / 3600
+            says = f"a red circle, as asked for, {good:.2f}; a blue square in its place {bad:.2f}; "
+            says += f"at this pace {hours:,.1f} hours for the run's {pictures:,} pictures"
             return Finding(f"reward: {name}", True, says)
         except UserError as error:
             return Finding(f"reward: {name}", False, str(error))

@@ -105,7 +105,8 @@ class Distill(Student):
         if len(drawn) != len(mine) or not np.allclose(drawn, mine, atol=1e-6):
             raise InvalidValue(
                 f"sampler_steps={config.sampler_steps}: with this shift and grid they visit {mine}, "
-                f"{self.drawn.data.folders[0]} holds states at {drawn}; draw it again for these steps"
+                f"{self.drawn.data.folders[0]} holds states at {drawn}; draw it again for these steps, or set "
+                "shift and sigma_grid (linear for a model that was trained here) to what drew it"
             )
         self.student = self.start()
         if config.gradient_checkpointing:
