@@ -516,6 +516,7 @@ class SprintConfig(StudentConfig):
     def __post_init__(self):
         super().__post_init__()
         _check_grid(self)
+        _require(not self.compile, "compile", self.compile, "empty: the tangent of this student is not compiled")
         alone = not (self.start_from and self.finetune_share)
         _require(alone, "finetune_share", self.finetune_share, "0 with start_from: such a student answers otherwise")
         losses = self.consistency_weight + self.road_weight + self.adversarial_weight

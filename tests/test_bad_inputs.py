@@ -462,6 +462,9 @@ def test_runs_that_say_nonsense_are_not_shipped(here, shipped):
     (run / "metrics.jsonl").write_text("")
     assert "is of the stage distill" in refused("ship", str(run), "--name", "lite-4step")
     assert "needs a sampler of its own" in refused("ship", str(run), "--name", str(shipped))
+    (run / "config.json").write_text(json.dumps({"config": students | {"stage": "distill", "jumps": False}}))
+    assert "ship it as lite-4step" in refused("ship", str(run), "--name", str(shipped))
+    (run / "config.json").write_text(json.dumps({"config": students}))
     weights = run / "final" / "diffusion_pytorch_model.safetensors"
     save_file({name: value * 1e38 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
     assert "is not finite in float16" in refused("ship", str(run), "--name", "lite-sprint")

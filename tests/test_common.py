@@ -111,6 +111,9 @@ def test_manifest_round_trip_and_damage(tmp_path):
     (tmp_path / "SHA256SUMS").write_text("nonsense\n")
     with pytest.raises(ValueError, match="cannot read the line"):
         files.check_manifest(tmp_path)
+    digest = files.sha256_file(tmp_path / "a.txt")
+    (tmp_path / "SHA256SUMS").write_text(f"nonsense of another program\n{digest} *a.txt\n")  # as a download has it
+    assert files.check_manifest(tmp_path, "a.txt") == {"a.txt": digest}
     (tmp_path / "SHA256SUMS").unlink()
     with pytest.raises(FileNotFoundError, match="checksum file is missing"):
         files.check_manifest(tmp_path)

@@ -100,12 +100,13 @@ def same(one, other):
 def test_killed_and_resumed_it_has_the_same_bits(stage, tmp_path):
     Engine(RUN, stage, tmp_path / "whole", device="cpu").fit()
     killed = Engine(RUN, stage, tmp_path / "parts", device="cpu")
+    killed.progress.validation_seconds = 3.5
     for step in range(7):  # the last checkpoint is within a roll-out and within a turn; two steps are lost
         killed.step()
         if step == 4:
             killed.save()
     resumed = Engine(RUN, stage, tmp_path / "parts", resume=True, device="cpu")
-    assert resumed.global_step == 5
+    assert resumed.global_step == 5 and resumed.progress.validation_seconds == 3.5  # its share is that of the whole run
     resumed.fit()
     assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
 

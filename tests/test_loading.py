@@ -195,6 +195,14 @@ def test_the_published_repository_is_a_model_at_its_pinned_commit(published, tin
         load_pipeline("amd/Nitro-E", "cpu")
 
 
+def test_the_name_of_an_official_file_says_which_network_a_teacher_is(published, monkeypatch):
+    read = []
+    monkeypatch.setattr(loading, "load_official", lambda path, **network: read.append((path.name, network)))
+    for name, network in (("512px", {}), ("1024px", loading.VARIANTS["1024px"]["network"])):
+        loading.load_transformer(published / f"Nitro-E-{name}.safetensors")
+        assert read.pop() == (f"Nitro-E-{name}.safetensors", network)
+
+
 def test_a_configuration_beside_an_official_file_decides_its_variant(published, recwarn):
     file = published / "Nitro-E-512px.safetensors"
     for size, variant in ((32, "1024px"), (16, "512px")):

@@ -116,6 +116,11 @@ def test_a_stage_under_way_says_how_long_it_will_take(tmp_path):
     rows.append({"step": 100, "validation_loss": 0.4})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert reproduce.progress(tmp_path) == "step 100 of 1,000, loss 0.500, 16.0 samples/s, 30 minutes left"
+    for losses, told in (({"student_loss": 0.25, "heads_loss": 2.0}, ", loss 0.250"), ({"loss": None}, "")):
+        row = {"step": 100, "samples_per_second": 16.0} | losses  # with a discriminator; a loss that was not finite
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+        assert reproduce.progress(tmp_path) == f"step 100 of 1,000{told}, 16.0 samples/s, 30 minutes left"
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     said = []
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "step-00000100.png").touch()

@@ -233,13 +233,17 @@ def test_preflight_of_shards_and_processes(tmp_path, monkeypatch):
         small = preflight.preflight(override(preset("distill", "smoke"), [f"teacher={teacher}"]), tmp_path, 1, "cpu")
         assert not lacks(small) and any("a lesson draws those" in one.says for one in small)
 
+    hub = preflight.preflight(override(preset("distill", "smoke"), ["teacher=amd/Nitro-E"]), tmp_path, 1, "cpu")
+    assert "not here, and not to be had" in lacks(hub)["teacher: amd/Nitro-E"]  # looked for there, and no folder
+
     rewards = override(
         preset("rewards", "smoke"), ["rewards=[[redness, 1], ['http://127.0.0.1:9', 1]]", "prompts=no.jsonl"]
     )
     found = preflight.preflight(rewards, tmp_path, 1, "cpu")
     assert lacks(found).keys() == {"prompts", "reward: http://127.0.0.1:9"}
     assert "Start the server again" in lacks(found)["reward: http://127.0.0.1:9"]
-    assert any("a red circle, as asked for" in one.says for one in found if one.name == "reward: redness")
+    (told,) = (one.says for one in found if one.name == "reward: redness")
+    assert "a red circle, as asked for" in told and f"hours for the run's {4 * 8} pictures" in told
 
     run = tmp_path / "tuned" / "config.json"  # of the run whose model learns from rewards
     run.parent.mkdir()

@@ -15,6 +15,7 @@ from diffusers import SCMScheduler
 from safetensors.torch import load_file
 
 from nitro_e_lite.config import DrawnConfig, OptimizerConfig
+from nitro_e_lite.data.drawn import DrawnSet, GrammarPrompts
 from nitro_e_lite.errors import GateFailed, UserError
 from nitro_e_lite.experiments.launch import launch, train_arguments
 from nitro_e_lite.experiments.worker import RUNS, run_name
@@ -386,6 +387,37 @@ def test_pictures_below_the_teachers_card_stop_a_run_before_its_first_step(confi
     assert isinstance(stage, students.Student)
 
 
+def test_each_drawn_folder_is_verified_by_its_own_prompts(config, tmp_path):
+    """Only the first folder's captions were known, so wrong pictures of all others were learned from."""
+    (first,) = config.data.folders
+    shutil.copytree(first, tmp_path / "more")
+    card = json.loads((tmp_path / "more" / "card.json").read_text())
+    seeds = int(card["prompts"].removeprefix(GrammarPrompts.NAME)), 77
+    (tmp_path / "more" / "card.json").write_text(json.dumps(card | {"prompts": f"{GrammarPrompts.NAME}77"}))
+    drawn = DrawnSet([first, tmp_path / "more"], stage_of(config).encoders)
+    count = len(drawn) // 2
+    assert drawn.prompts() == [(f"{GrammarPrompts.NAME}{seed}", count) for seed in seeds]
+    for rows in (2, count, count + 3, 2 * count):
+        own = [min(rows, count), max(0, rows - count)]
+        pairs = [(seed, k) for seed, n in zip(seeds, own, strict=True) for k in range(n)]
+        asked = [prompt_of(sample_scene(seed, k), GrammarPrompts(seed, k + 1)[k]) for seed, k in pairs]
+        assert set(gates.drawn_prompts(drawn, rows)) == {prompt.text for prompt in asked if prompt}
+    (tmp_path / "more" / "card.json").write_text(json.dumps(card | {"prompts": f"{GrammarPrompts.NAME}x"}))
+    with pytest.raises(ValueError, match="more: prompts=.* in its card is damaged"):
+        DrawnSet([first, tmp_path / "more"], stage_of(config).encoders)
+
+
+def test_the_share_that_a_gate_looks_at_is_that_of_all_processes(config, monkeypatch):
+    monkeypatch.setattr(students, "mean_over_processes", lambda share: share.fill_(0.75))
+    stage = stage_of(replace(config, adversarial_weight=0.5))
+    stage.draw, step = stage.draw, 0
+    batch = stage.batch(step, 0)
+    stage.heads_loss(
+        batch.states[:, -1], batch, 0, lambda logits, real: logits[0].mean(1), lambda logits: logits[0].mean(1)
+    )
+    assert stage.balance.right[0].item() == 0.75
+
+
 def test_only_pictures_that_the_verifier_finds_right_are_learned_from(config, monkeypatch):
     """The tiny teacher's noise shows nothing, so too few are left; then three captions are called wrong."""
     verified = replace(config, data=replace(config.data, verified=True))
@@ -398,6 +430,6 @@ def test_only_pictures_that_the_verifier_finds_right_are_learned_from(config, mo
     kept = list(stage_of(verified).kept)
     assert kept == [row for row in range(stage.rows) if captions[row] not in wrong] and len(kept) < stage.rows
     assert list(stage.kept) == list(range(stage.rows))
-    stage.drawn.card = stage.drawn.card | {"prompts": "a file's"}  # of which nothing is known
+    monkeypatch.setattr(stage.drawn, "prompts", lambda: [("a file's", stage.rows)])  # of which nothing is known
     with pytest.raises(UserError, match="data.verified=True: the verifier can judge no caption of"):
         gates.right_rows(stage.drawn, stage.encoders, stage.rows)

@@ -376,6 +376,10 @@ def test_resuming_with_other_settings_or_encoders_is_said_or_refused(tmp_path, m
     said = r"from step 1 on other settings hold: data.seed 0 -> 4, optimizer.lr 0.002 -> 1e-05$"
     with pytest.warns(UserWarning, match=said):
         engine(other, tmp_path, resume=True)
+    with pytest.raises(
+        ValueError, match=r"optimizer.name=adamw: the run was started with muon, whose state is another"
+    ):
+        engine(override(SMOKE, ["optimizer.name=adamw"]), tmp_path, resume=True)
     state = tmp_path / "checkpoints" / "step-00000001" / "state.json"
     text = state.read_text(encoding="utf-8")
     state.write_text(text.replace(run.stage.encoders.fingerprint, "0" * 64), encoding="utf-8")
@@ -571,6 +575,10 @@ def test_fine_tuning_goes_on_from_the_base(uninterrupted, tmp_path):
     assert 8 <= len(run.stage.batches.sources[0].rows) <= 32
     run.fit()
     assert (tmp_path / "final" / "config.json").is_file()
+    for size in (24, 16):  # trained with the positions that its results will draw with
+        larger = [f"start_from={uninterrupted}", f"model.sample_size={size}", "model.attention_pattern=[[1, 1]]"]
+        model = engine(override(stage, larger), tmp_path / str(size)).stage.model
+        assert torch.equal(model.positions, EMMDiTTransformer2DModel(**dict(model.config)).positions), size
 
 
 def test_an_adapter_learns_and_is_loaded_by_pipelines(uninterrupted, tmp_path):

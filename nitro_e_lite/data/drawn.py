@@ -336,7 +336,7 @@ class DrawnSet:
         self.card, self.levels = self.data.card, self.data.card.get("levels", [])
         if self.card.get("kind") != KIND:
             raise InvalidValue(f"{self.data.folders[0]}: was not drawn by a teacher; nitro-e data draw makes such sets")
-        self._check_card()
+        self._check_card(self.data.folders[0], self.card)
         if self.card["encoders"] != encoders.fingerprint:
             raise InvalidValue(f"{self.data.folders[0]}: the teacher read its captions with another language model")
         if len(self.levels) < 2:
@@ -345,14 +345,16 @@ class DrawnSet:
             )
         for folder in self.data.folders[1:]:
             other = read_card(folder)
+            self._check_card(folder, other)
             for name in ("encoders", "teacher", "sampler", "levels"):
                 if other.get(name) != self.card[name]:
                     raise InvalidValue(
                         f"{folder}: {name} is another than in {self.data.folders[0]}; one teacher, one run"
                     )
 
-    def _check_card(self) -> None:
-        card, grammar = self.card, GrammarPrompts.NAME
+    @staticmethod
+    def _check_card(folder: Path, card: dict[str, Any]) -> None:
+        grammar = GrammarPrompts.NAME
         fine = {name: isinstance(card.get(name), kind) for name, kind in _CARD.items()}
         fine["levels"] = fine["levels"] and all(isinstance(level, float) for level in card["levels"])
         fine["sampler"] = fine["sampler"] and {"shift", "sigma_grid"} <= card["sampler"].keys()
@@ -360,7 +362,14 @@ class DrawnSet:
             fine["prompts"] = card["prompts"].removeprefix(grammar).isdecimal()  # the seed
         for name in (name for name, good in fine.items() if not good):
             damaged = f"{name}={card.get(name)!r:.80} in its card is damaged"
-            raise InvalidValue(f"{self.data.folders[0]}: {damaged}; draw it again")
+            raise InvalidValue(f"{folder}: {damaged}; draw it again")
+
+    def prompts(self) -> list[tuple[str, int]]:
+        """Of each folder in the order of the rows: what its card says of its prompts, and how many rows it has."""
+        rows = {folder: 0 for folder in self.data.folders}
+        for chunk in self.data.chunks:
+            rows[chunk.shard.folder] += chunk.rows
+        return [(read_card(folder)["prompts"], count) for folder, count in rows.items()]
 
     def __len__(self) -> int:
         return len(self.data)

@@ -159,6 +159,8 @@ def _start(config: RunConfig, made_before: bool) -> Iterator[Finding]:
 def _weights(name: str, source: str) -> Finding:
     if Path(source).is_file():  # an official .safetensors file
         return Finding(name, True, source)
+    if source == OFFICIAL and not Path(source).is_dir():
+        return _on_the_hub(source, HUB_REVISIONS[source], name, "Nitro-E-512px.safetensors")
     files = ("model_index.json", "diffusion_pytorch_model*", "transformer/diffusion_pytorch_model*", ADAPTER)
     return _folder(name, source, *files)
 
@@ -279,18 +281,18 @@ def _folder(name: str, source: str, *files: str) -> Finding:
         return Finding(name, False, str(error))
 
 
-def _on_the_hub(name: str, revision: str) -> Finding:
-    """Whether the pinned files lie in the cache, or else whether the hub would hand them out."""
-    config = try_to_load_from_cache(name, "config.json", revision=revision)
-    if isinstance(config, str) and [*Path(config).parent.rglob("*.safetensors")]:
-        return Finding(f"encoder: {name}", True, "in the cache of the hub")
+def _on_the_hub(name: str, revision: str, what: str = "encoder", file: str = "config.json") -> Finding:
+    """Whether the pinned files, `file` one of them, lie in the cache, or else whether the hub would hand them out."""
+    found = try_to_load_from_cache(name, file, revision=revision)
+    if isinstance(found, str) and [*Path(found).parent.rglob("*.safetensors")]:
+        return Finding(f"{what}: {name}", True, "in the cache of the hub")
     try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=10)
-        return Finding(f"encoder: {name}", True, "the hub hands it out; hf download fetches it beforehand")
+        get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=10)
+        return Finding(f"{what}: {name}", True, "the hub hands it out; hf download fetches it beforehand")
     except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         advice = f"accept its licence at https://huggingface.co/{name}, hf auth login, hf download {name}"
-        return Finding(f"encoder: {name}", False, f"not here, and not to be had ({reason}); {advice}")
+        return Finding(f"{what}: {name}", False, f"not here, and not to be had ({reason}); {advice}")
 
 
 def _memory(config: TrainConfig, processes: int, device: str | None) -> Iterator[Finding]:

@@ -310,7 +310,9 @@ def progress(training: Path) -> str | None:
         return None
     config, row = json.loads(settings.read_text(encoding="utf-8"))["config"], rows[-1]
     minutes = (config["steps"] - row["step"]) * config["batch_size"] / row["samples_per_second"] / 60
-    line = f"step {row['step']:,} of {config['steps']:,}, loss {row['loss']:.3f}"
+    losses = (row.get(name) for name in ("loss", "student_loss"))  # of what learns; none where it was not finite
+    loss = next((f", loss {one:.3f}" for one in losses if one is not None), "")
+    line = f"step {row['step']:,} of {config['steps']:,}{loss}"
     line += f", {row['samples_per_second']:.1f} samples/s, {minutes:,.0f} minutes left"
     pictures = sorted((training / "samples").glob("*.png"))
     return f"{line}; newest picture: {pictures[-1]}" if pictures else line

@@ -127,8 +127,8 @@ def ship(
         return _ship_vision(Path(source), folder)
     run = Path(source) / "config.json"  # of a training run; the folder `final` has a model's
     trained = read_run(run).get("config") or {}
-    if trained.get("stage") == "sprint" or trained.get("jumps"):
-        own = {stage: one for one, stage in STUDENTS.items()}.get(trained.get("stage"), "its run")
+    if trained.get("stage") in ("distill", "sprint"):
+        own = {stage: one for one, stage in STUDENTS.items()}[trained["stage"]]
         raise InvalidValue(f"source={str(source)!r}: its student needs a sampler of its own; ship it as {own}")
     transformer = _half(source)
     pipeline = NitroEPipeline(

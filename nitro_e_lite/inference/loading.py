@@ -151,7 +151,8 @@ def load_pipeline(
 
 
 def load_transformer(source: str | Path) -> EMMDiTTransformer2DModel:
-    """The transformer alone, in float32, from any source that `load_pipeline` takes (official files of 512 px).
+    """The transformer alone, in float32, from any source that `load_pipeline` takes; the name of an official file says
+    which variant it is.
 
     Raises:
         ValueError: see there; also a folder in FP8, which has lost what training would start from.
@@ -160,7 +161,7 @@ def load_transformer(source: str | Path) -> EMMDiTTransformer2DModel:
         return merge_lora(load_transformer(rewarded[1]["start_from"]), rewarded[0])
     path = _find(source)
     if path.is_file():
-        return load_official(path)
+        return load_official(path, **VARIANTS[_published_as(path)]["network"])
     kind = _stored_variant(path)
     if (path / DiffusionPipeline.config_name).is_file():
         path = path / "transformer"

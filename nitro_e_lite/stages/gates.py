@@ -41,14 +41,14 @@ def few_prompts(each: int) -> list[Prompt]:
 
 
 def drawn_prompts(drawn: DrawnSet, rows: int) -> dict[str, Prompt]:
-    """What the captions of the first rows ask for; empty where the prompts are not of the scene grammar."""
-    said = drawn.card["prompts"]
-    if not said.startswith(GrammarPrompts.NAME):
-        return {}
-    prompts, found = GrammarPrompts(int(said.removeprefix(GrammarPrompts.NAME)), rows), {}
-    for row in range(rows):
-        if prompt := prompt_of(sample_scene(prompts.seed, row), prompts[row]):
-            found[prompt.text] = prompt
+    """What the captions of the first rows ask for; nothing for folders whose prompts are not of the scene grammar."""
+    found: dict[str, Prompt] = {}
+    for said, count in drawn.prompts():
+        if said.startswith(GrammarPrompts.NAME):
+            prompts = GrammarPrompts(int(said.removeprefix(GrammarPrompts.NAME)), min(count, rows))
+            asked = (prompt_of(sample_scene(prompts.seed, row), prompts[row]) for row in range(len(prompts)))
+            found |= {prompt.text: prompt for prompt in asked if prompt}
+        rows = max(0, rows - count)
     return found
 
 

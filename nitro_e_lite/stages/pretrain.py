@@ -149,7 +149,10 @@ class Pretrain(Stage):
         """Gives the model the weights that `start_from` names; another size of pictures is its own business."""
         start, reason = load_transformer(self.config.start_from), ""
         try:
-            model.load_state_dict(_with_projector(model, start.state_dict()))
+            state = _with_projector(model, start.state_dict())
+            if start.config.sample_size != model.config.sample_size:
+                state["positions"] = model.positions  # the table belongs to the size
+            model.load_state_dict(state)
         except RuntimeError as error:  # its first line says which class could not be loaded
             reason = str(error).splitlines()[1].strip()
         if start.config.dense_time:

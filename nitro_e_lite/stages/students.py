@@ -35,6 +35,7 @@ from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.runtime import generator
 from nitro_e_lite.stages.discriminator import FrozenFeatures, Heads
 from nitro_e_lite.stages.gates import Balance, check_drawn, check_student, few_prompts, right_rows
+from nitro_e_lite.training.distributed import mean_over_processes
 from nitro_e_lite.training.engine import Placement, Stage, Trainable
 from nitro_e_lite.training.optimizers import build_optimizers, learning_rate_scale
 from nitro_e_lite.viz import image_grid
@@ -156,6 +157,11 @@ class Student(Stage):
                 raise InvalidValue(
                     f"data.encoders={config.data.encoders!r}: give {there}, the teacher's {name} is {size[name]}"
                 )
+        if self.drawn.data.shape[-1] != size.sample_size:
+            raise InvalidValue(
+                f"teacher={config.teacher!r}: draws {size.sample_size} latents a side, "
+                f"{self.drawn.data.folders[0]} holds {self.drawn.data.shape[-1]}"
+            )
         if card["teacher"] != self.teacher_hash:
             raise InvalidValue(
                 f"teacher={config.teacher!r}: {self.drawn.data.folders[0]} was drawn by other weights; name those, "
@@ -242,7 +248,8 @@ class Student(Stage):
                 told = torch.lerp(told, torch.where(batch.differs, loss(wrong, real=False), told), share)
             total = loss(real, real=True) + told
         right = ((verdict(real) > 0).float() + (verdict(fake) < 0).float()) / 2  # (B,)
-        self.balance.note(right.mean().item(), part, len(self.placement.microbatches))
+        everyone = mean_over_processes(right.mean())  # all of them pass the gate, or none
+        self.balance.note(everyone.item(), part, len(self.placement.microbatches))
         return {"loss": total, "right": right, **found}
 
     # -- looking at the run

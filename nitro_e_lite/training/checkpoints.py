@@ -160,6 +160,12 @@ def compare_settings(before: dict[str, Any], now: dict[str, Any], step: int, say
     for name in FIXED:
         if name in now and before.get(name, now[name]) != now[name]:
             raise InvalidValue(f"{name}={now[name]}: the run was started with {before[name]}; name another folder")
+    optimizers = [one["optimizer"]["name"] for one in (before, now) if isinstance(one.get("optimizer"), dict)]
+    if len(set(optimizers)) > 1:
+        raise InvalidValue(
+            f"optimizer.name={optimizers[1]}: the run was started with {optimizers[0]}, whose state is another; name "
+            "another folder"
+        )
     if now["steps"] < step:
         raise InvalidValue(f"steps={now['steps']}: the run has been trained to step {step}")
     changed = [text for name in now.keys() - NOT_LEARNED for text in _changes(name, before.get(name), now[name])]

@@ -414,6 +414,7 @@ class Engine:
         kept = self.stage.state()
         tensors["stage"] = {key: value for key, value in kept.items() if isinstance(value, Tensor)}
         state = {"config": to_dict(self.config), "health": self.health.state(), "seconds": self.progress.seconds}
+        state["validation_seconds"] = self.progress.validation_seconds
         state["stage"] = {key: value for key, value in kept.items() if not isinstance(value, Tensor)}
         self.writer.save(self.global_step, tensors, state)
         return self.writer.wait() if wait else None
@@ -443,6 +444,7 @@ class Engine:
                 for optimizer in learner.optimizers.values():
                     checkpoints.restore_optimizer(optimizer, tensors["optimizer"], masters)
         self.global_step, self.progress.seconds = state["step"], state["seconds"]
+        self.progress.validation_seconds = state.get("validation_seconds", 0.0)
         self.health.load_state(state.get("health") or {"counts": [state["skipped"], 0, 0], "means": {}})
 
     def export(self) -> Path:

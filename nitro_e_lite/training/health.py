@@ -74,10 +74,12 @@ class Health:
             FloatingPointError: it is time to.
         """
         if (in_a_row := int(self._counts[2])) > self.limit:
-            raise NotFinite(
+            error = NotFinite(
                 f"{in_a_row} steps had non-finite gradients or a loss that jumped, one after the other "
                 f"(max_skipped={self.limit}, spike_factor={self.factor:g}); lower the learning rate or train in fp32"
             )
+            error.everywhere = True  # the counts are those of all processes
+            raise error
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON-able."""
