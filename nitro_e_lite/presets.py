@@ -268,7 +268,7 @@ _STUDENT_FULL = {
     "keep_checkpoints": 3,
     "teacher": "weights/Nitro-E-512px.safetensors",
     "head_width": 256,
-    "gate_low": 0.0,  # at this rate heads that know nothing yet take thousands of turns to be right more often than not
+    "gate_low": 0.0,  # heads that know nothing yet are right by chance for long at this rate
     "gate_pictures": 0,
     "gate_prompts": 0,
     "data": DrawnConfig(folders=("data/drawn-full",), encoders="full", validation_rows=512),

@@ -410,8 +410,7 @@ def test_each_drawn_folder_is_verified_by_its_own_prompts(config, tmp_path):
 def test_the_share_that_a_gate_looks_at_is_that_of_all_processes(config, monkeypatch):
     monkeypatch.setattr(students, "mean_over_processes", lambda share: share.fill_(0.75))
     stage = stage_of(replace(config, adversarial_weight=0.5))
-    stage.draw, step = stage.draw, 0
-    batch = stage.batch(step, 0)
+    batch = stage.batch(0, 0)
     stage.heads_loss(
         batch.states[:, -1], batch, 0, lambda logits, real: logits[0].mean(1), lambda logits: logits[0].mean(1)
     )

@@ -78,10 +78,11 @@ def encode(
 
         rank, world = runtime.rank_and_world()
         check_output(out, "folder")
-        threads = threads or max(1, (os.cpu_count() or 4) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if threads is None:
+            threads = max(1, (os.cpu_count() or 4) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         device = local_device(device)
         if encoders == "full" and device == "cpu":
-            errors.print("Warning: no accelerator was found; the full encoders take seconds a picture on a CPU.")
+            errors.print("Warning: the full encoders run on the CPU here, which is slow.")
         number_type = runtime.pick_dtype(dtype, runtime.pick_device(device))
         if kind == "fluxdb":
             pairs = [pair.partition("=") for pair in draw or []]

@@ -345,7 +345,7 @@ class RemoteReward:
 
     def __init__(self, url: str, timeout: float = 60, retries: int = 3, batch: int = 16, wait: float = 0.5):
         self.timeout, self.retries, self.batch, self.wait = timeout, retries, batch, wait
-        self.urls, self.turn = [one.strip().rstrip("/") for one in url.split(",")], 0
+        self.urls, self.turn = [one.strip().rstrip("/") for one in url.split(",") if one.strip()], 0
         told = [self._ready(turn) for turn in range(len(self.urls))]
         if len(names := {one.get("name", "remote") for one in told}) > 1:
             raise Unusable(f"reward {url}: these serve different judges, {', '.join(sorted(map(str, names)))}")

@@ -60,9 +60,9 @@ from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.model import flow
 from nitro_e_lite.model.official_weights import lora_targets, save_lora
 from nitro_e_lite.runtime import generator
-from nitro_e_lite.scenes.geneval import CATEGORIES, Prompt, load_prompts, score, training_prompt, verify
+from nitro_e_lite.scenes.geneval import CATEGORIES, Prompt, score, training_prompt, verify
 from nitro_e_lite.scenes.grammar import Stream
-from nitro_e_lite.stages.gates import EarlyStop
+from nitro_e_lite.stages.gates import EarlyStop, few_prompts
 from nitro_e_lite.training.distributed import any_rank, fill_rows
 from nitro_e_lite.training.engine import Placement, Stage, Trainable
 from nitro_e_lite.training.optimizers import build_optimizers, learning_rate_scale
@@ -420,7 +420,7 @@ class Rewards(Stage):
         """
         if self.prompts.of_file is not None:
             return self._validate_on_file()
-        prompts = self._held_out(self.config.validation_prompts)
+        prompts = few_prompts(self.config.validation_prompts)
         pictures = self._draw(prompts)
         verdicts = [verify(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
         found = score(prompts, verdicts)
@@ -445,11 +445,6 @@ class Rewards(Stage):
         if done < self.config.steps:
             self.early_stop.held_out(done, score)
 
-    @staticmethod
-    def _held_out(each: int) -> list[Prompt]:
-        prompts = load_prompts()
-        return [p for kind in CATEGORIES for p in [one for one in prompts if one.tag == kind][:each]]
-
     def _draw(self, prompts: Sequence[Prompt | FilePrompt], batch: int = 16) -> list[np.ndarray]:
         sampler = self.pipeline.sampler(self.config.rollout_steps, self.config.guidance, self.config.shift)
         jobs = [(prompt.text, picture_seed(0, place)) for place, prompt in enumerate(prompts)]
@@ -458,10 +453,10 @@ class Rewards(Stage):
 
     def picture(self) -> Image | None:
         """Two held-out prompts of each kind; of a file that holds none out, nothing."""
-        prompts = self._held_out(2)
+        prompts = few_prompts(2)
         if self.prompts.of_file is not None:
-            kinds = self.prompts.of_file
-            prompts = [one for kind in kinds for one in [p for p in self.prompts.held_out if p.tag == kind][:2]]
+            held = self.prompts.held_out
+            prompts = [one for kind in self.prompts.of_file for one in [p for p in held if p.tag == kind][:2]]
         if not prompts:
             return None
         return image_grid(self._draw(prompts), columns=4, labels=[prompt.text for prompt in prompts])
