@@ -10,7 +10,9 @@ import time
 
 import psutil
 import pytest
+import torch
 from lesson_cells import write_stage_alone
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import nitro_e_lite
@@ -44,6 +46,10 @@ def test_the_chain_leaves_weights_notebooks_and_metrics_and_knows_when_it_is_don
     assert settings["start_from"].startswith(str(run_dir / "stage1"))
     assert settings["data"]["encoders"] == str(run_dir / "encoders")
     assert sum(p.numel() for p in pipeline.transformer.parameters()) < 1_000_000
+    for part, run in {"vae/diffusion_pytorch_model": "autoencoder", "text_encoder/model": "language-model"}.items():
+        half = load_file(run_dir / "encoders" / f"{part}.safetensors")
+        for name, value in load_file(run_dir / run / "final" / f"{part}.safetensors").items():
+            assert torch.equal(half[name], value.half())  # the bits that ship are those that both stages read
     for stage, book in reproduce.STAGES.items():
         _, state = load_latest(run_dir / stage / "training" / "checkpoints")
         assert state["step"] == 2

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors.torch import load_file, save_file
 
 from nitro_e_lite import config as configuration
 from nitro_e_lite import presets, runtime
@@ -196,9 +197,14 @@ class Chain:
         train_vision(self._settings(VisionConfig, "vision"), self.run_dir / "vision", True)
 
     def _join_encoders(self) -> None:
+        """In float16, as they ship: all that is trained on them later finds the same bits in shipped weights."""
         places = {"vae": "autoencoder", "text_encoder": "language-model", "tokenizer": "language-model"}
         for part, run in places.items():
-            shutil.copytree(self.run_dir / run / "final" / part, self.run_dir / "encoders" / part, dirs_exist_ok=True)
+            target = self.run_dir / "encoders" / part
+            shutil.copytree(self.run_dir / run / "final" / part, target, dirs_exist_ok=True)
+            for file in target.glob("*.safetensors"):
+                half = {name: value.half() for name, value in load_file(file).items()}
+                save_file(half, file, {"format": "pt"})
 
     def _stage(self, stage: str) -> None:
         """Executes the notebook of a stage with its lite parameters and the folders of this chain."""
