@@ -41,10 +41,11 @@ def test_the_chain_leaves_weights_notebooks_and_metrics_and_knows_when_it_is_don
     assert all(seconds is not None for _, seconds in chain.run())
 
     pipeline = nitro_e_lite.load_pipeline(run_dir / "weights", "cpu")
-    settings = json.loads((run_dir / "weights" / "transformer" / "training.json").read_text(encoding="utf-8"))
+    about = (run_dir / "weights" / "transformer" / "training.json").read_text(encoding="utf-8")
+    first, settings = json.loads(about)["stages"]
     assert settings["stage"] == "finetune" and settings["seed"] == 3 and settings["steps"] == 2
-    assert settings["start_from"].startswith(str(run_dir / "stage1"))
-    assert settings["data"]["encoders"] == str(run_dir / "encoders")
+    assert first["stage"] == "base" and settings["start_from"] == "stage1/training"
+    assert settings["data"]["encoders"] == "chain/encoders" and str(tmp_path) not in about
     assert sum(p.numel() for p in pipeline.transformer.parameters()) < 1_000_000
     for part, run in {"vae/diffusion_pytorch_model": "autoencoder", "text_encoder/model": "language-model"}.items():
         half = load_file(run_dir / "encoders" / f"{part}.safetensors")

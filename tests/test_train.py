@@ -27,7 +27,7 @@ from nitro_e_lite.data import scene_latents
 from nitro_e_lite.data.batches import Batches
 from nitro_e_lite.data.scene_latents import encode_scenes
 from nitro_e_lite.errors import UserError
-from nitro_e_lite.experiments.ship import ship
+from nitro_e_lite.experiments.ship import record, ship
 from nitro_e_lite.files import check_manifest, read_jsonl, run_lock, sha256_file, weights_dir
 from nitro_e_lite.inference.encoders import LatentStats, load_encoders
 from nitro_e_lite.inference.loading import load_pipeline
@@ -105,8 +105,10 @@ def test_a_run_can_be_shipped(uninterrupted, tmp_path):
     ship(uninterrupted, str(tmp_path), steps=7)
     sums = check_manifest(tmp_path)
     assert sums["vae/diffusion_pytorch_model.safetensors"] == encoder
-    assert json.loads((tmp_path / "transformer" / "training.json").read_text())["preset"] == "smoke"
-    assert (tmp_path / "transformer" / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
+    (settings,) = json.loads((tmp_path / "transformer" / "training.json").read_text())["stages"]
+    assert settings == json.loads((uninterrupted / "config.json").read_text())["config"]
+    rows, own = (list(read_jsonl(folder / "metrics.jsonl")) for folder in (tmp_path / "transformer", uninterrupted))
+    assert rows == [{"stage": "base"} | row for row in own]
     pipeline = load_pipeline(tmp_path, device="cpu")
     assert pipeline.config.default_steps == 7 and pipeline.stats == LatentStats.load(tmp_path / "vae")
     assert (pipeline.config.default_guidance, pipeline.shift) == (SMOKE.guidance, SMOKE.shift)  # of the run
@@ -120,6 +122,29 @@ def test_a_run_can_be_shipped(uninterrupted, tmp_path):
     assert (pipeline.config.default_guidance, pipeline.shift) == (1.5, 2)
     assert not (tmp_path / "transformer" / "training.json").exists()
     assert not (tmp_path / "transformer" / "metrics.jsonl").exists()
+
+
+def test_a_model_of_two_stages_ships_with_the_record_of_both(uninterrupted, tmp_path):
+    run, encoders = tmp_path / "tuned", tmp_path / "chain" / "encoders"
+    run.mkdir()
+    first = json.loads((uninterrupted / "config.json").read_text())["config"]
+    second = first | {"stage": "finetune", "start_from": str(uninterrupted)}
+    second |= {"data": first["data"] | {"encoders": str(encoders)}}
+    (run / "config.json").write_text(json.dumps({"config": second}))
+    (run / "metrics.jsonl").write_text('{"step": 2, "samples": 16, "seconds": 1.5, "loss": 0.5}\n')
+    stages, rows = record(run)
+    assert [one["stage"] for one in stages] == ["base", "finetune"] and stages[0] == first
+    assert stages[1]["start_from"] == "/".join(uninterrupted.parts[-2:])  # and nothing else of this machine
+    assert stages[1]["data"]["encoders"] == "chain/encoders" and str(tmp_path) not in json.dumps(stages)
+    own = list(read_jsonl(uninterrupted / "metrics.jsonl"))
+    last = {name: max(row[name] for row in own if name in row) for name in ("step", "samples", "seconds")}
+    assert rows[:-1] == [{"stage": "base"} | row for row in own]
+    more = {"step": last["step"] + 2, "samples": last["samples"] + 16, "seconds": round(last["seconds"] + 1.5, 3)}
+    assert rows[-1] == {"stage": "finetune", "loss": 0.5} | more
+    (run / "config.json").write_text(json.dumps({"config": second | {"start_from": "lite"}}))
+    stages, rows = record(run)  # the shipped model tells its own history
+    shipped = list(read_jsonl(weights_dir() / "lite" / "transformer" / "metrics.jsonl"))
+    assert len(stages) >= 2 and rows[: len(shipped)] == shipped and rows[-1]["step"] == shipped[-1]["step"] + 2
 
 
 def test_the_same_run_twice_is_the_same(uninterrupted, tmp_path):

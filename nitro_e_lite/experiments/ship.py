@@ -29,6 +29,7 @@ from nitro_e_lite.files import (
     find_weights,
     only_writer,
     read_json,
+    read_jsonl,
     read_run,
     write_manifest,
 )
@@ -148,9 +149,14 @@ def ship(
             raise NotWritten(f"{folder}: could not be written ({error}); what is there is intact") from error
         parts = [file for part in ("transformer", "scheduler") for file in (new / part).iterdir()]
         if trained:  # how it was trained travels with it
-            (new / "transformer" / "training.json").write_text(json.dumps(trained, indent=1) + "\n", encoding="utf-8")
-            shutil.copyfile(run.with_name("metrics.jsonl"), new / "transformer" / "metrics.jsonl")
-            parts += [new / "transformer" / "training.json", new / "transformer" / "metrics.jsonl"]
+            stages, rows = record(run.parent)
+            texts = {
+                "training.json": json.dumps({"stages": stages}, indent=1) + "\n",
+                "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+            }
+            for file, text in texts.items():
+                (new / "transformer" / file).write_text(text, encoding="utf-8")
+                parts.append(new / "transformer" / file)
         for file in (*parts, new / "model_index.json"):
             target = folder / file.relative_to(new)
             target.parent.mkdir(exist_ok=True)
@@ -160,6 +166,41 @@ def ship(
                 (folder / "transformer" / name).unlink(missing_ok=True)
         write_manifest(folder)
     return folder
+
+
+def record(run: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """How a model came to be: a training run, and before it the run that it started from, and so on.
+
+    Args:
+        run: folder of a training run.
+
+    Returns:
+        Settings of each stage, the earliest first, of a machine's folders the last two names; and rows of all metrics,
+        in which steps, samples and seconds count on from stage to stage and `stage` says which it is.
+    """
+    trained = read_run(Path(run) / "config.json").get("config") or {}
+    stages, rows = [], []
+    start = Path(str(trained.get("start_from") or ""))
+    shipped = files.weights_dir() / start / "transformer"
+    if start.parts and read_run(start / "config.json").get("config"):
+        stages, rows = record(start)
+    elif start.parts and (shipped / "training.json").is_file():
+        stages, rows = read_json(shipped / "training.json")["stages"], list(read_jsonl(shipped / "metrics.jsonl"))
+    counts = ("step", "samples", "seconds")
+    before = {name: max((row[name] for row in rows if name in row), default=0) for name in counts}
+    for row in read_jsonl(Path(run) / "metrics.jsonl"):
+        counted = {name: round(row[name] + before[name], 3) for name in counts if name in row}
+        rows.append({"stage": trained["stage"], **row, **counted})
+    return [*stages, _without_folders(trained)], rows
+
+
+def _without_folders(value: Any) -> Any:
+    """The same settings, of each absolute path the last two names."""
+    if isinstance(value, dict):
+        return {name: _without_folders(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(one) for one in value]
+    return "/".join(Path(value).parts[-2:]) if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _half(source: str | Path) -> EMMDiTTransformer2DModel:
