@@ -16,9 +16,11 @@ import random
 import signal
 import subprocess
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -28,6 +30,7 @@ from torch.nn.attention import SDPBackend
 from nitro_e_lite.errors import InvalidType, InvalidValue
 from nitro_e_lite.files import repo_root
 
+Item, Made = TypeVar("Item"), TypeVar("Made")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 REPORTED_PACKAGES = (
@@ -147,6 +150,28 @@ def rank_and_world() -> tuple[int, int]:
         f"RANK={told[0]}, WORLD_SIZE={told[1]}: torchrun sets both, RANK from 0 to WORLD_SIZE - 1; unset them for one "
         "process"
     )
+
+
+def in_order(
+    work: Callable[[Item], Made], items: Iterable[Item], threads: int | None = None, ahead: int = 0
+) -> Iterator[Made]:
+    """What `work` makes of each item, in their order, by several threads ahead of who reads it.
+
+    Args:
+        work: is called by several threads at once.
+        items: read as they are needed.
+        threads: how many; None: one for each core.
+        ahead: items that may wait to be read, besides one for each thread.
+    """
+    threads = threads or os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque = deque()
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > ahead + threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def git_commit() -> str | None:

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+import time
 from unittest import mock
 
 import numpy as np
@@ -37,6 +39,25 @@ def test_seed_everything_repeats_all_generators():
     first = (np.random.rand(), torch.rand(2).tolist())
     runtime.seed_everything(3)
     assert first == (np.random.rand(), torch.rand(2).tolist())
+
+
+def test_several_threads_work_ahead_and_keep_the_order():
+    begun, meet = [], threading.Barrier(2, timeout=30)  # one thread alone would wait for ever
+
+    def work(item):
+        begun.append(item)
+        if item < 2:
+            meet.wait()
+        time.sleep(0.001 * (10 - item))
+        return item**2
+
+    results = runtime.in_order(work, iter(range(10)), threads=2, ahead=1)
+    assert next(results) == 0
+    time.sleep(0.1)
+    assert sorted(begun) == [0, 1, 2, 3]  # two at work, one waiting to be read, one in the place of the first
+    assert list(results) == [n**2 for n in range(1, 10)]
+    with pytest.raises(ZeroDivisionError):
+        list(runtime.in_order(lambda n: 1 // n, range(3)))
 
 
 @pytest.mark.parametrize(

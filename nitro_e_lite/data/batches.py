@@ -33,6 +33,7 @@ from nitro_e_lite.scenes.captions import words
 from nitro_e_lite.scenes.grammar import COLORS
 from nitro_e_lite.scenes.minimal_pairs import minimal_pair
 from nitro_e_lite.scenes.render import render
+from nitro_e_lite.scenes.verifier import VERSION
 
 AHEAD = 3  # batches prepared before they are asked for
 
@@ -91,7 +92,7 @@ class _Source:
         if config.pairs and set(config.pairs) != set(FACTS):
             groups = groups[[minimal_pair(config.seed, index).fact in config.pairs for index in range(len(groups))]]
         if config.quality == "readable" and not config.folders:
-            store = data.folders[0] / "readable.json"
+            store = data.folders[0] / f"readable-by-verifier-{VERSION}.json"
             readable = readable_rows(encoders, data, partial(scene_row, config), store)
             groups = groups[np.isin(groups, readable).all(1)]
         return cls(config, data, groups)

@@ -18,9 +18,8 @@ from __future__ import annotations
 import inspect
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +49,7 @@ from nitro_e_lite.files import share_lock
 from nitro_e_lite.inference.encoders import Encoders
 from nitro_e_lite.inference.hub import EncoderUnavailable
 from nitro_e_lite.inference.vision import GRID
+from nitro_e_lite.runtime import in_order
 
 LARGEST = 65_536  # pixels a side of a picture
 GENERATOR = "black-forest-labs/FLUX.1-dev"
@@ -210,14 +210,7 @@ class Encoding:
 
     def _decoded(self, items: Iterable[Record | Problem]) -> Iterator[Decoded | Problem]:
         """The items in their order, decoded by several threads: a whole batch while the one before is encoded."""
-        with ThreadPoolExecutor(self.threads) as pool:
-            ahead: deque = deque()
-            for item in items:
-                ahead.append(pool.submit(self._decode, item))
-                if len(ahead) > self.batch + self.threads:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
+        return in_order(self._decode, items, self.threads, ahead=self.batch)
 
     def _decode(self, item: Record | Problem) -> Decoded | Problem:
         if isinstance(item, Problem):

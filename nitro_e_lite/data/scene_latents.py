@@ -17,6 +17,7 @@ from nitro_e_lite.data.shard_writer import write_latents
 from nitro_e_lite.data.shards import LatentBatch, LatentDataset
 from nitro_e_lite.files import cache_dir
 from nitro_e_lite.inference.encoders import Encoders, decode_latents
+from nitro_e_lite.runtime import in_order
 from nitro_e_lite.scenes.captions import caption
 from nitro_e_lite.scenes.grammar import Scene, sample_scene
 from nitro_e_lite.scenes.minimal_pairs import minimal_pair
@@ -44,14 +45,18 @@ def encode_scenes(
     encoders: Encoders, data: DataConfig, start: int, count: int, batch: int = 64
 ) -> Iterator[LatentBatch]:
     """Yields `LatentBatch` after `LatentBatch` for rows `start .. start + count` of the data set."""
-    for first in tqdm(range(0, count, batch), desc="encoding scenes", mininterval=5, leave=False):
+
+    def encode(first: int) -> LatentBatch:
         rows = range(start + first, start + min(first + batch, count))
         scenes = [scene_row(data, row) for row in rows]
         images = torch.stack([torch.from_numpy(render(scene)) for scene in scenes])  # (B, H, W, 3)
         captions = [row_captions(data, row, scene) for row, scene in zip(rows, scenes, strict=True)]
         keys = [f"seed {data.seed}, {'pair row' if data.pairs else 'scene'} {row}" for row in rows]
         sources = ["synthetic_scenes"] * len(scenes)
-        yield LatentBatch(encoders.encode_images(images).float(), captions, sources=sources, keys=keys)
+        return LatentBatch(encoders.encode_images(images).float(), captions, sources=sources, keys=keys)
+
+    parts = range(0, count, batch)
+    yield from tqdm(in_order(encode, parts), desc="encoding scenes", total=len(parts), mininterval=5, leave=False)
 
 
 def cached_scenes(encoders: Encoders, data: DataConfig, split: str) -> LatentDataset:
@@ -101,15 +106,18 @@ def readable_rows(
     """
     if store is not None and store.is_file():
         return np.array(json.loads(store.read_text(encoding="utf-8")), np.int64)
-    rows = []
-    for first in tqdm(range(0, len(data), 32), desc="reading scenes back", mininterval=5, leave=False):
+
+    def read(first: int) -> list[int]:
         numbers = range(first, min(first + 32, len(data)))
         latents = data.batch(numbers).latents.to(encoders.vae.device)
         images = decode_latents(encoders.vae, latents, encoders.stats)  # (B, 3, H, W)
         pixels = ((images.float().cpu().permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy()  # (B, H, W, 3)
-        for number, picture in zip(numbers, pixels, strict=True):
-            if is_read_back(scene(number), detect(picture)):
-                rows.append(number)
+        found = zip(numbers, pixels, strict=True)
+        return [number for number, picture in found if is_read_back(scene(number), detect(picture))]
+
+    parts = range(0, len(data), 32)
+    found = tqdm(in_order(read, parts), desc="reading scenes back", total=len(parts), mininterval=5, leave=False)
+    rows = [row for some in found for row in some]
     if store is not None:
         temporary = store.with_suffix(".tmp")
         temporary.write_text(json.dumps(rows), encoding="utf-8")
