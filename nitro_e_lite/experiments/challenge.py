@@ -53,7 +53,7 @@ def settings(preset: str, overrides: list[str], steps: int) -> TrainConfig:
         raise InvalidValue(f"preset={preset!r}: must be one of {', '.join(SCALES)}")
     fitted = [f"steps={steps}", f"optimizer.warmup_steps={min(100, steps // 10)}"]
     fitted += [f"optimizer.decay_steps={steps // 2}"]
-    chosen = configuration.override(presets.preset("base", preset), ["repa.weight=0", *fitted, *overrides])
+    chosen = configuration.override(presets.preset("base", preset), [*fitted, *overrides])
     if found := breaches({"config": configuration.to_dict(chosen)}):
         raise InvalidValue(f"overrides: {found[0]}")
     return chosen
