@@ -9,8 +9,10 @@ import pytest
 import typer
 
 from nitro_e_lite.cli.app import app
+from nitro_e_lite.course import playground
 from nitro_e_lite.evaluation import claims
 from nitro_e_lite.evaluation.peers import table_rows
+from nitro_e_lite.stats import interval
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = claims.load_claims()
@@ -58,6 +60,25 @@ def test_every_command_of_the_ledger_exists():
                 assert any(part in name for name in names), command
         else:
             assert (ROOT / command).is_file(), command
+
+
+def test_what_the_ledger_says_of_losses_is_what_their_arms_came_to():
+    arms, said = playground.read()["arms"], {one.claim: one.here for one in ALL}
+
+    def reached(stage, arm):
+        return "{:.3f} ± {:.3f}".format(*interval(arms[stage][arm]["scores"]))
+
+    alone, fewer = (
+        said["adversarial training alone collapses"],
+        said["consistency models alone fall off below four steps"],
+    )
+    assert reached("distill", "adversary") in alone and reached("sprint", "adversary, 1 step") in alone
+    assert f"{arms['sprint']['before, 1 step']['scores'][0]:.3f}, 0.201" in alone
+    start = next(card for label, card in playground.scores().items() if label == "lite-grpo, 4 passes")
+    assert f"({start['overall']:.3f} before" in alone
+    assert all(reached("sprint", f"consistency, {steps}") in fewer for steps in ("1 step", "2 steps"))
+    both = [interval(arms["sprint"][f"both, {steps}"]["scores"])[0] for steps in ("2 steps", "1 step")]
+    assert "({:.3f} and {:.3f})".format(*both) in fewer
 
 
 def test_what_contradicts_its_table_does_so_in_the_table():
