@@ -382,9 +382,11 @@ def atomic_folder(final: Path, otherwise: str) -> Iterator[Path]:
         RuntimeError: another process is writing it.
         Exception: what went wrong within, as it is.
     """
-    partial = final.with_name(f".partial-{final.name}")
+    partial, before = (final.with_name(f".{kind}-{final.name}") for kind in ("partial", "before"))
     with only_writer(final):
         shutil.rmtree(partial, ignore_errors=True)
+        if before.exists() and not final.exists():  # a kill came between the two renamings below
+            os.replace(before, final)
         try:
             partial.mkdir()
             yield partial
@@ -397,9 +399,11 @@ def atomic_folder(final: Path, otherwise: str) -> Iterator[Path]:
             raise NotWritten(
                 f"{final}: could not be written ({error}); {otherwise}; make room ({free:.1f} GB are free) and resume"
             ) from error
+        shutil.rmtree(before, ignore_errors=True)
         if final.exists():
-            shutil.rmtree(final)
+            os.replace(final, before)  # removed only when the new one is in its place
         os.replace(partial, final)
+        shutil.rmtree(before, ignore_errors=True)
 
 
 @contextmanager

@@ -115,8 +115,11 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor` of the host on `device`, without waiting until the device has done what it was given before."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    """`tensor` of the host on `device`; on CUDA without waiting until the device has done what it was given before.
+
+    Only memory that is pinned stays until it was copied: Metal has been seen to read what was freed.
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
@@ -152,6 +155,11 @@ def rank_and_world() -> tuple[int, int]:
     )
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def in_order(
     work: Callable[[Item], Made], items: Iterable[Item], threads: int | None = None, ahead: int = 0
 ) -> Iterator[Made]:
@@ -160,10 +168,10 @@ def in_order(
     Args:
         work: is called by several threads at once.
         items: read as they are needed.
-        threads: how many; None: one for each core.
+        threads: how many; None: one for each core, four at most, since each may have a team of its own in torch.
         ahead: items that may wait to be read, besides one for each thread.
     """
-    threads = threads or os.cpu_count() or 1
+    threads = threads or min(4, cores())
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque = deque()
         for item in items:
@@ -207,8 +215,10 @@ def attention_backend(device: torch.device) -> str:
     """Which implementation torch chooses for fused attention in training on `device`.
 
     A GPU that answers "MATH" computes attention slowly and with much memory: on ROCm that means a build without
-    kernels for this GPU.
+    kernels for this GPU. Of Apple's GPUs torch cannot be asked.
     """
+    if device.type not in ("cpu", "cuda", "xpu"):
+        return "not known"
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     query = torch.empty(1, 2, 256, 32, dtype=dtype, device=device, requires_grad=True)
     return SDPBackend(torch._fused_sdp_choice(query, query, query)).name

@@ -19,6 +19,7 @@ on a CPU and with their gates for accelerators lifted. What fails there, and why
 
 import contextlib
 import copy
+import pickle
 import threading
 
 import accelerate
@@ -28,6 +29,7 @@ import torch
 from diffusers.callbacks import SD3CFGCutoffCallback, SDCFGCutoffCallback
 from diffusers.hooks import group_offloading
 from peft import LoraConfig
+from safetensors.torch import save_file
 from tiny import build_tiny_pipeline
 from torchao.quantization import Int8WeightOnlyConfig
 
@@ -35,6 +37,7 @@ from nitro_e_lite.inference.encoders import execution_device
 from nitro_e_lite.inference.img2img import NitroEImg2ImgPipeline
 from nitro_e_lite.inference.loading import load_pipeline
 from nitro_e_lite.inference.pipeline import NitroEPipeline
+from nitro_e_lite.inference.schedules import draws_noise
 from nitro_e_lite.model import adapters, flow, fp8
 from nitro_e_lite.model.adapters import own_targets
 from nitro_e_lite.model.emmdit import EMMDiTOutput
@@ -131,8 +134,6 @@ def peft_folder(tiny_pipeline, tmp_path_factory):
     """Random adapters by the names of the published code, of unequal ranks and scale 2, as PEFT writes them."""
     import json
 
-    from safetensors.torch import save_file
-
     generator, weights = torch.Generator().manual_seed(3), {}
     parts = {"attn.to_q": 2, "attn.to_k": 2, "attn.to_v": 3, "attn.to_out.0": 2, "attn.add_q_proj": 2, "ff.net.2": 2}
     for name, rank in parts.items():
@@ -208,6 +209,11 @@ def test_adapters_that_do_not_fit_are_refused(pipeline, tmp_path, monkeypatch):
             pipeline.load_lora_weights(weights)
     with pytest.raises(FileNotFoundError, match="holds neither"):
         merge_lora(pipeline.transformer, tmp_path)
+    alone = {f"base_model.model.block_groups.0.0.attn.to_q.lora_{side}.weight": torch.zeros(2, 2) for side in "AB"}
+    save_file(alone, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(FileNotFoundError, match="nobody knows the scale"):
+        merge_lora(pipeline.transformer, tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
     torch.save(half, tmp_path / "pytorch_lora_weights.bin")  # diffusers by itself would read it
     with pytest.raises(OSError, match="no file named pytorch_lora_weights.safetensors"):
         pipeline.load_lora_weights(tmp_path)
@@ -346,6 +352,19 @@ def test_schedulers_that_do_not_fit_are_refused(pipeline):
             draw(pipeline, **({"num_inference_steps": None} | options))
 
 
+def test_schedulers_that_draw_noise_draw_it_from_the_callers_generator(pipeline):
+    sde = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "algorithm_type": "sde-dpmsolver++"}
+    for scheduler in (diffusers.FlowMatchLCMScheduler(), diffusers.DPMSolverMultistepScheduler(**sde)):
+        pipeline.scheduler = scheduler
+        assert draws_noise(scheduler)
+        one, same, other = (draw(pipeline, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+        assert torch.equal(one, same) and not torch.equal(one, other)
+    plain = sde | {"algorithm_type": "dpmsolver++"}
+    assert not draws_noise(diffusers.DPMSolverMultistepScheduler(**plain))
+    assert not draws_noise(diffusers.FlowMatchEulerDiscreteScheduler())
+    assert draws_noise(diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True))
+
+
 # Parts and folders
 
 
@@ -358,6 +377,10 @@ def test_parts_keep_the_settings_they_were_drawn_with(tiny_pipeline, expected):
         other = type(tiny_pipeline)(**(tiny_pipeline.components | {"vae": copy.deepcopy(tiny_pipeline.vae)}))
     assert other.parameters == tiny_pipeline.parameters and other.stats == tiny_pipeline.stats
     type(tiny_pipeline)(**tiny_pipeline.components, **tiny_pipeline.parameters)
+    again.register_to_config(default_steps=3)  # as `load_pipeline` does for what learned from rewards
+    assert NitroEImg2ImgPipeline(**again.components).config.default_steps == 3
+    again.register_to_config(default_steps=tiny_pipeline.config.default_steps)
+    assert pickle.dumps(tiny_pipeline.transformer)
 
 
 def test_folders_load_by_diffusers_own_classes_and_in_half_precision(tiny_pipeline, tiny_folder, expected, tmp_path):
@@ -465,6 +488,10 @@ def test_image_to_image_begins_in_the_middle_of_the_grid(tiny_pipeline, expected
         assert again.num_timesteps == round(10 * strength)
     assert gaps == sorted(gaps)
     assert torch.equal(draw(again, image=picture, strength=1.0), expected)  # nothing of the picture is left
+    clear = picture.convert("RGBA")
+    assert torch.equal(draw(again, image=clear, strength=0.5), draw(again, image=picture, strength=0.5))
+    draw(again, image=picture, strength=0.58, num_inference_steps=50)
+    assert again.num_timesteps == 29  # 50 x 0.58 is a little less in floating point
     pictures = again([STAR] * 2, [picture] * 2, num_inference_steps=2, num_images_per_prompt=2, output_type="pt").images
     assert pictures.shape == (4, 3, 64, 64)
     for options, message in [

@@ -406,6 +406,21 @@ def test_rewards_are_brought_to_one_spread_before_they_are_added():
     assert np.isfinite(judges.add_rewards(constant, (1.0, 1.0), True)).all()
 
 
+DOG = {"prompt": "a dog", "tag": "x", "include": []}
+
+
+def test_the_preference_is_shown_a_clean_picture_and_a_blurred_one():
+    """It used to see a circle and a square, both clean: whether a run began was chance."""
+    here = judges.Preference()
+    with served(here) as server:
+        found = judges.preflight([here, RemoteReward(server.url, retries=0)])
+    near, far = found.values()
+    assert near[0] > near[1] + 5 and far == pytest.approx(near)
+    here.score = lambda pictures, prompts: np.zeros(2)
+    with pytest.raises(RuntimeError, match="reward preference: gives its good picture 0 and its bad one 0"):
+        judges.preflight([here])
+
+
 def test_preflight_and_bad_batches_name_the_reward():
     good = judges.open_rewards(["geneval", "partial", "redness"])
     found = judges.preflight(good)
@@ -421,12 +436,16 @@ def test_preflight_and_bad_batches_name_the_reward():
         judges.preflight([Backwards()])
 
     class Dogs(Backwards):  # it knows no circles, and has pictures of its own
-        name, examples = "dogs", (judges.FilePrompt({"prompt": "a dog", "tag": "x"}), np.zeros((2, 8, 8, 3), np.uint8))
+        name, examples = "dogs", (judges.FilePrompt(DOG), np.zeros((2, 8, 8, 3), np.uint8))
 
         def score(self, pictures, prompts):
             return np.arange(2, 0, -1) if prompts[0].text == "a dog" else np.zeros(2)
 
     assert judges.preflight([Dogs()]) == {"dogs": (2, 1)}
+    with served(Dogs()) as server:  # it says so, over the wire too
+        assert server.health()["examples"]["prompt"]["prompt"] == "a dog"
+        server.read_prompt = judges.FilePrompt
+        assert list(judges.preflight([RemoteReward(server.url, retries=0)]).values()) == [(2, 1)]
     Dogs.score = lambda self, pictures, prompts: np.ones(2)
     with pytest.raises(RuntimeError, match="reward dogs: gives its good picture 1 and its bad one 1 .*'a dog'"):
         judges.preflight([Dogs()])

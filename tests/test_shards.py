@@ -12,7 +12,15 @@ import torch
 from nitro_e_lite.data import shard_files, shards
 from nitro_e_lite.data.batches import LocalBatch, batch_indices
 from nitro_e_lite.data.shard_writer import ShardWriter, write_latents
-from nitro_e_lite.data.shards import QUARANTINE, LatentBatch, LatentDataset, quarantine, read_quarantine
+from nitro_e_lite.data.shards import (
+    QUARANTINE,
+    LatentBatch,
+    LatentDataset,
+    array_shapes,
+    quarantine,
+    read_card,
+    read_quarantine,
+)
 from nitro_e_lite.training.distributed import check_same_data
 
 
@@ -183,6 +191,11 @@ def test_a_damaged_shard_costs_its_own_rows_and_nothing_else(many, what):
     assert [data.batch([i]).captions[0] for i in range(8, 12)] == after.captions[8:12]  # whoever asks, whenever
     (line,) = read_quarantine(many)
     assert line["shard"] == "000002" and line["row"] is None and line["reason"]
+    quarantine(many, "000007", 3, "not finite")
+    writer = ShardWriter(many, "000002", array_shapes(read_card(many)))
+    writer.add(LatentBatch(before.latents[8:12], before.captions[8:12], sources=["x"] * 4, keys=list("abcd")))
+    writer.finish()  # encoded again: it counts again
+    assert [(line["shard"], line["row"]) for line in read_quarantine(many)] == [("000007", 3)]
 
 
 def test_an_unreadable_json_file_of_a_shard_is_reported(many):

@@ -15,7 +15,7 @@ from diffusers import SCMScheduler
 from safetensors.torch import load_file
 
 from nitro_e_lite.config import DrawnConfig, OptimizerConfig
-from nitro_e_lite.data.drawn import DrawnSet, GrammarPrompts
+from nitro_e_lite.data.drawn import Drawing, DrawnSet, GrammarPrompts
 from nitro_e_lite.errors import GateFailed, UserError
 from nitro_e_lite.experiments.launch import launch, train_arguments
 from nitro_e_lite.experiments.worker import RUNS, run_name
@@ -265,6 +265,10 @@ def _draws_in_any_number_of_steps(final):
         asked.clear()
     other = pipeline(prompt_embeds=text, guidance_scale=9.0, num_inference_steps=1, generator=generators)
     assert len(other.images) == 2
+    with pytest.raises(ValueError, match=r"attention_kwargs: \['mask'\] unknown"):  # they reach the transformer
+        pipeline("a red circle", num_inference_steps=1, attention_kwargs={"mask": 1})
+    with pytest.raises(ValueError, match="draws noise in every step"):  # not a teacher
+        Drawing(pipeline, ["a red circle"], final.parent / "drawn")
     with pytest.raises(ValueError, match="sigmas: a consistency model"):
         pipeline("a red circle", sigmas=[1.0, 0.5])
 

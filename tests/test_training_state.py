@@ -1,8 +1,11 @@
 """Checkpoints: whole or absent, checked, and the newest good one wins."""
 
+import os
+
 import pytest
 import torch
 
+from nitro_e_lite import files
 from nitro_e_lite.files import atomic_folder
 from nitro_e_lite.training.checkpoints import (
     list_checkpoints,
@@ -50,6 +53,31 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path):
         (partial / "a").write_text("two")
         raise OSError(28, "No space left on device")
     assert (final / "a").read_text() == "one" and [path.name for path in final.parent.iterdir()] == ["final"]
+
+
+def test_a_kill_between_the_two_renamings_loses_neither_folder(tmp_path, monkeypatch):
+    """The old folder used to be removed before the new one took its name."""
+    final, renamed = tmp_path / "final", []
+
+    def killed_at_the_second(source, target):
+        renamed.append(target)
+        if len(renamed) == 2:
+            raise KeyboardInterrupt
+        os.rename(source, target)
+
+    with atomic_folder(final, "nothing") as partial:
+        (partial / "a").write_text("one")
+    monkeypatch.setattr(files.os, "replace", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(final, "nothing") as partial:
+        (partial / "a").write_text("two")
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [".before-final", ".partial-final"]
+    with pytest.raises(ZeroDivisionError), atomic_folder(final, "nothing"):
+        1 / 0  # noqa: B018
+    assert (final / "a").read_text() == "one"  # whoever writes next puts it back
+    with atomic_folder(final, "nothing") as partial:
+        (partial / "a").write_text("three")
+    assert (final / "a").read_text() == "three" and not list(tmp_path.glob(".*-final"))
 
 
 def test_a_flipped_bit_is_found(tmp_path):

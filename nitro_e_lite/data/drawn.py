@@ -47,6 +47,7 @@ from nitro_e_lite.inference.arguments import MAX_STEPS, as_integer, draw_noise, 
 from nitro_e_lite.inference.encoders import Encoders
 from nitro_e_lite.inference.hub import weights_hash
 from nitro_e_lite.inference.pipeline import NitroEPipeline
+from nitro_e_lite.inference.schedules import draws_noise
 from nitro_e_lite.model import flow
 from nitro_e_lite.runtime import generator
 from nitro_e_lite.scenes.captions import caption
@@ -160,6 +161,8 @@ class Drawing:
         rank: int = 0,
         world: int = 1,
     ):
+        if draws_noise(pipeline.scheduler):
+            raise InvalidValue("model: draws noise in every step; a student learns from a teacher that follows the ODE")
         for name, value in (("batch", batch), ("shard_rows", shard_rows), ("world", world), ("prompts", len(prompts))):
             as_integer(name, value, 1)
         self.pipeline, self.prompts, self.out = pipeline, prompts, Path(out)

@@ -30,7 +30,15 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from nitro_e_lite.data.shard_writer import ShardWriter, keep_card
-from nitro_e_lite.data.shards import SHARD_ROWS, SHARDS, LatentBatch, array_shapes, bad_rows, sidecars
+from nitro_e_lite.data.shards import (
+    SHARD_ROWS,
+    SHARDS,
+    LatentBatch,
+    array_shapes,
+    bad_rows,
+    read_quarantine,
+    sidecars,
+)
 from nitro_e_lite.data.sources import (
     FLUX,
     SA1B,
@@ -171,7 +179,8 @@ class Encoding:
     def _finished(self, part: str) -> tuple[int, int, bool]:
         """Shards of a part that are done, the item after them, and whether they are all."""
         states, number, start = sidecars(self.out, f"{part}-?????"), 0, 0
-        while state := states.get(f"{part}-{number:05d}"):
+        broken = {line["shard"] for line in read_quarantine(self.out) if line["row"] is None}
+        while (state := states.get(name := f"{part}-{number:05d}")) and name not in broken:
             path = self.out / SHARDS / f"{part}-{number:05d}.arrow"
             if state["rows"] and not (path.is_file() and path.stat().st_size == state["bytes"]):
                 break

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 from nitro_e_lite.config import FACTS, DataConfig, to_dict
 from nitro_e_lite.data.shard_writer import write_latents
 from nitro_e_lite.data.shards import LatentBatch, LatentDataset
-from nitro_e_lite.files import cache_dir
+from nitro_e_lite.files import cache_dir, write_atomically
 from nitro_e_lite.inference.encoders import Encoders, decode_latents
 from nitro_e_lite.runtime import in_order
 from nitro_e_lite.scenes.captions import caption
@@ -55,8 +56,13 @@ def encode_scenes(
         sources = ["synthetic_scenes"] * len(scenes)
         return LatentBatch(encoders.encode_images(images).float(), captions, sources=sources, keys=keys)
 
-    parts = range(0, count, batch)
-    yield from tqdm(in_order(encode, parts), desc="encoding scenes", total=len(parts), mininterval=5, leave=False)
+    yield from _by_all_cores(encode, range(0, count, batch), encoders, "encoding scenes")
+
+
+def _by_all_cores(work: Callable[[int], Any], parts: range, encoders: Encoders, title: str) -> Iterator[Any]:
+    """What `work` makes of each part, in order; by one thread where the encoders are on an accelerator."""
+    made = in_order(work, parts, None if encoders.vae.device.type == "cpu" else 1)
+    return iter(tqdm(made, desc=title, total=len(parts), mininterval=5, leave=False))
 
 
 def cached_scenes(encoders: Encoders, data: DataConfig, split: str) -> LatentDataset:
@@ -115,11 +121,9 @@ def readable_rows(
         found = zip(numbers, pixels, strict=True)
         return [number for number, picture in found if is_read_back(scene(number), detect(picture))]
 
-    parts = range(0, len(data), 32)
-    found = tqdm(in_order(read, parts), desc="reading scenes back", total=len(parts), mininterval=5, leave=False)
+    found = _by_all_cores(read, range(0, len(data), 32), encoders, "reading scenes back")
     rows = [row for some in found for row in some]
-    if store is not None:
-        temporary = store.with_suffix(".tmp")
-        temporary.write_text(json.dumps(rows), encoding="utf-8")
-        os.replace(temporary, store)
+    if store is not None and not data.has_bad_rows:  # other rows took their turns, and may come back
+        with suppress(OSError):  # a cache that cannot be written to keeps none
+            write_atomically(store, json.dumps(rows) + "\n")
     return np.array(rows, np.int64)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from nitro_e_lite.data.shards import ARRAYS, CARD, SHARD_ROWS, SHARDS, LatentBatch, read_card
+from nitro_e_lite.data.shards import ARRAYS, CARD, SHARD_ROWS, SHARDS, LatentBatch, read_card, release
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.files import sha256_file, write_atomically
 
@@ -96,6 +96,7 @@ class ShardWriter:
         write_atomically(self._path.with_suffix(".json"), json.dumps(state, ensure_ascii=False) + "\n")
         for leftover in self._path.parent.glob(f"{self._path.stem}.*.partial"):  # of a run that was killed
             leftover.unlink(missing_ok=True)
+        release(self._path.parent.parent, self._path.stem)
 
 
 def keep_card(folder: Path, card: dict[str, Any]) -> None:

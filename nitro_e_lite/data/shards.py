@@ -36,6 +36,7 @@ import contextlib
 import hashlib
 import io
 import json
+import threading
 import time
 import warnings
 from bisect import bisect_right
@@ -56,7 +57,7 @@ from torch import Tensor
 from nitro_e_lite.data import shard_files
 from nitro_e_lite.data.shard_files import CutShort, Damaged, Layout, ShardFile, explain, is_passing, patiently
 from nitro_e_lite.errors import InvalidValue, MissingFile, Unusable
-from nitro_e_lite.files import append_jsonl, read_json, read_jsonl
+from nitro_e_lite.files import append_jsonl, read_json, read_jsonl, write_atomically
 
 CARD, SHARDS, QUARANTINE = "card.json", "shards", "quarantine.jsonl"
 READERS, ROWS_EACH = 8, 8  # threads that read a batch, and the rows that one of them takes at a time
@@ -165,7 +166,7 @@ class LatentDataset:
         self._good_ends = [*accumulate(chunk.rows for chunk in self._good)]
         self._warned, self._named = False, set()  # of bad rows; shards that a passing error was told of
         self._open = lru_cache(shard_files.files_to_keep_open())(ShardFile)
-        self._readers = ThreadPoolExecutor(READERS, "rows")
+        self._readers, self._reporting = ThreadPoolExecutor(READERS, "rows"), threading.Lock()
         self._report_shards(cards)
 
     def _check_card(self, path: Path, card: dict[str, Any], wanted: dict[str, str | None]) -> None:
@@ -295,6 +296,10 @@ class LatentDataset:
 
     def _report(self, troubles: Iterable[Trouble]) -> None:
         """Damage goes into quarantine; a passing error is told once for each shard."""
+        with self._reporting:
+            self._report_alone(troubles)
+
+    def _report_alone(self, troubles: Iterable[Trouble]) -> None:
         for trouble in troubles:
             shard = trouble.chunk.shard
             if trouble.passing and shard not in self._named:
@@ -495,6 +500,16 @@ def _check_line(line: dict[str, Any]) -> dict[str, Any]:
 
 def _warn_of_line(problem: ValueError) -> None:
     warnings.warn(f"{problem}; this line is left out. `nitro-e data check` writes the list again", stacklevel=4)
+
+
+def release(folder: Path, shard: str) -> None:
+    """Takes a shard that was written again, and its rows, out of quarantine."""
+    held = read_quarantine(folder)
+    if others := [line for line in held if line["shard"] != shard]:
+        if len(others) < len(held):
+            write_atomically(folder / QUARANTINE, "".join(json.dumps(line) + "\n" for line in others))
+    else:
+        (folder / QUARANTINE).unlink(missing_ok=True)
 
 
 def quarantine(folder: Path, shard: str, row: int | None, reason: str) -> None:

@@ -53,6 +53,7 @@ from nitro_e_lite.evaluation.learned_judges import PreferenceModel, load_judge
 from nitro_e_lite.evaluation.official_geneval import check_entry
 from nitro_e_lite.files import explain_json, read_json_line
 from nitro_e_lite.runtime import rank_and_world
+from nitro_e_lite.scenes.degrade import degrade
 from nitro_e_lite.scenes.geneval import Prompt, judge, true_scene
 from nitro_e_lite.scenes.grammar import COLORS
 from nitro_e_lite.scenes.render import render
@@ -145,12 +146,18 @@ class Redness:
 
 
 class Preference:
-    """How nice a picture is, whatever was asked: the lite preference model, see `learned_judges.py`."""
+    """How nice a picture is, whatever was asked: the lite preference model, see `learned_judges.py`.
+
+    Attributes:
+        examples: a circle, and the same one blurred: it cares how pictures are drawn and not what they show.
+    """
 
     name = "preference"
 
     def __init__(self):
         self.model = load_judge(PreferenceModel)
+        clean = true_scene(PREFLIGHT)
+        self.examples = PREFLIGHT, np.stack([render(clean), degrade(clean, "blur", np.random.default_rng(0))])
 
     def score(self, pictures: np.ndarray, prompts: Sequence[Asked]) -> np.ndarray:
         """Log-odds (B,)."""
@@ -293,10 +300,11 @@ def preflight(rewards: Sequence[Reward], size: int = 128) -> dict[str, tuple[flo
     pictures = np.stack([render(one, size) for one in scenes])  # (2, H, W, 3)
     found = {}
     for reward in rewards:
-        prompt, shown = getattr(reward, "examples", None) or (PREFLIGHT, pictures)
+        own = getattr(reward, "examples", None)
+        prompt, shown = own or (PREFLIGHT, pictures)
         good, bad = check_scores(reward.name, reward.score(shown, [prompt] * 2), 2, constant=False)
         if good <= bad:
-            names = ("a red circle", "a blue square") if prompt is PREFLIGHT else ("its good picture", "its bad one")
+            names = ("its good picture", "its bad one") if own else ("a red circle", "a blue square")
             raise Unusable(
                 f"reward {reward.name}: gives {names[0]} {good:g} and {names[1]} {bad:g} when asked for "
                 f"{prompt.text!r}; it must prefer the first"
@@ -479,6 +487,14 @@ class RewardServer(ThreadingHTTPServer):
         """Where it listens."""
         return f"http://{self.server_address[0]}:{self.server_address[1]}"
 
+    def health(self) -> dict[str, Any]:
+        """What it says of itself: its reward's name, and the pictures that a `preflight` should show, if it has any."""
+        told = {"name": self.reward.name, "ready": True}
+        if own := getattr(self.reward, "examples", None):
+            good, bad = map(_to_png, own[1])
+            told["examples"] = {"prompt": own[0].metadata(), "good": good, "bad": bad}
+        return told
+
     def answer(self, request: Any) -> dict[str, Any]:
         """The answer to a request for scores.
 
@@ -502,7 +518,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/health":
-            self._send(200, {"name": self.server.reward.name, "ready": True})
+            self._send(200, self.server.health())
         else:
             self._send(404, {"error": "there are GET /health and POST /score"})
 

@@ -164,7 +164,8 @@ def as_generators(generator: object, count: int) -> list[torch.Generator]:
 
     A list is used as it is, one a picture. A single generator serves all pictures in turn: eight pictures
     at once are the eight that eight calls with that generator would draw, and the first is the one its
-    seed alone gives. None makes a generator, seeded from torch's global one.
+    seed alone gives; not so with samplers that draw noise in every step, where only a list gives each picture
+    its own. None makes a generator, seeded from torch's global one.
 
     Raises:
         TypeError, ValueError: something else, or a list of another length than `count`.

@@ -39,7 +39,8 @@ class Call:
 class Conventions(SanaLoraLoaderMixin):
     """Base of the pipelines: diffusers' LoRA methods and names.
 
-    The state of a call belongs to the thread that made it, so that several threads can draw with one pipeline.
+    The state of a call belongs to the thread that made it, so that several threads can draw with one pipeline. Only a
+    LoRA's scale (`attention_kwargs`) is set on the layers themselves, for all threads: draw such calls one by one.
     """
 
     def _begin(self, call: Call) -> None:

@@ -72,7 +72,7 @@ class NitroEImg2ImgPipeline(NitroEPipeline):
             latents = draw_noise(as_generators(generator, len(clean)), clean.shape[1:])
         noise = as_tensor("latents", latents, tuple(clean.shape)).to(clean)
         grid = schedules.grid(self.scheduler, self.config.sigma_grid, sampler)
-        grid = grid[len(grid) - max(1, math.floor(len(grid) * strength)) :]
+        grid = grid[len(grid) - max(1, math.floor(len(grid) * strength + 1e-6)) :]  # 50 x 0.58 is 29
         start = flow.interpolate(clean, noise, torch.full((len(clean),), grid[0], device=clean.device))
         return super().__call__(
             prompt,

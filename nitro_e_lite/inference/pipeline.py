@@ -55,10 +55,13 @@ from nitro_e_lite.inference.arguments import (
 )
 from nitro_e_lite.inference.conventions import Call, Conventions
 from nitro_e_lite.inference.encoders import LatentStats, decode_latents, encode_text
-from nitro_e_lite.inference.schedules import Sampler, started
+from nitro_e_lite.inference.schedules import Sampler, draws_noise, started
 from nitro_e_lite.model import flow, trigflow
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH
+
+_DRAWN_WITH: weakref.WeakKeyDictionary[nn.Module, tuple[Callable, dict[str, Any]]] = weakref.WeakKeyDictionary()
+"""Transformer -> autoencoder and settings of the pipeline that draws with it."""
 
 
 @dataclass
@@ -164,7 +167,7 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
                 self.stats = LatentStats.from_scaling_factor(vae.config.scaling_factor, vae.config.latent_channels)
             self.vae_scale_factor = vae.spatial_compression_ratio
             vae._group_offload_block_modules = ["encoder", "decoder"]  # they are called, the whole never is
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_convert_rgb=True)
         self._guided_velocity = guided_velocity  # `compile` puts another in its place
 
     @classmethod
@@ -173,14 +176,22 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
         if transformer is None or vae is None:
             return settings
         parameters = inspect.signature(NitroEPipeline.__init__).parameters
-        vae_of, kept = getattr(transformer, "_drawn_with", (None, None))
+        vae_of, kept = _DRAWN_WITH.get(transformer, (None, None))
         if kept is not None and all(settings[k] == parameters[k].default for k in settings):
             settings = kept
             if vae_of() is not vae and kept["latents_mean"] is not None:
                 message = "vae: another one than this transformer drew with; latents_mean, latents_std are kept: give "
                 warnings.warn(f"{message}both where its latents have others", stacklevel=3)
-        transformer._drawn_with = (weakref.ref(vae), settings)
+        _DRAWN_WITH[transformer] = (weakref.ref(vae), settings)
         return settings
+
+    def register_to_config(self, **changed: Any) -> None:
+        """As diffusers'; a later pipeline of the same transformer is made with the settings of this one as they are."""
+        super().register_to_config(**changed)
+        transformer = vars(self).get("transformer")
+        if transformer in _DRAWN_WITH:
+            vae_of, kept = _DRAWN_WITH[transformer]
+            _DRAWN_WITH[transformer] = (vae_of, {name: changed.get(name, value) for name, value in kept.items()})
 
     @staticmethod
     def _check_parts(transformer, vae, text_encoder, settings: dict) -> None:
@@ -434,7 +445,7 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
         texts = self._check_texts(*given, guided=sampler.guidance > 1 and not self._consistency)
         count = len(texts[0]) * repeats
         shape = (self.transformer.config.in_channels, *grid)
-        fresh = self._consistency or scheduler.config.get("stochastic_sampling")  # noise is put back between steps
+        fresh = draws_noise(scheduler)
         generators = as_generators(generator, count) if latents is None or fresh else []
         if latents is None:
             latents = draw_noise(generators, shape)
@@ -546,7 +557,9 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
     @torch.no_grad()
     def _jump(self, latents: Tensor, call: Call, scheduler: SCMScheduler) -> Iterator[SamplerStep]:
         """Jumps from `latents` `(B, C, h, w)`, float32, to pictures, from one time of the scheduler after the other."""
-        told = {"guidance": call.guidance} if self.transformer.config.guidance_embedding else {}
+        told: dict[str, Any] = {"guidance": call.guidance} if self.transformer.config.guidance_embedding else {}
+        if call.attention_kwargs:
+            told["attention_kwargs"] = call.attention_kwargs
         x_t = trigflow.SIGMA_DATA * latents
         for index, t in enumerate(scheduler.timesteps[:-1]):
             if call.interrupted:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import SchedulerMixin, SCMScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin, SCMScheduler
 
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.model import flow, trigflow
@@ -42,6 +42,15 @@ def own_shift(scheduler: SchedulerMixin) -> float:
     if isinstance(getattr(type(scheduler), "shift", None), property):
         return float(scheduler.shift)
     return float(scheduler.config.get("shift", scheduler.config.get("flow_shift", 1.0)))
+
+
+def draws_noise(scheduler: SchedulerMixin) -> bool:
+    """Whether its steps draw noise, so that the noise at the start does not decide the picture."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):  # takes a generator in any case
+        return bool(scheduler.config.get("stochastic_sampling"))
+    if str(scheduler.config.get("algorithm_type", "")).startswith("dpmsolver"):  # and not "sde-dpmsolver"
+        return False
+    return "generator" in inspect.signature(scheduler.step).parameters
 
 
 def takes_sigmas(scheduler: SchedulerMixin) -> bool:

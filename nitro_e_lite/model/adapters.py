@@ -154,9 +154,12 @@ def read_adapter(source: str | Path) -> tuple[dict[str, Tensor], Config | None]:
     with safe_open(path, "pt") as file:
         text = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "")
     try:
-        return weights, _own_config(read_json_line(text.encode()))
+        config = _own_config(read_json_line(text.encode()))
     except ValueError as error:
         raise InvalidValue(f"{path}: {LORA_ADAPTER_METADATA_KEY} in its header: {explain_json(error)}") from None
+    if config is None and any(key.startswith("base_model.model.") for key in weights):
+        raise MissingFile(f"{beside}: is not there, and without it nobody knows the scale of a PEFT adapter")
+    return weights, config
 
 
 def _own_config(config: Config | None) -> Config | None:

@@ -34,7 +34,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import SCMScheduler
 from peft import LoraConfig, inject_adapter_in_model
 from PIL.Image import Image
 from torch import Tensor
@@ -57,6 +56,7 @@ from nitro_e_lite.evaluation.watch import STATISTICS, picture_statistics
 from nitro_e_lite.inference.hub import weights_hash
 from nitro_e_lite.inference.loading import load_pipeline
 from nitro_e_lite.inference.pipeline import NitroEPipeline
+from nitro_e_lite.inference.schedules import draws_noise
 from nitro_e_lite.model import flow
 from nitro_e_lite.model.official_weights import lora_targets, save_lora
 from nitro_e_lite.runtime import generator
@@ -175,8 +175,7 @@ def group_distance(latents: Tensor, group: int) -> float:
 
 def _check_ode(source: str, pipeline: NitroEPipeline) -> None:
     """Refuses a model that does not draw along the ODE: it would learn by one sampler and be used with another."""
-    config = pipeline.scheduler.config
-    if isinstance(pipeline.scheduler, SCMScheduler) or config.get("stochastic_sampling"):
+    if draws_noise(pipeline.scheduler):
         raise InvalidValue(
             f"start_from={source}: is a student that draws noise in every step; rewards teach models that follow the "
             "ODE, such as its teacher"
