@@ -55,7 +55,7 @@ _SMOKE = TrainConfig(
 # Sampling takes half of its steps there. The rate does not fall in stage 1: stage 2 begins with a third of it and lets
 # that fall to zero.
 _LITE = TrainConfig(
-    steps=8500,
+    steps=6000,
     precision="auto",
     timestep_mean=0.8,
     timestep_std=1.2,
@@ -313,10 +313,10 @@ PRESETS: dict[tuple[str, str], RunConfig] = {
     ("finetune", "smoke"): _FINETUNE_SMOKE,
     ("finetune", "lite"): _finetune(
         _LITE,
-        {**_THIRD, "warmup_steps": 50, "decay_steps": 2750},
+        {**_THIRD, "warmup_steps": 50, "decay_steps": 4000},
         {"quality": "readable"},
         start_from="lite",
-        steps=5500,
+        steps=8000,
         timestep_mean=1.1,
         ema_decay=0.999,
     ),

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from nitro_e_lite import config, files, presets
+from nitro_e_lite.errors import NotFinite
 from nitro_e_lite.experiments import compare
 from nitro_e_lite.scenes import geneval
 from nitro_e_lite.training.engine import Engine
@@ -69,6 +70,25 @@ def test_killed_between_points_it_goes_on_from_a_checkpoint(tmp_path, monkeypatc
     again = compare.compare(settings, {"one": []}, [0], [5], tmp_path / "part", device="cpu")
     assert measured(again) == measured(whole)
     assert taken == [0, 1, 2] and again["runs"][0]["trained_steps"] == 3  # 2, 3, 4: step 2 was lost, 0 and 1 were not
+
+
+def test_a_variant_that_comes_to_nothing_does_not_stop_the_others(tmp_path, monkeypatch):
+    plain_step = Engine.step
+
+    def step(trainer):
+        if trainer.config.optimizer.lr > 1:
+            raise NotFinite("21 steps were not finite")
+        return plain_step(trainer)
+
+    monkeypatch.setattr(Engine, "step", step)
+    prompts, ways = compare.spread_prompts(geneval.load_prompts(), 1)[:1], {"wild": ["optimizer.lr=9"], "tame": []}
+    with pytest.warns(UserWarning, match="wild-seed0: 21 steps were not finite"):
+        result = compare.compare(SMOKE, ways, [0], [1, 2], tmp_path, prompts, "cpu")
+    rows = {(row["variant"], row["step"]): row.get("validation_loss") for row in result["runs"]}
+    assert rows["wild", 1] is rows["wild", 2] is None and rows["tame", 2] > 0
+    shown = {row[:2]: row[4] for row in compare.summary(result)}
+    assert shown["wild", 2] == "" and float(shown["tame", 2]) > 0
+    assert measured(compare.compare(SMOKE, ways, [0], [1, 2], tmp_path, prompts, "cpu")) == measured(result)
 
 
 def test_refuses_what_is_no_comparison(tmp_path):

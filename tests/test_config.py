@@ -334,6 +334,20 @@ def test_every_run_has_the_common_fields_and_encoders_train_as_they_did():
     assert {(c.precision, c.ema_decay, c.max_skipped, c.accumulate) for c in fits} == {("fp32", 0.0, 0, 1)}
 
 
+@pytest.mark.parametrize(
+    ("encoder", "wrong", "said"),
+    [
+        (AutoencoderConfig, {"window": 72}, "window=72: must be a multiple of 16"),
+        (AutoencoderConfig, {"encoder_widths": (16, 32, 64)}, "encoder_layers=.*: must be 3 numbers"),
+        (LanguageModelConfig, {"heads": 6}, "width=256: must be a multiple of twice heads=6"),
+        (LanguageModelConfig, {"key_value_heads": 3}, "heads=4: must be a multiple of key_value_heads=3"),
+    ],
+)
+def test_encoders_of_shapes_that_do_not_fit_are_refused_before_any_work(encoder, wrong, said):
+    with pytest.raises(ValueError, match=said):
+        encoder(**wrong)
+
+
 def test_settings_need_no_torch():
     code = "import sys, nitro_e_lite.presets; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0

@@ -19,6 +19,7 @@ from nitro_e_lite.course import assignment, notebooks, playground
 from nitro_e_lite.course import debugging_lab as lab
 from nitro_e_lite.errors import UserError
 from nitro_e_lite.experiments import challenge
+from nitro_e_lite.presets import preset
 
 SLOW = ("load_pipeline(", "load_encoders(", "load_transformer(", "train(", "Engine(", "race(", "prepare(", "to_empty(")
 RUN = os.environ.get("NITRO_E_ASSIGNMENTS", "02 05 07").split()  # enough for a proof within seconds
@@ -189,6 +190,9 @@ def test_an_entry_is_trained_judged_and_ranked(tmp_path, monkeypatch):
     assert entry["name"] == "one" and entry["config"]["steps"] > 1 and entry["card"]["images"] == 6
     assert "it was judged on other prompts or seeds" in challenge.breaches(entry)
     assert CliRunner().invoke(app, ["challenge", *arguments]).exit_code == 2, "an entry is made in one go"
+    with pytest.raises(ValueError, match="steps are as many as fit"):  # the speed was measured over all of them
+        challenge.settings("lite", ["steps=5000"], 11)
+    assert challenge.settings("lite", [], 11).repa == preset("base", "lite").repa  # the preset as it is
 
     def put(name, overall, **changes):
         card = entry["card"] | {"prompts": 300, "overall": overall, "low": overall - 0.03, "high": overall + 0.03}
@@ -279,7 +283,6 @@ def test_a_diagnosis_needs_all_eight():
 def test_the_playground_shows_a_run_at_its_moments_and_what_gates_say_of_a_failed_one(teacher_folder, cache, tmp_path):
     """One run stands for all: before, at a checkpoint and at its end, the same noises; then a copy whose log is bad."""
     from nitro_e_lite.config import DrawnConfig, override
-    from nitro_e_lite.presets import preset
     from nitro_e_lite.stages.distill import distill
 
     run, bad = tmp_path / "run", tmp_path / "bad"

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from nitro_e_lite import files
 from nitro_e_lite.cli.app import app
 from nitro_e_lite.course import demo_html, demo_page, demo_protocol, demo_server, demo_worker
-from nitro_e_lite.course.demo_protocol import Lane, Order, Wire, build
+from nitro_e_lite.course.demo_protocol import Lane, Order, Wire, build, sample_command
 from nitro_e_lite.evaluation.benchmark import time_pipeline
 from nitro_e_lite.scenes.geneval import Prompt, true_scene, verify
 from nitro_e_lite.scenes.render import render
@@ -207,6 +207,14 @@ def test_page_modules_import_no_torch():
     code += "print('torch' in sys.modules, 'numpy' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["False", "False"]
+
+
+def test_the_command_beside_a_picture_names_its_model_whatever_is_shipped():
+    """Without --model `nitro-e sample` draws with the best model there is, which is not "lite"."""
+    words = shlex.split(sample_command(order(caption="a red star"), Lane("lite", 20), 20))
+    assert words[:3] == ["nitro-e", "sample", "a red star"] and words[-2:] == ["--model", "lite"]
+    words = shlex.split(sample_command(order(caption="--help"), Lane("lite-4step", 4), 4))
+    assert words[-2:] == ["--", "--help"] and "lite-4step" in words
 
 
 def test_what_a_visitor_typed_is_escaped():

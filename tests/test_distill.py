@@ -564,6 +564,10 @@ def test_plan_by_hand():
     for wrong in ({"hardware": "abacus"}, {"devices": 0}, {"pictures": 0}, {"mfu": 2.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             plan_distill(chosen, base, **wrong)
+    lite = plan_distill(preset("distill", "lite"), preset("base", "lite"), "h100")
+    one, caption = forward_flops(preset("base", "lite")), frozen_encoders(preset("base", "lite"))["text"].flops
+    assert lite.picture_flops == pytest.approx(8 * one + caption) and lite.pictures == 6000  # as it is drawn
+    assert lite.sample_flops["phase 2"] == pytest.approx(3 * one)  # jumps have no roll-outs
     words = ["plan", "--stage", "distill", "--preset", "smoke", "--hardware", "h100", "--mfu", "0.5", "--json"]
     printed = CliRunner().invoke(app, words)
     assert printed.exit_code == 0 and json.loads(printed.stdout)["pictures"] == 100

@@ -73,6 +73,22 @@ def test_a_failure_is_raised_with_its_last_lines(tmp_path):
     assert "so far so good" in lines and any("the disk is on fire" in line for line in lines)
 
 
+def test_a_stop_that_comes_before_there_are_processes_is_heard(tmp_path):
+    """torchrun takes seconds to start them; the request was noted, and nobody was ever told."""
+    script = tmp_path / "waits.py"
+    script.write_text("import time\ntime.sleep(600)\n")
+    begin = time.monotonic()
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(RunStopped, match="Stopped by SIGTERM before the training had begun"):
+        run_processes([str(script)], 2, child_environment(2, "cpu"), print)
+    assert time.monotonic() - begin < 60
+
+
+def test_threads_are_shared_by_the_cores_that_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 4, 5}, raising=False)
+    assert [child_environment(n, "cpu", {})["OMP_NUM_THREADS"] for n in (1, 2, 4, 9)] == ["6", "3", "1", "1"]
+
+
 def test_a_closed_terminal_stops_a_run_in_processes_of_its_own(tmp_path, monkeypatch):
     """The whole way: the worker, progress streamed back, SIGHUP passed on, a checkpoint, the outcome."""
     monkeypatch.setenv("NITRO_E_CACHE", str(tmp_path / "cache"))

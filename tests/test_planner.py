@@ -207,7 +207,12 @@ def test_pictures_are_those_of_the_folders(tmp_path):
     """Any other folder than the paper's once counted as the 40,000 scenes of the lite preset."""
     full = preset("base", "full")
     assert count_pictures(full.data) == 25_000_000
-    assert count_pictures(preset("base", "lite").data) == preset("base", "lite").data.scenes
+    lite = preset("base", "lite")
+    assert count_pictures(lite.data) == 2 * lite.data.scenes  # pairs, and the plain scenes in between
+    assert count_pictures(override(lite, ["data.pairs_every=1"]).data) == lite.data.scenes
+    looked_at = {n: override(lite, [f"data.validation_scenes={n}"]) for n in (128, 256, 512)}
+    hours = [outlook(one, plan(one, "mi300x", 8), 8)[0].validation for one in looked_at.values()]
+    assert hours == pytest.approx([hours[0], 2 * hours[0], 4 * hours[0]])
     elsewhere = override(full, ["data.folders=[/mnt/sa1b, /mnt/fluxdb]"])
     assert count_pictures(elsewhere.data) == 20_600_000
     rows = LatentBatch(torch.zeros(3, 4, 16, 16), [["a"], ["b"], ["c"]])

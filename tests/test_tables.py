@@ -138,7 +138,8 @@ def test_the_ledger_reads_cards(coming, found):
     loss["lite-4step_fp8"]["against"]["score"][1] = -0.02
     assert read(claim, found).verdict == "not run" and read(claim, loss).verdict == "does not hold"
     assert read(claim, coming).verdict == "holds"
-    assert "+0.0000) against 16 bit; PSNR of 60 of them 50.0 dB" in read(claim, coming).here
+    assert "+0.0000) of 2,400 pictures" in read(claim, coming).here
+    assert "PSNR of 60 of the first 50.0 dB" in read(claim, coming).here
     ratio = read("3.07 times", coming)  # of another machine: told, and no verdict on the claim
     assert ratio.verdict == "not run" and "3.25 times end to end" in ratio.here
     assert f"{found['lite-grpo']['overall']:.3f} in 1 step" in read("no training is needed", coming).here

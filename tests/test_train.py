@@ -17,7 +17,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from ranks import ranks  # noqa: F401
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from nitro_e_lite import config
@@ -124,7 +124,7 @@ def test_a_run_can_be_shipped(uninterrupted, tmp_path):
     assert not (tmp_path / "transformer" / "metrics.jsonl").exists()
 
 
-def test_a_model_of_two_stages_ships_with_the_record_of_both(uninterrupted, tmp_path):
+def test_a_model_of_two_stages_ships_with_the_record_of_both(uninterrupted, tmp_path, monkeypatch):
     run, encoders = tmp_path / "tuned", tmp_path / "chain" / "encoders"
     run.mkdir()
     first = json.loads((uninterrupted / "config.json").read_text())["config"]
@@ -145,6 +145,19 @@ def test_a_model_of_two_stages_ships_with_the_record_of_both(uninterrupted, tmp_
     stages, rows = record(run)  # the shipped model tells its own history
     shipped = list(read_jsonl(weights_dir() / "lite" / "transformer" / "metrics.jsonl"))
     assert len(stages) >= 2 and rows[: len(shipped)] == shipped and rows[-1]["step"] == shipped[-1]["step"] + 2
+    (run / "config.json").write_text(json.dumps({"config": second | {"start_from": str(uninterrupted / "final")}}))
+    assert len(record(run)[0]) == 2  # a run by its weights
+    old = tmp_path / "pipeline" / "transformer"  # of before the record was kept, by a relative path
+    old.mkdir(parents=True)
+    (old / "training.json").write_text(json.dumps(first))
+    (old / "metrics.jsonl").write_text('{"step": 7}\n')
+    monkeypatch.chdir(tmp_path)
+    (run / "config.json").write_text(json.dumps({"config": second | {"start_from": "pipeline"}}))
+    stages, rows = record(run)
+    assert stages[0] == first and [row["step"] for row in rows] == [7, 9]
+    (old / "training.json").write_text(json.dumps({"stages": stages}))  # shipped, and shipped again
+    (old / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert record(run) == (stages, rows)
 
 
 def test_the_same_run_twice_is_the_same(uninterrupted, tmp_path):
@@ -649,6 +662,29 @@ def test_a_lora_on_pictures_of_ones_own_by_the_commands_of_the_readme(uninterrup
     pipeline.load_lora_weights(tmp_path / "runs" / "lora" / "final")
     added = [one for name, one in pipeline.transformer.named_parameters() if "lora_B" in name]
     assert pipeline.get_active_adapters() and added and all(one.abs().max() > 0 for one in added), "it has learned"
+
+
+def test_an_adapter_does_not_go_on_upon_another_model(uninterrupted, tmp_path):
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(uninterrupted / "final", base)
+    changes = ["lora.rank=2", "steps=2", "checkpoint_every=1", "validate_every=10", "sample_every=10"]
+    config = override(preset("finetune", "smoke"), [*changes, f"start_from={base}", "data.quality=all"])
+    begun = engine(config, run)
+    begun.step()
+    begun.save()
+    assert engine(config, run, resume=True).global_step == 1
+    weights = load_file(base / "diffusion_pytorch_model.safetensors")
+    save_file({name: 1.01 * value for name, value in weights.items()}, base / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match="the adapter was begun on another model"):
+        engine(config, run, resume=True)
+
+
+def test_a_spike_is_one_of_the_flow_loss(tmp_path, monkeypatch):
+    """The sum with REPA's cosine lies around zero at full scale, where twice its mean is nothing."""
+    run, seen = engine(override(SMOKE, ["repa.weight=2"]), tmp_path), []
+    monkeypatch.setattr(run.health, "judge", lambda norms, losses: seen.append(losses) or torch.tensor(0.0))
+    row = run.step()
+    assert seen == [{"transformer": pytest.approx(row["flow_loss"])}] and row["loss"] != row["flow_loss"]
 
 
 def test_pictures_of_scenes_whose_latents_were_replaced_are_refused(tmp_path, monkeypatch):

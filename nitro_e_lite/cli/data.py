@@ -79,7 +79,7 @@ def encode(
         rank, world = runtime.rank_and_world()
         check_output(out, "folder")
         if threads is None:
-            threads = max(1, (os.cpu_count() or 4) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            threads = max(1, runtime.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         device = local_device(device)
         if encoders == "full" and device == "cpu":
             errors.print("Warning: the full encoders run on the CPU here, which is slow.")

@@ -21,7 +21,7 @@ from nitro_e_lite.cli.terminal import (
     output,
     show_table,
 )
-from nitro_e_lite.errors import InvalidValue
+from nitro_e_lite.errors import InvalidValue, Unusable
 from nitro_e_lite.files import check_output
 
 app = typer.Typer()
@@ -332,14 +332,18 @@ def reproduce_command(
     with output(json) as result:
         from nitro_e_lite.evaluation import cards
         from nitro_e_lite.experiments.reproduce import Chain
+        from nitro_e_lite.runtime import RunStopped
 
         if out is not None:
             check_output(out, "file")
         folder = run_dir or Path("runs") / f"reproduce-{preset}"
         chain = Chain(preset, folder, seed, processes, overrides or [], say=lambda line: typer.echo(line, err=True))
-        for step, seconds in chain.run():
-            took = "was there" if seconds is None else f"{seconds:,.1f} s"
-            console.print(f"{step.name}: {took}, {folder / step.result}", markup=False, soft_wrap=True)
+        try:
+            for step, seconds in chain.run():
+                took = "was there" if seconds is None else f"{seconds:,.1f} s"
+                console.print(f"{step.name}: {took}, {folder / step.result}", markup=False, soft_wrap=True)
+        except RunStopped:
+            raise Unusable("Stopped and saved. The same command goes on from here.") from None
         result |= chain.report
         rows = [[name, f"{cost['seconds'] / 60:,.1f}"] for name, cost in chain.report["steps"].items()]
         total = sum(cost["seconds"] for cost in chain.report["steps"].values())

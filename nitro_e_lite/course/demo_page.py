@@ -115,6 +115,7 @@ class Page:
         self._number = 0  # of the last order
         self._busy = False
         self._pending: dict[str, Any] | None = None  # an order that waits for the worker to be there
+        self._settling: Any = None  # the handle of one that waits for the controls
         self._order: dict[str, Any] | None = None  # what is shown
         self._frames: list[list[dict[str, Any]]] = [[] for _ in self.lanes]
         self._prompt: dict[str, Any] | None = None  # of the caption that was built
@@ -227,9 +228,10 @@ class Page:
         if self._loop is None:
             self._order_now(race, other_steps)
         else:
-            self._loop.call_later(SETTLE_SECONDS, self._order_now, race, other_steps)
+            self._settling = self._loop.call_later(SETTLE_SECONDS, self._order_now, race, other_steps)
 
     def _order_now(self, race: bool, other_steps: bool) -> None:
+        self._settling = None
         if other_steps:
             factor = SCALES[self._scale % len(SCALES)]
             self._scale += 1
@@ -255,7 +257,10 @@ class Page:
         """Ends the drawing that waits or is being drawn."""
         if not self._busy:
             return
-        if self._pending:
+        if self._settling:
+            self._settling = self._settling.cancel()
+            self._end("Stopped.")
+        elif self._pending:
             self._pending = None
             self._end("Stopped.")
         else:

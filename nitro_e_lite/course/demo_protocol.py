@@ -192,12 +192,12 @@ def sample_command(order: Order, lane: Lane, steps: int, options: dict[str, str]
         steps: in how many steps.
         options: further options, such as `text-encoder` for official weights.
     """
-    words = ["nitro-e", "sample", order.caption, "--steps", str(steps), "--guidance", f"{order.guidance_of(lane):g}"]
-    words += ["--seed", str(order.seed)]
-    words += ["--model", lane.model] if lane.model != "lite" else []
+    said = ["--steps", str(steps), "--guidance", f"{order.guidance_of(lane):g}", "--seed", str(order.seed)]
+    said += ["--model", lane.model]
     for name, value in (options or {}).items():
-        words += [f"--{name}", value]
-    return shlex.join(words)
+        said += [f"--{name}", value]
+    caption = [order.caption, *said] if not order.caption.startswith("-") else [*said, "--", order.caption]
+    return shlex.join(["nitro-e", "sample", *caption])
 
 
 class Wire:

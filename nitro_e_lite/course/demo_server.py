@@ -317,6 +317,7 @@ def _kernels() -> type:
             """
             kernel, now = self._kernels[kernel_id], time.monotonic()
             if self._kernel_connections.get(kernel_id, 0):
+                vars(kernel).pop("unseen_since", None)  # a page that loses its line for a moment has its grace again
                 await super().cull_kernel_if_idle(kernel_id)
             elif now - vars(kernel).setdefault("unseen_since", now) > UNSEEN_SECONDS:
                 await self.shutdown_kernel(kernel_id, now=True)

@@ -312,9 +312,9 @@ class Worker:
                 message = wire.receive()
                 if message.get("kind") == "draw":
                     self._accept(visitor, message)
-                elif message.get("kind") == "stop" and visitor.job:
-                    visitor.job.stop.set()
-                    self._drop(visitor.job, tell=True)
+                elif message.get("kind") == "stop" and (job := visitor.job):  # which another thread may take away
+                    job.stop.set()
+                    self._drop(job, tell=True)
         except (EOFError, OSError, ValueError):
             pass
         finally:

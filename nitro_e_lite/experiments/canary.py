@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from nitro_e_lite.config import RunConfig, TrainConfig
+from nitro_e_lite.config import RewardConfig, RunConfig, TrainConfig
 from nitro_e_lite.data.shards import QUARANTINE
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.experiments import launch
@@ -153,8 +153,9 @@ def judge(
         device: that they trained on.
     """
     chosen = pick_device(device)
-    judged = not any("loss" in row for row in after)  # a student beside heads, against which its loss need not fall
-    name = "student_loss" if judged else "loss"
+    beside_heads = not any("loss" in row for row in after)
+    judged = beside_heads or isinstance(config, RewardConfig)  # such a loss need not fall
+    name = "student_loss" if beside_heads else "loss"
     rows = [row for row in after if row.get(name) is not None]
     losses = [row[name] for row in rows]
     part = max(1, len(losses) // 10)
@@ -171,6 +172,7 @@ def judge(
     if isinstance(config, TrainConfig) and config.preset == "full" and peak:  # whose speed is published
         share = processes * peak / (PUBLISHED_DEVICES * HARDWARE[PUBLISHED_HARDWARE].peak)
         least = PUBLISHED_SHARE * share * published_samples_per_second()
+    around_zero = isinstance(config, RewardConfig) and chosen.type != "cpu"  # where a share of it says nothing
     kind = "cpu" if chosen.type == "cpu" else "accelerator"
     half = len(memory) // 2  # the first checkpoint after the resume is a copy that is kept: the middle comes after it
     middle = statistics.median(memory[max(0, half - 1) : half + 2]) if memory else math.nan
@@ -178,7 +180,7 @@ def judge(
         Band("loss, last tenth / first tenth", last / first, high=math.inf if judged else 1.0),
         Band("losses that are not finite", missing, high=0),
         Band("steps skipped", rows[-1].get("skipped", 0), high=0),
-        Band("repeated steps, loss differs by", apart, high=REPEATED[kind]),
+        Band("repeated steps, loss differs by", apart, high=math.inf if around_zero else REPEATED[kind]),
         Band("speed, median", speed, low=least, unit="samples/s"),
         Band("slowest interval / median", min(steady) / speed, low=STEADY[kind]),
         Band(

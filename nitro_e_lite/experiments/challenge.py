@@ -51,6 +51,8 @@ def settings(preset: str, overrides: list[str], steps: int) -> TrainConfig:
     """
     if preset not in SCALES:
         raise InvalidValue(f"preset={preset!r}: must be one of {', '.join(SCALES)}")
+    if any(one.partition("=")[0].strip() == "steps" for one in overrides):
+        raise InvalidValue("overrides: steps are as many as fit into the minutes; leave them out")
     fitted = [f"steps={steps}", f"optimizer.warmup_steps={min(100, steps // 10)}"]
     fitted += [f"optimizer.decay_steps={steps // 2}"]
     chosen = configuration.override(presets.preset("base", preset), [*fitted, *overrides])

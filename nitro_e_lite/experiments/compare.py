@@ -21,12 +21,13 @@ import json
 import math
 import re
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nitro_e_lite.config import FACTS, RewardConfig, TrainConfig, override, to_dict
-from nitro_e_lite.errors import InvalidValue
+from nitro_e_lite.errors import InvalidValue, NotFinite
 from nitro_e_lite.evaluation.geneval_lite import evaluate
 from nitro_e_lite.evaluation.sensitivity import caption_sensitivity
 from nitro_e_lite.files import check_output, read_jsonl, run_lock, write_atomically
@@ -137,7 +138,15 @@ def _run(
     for point in missing:
         begin, before = time.perf_counter(), engine.global_step
         while engine.global_step < point:
-            engine.step()
+            try:
+                engine.step()
+            except NotFinite as error:  # this variant has come to nothing, which is a result; the others go on
+                warnings.warn(f"{folder}: {error}", stacklevel=2)
+                with MetricsWriter(file) as kept:
+                    for one in missing[missing.index(point) :]:
+                        row = {"variant": variant, "seed": config.seed, "step": one, "samples": one * config.batch_size}
+                        kept.write(**row, trained_steps=0, seconds=0.0, validation_loss=None)
+                return
             if engine.global_step % config.checkpoint_every == 0 and engine.global_step < point:
                 engine.save()
         trained = {"trained_steps": engine.global_step - before, "seconds": round(time.perf_counter() - begin, 2)}

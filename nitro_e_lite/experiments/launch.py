@@ -22,12 +22,14 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -38,7 +40,7 @@ from nitro_e_lite.config import RunConfig, to_dict
 from nitro_e_lite.errors import InvalidValue, Unusable
 from nitro_e_lite.files import run_lock
 from nitro_e_lite.presets import assignments
-from nitro_e_lite.runtime import RunStopped, StopRequest
+from nitro_e_lite.runtime import RunStopped, StopRequest, cores
 
 NOTEBOOK_SETTINGS = ("MPLBACKEND", "JPY_PARENT_PID", "FORCE_COLOR", "CLICOLOR_FORCE")
 TORCHRUN_SAYS = "failed (exitcode"  # where torchrun's own report of a failure begins; what counts stands before it
@@ -154,7 +156,7 @@ def child_environment(processes: int, device: str | None, inherited: Mapping[str
     for name in NOTEBOOK_SETTINGS:
         environment.pop(name, None)
     environment["PYTHONUNBUFFERED"] = "1"
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     if device == "cpu" or (device is None and not torch.accelerator.is_available()):
         environment["ACCELERATE_USE_CPU"] = "true"
     return environment
@@ -220,9 +222,15 @@ def run_processes(
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches the processes once, through here
             )
-            with StopRequest(lambda: _terminate_children(process, alone)):
+            told: set[int] = set()
+            with StopRequest(lambda: _terminate_children(process, alone, told)) as request:
+
+                def look() -> None:  # torchrun may have had no children yet, or has started others
+                    if request.name:
+                        _terminate_children(process, alone, told)
+
                 try:
-                    for line in _lines_until_the_end(process, read):
+                    for line in _lines_until_the_end(process, read, look):
                         failed = failed or TORCHRUN_SAYS in line
                         if not failed:
                             last.append(line)
@@ -230,18 +238,24 @@ def run_processes(
                 finally:
                     process.stdin.close()
                     if process.poll() is None:
-                        _terminate_children(process, alone)
+                        _terminate_children(process, alone, set())
                         process.terminate()
                         process.wait()
+    if request.name and process.returncode == -signal.SIGTERM:
+        raise RunStopped(f"Stopped by {request.name} before the training had begun.")
     if process.returncode:
         who = f"{processes} processes: torchrun" if not alone else "the process"
         raise LaunchError(f"{who} ended with code {process.returncode}. Last lines:\n" + "\n".join(last))
 
 
-def _lines_until_the_end(process: subprocess.Popen, file: TextIO) -> Iterator[str]:
-    """The lines that a process writes to `file`, until it has ended; a progress bar's carriage return ends one too."""
+def _lines_until_the_end(process: subprocess.Popen, file: TextIO, look: Callable[[], None]) -> Iterator[str]:
+    """The lines that a process writes to `file`, until it has ended; a progress bar's carriage return ends one too.
+
+    `look` is called in between.
+    """
     rest = ""
     while True:
+        look()
         ended = process.poll() is not None  # asked first: what was written before is read after
         *lines, rest = re.split(r"[\r\n]", rest + file.read())
         yield from (line.rstrip() for line in lines + [rest] * ended if line.strip())
@@ -250,13 +264,17 @@ def _lines_until_the_end(process: subprocess.Popen, file: TextIO) -> Iterator[st
         time.sleep(LOOK)
 
 
-def _terminate_children(process: subprocess.Popen, alone: bool) -> None:
-    """SIGTERM to the training processes that torchrun has started, or to the only one."""
-    try:
-        for one in [psutil.Process(process.pid)] if alone else psutil.Process(process.pid).children():
-            one.terminate()
-    except psutil.NoSuchProcess:
-        pass
+def _terminate_children(process: subprocess.Popen, alone: bool, told: set[int]) -> None:
+    """SIGTERM to the training processes that torchrun has started, to itself before there are any, or to the only one.
+
+    Those in `told` have had it, and save by now.
+    """
+    with suppress(psutil.NoSuchProcess):
+        first = psutil.Process(process.pid)
+        for one in [first] if alone else first.children() or [first]:
+            if one.pid not in told:
+                told.add(one.pid)
+                one.terminate()
 
 
 # -- several machines

@@ -185,7 +185,8 @@ def outlook(config: TrainConfig, found: Plan, devices: int, mfus: Sequence[Utili
         state["rows"] for one in config.data.validation_folders for state in sidecars(Path(one)).values() if state
     )
     limit = config.data.validation_rows
-    looked_at = min(rows or limit, limit) * config.steps / config.validate_every
+    rows = rows or (limit if config.data.validation_folders else config.data.validation_scenes)
+    looked_at = min(rows, limit) * config.steps / config.validate_every
     encoded = sum(found.disk.values()) / sum(encoder.stored for encoder in found.encoders.values())
     stored = {way: sum(found.encoders[n].stored for n in names if n in found.encoders) for way, names in STORED.items()}
     stored["latents stored"] += SMALL_PICTURE * ("vision" in found.encoders)
@@ -246,7 +247,7 @@ def count_pictures(data: DataConfig) -> int:
         ValueError: a folder that is neither here nor one of the paper's.
     """
     if not data.folders:
-        return data.scenes
+        return data.scenes * (2 if data.pairs and data.pairs_every > 1 else 1)  # pairs, and the plain ones in between
     count = 0
     for folder in map(Path, data.folders):
         there = [state["rows"] for state in sidecars(folder).values() if state]

@@ -21,8 +21,8 @@ from nitro_e_lite.config import DistillConfig, TrainConfig
 from nitro_e_lite.experiments.plan import check_pictures, forward_flops, frozen_encoders, speed_of
 from nitro_e_lite.model.flops import PUBLISHED_HARDWARE, TRAINING_PASSES
 
-TEACHER_STEPS = 20
-PICTURES = {"smoke": 100, "lite": 10_000, "full": 1_000_000}  # of the full run nothing is published
+TEACHER = {"lite": (8, 0.0)}  # steps and guidance: `lite-grpo` needs no more; others 20, as they were trained
+PICTURES = {"smoke": 100, "lite": 6000, "full": 1_000_000}  # of the full run nothing is published
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ def plan_distill(
     check_pictures(count)
     encoders, speed = frozen_encoders(teacher), devices * peak * mfu
     one, caption = forward_flops(teacher), encoders["text"].flops
-    picture = TEACHER_STEPS * (2 if teacher.guidance > 1 else 1) * one + caption
+    steps, guidance = TEACHER.get(config.preset, (20, teacher.guidance))
+    picture = steps * (2 if guidance > 1 else 1) * one + caption
     samples = _sample_flops(config, one)
     phases = {"phase 1": config.regression_steps, "phase 2": config.steps - config.regression_steps}
     encoded = 0 if text else caption
@@ -92,7 +93,7 @@ def plan_distill(
 
 def _sample_flops(config: DistillConfig, one: float) -> dict[str, float]:
     """FLOPs of one training sample in each phase, the mean over both turns in the second."""
-    rollout = config.own_rollouts * (config.sampler_steps - 1) / 2
+    rollout = 0 if config.jumps else config.own_rollouts * (config.sampler_steps - 1) / 2
     student = TRAINING_PASSES + rollout
     if config.adversarial_weight:
         heads = 1 + rollout + 2 + (config.misaligned > 0)

@@ -79,7 +79,7 @@ def preflight(
     found += _exchange(processes, device) if all(one.fine for one in found) else []
     found += [*_shares(config, processes), *_start(config, made_before)]
     if isinstance(config, TrainConfig):
-        vision = config.repa.vision if config.repa.weight else ""
+        vision = config.repa.vision if config.repa.weight and not _holds_vision(config.data.folders) else ""
         found += [*_data(config), *_encoders(config.data.encoders, vision), *_memory(config, processes, device)]
     if isinstance(config, StudentConfig):
         found += [_weights("teacher", config.teacher), *_drawn(config), *_encoders(config.data.encoders)]
@@ -241,6 +241,12 @@ def _rewards(config: RewardConfig) -> Iterator[Finding]:
             return Finding(f"reward: {name}", False, str(error))
 
     yield from _together(ask, dict.fromkeys(name for name, _ in config.rewards))
+
+
+def _holds_vision(folders: Sequence[str]) -> bool:
+    """Whether all data that is here has vision features: then nobody looks at pictures."""
+    cards = [read_card(Path(folder)) for folder in folders if sidecars(Path(folder))]
+    return bool(cards) and len(cards) == len(folders) and all("vision" in array_shapes(card) for card in cards)
 
 
 def _encoders(source: str, vision: str = "") -> Iterator[Finding]:

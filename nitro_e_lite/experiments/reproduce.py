@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +152,18 @@ class Chain:
                 cost["on"] = sorted(
                     {*cost.get("on", []), f"{self.devices} x {runtime.device_name(runtime.pick_device(None))}"}
                 )
+                note = partial(self._note, cost, begin - before)
                 try:
-                    step.work()
+                    with repeated(note):  # a step that was killed has cost something too
+                        step.work()
                     cost["result"] = step.result
-                finally:  # a step that was stopped has cost something too
-                    cost["seconds"] = round(before + time.perf_counter() - begin, 1)
-                    write_atomically(self._file, json.dumps(self.report, indent=1) + "\n")
+                finally:
+                    note()
                 yield step, cost["seconds"]
+
+    def _note(self, cost: dict[str, Any], begin: float) -> None:
+        cost["seconds"] = round(time.perf_counter() - begin, 1)
+        write_atomically(self._file, json.dumps(self.report, indent=1) + "\n")
 
     def scores(self) -> list[dict[str, Any]]:
         """What the chain came to, and after how long.
@@ -283,17 +289,29 @@ class Chain:
 @contextmanager
 def watched(training: Path, say: Callable[[str], None], every: float = 60.0) -> Iterator[None]:
     """Inside, `say` gets a line about the run in `training` every so many seconds, while it is under way."""
-    done = threading.Event()
+    last = None
 
     def look() -> None:
-        last = None
-        while not done.wait(every):
-            line = progress(training)
-            if line and line != last:
-                say(line)
-                last = line
+        nonlocal last
+        line = progress(training)
+        if line and line != last:
+            say(line)
+            last = line
 
-    thread = threading.Thread(target=look, name="progress", daemon=True)
+    with repeated(look, every):
+        yield
+
+
+@contextmanager
+def repeated(action: Callable[[], None], every: float = 60.0) -> Iterator[None]:
+    """Inside, `action` is called every so many seconds."""
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.wait(every):
+            action()
+
+    thread = threading.Thread(target=repeat, name="every minute", daemon=True)
     thread.start()
     try:
         yield

@@ -77,6 +77,7 @@ def ship_student(source: str | Path, name: str) -> Path:
         drawn = [f"data/{Path(one).name}" for one in data.get("folders", ())]  # no paths of a machine
         about |= {"config": trained | {"data": data | {"folders": drawn}}}
     about.pop("hosts", None)
+    about["config"] = _without_folders(about["config"])
     with atomic_folder(folder, "the run is intact") as partial:
         if rewards:
             adapter = find_weights(source, ADAPTER)
@@ -179,19 +180,28 @@ def record(run: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
         in which steps, samples and seconds count on from stage to stage and `stage` says which it is.
     """
     trained = read_run(Path(run) / "config.json").get("config") or {}
-    stages, rows = [], []
-    start = Path(str(trained.get("start_from") or ""))
-    shipped = files.weights_dir() / start / "transformer"
-    if start.parts and read_run(start / "config.json").get("config"):
-        stages, rows = record(start)
-    elif start.parts and (shipped / "training.json").is_file():
-        stages, rows = read_json(shipped / "training.json")["stages"], list(read_jsonl(shipped / "metrics.jsonl"))
+    stages, rows = _before(str(trained.get("start_from") or ""))
+    if stages and stages[-1] == _without_folders(trained):  # it started from what it has become, and ships again
+        return stages, rows
     counts = ("step", "samples", "seconds")
     before = {name: max((row[name] for row in rows if name in row), default=0) for name in counts}
     for row in read_jsonl(Path(run) / "metrics.jsonl"):
         counted = {name: round(row[name] + before[name], 3) for name in counts if name in row}
         rows.append({"stage": trained["stage"], **row, **counted})
     return [*stages, _without_folders(trained)], rows
+
+
+def _before(start: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The record of what a run started from: another run, a pipeline, or nothing that says how it was trained."""
+    folder = files.weights_dir() / start if (files.weights_dir() / start).is_dir() else Path(start)
+    for run in (folder, folder.parent) if start else ():  # or its `final/`
+        if run.joinpath("metrics.jsonl").is_file() and read_run(run / "config.json").get("config"):
+            return record(run)
+    for part in (folder / "transformer", folder) if start else ():
+        if (part / "training.json").is_file() and (part / "metrics.jsonl").is_file():
+            told = read_json(part / "training.json")
+            return told.get("stages", [told]), list(read_jsonl(part / "metrics.jsonl"))
+    return [], []
 
 
 def _without_folders(value: Any) -> Any:

@@ -24,6 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from nitro_e_lite.config import NonNegative, NonNegativeNumber, Positive, PositiveNumber, RunConfig, settings
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.inference.encoders import LatentStats, images_to_tensor
 from nitro_e_lite.runtime import generator
 from nitro_e_lite.scenes.grammar import sample_scene
@@ -56,6 +57,17 @@ class AutoencoderConfig(RunConfig):
     squared_weight: NonNegativeNumber = 2.0
     gradient_weight: NonNegativeNumber = 1.0
     statistics_scenes: Positive = 2048  # whose latents say mean and spread of each channel
+
+    def __post_init__(self):
+        stages = len(self.encoder_widths)
+        for name in ("encoder_layers", "decoder_widths", "decoder_layers"):
+            if len(getattr(self, name)) != stages:
+                raise InvalidValue(f"{name}={getattr(self, name)}: must be {stages} numbers, as encoder_widths are")
+        halves = 2 if self.half_resolution_every else 1
+        latent = halves * 2 ** (stages - 1)  # pixels a side
+        for name in ("window", "image_size"):
+            if getattr(self, name) % latent:
+                raise InvalidValue(f"{name}={getattr(self, name)}: must be a multiple of {latent}")
 
 
 def build_autoencoder(config: AutoencoderConfig) -> AutoencoderDC:

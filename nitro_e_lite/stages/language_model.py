@@ -85,6 +85,10 @@ class LanguageModelConfig(RunConfig):
     def __post_init__(self):
         if self.keep_weight and not self.start_from:
             raise InvalidValue(f"keep_weight={self.keep_weight}: there is nothing to keep; name start_from")
+        if self.width % (2 * self.heads):  # positions turn the numbers of a head in pairs
+            raise InvalidValue(f"width={self.width}: must be a multiple of twice heads={self.heads}")
+        if self.heads % self.key_value_heads:
+            raise InvalidValue(f"heads={self.heads}: must be a multiple of key_value_heads={self.key_value_heads}")
 
 
 def train_tokenizer(config: LanguageModelConfig) -> PreTrainedTokenizerFast:

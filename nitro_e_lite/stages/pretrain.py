@@ -43,6 +43,7 @@ from nitro_e_lite.config import TrainConfig, to_dict
 from nitro_e_lite.data.batches import Batches, LocalBatch, check_folders, first_captions
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.inference.encoders import load_encoders
+from nitro_e_lite.inference.hub import weights_hash
 from nitro_e_lite.inference.loading import load_transformer
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.inference.vision import load_vision
@@ -139,6 +140,7 @@ class Pretrain(Stage):
             model.enable_gradient_checkpointing()
         if config.lora.rank:
             names = lora_targets(model, mlp=config.lora.targets == "attention_mlp")
+            self._adapted = weights_hash({"transformer": model})
             peft = PeftConfig(r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=names)
             inject_adapter_in_model(peft, model)  # and freezes the rest
         elif config.optimizer.whiten_text_input:
@@ -255,12 +257,15 @@ class Pretrain(Stage):
     def state(self) -> dict[str, Any]:
         """Which data and encoders the run reads, and the coordinates of a whitened layer."""
         facts = {"rows": self.batches.counts, "encoders": self.encoders.fingerprint}
+        facts |= {"adapted": self._adapted} if self.config.lora.rank else {}
         return facts | weights.white_roots(self.model)
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Compares data and encoders with those of the checkpoint and restores its whitening."""
         if state["encoders"] != self.encoders.fingerprint:
             raise InvalidValue(f"data.encoders={self.config.data.encoders}: the run was started with other encoders")
+        if self.config.lora.rank and state.get("adapted", self._adapted) != self._adapted:
+            raise InvalidValue(f"start_from={self.config.start_from}: the adapter was begun on another model")
         self.batches.compare(state["rows"])
         roots = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         if roots.keys() == weights.white_roots(self.model).keys():  # otherwise the engine's comparison raises

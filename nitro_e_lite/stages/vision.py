@@ -93,7 +93,7 @@ class OutlineLearner(nn.Module):
         pixels = prepare_pixels(images.to(device), GRID * config.patch_size)  # (B, 3, H, W)
         outlines, owner = (x.to(device) for x in patch_outlines(images, config.patch_size))  # (S, 256), (B, N)
         features = patch_features(self.vision, pixels)  # (B, N, D)
-        known = torch.cdist(outlines, self.kinds).argmin(1)[owner[owner >= 0]]  # (patches of segments,)
+        known = torch.cdist(outlines, self.kinds.float()).argmin(1)[owner[owner >= 0]]  # (patches of segments,)
         guess = self.kind(features[owner >= 0])
         kind_loss = F.cross_entropy(guess, known)
         pixel_loss = (self.pixels(features) - cut_patches(pixels, config.patch_size)).abs().mean()

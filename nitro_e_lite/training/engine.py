@@ -310,7 +310,9 @@ class Engine:
                     key = self._named(name, key)
                     row[key] = row.get(key, 0.0) + mean.detach()
         learning = {name: one for name, one in self.learners.items() if self._named(name, "loss") in row}
-        losses, norms = self._agree({name: row[self._named(name, "loss")] for name in learning}), []
+        # what may jump is the error of the answer: with REPA's cosine the sum may lie anywhere around zero
+        watched = {name: row.get(self._named(name, "flow_loss"), row[self._named(name, "loss")]) for name in learning}
+        losses, norms = self._agree(watched), []
         for name, learner in learning.items():
             with self.clock.measure("communication"):
                 average_gradients(list(learner.masters.values()), self.config.reduction)
