@@ -185,7 +185,8 @@ HPS = "-----------benchmark score ---------------- \n" + "".join(
 def test_outputs_of_the_tools_are_read_and_counted(prompts, tmp_path):
     (tmp_path / "dpg.txt").write_text(DPG)
     wanted = targets("dpg", prompts / "dpg")
-    assert read_scores("dpg", tmp_path / "dpg.txt", wanted) == {"overall": 50, "images": 2, "images_expected": 2}
+    whole = {"overall": 50, "images": 2, "images_expected": 2, "patched": True}
+    assert read_scores("dpg", tmp_path / "dpg.txt", wanted) == whole
     (tmp_path / "dpg.txt").write_text(DPG.split("\n", 1)[1])  # the row that the tool drops as published
     with pytest.raises(ValueError, match=r"no score of 0.png, the first of 1; the mean would be of fewer"):
         read_scores("dpg", tmp_path / "dpg.txt", wanted)
@@ -249,6 +250,7 @@ def test_scores_become_a_card_with_the_recipe_of_the_pictures(prompts, quick, tm
     assert found.exit_code == 0, found.output
     card = json.loads((tmp_path / "card.json").read_text())
     assert card["overall"] == 12.5 and card["images"] == 2 and card["steps"] == 1 and card["resize"] == "clean"
+    assert "below 2,048 pictures the covariance is singular" in found.stderr
     cards.check(card)
     with monkeypatch.context() as patch:  # the score is told before a full disk takes the card
         patch.setattr(cards, "write", lambda *_: (_ for _ in ()).throw(NotWritten("card.json: could not be written")))
@@ -256,6 +258,9 @@ def test_scores_become_a_card_with_the_recipe_of_the_pictures(prompts, quick, tm
     assert found.exit_code == 2 and "overall" in found.stdout and "12.5" in found.stdout
     with pytest.raises(ValueError, match="made from 1 pictures, 2 asked for"):
         cards.check(card | {"images": 1})
+    (tmp_path / "pictures" / "00001.png").unlink()  # a tool would sum up what is left
+    with pytest.raises(ValueError, match="00001.png is missing, the first of 1"):
+        official_tools.make_card("fid", wanted, {}, tmp_path / "pictures")
     with pytest.raises(FileNotFoundError, match="it tells what the pictures are"):
         official_tools.make_card("fid", wanted, {}, tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="holds pictures for fid, not for dpg"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nitro_e_lite.evaluation import cards, claims, tables
+from nitro_e_lite.files import weights_dir
 from nitro_e_lite.scenes.geneval import Prompt, Verdict, score
 from nitro_e_lite.viz import LEDGER
 
@@ -232,6 +233,26 @@ def test_looks_of_other_prompts_are_refused_and_no_diversity_is_no_share(found):
     assert cards.kept_diversity(looks, looks | {"diversity_by_prompt": [0.0] * 300}) is None
     alone = dict(found["lite"]) | {"appearance": looks | {"diversity": None, "diversity_by_prompt": [None] * 300}}
     assert " | - | " in tables.lite_models({"lite": alone}).splitlines()[2].partition("±")[2][12:]
+
+
+def test_the_card_of_lite_grpo_says_what_the_result_cards_say(found):
+    text = (weights_dir() / "lite-grpo" / "README.md").read_text(encoding="utf-8")
+    before, after, guided = (found[name] for name in ("lite_10_unguided", "lite-grpo", "lite"))
+    rows = [
+        ("{:.3f}", lambda card: card["overall"]),
+        ("{:.3f}", lambda card: card["categories"]["two_object"]),
+        ("{:.3f}", lambda card: card["appearance"]["reader"]),
+        ("{:.2f}", lambda card: card["appearance"]["preference"]),
+        ("{:.1f}", lambda card: 1000 * card["appearance"]["kid"][0]),
+    ]
+    for form, value in rows:
+        assert " | ".join(form.format(value(card)) for card in (before, after, guided)) + " |" in text
+    for other, form in ((before, "{:+.3f} ({:+.3f} to {:+.3f}) right"), (guided, "{:+.3f} ({:+.3f} to {:+.3f})")):
+        told = cards.difference(after, other)
+        assert form.format(*told["score"]) in text and f"{told['diversity']:.3f}" in text
+        assert told["diversity"] > 0.8  # less would be a collapse
+    rare = found["lite-grpo_compositions"]
+    assert f"{rare['overall']:.3f} ({rare['low']:.3f} to {rare['high']:.3f})" in text
 
 
 def test_the_command_of_a_card_names_no_place_of_a_machine():

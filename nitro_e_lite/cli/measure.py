@@ -24,6 +24,7 @@ from nitro_e_lite.cli.terminal import (
     Variant,
     command,
     console,
+    errors,
     output,
     say,
     settings,
@@ -33,6 +34,7 @@ from nitro_e_lite.errors import InvalidValue, Unusable
 from nitro_e_lite.files import check_output
 
 MAX_SEEDS = 10_000
+FID_PICTURES = 2048  # as many as the features have numbers
 
 app = typer.Typer()
 reward_app = typer.Typer(help="Judges that other programs can ask.", no_args_is_help=True)
@@ -368,6 +370,11 @@ def scores(
         wanted = official_tools.targets(tool, prompts)
         found = official_tools.read_scores(tool, printed, wanted)
         result |= official_tools.make_card(tool, wanted, found, folder)
+        whole = cards.PICTURES.get(tool, 0)
+        if found["images"] < whole:
+            errors.print(f"Warning: {found['images']:,} pictures; {tool} has {whole:,}, and only they make its score.")
+        if tool == "fid" and found["images"] < FID_PICTURES:
+            errors.print(f"Warning: below {FID_PICTURES:,} pictures the covariance is singular; it says little.")
         if not json:
             rows = [[name, f"{value:.4f}"] for name, value in found.get("categories", {}).items()]
             show_table(f"{tool}, {found['images']} pictures", ["", ""], [*rows, ["overall", f"{found['overall']:.4f}"]])

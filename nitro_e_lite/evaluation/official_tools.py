@@ -84,7 +84,8 @@ def targets(tool: str, prompts: str | Path) -> list[Target]:
             list for each style. ImageReward and FID: see `sources.read_prompts`.
 
     Raises:
-        ValueError: not as many prompts as the benchmark has, an empty one, or a file that holds something else.
+        ValueError: not as many prompts as DPG or HPSv2.1 have, an empty one, or a file that holds something else. For
+            GenEval a list may be one's own; a result card is made of its 553 prompts alone.
         FileNotFoundError: nothing there.
     """
     if tool not in TOOLS:
@@ -300,11 +301,12 @@ def read_scores(tool: str, path: str | Path, wanted: Sequence[Target]) -> dict[s
         rows = {style: float(score) for style, score in lines}
         _same_names(path, rows, STYLES)
         styles = {style: rows[style] / (100 if rows[style] > 100 else 1) for style in STYLES}  # the hundredfold mode
-        return _counted(path, fmean(styles.values()), len(wanted), wanted) | {"categories": styles}
+        return _counted(path, fmean(styles.values()), len(wanted), wanted) | {"categories": styles}  # and see make_card
     rows = dict(re.findall(rf"^(\S.*?), (?:{number}, )+({number})$", text, flags=re.MULTILINE))
     by_name = {Path(name).name: float(score) for name, score in rows.items()}
     _same_names(path, by_name, [one.path for one in wanted])
-    return _counted(path, 100 * fmean(by_name.values()), len(by_name), wanted)
+    found = _counted(path, 100 * fmean(by_name.values()), len(by_name), wanted)
+    return found | {"patched": True}  # as published, the script leaves a row out
 
 
 def _number(path: Path, row: Mapping[str, Any], name: str) -> float:
@@ -334,7 +336,8 @@ def make_card(tool: str, wanted: Sequence[Target], scores: Mapping[str, Any], ro
 
     Raises:
         FileNotFoundError: nobody exported into that folder.
-        ValueError: its pictures were exported for another tool, or of other prompts.
+        ValueError: its pictures were exported for another tool, or of other prompts, or are not all there any more:
+            tools take fewer without a word.
     """
     path = manifest_path(root)
     if not path.is_file():
@@ -344,4 +347,5 @@ def make_card(tool: str, wanted: Sequence[Target], scores: Mapping[str, Any], ro
         raise InvalidValue(f"{root}: holds pictures for {about.get('tool')}, not for {tool}")
     if about.get("prompts_sha256") != _digest(wanted):
         raise InvalidValue(f"{root}: holds pictures of other prompts; name the file that they were exported with")
+    check(tool, wanted, root)
     return about | dict(scores)
