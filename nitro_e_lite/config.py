@@ -366,6 +366,7 @@ class RewardConfig(RunConfig):
         ("geneval", 0.7),  # name and weight; a name may be the address of a server, http://HOST:PORT
         ("partial", 0.3),
     )
+    watch: tuple[Name, ...] = ()  # judges by name or address that see held-out pictures and never pay
     normalize_rewards: bool = False  # each to unit spread before they are added
     advantage_clip: PositiveNumber = 5.0
     deviation: Deviation = "batch"
@@ -390,6 +391,8 @@ class RewardConfig(RunConfig):
         _require(pictures % self.group == 0, "group", self.group, f"a divisor of updates * batch_size = {pictures}")
         names = [name for name, _ in self.rewards]
         _require(len(set(names)) == len(names), "rewards", self.rewards, "each there once")
+        both = [name for name in self.watch if name in names or self.watch.count(name) > 1]
+        _require(not both, "watch", self.watch, "judges that are no rewards, each there once")
         _require(not self.optimizer.whiten_text_input, "optimizer.whiten_text_input", True, "false for an adapter")
         if self.method == "grpo":
             _require(grpo.noise > 0, "grpo.noise", grpo.noise, "> 0 to learn by: the ODE has no density")

@@ -240,6 +240,18 @@ def test_a_run_on_a_file_of_prompts(small, tmp_path):
     assert same(found["whole"], found["parts"])
 
 
+def test_a_judge_that_never_pays_watches_the_held_out_pictures(small, tmp_path):
+    stage = start(small("forward", "watch=[preference, partial]"), tmp_path).stage
+    found = LOOKS["validate"](stage)
+    assert (
+        found["held_out_redness"] != 0 and math.isfinite(found["held_out_preference"]) and "held_out_partial" in found
+    )
+    assert [reward.name for reward in stage.rewards] == ["redness"] and "preference" in stage.examples
+    for wrong in ("watch=[redness]", "watch=[partial, partial]"):
+        with pytest.raises(ValueError, match="watch=.*: must be judges that are no rewards"):
+            small("forward", wrong)
+
+
 def test_rewards_of_scenes_read_a_file_about_scenes_and_refuse_another(small, tmp_path):
     asked, file = geneval.load_prompts()[:100:5], tmp_path / "prompts.jsonl"
     pictures = np.stack([render(geneval.true_scene(prompt)) for prompt in asked[:4]])
@@ -814,6 +826,7 @@ def test_killed_anywhere_and_resumed_it_has_the_same_bits(method, where, call, w
     ("method", "way", "error", "words"),
     [
         ("forward", "breaks", RuntimeError, "answered 500"),
+        ("forward", "slow", RuntimeError, "no answer within 0.5 s"),
         ("forward", "nan", FloatingPointError, "scores are NaN"),
         ("grpo", "nan", FloatingPointError, "scores are NaN"),
         ("grpo", "few", RuntimeError, "scores for 2 pictures"),
@@ -834,7 +847,7 @@ def test_nothing_is_lost_when_a_reward_server_fails(method, way, error, words, w
 
     reward = Ill()
     with served(reward) as server:
-        alone = [f"rewards=[['{server.url}', 1.0]]", "reward_retries=0", "checkpoint_every=99"]
+        alone = [f"rewards=[['{server.url}', 1.0]]", "reward_retries=0", "checkpoint_every=99", "reward_timeout=0.5"]
         config = override(whole[method][0], alone)
         with pytest.raises(error, match=f"reward redness@{re.escape(server.url)}: .*{words}.*step 2 is saved"):
             train_rewards(config, tmp_path, device="cpu")

@@ -234,13 +234,17 @@ def _rewards(config: RewardConfig) -> Iterator[Finding]:
             opened, begin = rewards.open_rewards([name], config.reward_timeout, retries=0), time.perf_counter()
             ((good, bad),) = rewards.preflight(opened).values()
             hours = (time.perf_counter() - begin) / 2 * pictures / len(name.split(",")) / 3600
-            says = f"a red circle, as asked for, {good:.2f}; a blue square in its place {bad:.2f}; "
+            shown = ("its good picture", "its bad one")
+            if not getattr(opened[0], "examples", None):
+                shown = ("a red circle, as asked for,", "a blue square in its place")
+            says = f"{shown[0]} {good:.2f}; {shown[1]} {bad:.2f}; "
             says += f"at this pace {hours:,.1f} hours for the run's {pictures:,} pictures"
             return Finding(f"reward: {name}", True, says)
         except UserError as error:
             return Finding(f"reward: {name}", False, str(error))
 
-    yield from _together(ask, dict.fromkeys(name for name, _ in config.rewards))
+    names = [*(name for name, _ in config.rewards), *config.watch]
+    yield from _together(ask, dict.fromkeys(names))
 
 
 def _holds_vision(folders: Sequence[str]) -> bool:

@@ -206,15 +206,16 @@ class Rewards(Stage):
         self.prompts = Prompts(config.seed, config.prompts, config.prompt_floor, config.pass_memory, held_out)
         servers = {"timeout": config.reward_timeout, "retries": config.reward_retries, "batch": config.reward_batch}
         names, self.reward_weights = zip(*config.rewards, strict=True)
-        self.rewards = open_rewards(names, **servers)
+        self.rewards, self.watched = open_rewards(names, **servers), open_rewards(config.watch, **servers)
         self.reader = load_judge(SceneReader) if self.prompts.of_file is None else None  # it never rewards
-        check_prompts(self.rewards, self.prompts.all_of_file())
+        check_prompts([*self.rewards, *self.watched], self.prompts.all_of_file())
         self.early_stop = EarlyStop(config.stop_drop, config.stop_diversity, config.snapshot_every)
         self.pipeline = load_pipeline(config.start_from, placement.device, torch.float32)
         self.pipeline.set_progress_bar_config(disable=True)
         _check_ode(config.start_from, self.pipeline)
         self.model = self.pipeline.transformer
-        self.examples = preflight(self.rewards, self.model.config.sample_size * self.pipeline.vae_scale_factor)
+        side = self.model.config.sample_size * self.pipeline.vae_scale_factor
+        self.examples = preflight([*self.rewards, *self.watched], side)
         parts = {name: getattr(self.pipeline, name) for name in ("transformer", "vae", "text_encoder")}
         self.base = weights_hash(parts)
         for name in ("vae", "text_encoder"):
@@ -408,7 +409,9 @@ class Rewards(Stage):
     # -- looking at the run
 
     def validate(self) -> dict[str, float]:
-        """GenEval-lite of fixed held-out prompts, drawn as in roll-outs; with a file the rewards of its held-out ones.
+        """GenEval-lite of fixed held-out prompts, drawn as in roll-outs, and what all judges say of the pictures.
+
+        With a file its held-out prompts are drawn, and only its rewards and `watch` are asked.
 
         Nothing where no kind of the file has ten prompts: then nothing is held out.
 
@@ -425,6 +428,7 @@ class Rewards(Stage):
         found = score(prompts, verdicts)
         by_kind = {f"geneval_{kind}": value for kind, value in found.categories.items()}
         by_kind["held_out_reader"] = float(self.reader.right(np.stack(pictures), prompts).mean())
+        by_kind |= self._asked(np.stack(pictures), prompts)
         self._watch(found.overall)
         return {"geneval": found.overall, "geneval_low": found.low, "geneval_high": found.high, **by_kind}
 
@@ -432,11 +436,16 @@ class Rewards(Stage):
         prompts = self.prompts.held_out
         if not prompts:
             return {}
-        pictures, found = np.stack(self._draw(prompts)), {}
-        for reward in self.rewards:
-            said = check_scores(reward.name, reward.score(pictures, prompts), len(prompts), constant=False)
-            found[f"held_out_{reward.name}"] = float(said.mean())
+        found = self._asked(np.stack(self._draw(prompts)), prompts)
         self._watch(next(iter(found.values())))
+        return found
+
+    def _asked(self, pictures: np.ndarray, prompts: Sequence[Prompt | FilePrompt]) -> dict[str, float]:
+        """What each reward, and each judge that never pays, says of held-out pictures, on average."""
+        found = {}
+        for judge in (*self.rewards, *self.watched):
+            said = check_scores(judge.name, judge.score(pictures, prompts), len(prompts), constant=False)
+            found[f"held_out_{judge.name}"] = float(said.mean())
         return found
 
     def _watch(self, score: float) -> None:
