@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from typer.testing import CliRunner
 
 from nitro_e_lite.cli.app import app
@@ -27,6 +28,7 @@ from nitro_e_lite.experiments.plan import (
     pictures_encoded,
     plan,
     published_mfu,
+    snapshot_bytes,
 )
 from nitro_e_lite.experiments.plan_rewards import plan_rewards
 from nitro_e_lite.files import weights_dir
@@ -34,6 +36,7 @@ from nitro_e_lite.inference.encoders import load_encoders
 from nitro_e_lite.inference.vision import load_vision
 from nitro_e_lite.model.cpu_kernels import plain_operations
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
+from nitro_e_lite.model.official_weights import lora_targets
 from nitro_e_lite.presets import preset
 from nitro_e_lite.stages.pretrain import Pretrain
 from nitro_e_lite.training.engine import Engine
@@ -139,6 +142,22 @@ def test_memory_and_hours_of_1024_px_are_those_in_readme():
     said = f"{found.needed / 1e9:.0f} GB a GPU, {one.hours['all stored']:.1f} h on 8 MI300X at 20 % of the peak"
     assert said in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     assert found.needed < found.capacity
+
+
+def test_of_a_lora_its_own_numbers_alone_are_kept():
+    """A fine-tuning with an adapter was refused for want of 20 GB that it never writes."""
+    config = override(
+        preset("finetune", "smoke"), ["lora.rank=4", "lora.targets=attention_mlp", "optimizer.name=adamw"]
+    )
+    model = EMMDiTTransformer2DModel(**to_dict(config.model))
+    peft = LoraConfig(r=4, target_modules=lora_targets(model, mlp=True))
+    inject_adapter_in_model(peft, model)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert checkpoint_bytes(config) == (16 if config.ema_decay else 12) * count
+    assert snapshot_bytes(config) == 2 * count
+    full = override(preset("finetune", "full"), ["lora.rank=16"])
+    assert checkpoint_bytes(full) < 0.02 * checkpoint_bytes(preset("finetune", "full"))
+    assert plan(full, "mi300x").needed < plan(preset("finetune", "full"), "mi300x").needed
 
 
 def test_a_checkpoint_is_as_large_as_planned(tmp_path):

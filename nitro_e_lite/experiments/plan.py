@@ -55,6 +55,7 @@ from nitro_e_lite.model.flops import (
     build_on_meta,
     model_flops,
 )
+from nitro_e_lite.model.official_weights import lora_targets
 from nitro_e_lite.model.tokens import text_length
 from nitro_e_lite.presets import preset
 from nitro_e_lite.stages.vision import VisionConfig, build_vision
@@ -215,12 +216,22 @@ def pictures_encoded(devices: int = PUBLISHED_DEVICES, peak: float = HARDWARE[PU
 def checkpoint_bytes(config: TrainConfig) -> float:
     """Bytes of one checkpoint: masters, the optimiser's state, and the average where there is one."""
     size = _state_bytes(config, _model_arguments(config), {})
-    count = _parameters(build_on_meta(_model_arguments(config)))
+    count = _trained(config, build_on_meta(_model_arguments(config)))
     return 4 * count + size["optimizer"] + size["average of the weights"]
 
 
+def _trained(config: TrainConfig, model: EMMDiTTransformer2DModel) -> int:
+    """Numbers that learn: all of the model's, or those of a LoRA on it."""
+    if not config.lora.rank:
+        return _parameters(model)
+    names = lora_targets(model, mlp=config.lora.targets == "attention_mlp")
+    return sum(config.lora.rank * sum(model.get_submodule(name).weight.shape) for name in names)
+
+
 def snapshot_bytes(config: TrainConfig) -> float:
-    """Bytes of one snapshot that stays: the transformer in bf16, without a projector."""
+    """Bytes of one snapshot that stays: the transformer in bf16, without a projector, or the LoRA alone."""
+    if config.lora.rank:
+        return 2 * _trained(config, build_on_meta(to_dict(config.model)))
     return 2 * sum(value.numel() for value in build_on_meta(to_dict(config.model)).state_dict().values())
 
 
@@ -484,12 +495,13 @@ def _state_bytes(config: TrainConfig, arguments: dict[str, Any], encoders: dict[
     """Bytes on each device that do not depend on the batch, by what they are for."""
     model = build_on_meta(arguments)
     count = _parameters(model)
-    names = hidden_matrices(model) if config.optimizer.name == "muon" else set()
+    names = hidden_matrices(model) if config.optimizer.name == "muon" and not config.lora.rank else set()
+    frozen, count = (count, _trained(config, model)) if config.lora.rank else (0, count)
     momentum = sum(p.numel() for name, p in model.named_parameters() if name in names)
     half = config.precision == "bf16"
     width = 2 if half else 4
     return {
-        "weights and gradients": count * (4 + 4 + (2 + 2 if half else 0)),
+        "weights and gradients": frozen * width + count * (4 + 4 + (2 + 2 if half else 0)),
         "optimizer": 4 * momentum + 8 * (count - momentum),
         "average of the weights": 4 * count if config.ema_decay else 0,
         "gradient bucket": 4 * min(count, BUCKET),  # averaged in float32
