@@ -22,8 +22,8 @@ def test_the_sheet_holds_200_different_pictures_over_both_verdicts_and_all_categ
     pictures, texts = sheet["pictures"], [prompt.text for prompt in load_prompts()]
     assert len({(row["prompt"], row["steps"]) for row in pictures}) == len(pictures) == 200
     assert all(row["seed"] == picture_seed(0, texts.index(row["prompt"])) for row in pictures)
-    assert 95 <= sum(row["verifier"] for row in pictures) <= 105
-    assert min(Counter((row["tag"], row["verifier"]) for row in pictures).values()) >= 5
+    assert 100 <= sum(row["verifier"] for row in pictures) <= 120  # drawn when half of them were right by version 1
+    assert min(Counter((row["tag"], row["verifier"]) for row in pictures).values()) >= 4
     assert "one reader" in sheet["about"]
 
 
@@ -73,6 +73,8 @@ def test_the_command_prints_the_table_and_every_disagreement(sheet, monkeypatch)
     shown = CliRunner().invoke(app, ["eyes"])
     assert shown.exit_code == 0, shown.output
     assert eyes.table(sheet["pictures"])[-1][-1] in shown.stdout
+    assert "Of 81 pictures of lite-grpo and lite-4step in one step that version 2" in shown.stdout
+    assert "eyes accept 68, refuse 5 and are unsure of 8" in shown.stdout
     assert shown.stdout.count("eyes say") == sum(
         row["eyes"] not in (row["verifier"], "unsure") for row in sheet["pictures"]
     )

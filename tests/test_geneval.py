@@ -271,6 +271,25 @@ def test_blobs_have_no_shape():
         assert [(d.shape, d.color) for d in detect(image)] == [("unknown", "red")]
 
 
+def test_what_is_a_little_wide_still_has_its_shape():
+    """Eyes called such squares and circles right; version 1 did not know them."""
+    y, x = (np.mgrid[:128, :128] - 63.5) / 24
+    for stretch, names in ((1.1, ["square", "circle"]), (1.18, ["unknown", "circle"]), (1.3, ["unknown"] * 2)):
+        wide, high = abs(x) / stretch**0.5, abs(y) * stretch**0.5
+        for inside, name in zip((np.maximum(wide, high) < 1, np.hypot(wide, high) < 1), names, strict=True):
+            image = GREY.copy()
+            image[inside] = RED
+            assert [d.shape for d in detect(image)] == [name], (stretch, name)
+
+
+def test_what_is_of_two_colors_has_a_shape_and_no_color():
+    image = picture(("cross", grammar.COLORS["green"], 0.5, 0.5, 0.15))
+    image[:64][image[:64, :, 0] < 150] = grammar.COLORS["yellow"]
+    assert [(d.shape, d.color) for d in detect(image)] == [("cross", "unknown")]
+    assert verify(image, Prompt("a cross", "single_object", (("cross", None),))).correct
+    assert not verify(image, Prompt("a green cross", "colors", (("cross", "green"),))).correct
+
+
 def test_odd_colors_have_no_name():
     grey_heart = picture(("heart", (110, 110, 110), 0.5, 0.5, 0.15))
     assert [(d.shape, d.color) for d in detect(grey_heart)] == [("heart", "unknown")]

@@ -193,6 +193,8 @@ def test_two_cards_are_compared_picture_by_picture(found):
     assert (told["score"][0], told["won"], told["lost"]) == (0, 0.125, 0.125)
     with pytest.raises(ValueError, match="seeds differs"):
         cards.compare(card, card | {"seeds": [1]})
+    few, more = card | {"seeds": [0], "verdicts": "1011"}, card | {"seeds": [0, 1]}  # the pictures of both count
+    assert cards.compare(few, more)[0] == -0.25 and cards.difference(more, few)["won"] == 0.25
     with pytest.raises(ValueError, match="no verdicts"):
         cards.compare(card, card | {"verdicts": ""})
     one, two = (card | {"prompts_sha256": name} for name in "ab")

@@ -636,3 +636,5 @@ def eyes_command(
             for row in result["disagree"]:
                 said = "right" if row["eyes"] else f"wrong; the verifier: {row['reason'] or 'right'}"
                 console.print(f"{row['prompt']}: eyes say {said}. {row['why']}", markup=False, soft_wrap=True)
+            if "fresh" in found:
+                console.print(eyes.say_fresh(found), markup=False, soft_wrap=True)

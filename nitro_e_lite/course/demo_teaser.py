@@ -118,5 +118,5 @@ def save(seed: int = 0) -> Path:
             "right": right,
         },
         seed=seed,
-        alt="The same six captions in three rows: twenty steps draw clean shapes, four nearly so, one a blur.",
+        alt="The same six captions in three rows: twenty steps draw clean shapes, four too, one leaves faults.",
     )

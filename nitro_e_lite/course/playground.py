@@ -40,6 +40,7 @@ from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.inference.schedules import Sampler
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.scenes.geneval import Score
+from nitro_e_lite.scenes.verifier import VERSION
 from nitro_e_lite.stages.gates import few_prompts, replay
 from nitro_e_lite.stats import share_interval
 
@@ -204,7 +205,8 @@ def write(
             raise InvalidValue(f"{twice[0]}: two names are one as the name of a file; give each its own")
     if unfit := [one for one in failed if one.trained["stage"] == "rewards"]:
         raise InvalidValue(f"failed: {unfit[0].run} is a run of rewards; the gates of distill and sprint are shown")
-    found: dict[str, Any] = {"captions": CAPTIONS, "seed": seed, "methods": [], "arms": {}, "failed": []}
+    found: dict[str, Any] = {"captions": CAPTIONS, "seed": seed, "verifier": VERSION}
+    found |= {"methods": [], "arms": {}, "failed": []}
     ends: dict[Path, float] = {}
     with files.atomic_folder(folder, "what was there is intact") as partial:
         for one in shown:

@@ -191,14 +191,17 @@ def own_list(prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 
 def same_pictures(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
-    """Refuses to compare two GenEval-lite cards that are not about the same pictures.
+    """Refuses to compare two GenEval-lite cards that are not about the same pictures; one may go on with further seeds.
 
     Raises:
         ValueError: cards of other prompts, seeds or verifiers, or without verdicts.
     """
-    for name in ("prompt_list", "seeds", "verifier", "prompts"):
+    for name in ("prompt_list", "verifier", "prompts"):
         if first.get(name) != second.get(name):
             raise InvalidValue(f"cards: {name} differs, {first.get(name)} and {second.get(name)}")
+    seeds = first["seeds"], second["seeds"]
+    if any(one != other for one, other in zip(*seeds, strict=False)):  # as far as both go
+        raise InvalidValue(f"cards: seeds differs, {seeds[0]} and {seeds[1]}")
     both = [card["prompts_sha256"] for card in (first, second) if "prompts_sha256" in card]
     if len(set(both)) == 2:
         raise InvalidValue(f"cards: both are about {first['prompt_list']}, but the prompts in it differ")
@@ -207,7 +210,7 @@ def same_pictures(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
 
 
 def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Difference of two GenEval-lite scores on the same pictures, picture by picture, with its 95 % interval.
+    """Difference of two GenEval-lite scores on the pictures of both, picture by picture, with its 95 % interval.
 
     Both are means over categories. The lists of this project have equally many prompts of each; a card about another
     list says which category each prompt is of.
@@ -216,7 +219,8 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float,
         ValueError: see `same_pictures`.
     """
     same_pictures(first, second)
-    right = [[float(mark) for mark in card["verdicts"]] for card in (first, second)]
+    both = zip(first["verdicts"], second["verdicts"], strict=False)
+    right = [[float(mark) for mark in marks] for marks in zip(*both, strict=True)]
     prompts = [k % first["prompts"] for k in range(len(right[0]))]
     tags = first.get("tags")
     return paired_interval(*right, prompts, [tags[k] for k in prompts] if tags else None)
@@ -233,8 +237,8 @@ def difference(card: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, A
     recipe = ("model", "weights_sha256", "steps", "guidance", "shift", "dtype")
     told = {name: other.get(name) for name in recipe} | {"fp8": bool(other.get("fp8"))}
     told["score"] = list(compare(card, other))
-    pairs = list(zip(card["verdicts"], other["verdicts"], strict=True))
+    pairs = list(zip(card["verdicts"], other["verdicts"], strict=False))
     told |= {name: pairs.count(pair) / len(pairs) for name, pair in (("won", ("1", "0")), ("lost", ("0", "1")))}
-    if card.get("appearance") and other.get("appearance"):
+    if card.get("appearance") and other.get("appearance") and card["seeds"] == other["seeds"]:
         told["diversity"] = kept_diversity(card["appearance"], other["appearance"])
     return told

@@ -2,14 +2,19 @@
 
 `eyes.json` has each picture's prompt, steps and seed, what the verifier says and what eyes said. One reader looked, a
 model that looks at pictures, not a panel of people. It saw pictures with their prompts and wrote down right, wrong or
-unsure with a reason before it saw any verdict. Half of the pictures are right by the verifier, half wrong; within each
-half the categories stand as evenly as there were pictures: the share that agrees belongs to this mixture.
+unsure with a reason before it saw any verdict. Half of the pictures were right by version 1 of the verifier, half
+wrong; within each half the categories stand as evenly as there were pictures: the share that agrees belongs to this
+mixture.
+
+Version 2 of the verifier was chosen on these pictures. So `fresh` holds others, of "lite-grpo" (all of its 3,360) and
+of "lite-4step" in one step (of 600): those that version 1 refused and 2 accepts. Who looked knew that.
 
 `redraw` draws any of them again and writes an empty sheet, so that other eyes can look.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +41,16 @@ def load(path: str | Path = SHEET) -> dict[str, Any]:
         raise InvalidValue(f"{name}: judged by version {sheet['verifier']} of the verifier, this is {VERSION}")
     tally(sheet["pictures"], name)
     return sheet
+
+
+def say_fresh(sheet: dict[str, Any]) -> str:
+    """What eyes say of the pictures that only the new version of the verifier accepts."""
+    fresh, version = sheet["fresh"], sheet["verifier"]
+    said = Counter(row["eyes"] for row in fresh)
+    models = " and ".join(dict.fromkeys(row["model"] for row in fresh))
+    what = f"{len(fresh)} pictures of {models} that version {version} of the verifier accepts"
+    eyes = f"eyes accept {said[True]}, refuse {said[False]} and are unsure of {said['unsure']}"
+    return f"Of {what} and the one before refused, {eyes}."
 
 
 def table(pictures: Sequence[dict[str, Any]]) -> list[list[str]]:

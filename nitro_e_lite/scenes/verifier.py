@@ -6,7 +6,7 @@ background, so the detector can be arithmetic: no network, no randomness, the sa
 1. **Segments.** Background, foreground and connected components, see `segments.py`. Objects that touch are read
    as one, of unknown shape.
 2. **Colour.** The median of the component's core, named by the nearest palette colour in CIE Lab. A core that
-   is not of one colour has none.
+   is not of one colour has none; its outline still has a shape.
 3. **Shape.** The outline is compared with templates of every shape at small angles, sharp and softened (autoencoders
    round the tips of small stars), by `IoU = sum min(a, t) / sum max(a, t)`. The best must be good and clearly better
    than the second best, otherwise the shape is "unknown": a blob between circle and square is neither.
@@ -25,10 +25,10 @@ from nitro_e_lite.scenes.grammar import COLORS, SHAPES
 from nitro_e_lite.scenes.render import signed_distance
 from nitro_e_lite.scenes.segments import Segment, centre_and_area, find_segments, outline
 
-VERSION = 1  # of the verdicts: raised when a picture may be read otherwise; cards of two versions are not compared
+VERSION = 2  # of the verdicts: raised when a picture may be read otherwise; cards of two versions are not compared
 UNKNOWN = "unknown"
-MIN_OVERLAP = 0.85  # IoU with the best template
-MIN_LEAD = 0.05  # and how much the next shape must stay behind
+MIN_OVERLAP = 0.84  # IoU with the best template
+MIN_LEAD = 0.03  # and how much the next shape must stay behind
 MAX_COLOR_DISTANCE = 26.0  # CIE Lab; the closest palette colours, blue and purple, are 28 apart
 MAX_MIXED = 0.15  # share of core pixels that may be of another colour
 ANGLES = tuple(np.linspace(-0.3, 0.3, 13))  # radians
@@ -86,12 +86,8 @@ def _describe(segment: Segment, size: tuple[int, int]) -> Detection:
     core, contrast = segment.core, segment.contrast
     limit = max(40.0, 0.4 * float(np.linalg.norm(contrast)))
     other = np.linalg.norm(segment.difference[core] - contrast, axis=1) > limit
-    if other.mean() > MAX_MIXED:
-        centre, area = centre_and_area(segment.mask)
-        color, shape, overlap = UNKNOWN, UNKNOWN, 0.0
-    else:
-        color = name_color(np.median(segment.pixels[core], 0))
-        shape, overlap, centre, area = classify(segment.coverage)
+    shape, overlap, centre, area = classify(segment.coverage)
+    color = UNKNOWN if other.mean() > MAX_MIXED else name_color(np.median(segment.pixels[core], 0))
     x, y = (centre + segment.offset + 0.5) / (size[1], size[0])
     return Detection(shape, color, float(x), float(y), float(area / (size[0] * size[1])), overlap)
 
