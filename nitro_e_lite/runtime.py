@@ -115,11 +115,11 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor` of the host on `device`; on CUDA without waiting until the device has done what it was given before.
+    """`tensor` of the host on `device`, without waiting until the device has done what it was given before.
 
-    Only memory that is pinned stays until it was copied: Metal has been seen to read what was freed.
+    Apple's GPUs are waited for: they have been seen to read memory that was freed in the meantime.
     """
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=device.type != "mps")
 
 
 def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -239,8 +239,11 @@ def test_evaluate_json(run, prompt_file):
     Path("half.json").write_text(json.dumps(json.loads(Path("half.json").read_text()) | {"fp8": "weight_only"}))
     other = run("evaluate", "--prompts", prompt_file, "--fp8", "--against", "half.json", *half, code=2).stderr
     assert "half.json was drawn in FP8 too" in other
-    few = run("evaluate", "--prompts", prompt_file, "--against", "card.json", "--seeds", "1", code=2).stderr
-    assert "seeds differs, [0] and [0, 1]" in few
+    few = run("evaluate", "--prompts", prompt_file, "--against", "card.json", *FAST, "--seeds", "1").stdout
+    assert "picture by picture: +0.000 (+0.000 to +0.000)" in few  # the pictures that both have
+    Path("other.json").write_text(json.dumps(json.loads(Path("card.json").read_text()) | {"seeds": [4, 5]}))
+    other = run("evaluate", "--prompts", prompt_file, "--against", "other.json", *FAST, code=2).stderr
+    assert "seeds differs, [0, 1] and [4, 5]" in other
 
 
 def test_evaluate_table(run, prompt_file):

@@ -66,8 +66,8 @@ class LocalBatch:
 
     def to(self, device: torch.device) -> LocalBatch:
         """The same on `device`; pinned memory is copied while others compute, and latents are made float32 there."""
-        pinned = device.type == "cuda"
-        moved = {n: x.to(device, non_blocking=pinned) for n, x in vars(self).items() if isinstance(x, Tensor)}
+        ahead = device.type != "mps"  # see `runtime.send`
+        moved = {n: x.to(device, non_blocking=ahead) for n, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **moved | {"latents": moved["latents"].float()})
 
     def microbatches(self, count: int) -> list[LocalBatch]:
