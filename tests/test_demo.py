@@ -5,14 +5,19 @@ import base64
 import contextlib
 import io
 import json
+import os
 import queue
+import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 import tomllib
+import urllib.error
+import urllib.request
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -580,3 +585,57 @@ def test_a_warm_kernel_of_any_age_waits_for_the_page_that_got_it(monkeypatch):
         clock[0] += seconds
         asyncio.run(kernels.cull_kernel_if_idle("old"))
         assert ended == expected
+
+
+def test_a_demo_that_was_full_serves_again_when_a_visitor_leaves(tiny_folder):
+    """Full, it cannot lay out the next page beforehand; that failure stood in the way of every kernel's end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = "from nitro_e_lite.course import demo_server; demo_server.MAX_VISITORS = 2\n"
+    program += "from nitro_e_lite.cli.app import app; app()"
+    words = ["demo", "--web", "--no-browser", "--port", str(port), "--model", str(tiny_folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+    process = subprocess.Popen([sys.executable, "-c", program, *words], **pipes)
+    address = f"http://127.0.0.1:{port}/"
+
+    def visit():
+        try:
+            page = urllib.request.urlopen(address, timeout=60).read().decode()
+        except urllib.error.HTTPError as error:
+            assert error.code == 503
+            return None
+        return re.search(r'"kernelId": "([^"]+)"', page)[1]
+
+    def settle(count):  # and no more than these come later: voila lays out the next page after a second
+        def kernels():
+            children = psutil.Process(process.pid).children()
+            return sum("demo_worker" not in " ".join(child.cmdline()) for child in children)
+
+        deadline = time.monotonic() + 60
+        while kernels() != count and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(2)
+        assert kernels() == count
+
+    def leave(kernel):
+        urllib.request.urlopen(f"{address}voila/api/shutdown/{kernel}", data=b"", timeout=60)
+
+    try:
+        assert any("The demo is at" in line for line in process.stdout)
+        settle(1)
+        first, second = visit(), visit()
+        settle(2)
+        leave(first)
+        settle(2)  # one of them waits for the next visitor
+        third = visit()
+        settle(2)
+        assert first and second and third and visit() is None
+        leave(second)
+        leave(third)
+        settle(1)
+        assert visit()
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)

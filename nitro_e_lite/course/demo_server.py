@@ -10,6 +10,7 @@ A notebook uses the same pages with a worker of its own, which starts when the f
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import errno
@@ -26,6 +27,7 @@ import threading
 import time
 import webbrowser
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +298,12 @@ def _watch(worker: WorkerProcess, say: Callable[[str], None], give_up: Callable[
     worker.start()
 
 
+def _drop_failed(pool: list[asyncio.Task], page: asyncio.Task) -> None:
+    """Takes a page that could not be laid out in advance from voila's pool; there it would fail every kernel's end."""
+    if not page.cancelled() and page.exception() and page in pool:
+        pool.remove(page)
+
+
 def _kernels() -> type:
     """Voila's keeper of kernels, with a bound on how many there are and an end for those whose page is gone."""
     from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
@@ -305,10 +313,20 @@ def _kernels() -> type:
     class Kernels(AsyncMappingKernelManager):
         async def start_kernel(self, *arguments: Any, **options: Any) -> str:
             if len(self) >= MAX_VISITORS:
+                for pool in self._pools.values():
+                    for page in pool:
+                        if not page.done():  # perhaps what this kernel was for
+                            page.add_done_callback(partial(_drop_failed, pool))
                 raise HTTPError(503, "The demo is full; try again in a few minutes.")
             if not os.environ.get("NITRO_E_DEBUG"):
                 options["stderr"] = subprocess.DEVNULL
             return await super().start_kernel(*arguments, **options)
+
+        async def shutdown_kernel(self, *arguments: Any, **options: Any) -> None:
+            """Makes room, also for the page that is laid out in advance."""
+            await super().shutdown_kernel(*arguments, **options)
+            for notebook in self._pools:
+                self.fill_if_needed(None, notebook)
 
         async def cull_kernel_if_idle(self, kernel_id: str) -> None:
             """Also ends a kernel whose page nobody opened; voila does not ask about the one it keeps warm.
