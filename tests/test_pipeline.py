@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from diffusers import SCMScheduler
 from PIL import Image
 from tiny import build_tiny_pipeline
 
@@ -245,11 +246,14 @@ def test_other_sizes_that_fit(tiny_pipeline):
     assert image.size == (64, 128)
 
 
-def test_compiled_steps_draw_the_same_picture(tiny_pipeline):
-    """By inductor, in one graph that serves every step: guidance is inside of it."""
+@pytest.mark.parametrize("scheduler", [None, SCMScheduler()], ids=["flow", "consistency"])
+def test_compiled_steps_draw_the_same_picture(tiny_pipeline, scheduler):
+    """By inductor, in one graph that serves every step: guidance is inside of it, or told to it."""
     size = {"in_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "caption_channels": 32}
-    one_block = EMMDiTTransformer2DModel(**size, block_groups=(1,), compression=False).eval()
-    pipeline = NitroEPipeline(**tiny_pipeline.components | {"transformer": one_block}, max_text_length=16)
+    told = {"guidance_embedding": True} if scheduler else {}
+    one_block = EMMDiTTransformer2DModel(**size, **told, block_groups=(1,), compression=False).eval()
+    parts = {"transformer": one_block} | ({"scheduler": scheduler} if scheduler else {})
+    pipeline = NitroEPipeline(**tiny_pipeline.components | parts, max_text_length=16)
     pipeline.set_progress_bar_config(disable=True)
     draw = partial(latents_of, pipeline, PROMPTS[:2], num_inference_steps=3, guidance_scale=2.5)
     expected = draw(generator=seeded(0, 1))

@@ -20,8 +20,10 @@ from nitro_e_lite.errors import GateFailed, UserError
 from nitro_e_lite.experiments.launch import launch, train_arguments
 from nitro_e_lite.experiments.worker import RUNS, run_name
 from nitro_e_lite.files import read_jsonl
+from nitro_e_lite.inference.arguments import seeded_generators
+from nitro_e_lite.inference.fp8_pipeline import FP8Note
 from nitro_e_lite.inference.loading import load_pipeline, load_transformer
-from nitro_e_lite.model import trigflow
+from nitro_e_lite.model import fp8, trigflow
 from nitro_e_lite.model.blocks import TimeEmbedding
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.presets import preset
@@ -263,6 +265,15 @@ def _draws_in_any_number_of_steps(final):
         expected = trigflow.sample(predict, noises, trigflow.times(steps, shift=1.6))
         torch.testing.assert_close(drawn.images, expected, rtol=1e-4, atol=1e-4)
         asked.clear()
+    with pytest.warns(FP8Note):
+        quick = load_pipeline(final, "cpu", torch.float32, quantization="fp8")
+    assert fp8.is_quantized(quick.transformer) and isinstance(quick.scheduler, SCMScheduler)
+    exact, rounded = (
+        one(prompt_embeds=text, num_inference_steps=2, generator=seeded_generators([0, 1]), output_type="latent").images
+        for one in (pipeline, quick)
+    )
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.1
+    asked.clear()
     other = pipeline(prompt_embeds=text, guidance_scale=9.0, num_inference_steps=1, generator=generators)
     assert len(other.images) == 2
     with pytest.raises(ValueError, match=r"attention_kwargs: \['mask'\] unknown"):  # they reach the transformer
