@@ -450,6 +450,10 @@ class StudentConfig(RunConfig):
 
     def __post_init__(self):
         _require(self.gate_low < self.gate_high, "gate_low", self.gate_low, f"below gate_high={self.gate_high}")
+        _require(self.heads.name == "adamw", "heads.name", self.heads.name, "adamw: heads have no matrices for Muon")
+        for name in ("optimizer", "heads"):
+            white = getattr(self, name).whiten_text_input
+            _require(not white, f"{name}.whiten_text_input", white, "false for a student: it starts with its teacher's")
 
 
 @settings

@@ -119,6 +119,21 @@ def test_a_killed_drawing_goes_on_and_two_processes_are_one(teacher, cache, tmp_
     assert draw(teacher, tmp_path / "killed").run()["rows"] == 0  # all is there
     with pytest.raises(ValueError, match="seed was 0 and is 1 now"):
         draw(teacher, tmp_path / "killed", seed=1)
+    for fewer in (7, ROWS - 1):
+        with pytest.raises(ValueError, match=f"prompts={fewer}: .*killed holds the pictures of {ROWS} already"):
+            draw(teacher, tmp_path / "killed", fewer)
+    assert files_of(tmp_path / "killed") == whole and read_card(tmp_path / "killed") == read_card(cache)
+    assert draw(teacher, tmp_path / "killed", ROWS + 1).run()["rows"] >= 1  # more may be added
+
+
+def test_what_no_student_could_read_is_not_drawn(teacher, tmp_path):
+    with pytest.raises(ValueError, match="student_steps: 1 is below 2"):
+        draw(teacher, tmp_path / "one", student_steps=1)
+    half = build_tiny_pipeline()
+    half.transformer.to(torch.float16)
+    with pytest.raises(ValueError, match="dtype=float16: must be float32 or bfloat16"):
+        draw(half, tmp_path / "half")
+    assert not list(tmp_path.iterdir())
 
 
 def test_prompts_from_a_file_text_stored_and_empty_lines_left_out(teacher, teacher_folder, tmp_path):
@@ -272,9 +287,23 @@ def test_gradients_reach_only_their_own_side(config, tmp_path):
     assert all(p.grad is None for p in stage.teacher.parameters())
 
 
+@pytest.mark.parametrize("changes, turns", [({}, [4, 6]), ({"misaligned": 0.0}, []), ({"adversarial_weight": 0.0}, [])])
+def test_other_captions_are_read_in_the_heads_turn_alone(config, changes, turns):
+    """They were read and encoded in every step, also of a student without heads."""
+    stage, read = stage_of(replace(config, steps=8, regression_share=0.5, **changes)), []
+    honest = stage.text
+    stage.text = lambda batch: read.append(batch.captions) or honest(batch)
+    for step in range(8):
+        read.clear()
+        batch = stage.draw(step)
+        assert len(read) == 1 + (step in turns)
+        assert torch.equal(batch.wrong, batch.text) == (step not in turns)
+        assert batch.differs.tolist() == [a != b for a, b in zip(read[0], read[-1], strict=True)]
+
+
 def test_misaligned_pairs_count_as_fake_where_the_caption_differs(config):
     stage = stage_of(replace(config, misaligned=1.0))
-    batch = stage.batch(5, 0)
+    batch = stage.batch(4, 0)
     assert batch.differs.any()
     batch = replace(batch, differs=torch.tensor([True, False, True, True]))
     asked = []
@@ -332,7 +361,7 @@ def test_killed_and_resumed_it_has_the_same_bits_and_its_folder_draws_in_four_st
     pipeline("a red circle", generator=torch.Generator().manual_seed(0))
     assert asked == [1] * 4  # four forward passes, none without the caption
     about = json.loads((tmp_path / "whole" / "config.json").read_text())
-    assert about["drawn"]["levels"] == [1.0, 0.9, 0.75, 0.5] and about["drawn"]["pictures"] == ROWS
+    assert about["drawn"]["levels"] == [1.0, 0.9, 0.75, 0.5] and about["drawn"]["folders"][0]["pictures"] == ROWS
 
 
 def test_a_students_folder_beside_the_shipped_encoders_and_shipped_itself(shipped, tmp_path, monkeypatch):
@@ -474,10 +503,38 @@ def test_the_score_decides_where_it_can(config, changes, says):
         gates.check_student(found, config.steps, 4, replace(config, gate_distance=1.0))
 
 
-def test_the_distance_of_sprint_is_that_of_one_jump():
-    config = replace(preset("sprint", "smoke"), gate_distance=1.0)
-    with pytest.raises(GateFailed, match="pictures 0.6000, its own 0.5000, both after one jump"):
+@pytest.mark.parametrize("stage, changes", [("sprint", {}), ("distill", {"jumps": True, "adversarial_weight": 0.0})])
+def test_the_distance_of_jumps_is_that_of_one(stage, changes):
+    """And the losses to look at are those that the log has."""
+    config = replace(preset(stage, "smoke"), gate_distance=1.0, **changes)
+    with pytest.raises(GateFailed, match="pictures 0.6000, its own 0.5000, both after one jump") as failed:
         gates.check_student({"distance": 0.6, "teacher_distance": 0.5}, config.steps, 2, config)
+    assert ("student_loss (still falling" in str(failed.value)) == bool(config.adversarial_weight)
+    assert ("student_adversarial (rising" in str(failed.value)) == bool(config.adversarial_weight)
+
+
+def test_a_student_goes_on_as_what_it_was(config, tmp_path):
+    """What would make another run of it is named; a reference that was measured otherwise is measured again."""
+    run = replace(config, steps=8, regression_share=0.5, gate_prompts=0, gate_pictures=0, validate_every=100)
+    started = stage_of(run)
+    started.step, started._reference = 5, {"teacher_distance": 1.0}
+    state = started.state()
+    for changes, said in (
+        ({"steps": 12}, "steps=12: a phase would begin with step 6 in place of 4, and the run is at step 5"),
+        ({"regression_share": 1.0}, "a phase would begin with step 8 in place of 4"),
+        ({"head_width": 4}, "adversarial_weight, head_width, depths: the run was started with other heads"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            stage_of(replace(run, **changes)).load_state(state)
+    early = dict(state, step=3)  # both phases are still to come
+    stage_of(replace(run, steps=12)).load_state(early)
+    without = stage_of(replace(run, adversarial_weight=0.0)).state()
+    with pytest.raises(ValueError, match="adversarial_weight, head_width, depths"):
+        stage_of(run).load_state(without)
+    for changes, kept in (({}, True), ({"gate_prompts": 1}, False)):
+        again = stage_of(replace(run, **changes))
+        again.load_state(state)
+        assert bool(again._reference) == kept
 
 
 def test_a_log_is_held_against_the_gates_afterwards(config):
@@ -560,6 +617,8 @@ def test_plan_by_hand():
     speed = 2 * 0.5 * found.peak
     assert found.hours["draw"] == pytest.approx(100 * found.picture_flops / speed / 3600)
     assert found.hours["phase 1"] == pytest.approx(4 * 4 * (3 * one + caption) / speed / 3600)
+    later = found.sample_flops["phase 2"] + 1.5 * caption  # another's caption in the heads' turns
+    assert found.hours["phase 2"] == pytest.approx(4 * 4 * later / speed / 3600)
     assert found.disk == {"latents": 100 * 2 * 8 * 256, "states": 3 * 100 * 2 * 8 * 256}
     for wrong in ({"hardware": "abacus"}, {"devices": 0}, {"pictures": 0}, {"mfu": 2.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -163,28 +163,39 @@ class Drawing:
     ):
         if draws_noise(pipeline.scheduler):
             raise InvalidValue("model: draws noise in every step; a student learns from a teacher that follows the ODE")
+        if pipeline.transformer.dtype == torch.float16:
+            raise InvalidValue("dtype=float16: must be float32 or bfloat16; these name the teacher by the same hash")
         for name, value in (("batch", batch), ("shard_rows", shard_rows), ("world", world), ("prompts", len(prompts))):
             as_integer(name, value, 1)
         self.pipeline, self.prompts, self.out = pipeline, prompts, Path(out)
         self.sampler = pipeline.sampler(steps, guidance, shift)
         self.seed, self.text, self.batch, self.shard_rows = as_integer("seed", seed, 0), text, batch, shard_rows
         self.levels = sampler_levels(
-            as_integer("student_steps", student_steps, 1, MAX_STEPS), self.sampler.shift, pipeline.config.sigma_grid
+            as_integer("student_steps", student_steps, 2, MAX_STEPS), self.sampler.shift, pipeline.config.sigma_grid
         )
         self.encoders = encoders_of(pipeline)
         firsts = range(0, len(prompts), shard_rows)
         self.parts, self._share = firsts[rank::world], (rank, world)
         card = self._card(len(firsts))
         self.shapes = array_shapes(card)
+        self._check_none_is_lost()
         keep_card(self.out, card)
         self._bar = tqdm(
             desc="drawing", unit=" pictures", disable=rank > 0, mininterval=1 if sys.stderr.isatty() else 30
         )
 
+    def _check_none_is_lost(self) -> None:
+        there = max((state["next"] for state in sidecars(self.out).values() if state), default=0)
+        if there > len(self.prompts):
+            raise InvalidValue(
+                f"prompts={len(self.prompts)}: {self.out} holds the pictures of {there} already; ask for as many or "
+                "more, or name another folder"
+            )
+
     def _card(self, parts: int) -> dict[str, Any]:
         config, grammar = self.pipeline.transformer.config, isinstance(self.prompts, GrammarPrompts)
         shape = [config.in_channels, config.sample_size, config.sample_size]
-        arrays = {"states": [len(self.levels) - 1, *shape]} if len(self.levels) > 1 else {}  # the first is the noise
+        arrays = {"states": [len(self.levels) - 1, *shape]}  # the first is the noise
         if self.text:
             arrays["text"] = [self.encoders.max_text_length, self.encoders.width]
         digest = hashlib.blake2b(digest_size=8)
@@ -277,7 +288,7 @@ class Drawing:
             walk[-1],
             [[prompt] for prompt in prompts.values()],
             text=features.cpu() if self.text else None,
-            states=states[:, 1:] if len(self.levels) > 1 else None,
+            states=states[:, 1:],
             sources=[KIND] * len(prompts),
             keys=keys,
         )
@@ -299,7 +310,7 @@ def encoders_of(pipeline: NitroEPipeline) -> Encoders:
 
 
 def teacher_hash(transformer: torch.nn.Module) -> str:
-    """Names a teacher by its weights, whatever number type they are loaded in."""
+    """Names a teacher by its weights, loaded in float32 or bfloat16."""
     return weights_hash({"transformer": transformer}, rounded_to=torch.bfloat16)
 
 
@@ -342,10 +353,6 @@ class DrawnSet:
         self._check_card(self.data.folders[0], self.card)
         if self.card["encoders"] != encoders.fingerprint:
             raise InvalidValue(f"{self.data.folders[0]}: the teacher read its captions with another language model")
-        if len(self.levels) < 2:
-            raise InvalidValue(
-                f"{self.data.folders[0]}: holds no states on the way; draw it for 2 or more student steps"
-            )
         for folder in self.data.folders[1:]:
             other = read_card(folder)
             self._check_card(folder, other)
@@ -367,12 +374,12 @@ class DrawnSet:
             damaged = f"{name}={card.get(name)!r:.80} in its card is damaged"
             raise InvalidValue(f"{folder}: {damaged}; draw it again")
 
-    def prompts(self) -> list[tuple[str, int]]:
-        """Of each folder in the order of the rows: what its card says of its prompts, and how many rows it has."""
+    def cards(self) -> list[tuple[dict[str, Any], int]]:
+        """Of each folder in the order of the rows: its card, and how many rows it has."""
         rows = {folder: 0 for folder in self.data.folders}
         for chunk in self.data.chunks:
             rows[chunk.shard.folder] += chunk.rows
-        return [(read_card(folder)["prompts"], count) for folder, count in rows.items()]
+        return [(read_card(folder), count) for folder, count in rows.items()]
 
     def __len__(self) -> int:
         return len(self.data)

@@ -82,9 +82,10 @@ def plan_distill(
     picture = steps * (2 if guidance > 1 else 1) * one + caption
     samples = _sample_flops(config, one)
     phases = {"phase 1": config.regression_steps, "phase 2": config.steps - config.regression_steps}
-    encoded = 0 if text else caption
+    read = {"phase 1": 1.0, "phase 2": 1.5 if config.adversarial_weight and config.misaligned else 1.0}  # captions
+    cost = {name: samples[name] + (0 if text else read[name] * caption) for name in phases}  # of a sample
     hours = {"draw": count * picture / speed / 3600}
-    hours |= {n: steps * config.batch_size * (samples[n] + encoded) / speed / 3600 for n, steps in phases.items()}
+    hours |= {name: steps * config.batch_size * cost[name] / speed / 3600 for name, steps in phases.items()}
     latents = count * encoders["latents"].stored
     disk = {"latents": latents, "states": (config.sampler_steps - 1) * latents}
     disk |= {"text": count * encoders["text"].stored} if text else {}

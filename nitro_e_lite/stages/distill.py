@@ -139,11 +139,21 @@ class Distill(Student):
         batch = self.batch(step, part)
         if step < self.config.regression_steps:
             return {"student": self.segment_loss(batch)}
-        if self.heads is not None and (step - self.config.regression_steps) % 2 == 0:
+        if self.judges(step):
             with torch.no_grad():
                 guess = self._guess(batch)
             return {"heads": self.heads_loss(guess, batch, part, logistic_loss, verdict)}
         return {"student": self._student_loss(batch)}
+
+    @property
+    def joining(self) -> int:
+        """Phase 2."""
+        return self.config.regression_steps
+
+    @property
+    def phases(self) -> tuple[int, ...]:
+        """Phase 2."""
+        return (self.config.regression_steps,)
 
     def _velocity(self, model: nn.Module, x_t: Tensor, text: Tensor, t: Tensor) -> Tensor:
         return model(x_t.to(self.placement.dtype), text, flow.TIMESTEP_SCALE * t).sample.float()

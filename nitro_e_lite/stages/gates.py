@@ -43,9 +43,9 @@ def few_prompts(each: int) -> list[Prompt]:
 def drawn_prompts(drawn: DrawnSet, rows: int) -> dict[str, Prompt]:
     """What the captions of the first rows ask for; nothing for folders whose prompts are not of the scene grammar."""
     found: dict[str, Prompt] = {}
-    for said, count in drawn.prompts():
-        if said.startswith(GrammarPrompts.NAME):
-            prompts = GrammarPrompts(int(said.removeprefix(GrammarPrompts.NAME)), min(count, rows))
+    for card, count in drawn.cards():
+        if card["prompts"].startswith(GrammarPrompts.NAME):
+            prompts = GrammarPrompts(int(card["prompts"].removeprefix(GrammarPrompts.NAME)), min(count, rows))
             asked = (prompt_of(sample_scene(prompts.seed, row), prompts[row]) for row in range(len(prompts)))
             found |= {prompt.text: prompt for prompt in asked if prompt}
         rows = max(0, rows - count)
@@ -121,8 +121,8 @@ def check_fine_tuned(error: float, config: StudentConfig) -> None:
         return
     raise GateFailed(
         f"gate teacher-fine-tuned, step {config.finetune_steps}: its answers are {error:.3f} of its own error away "
-        f"from those before, may be {config.gate_finetune}. Raise embedding_steps, or finetune_share (is student_loss "
-        "still falling?), or leave the old embedding: dense_time=false"
+        f"from those before, may be {config.gate_finetune}. Raise embedding_steps, or finetune_share (is "
+        f"{_losses(config)[0]} still falling?), or leave the old embedding: dense_time=false"
     )
 
 
@@ -166,10 +166,11 @@ class Balance:
         if config.gate_low <= right <= config.gate_high:
             return
         if right > config.gate_high:
-            advice = "it is too strong and teaches nothing: lower heads.lr or head_width, judge at more noise, or make "
-            advice += "the phase before it longer, so that the student's pictures are nearer to begin with"
+            advice = "it is too strong and teaches nothing: lower heads.lr, judge at more noise, or, in a new run, "
+            advice += "lower head_width or make the phase before it longer, so that the student begins nearer"
         else:
-            advice = "it is too weak and says nothing: raise heads.lr or head_width, or lower adversarial_weight"
+            advice = "it is too weak and says nothing: raise heads.lr, lower adversarial_weight, or raise head_width "
+            advice += "in a new run"
         raise GateFailed(
             f"gate discriminator-balance, step {step}: right on {right:.3f} of pictures over its last "
             f"{config.gate_window} steps, must be {config.gate_low} to {config.gate_high}; {advice}"
@@ -188,7 +189,8 @@ def check_student(found: Mapping[str, float], step: int, sampler_steps: int, con
     """
     if 4 * step < config.steps:
         return
-    walk = "one jump" if config.stage == "sprint" else f"{sampler_steps} steps"  # `Student.ends`
+    jump = config.stage == "sprint" or config.jumps  # `Student.ends`
+    walk = "one jump" if jump else f"{sampler_steps} steps"
     distance = (
         f"distance to the teacher's pictures {{distance:.4f}}, its own {{teacher_distance:.4f}}, both after {walk}"
     )
@@ -201,9 +203,14 @@ def check_student(found: Mapping[str, float], step: int, sampler_steps: int, con
         raise GateFailed(
             f"gate student-below-teacher, step {step}: the student is worse than its teacher in as many "
             f"steps without guidance: {problem.format(**found)}. Look at the pictures in samples/, at "
-            "student_loss (still falling? train longer, raise optimizer.lr) and at student_adversarial (rising? lower "
-            "adversarial_weight)"
+            f"{_losses(config)[0]} (still falling? train longer, raise optimizer.lr)"
+            + "".join(f" and at {name} (rising? lower adversarial_weight)" for name in _losses(config)[1:])
         )
+
+
+def _losses(config: StudentConfig) -> list[str]:
+    """What the log calls the student's loss, and the adversary's part of it where there is one."""
+    return ["student_loss", "student_adversarial"] if config.adversarial_weight else ["loss"]
 
 
 def replay(rows: Iterable[Mapping[str, float]], config: StudentConfig) -> GateFailed | None:

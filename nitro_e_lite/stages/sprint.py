@@ -206,7 +206,7 @@ class Sprint(Student):
         self.guide = self.teacher
         levels = torch.tensor(self.drawn.card["levels"], device=placement.device)
         self._road = trigflow.to_trig_time(levels)  # t of the states that were kept, from pi/2 on
-        self._strengths = config.guidances if config.guidance_embedding else (config.guidance,)
+        self._strengths = config.guidances if config.guidance_embedding else (max(config.guidance, NO_GUIDANCE),)
         self._no_text = self.encoders.encode_text([""]).to(placement.device, placement.dtype)  # (1, L, Dc)
 
     def _like_student(self) -> EMMDiTTransformer2DModel:
@@ -230,9 +230,7 @@ class Sprint(Student):
         strengths = torch.tensor(self._strengths)
         chosen = torch.randint(len(strengths), (count,), generator=self.stream(step, "guidance"))
         judged = trigflow.to_last(self._times(step, "judged", "judged"), self.stream(step, "max time"), config.max_time)
-        later = torch.randint(
-            min(1, len(self._road) - 1), len(self._road), (count,), generator=self.stream(step, "level")
-        )
+        later = torch.randint(1, len(self._road), (count,), generator=self.stream(step, "level"))
         begins = torch.rand(count, generator=self.stream(step, "from the noise")) < config.max_time
         rows = {
             "level": torch.where(begins, 0, later),
@@ -259,12 +257,21 @@ class Sprint(Student):
             check_fine_tuned(self.embedding_error(), self.config)
             if step:
                 self._promote(self.student.state_dict())
-        joined = step - self.config.joining_step  # of consistency and adversary
-        if self.heads is not None and joined >= 0 and joined % 2 == 0:
+        if self.judges(step):
             with torch.no_grad():
                 guess = self._guess(batch)
             return {"heads": self.heads_loss(guess, batch, part, hinge_loss, verdict)}
         return {"student": self._student_loss(batch)}
+
+    @property
+    def joining(self) -> int:
+        """Where consistency and adversary join."""
+        return self.config.joining_step
+
+    @property
+    def phases(self) -> tuple[int, ...]:
+        """Phase 2, and where consistency and adversary join."""
+        return self.config.finetune_steps, self.config.joining_step
 
     def _velocity(self, model: nn.Module, x_s: Tensor, text: Tensor, s: Tensor, guidance: Tensor | float) -> Tensor:
         told = {"guidance": guidance} if model.config.guidance_embedding else {}

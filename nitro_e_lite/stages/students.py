@@ -7,6 +7,7 @@ against the teacher at as many steps without guidance (`gates.py`).
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ class StudentBatch:
         states: (B, K + 1, C, H, W), from the noise to the picture.
         text: features (B, L, Dc).
         wrong: features of another picture's caption (B, L, Dc).
-        differs: whether that caption is another (B,).
+        differs: whether that caption is another (B,); in a step without the heads' turn both are the picture's own.
         t, noise: at which pictures are judged, (B,) in flow time, and (B, C, H, W).
     """
 
@@ -184,9 +185,13 @@ class Student(Stage):
     def draw(self, step: int) -> StudentBatch:
         """This process's rows of step `step`: a function of seed, step and row, for any number of processes."""
         rows = self.kept[batch_indices(self.config.seed, len(self.kept), self.config.batch_size, step)]
-        found, others = (self.drawn.batch(some[self.mine]) for some in (rows, np.roll(rows, -1)))
-        differs = torch.tensor([a != b for a, b in zip(found.captions, others.captions, strict=True)])
-        text, wrong = self.text(found), self.text(others)
+        found = self.drawn.batch(rows[self.mine])
+        text = wrong = self.text(found)
+        differs = torch.zeros(len(text), dtype=torch.bool)
+        if self.judges(step) and self.config.misaligned:
+            others = self.drawn.batch(np.roll(rows, -1)[self.mine])
+            differs = torch.tensor([a != b for a, b in zip(found.captions, others.captions, strict=True)])
+            wrong = self.text(others)
         t, noise = self.judged_at(step)[self.mine], self.noise(step, "renoise")
         return StudentBatch(*(x.to(self.placement.device) for x in (found.states, text, wrong, differs, t, noise)))
 
@@ -215,6 +220,16 @@ class Student(Stage):
         """The noise levels, in flow time, at which pictures of the whole batch are judged."""
 
     # -- the discriminator
+
+    def judges(self, step: int) -> bool:
+        """Whether step `step` is the heads' turn."""
+        joined = step - self.joining
+        return self.heads is not None and joined >= 0 and joined % 2 == 0
+
+    @property
+    @abstractmethod
+    def joining(self) -> int:
+        """The step from which on heads and student take turns."""
 
     def look(self, latents: Tensor, text: Tensor, batch: StudentBatch) -> list[Tensor]:
         """What the heads say of latents (B, C, H, W), noisy again; logits (B, N) of each depth."""
@@ -300,20 +315,47 @@ class Student(Stage):
 
     def state(self) -> dict[str, Any]:
         """What was drawn by whom, the gates' memory, and what spectral norms remember."""
-        facts = {"encoders": self.encoders.fingerprint, "teacher": self.teacher_hash, "rows": self.rows}
-        facts |= {"turns": self.balance.turns, "reference": self._reference, "right": self.balance.right}
+        facts = {**self._facts(), "step": self.step, "phases": list(self.phases)}
+        facts |= {"turns": self.balance.turns, "right": self.balance.right}
+        facts |= {"reference": self._reference, "reference_of": self._measured()}
         return facts | (self.heads.kept() if self.heads is not None else {})
+
+    def _facts(self) -> dict[str, Any]:
+        kept = hashlib.blake2b(self.kept.astype(np.int64).tobytes(), digest_size=8).hexdigest()
+        facts = {"encoders": self.encoders.fingerprint, "teacher": self.teacher_hash, "rows": self.rows}
+        return facts | ({"verified": kept} if self.config.data.verified else {})
+
+    def _measured(self) -> list[int]:
+        """What the teacher's reference depends on, among what may change."""
+        return [self.config.gate_prompts, self.config.sampler_steps]
+
+    @property
+    @abstractmethod
+    def phases(self) -> tuple[int, ...]:
+        """The steps with which the later phases begin."""
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Compares pictures and encoders with those of the checkpoint, and remembers what it remembered."""
-        now = {"encoders": self.encoders.fingerprint, "teacher": self.teacher_hash, "rows": self.rows}
-        for name, value in now.items():
-            if state[name] != value:
+        for name, value in self._facts().items():
+            if state.get(name, value) != value:  # a checkpoint of an older version names fewer
                 raise InvalidValue(f"{name}={value!r}: the run was started with {state[name]!r}; name another folder")
-        self._reference = state["reference"]
+        for before, now in zip(state.get("phases", self.phases), self.phases, strict=True):
+            if before != now and min(before, now) <= state["step"]:
+                raise InvalidValue(
+                    f"steps={self.config.steps}: a phase would begin with step {now} in place of {before}, and the run "
+                    f"is at step {state['step']}; keep steps and shares, or name another folder"
+                )
+        if state.get("reference_of", self._measured()) == self._measured():
+            self._reference = state["reference"]
         self.balance.restore(state["turns"], state["right"])
         if self.heads is not None:
-            self.heads.restore(state)
+            try:
+                self.heads.restore(state)
+            except (KeyError, RuntimeError):
+                raise InvalidValue(
+                    "adversarial_weight, head_width, depths: the run was started with other heads, or none; "
+                    "name another folder"
+                ) from None
 
     def data_digest(self) -> str:
         """Names the shards, their rows and which can be read."""
@@ -321,8 +363,11 @@ class Student(Stage):
 
     def describe(self) -> dict[str, Any]:
         """The encoders' fingerprint, by which a loader knows whether it has the right ones; who drew, and how."""
-        drawn = {name: self.drawn.card[name] for name in ("teacher", "sampler", "levels", "prompts", "seed")}
-        return {"encoders": self.encoders.fingerprint, "drawn": drawn | {"pictures": len(self.drawn)}}
+        drawn = {name: self.drawn.card[name] for name in ("teacher", "sampler", "levels")}
+        folders = [
+            {"prompts": card["prompts"], "seed": card["seed"], "pictures": count} for card, count in self.drawn.cards()
+        ]
+        return {"encoders": self.encoders.fingerprint, "drawn": drawn | {"folders": folders}}
 
     def save_student(self, averages: dict[str, Tensor], folder: Path) -> EMMDiTTransformer2DModel:
         """Writes the student in `save_pretrained` layout, and returns it."""

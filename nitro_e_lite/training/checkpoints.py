@@ -168,7 +168,9 @@ def compare_settings(before: dict[str, Any], now: dict[str, Any], step: int, say
         )
     if now["steps"] < step:
         raise InvalidValue(f"steps={now['steps']}: the run has been trained to step {step}")
-    changed = [text for name in now.keys() - NOT_LEARNED for text in _changes(name, before.get(name), now[name])]
+    learned = {"guidance"} if now.get("guidance_embedding") is False else set()  # by SANA-Sprint, that strength alone
+    names = now.keys() - NOT_LEARNED | learned
+    changed = [text for name in names for text in _changes(name, before.get(name), now[name])]
     if changed and say:
         warnings.warn(f"from step {step} on other settings hold: {', '.join(sorted(changed))}", stacklevel=3)
 
