@@ -176,7 +176,7 @@ class RunConfig:
     patience: PositiveNumber = 10.0  # minutes that processes wait for one another once training has begun
     compile: AnyText = ""  # back end of torch.compile, such as "inductor"; "" computes as written
     tracker: Name = "none"  # "tensorboard", "wandb", ... or "none"; "auto" is tensorboard when it is installed
-    peak_tflops: NonNegativeNumber = 0.0  # of one device in bf16, for the utilisation; 0 looks it up in `flops.py`
+    peak_tflops: NonNegativeNumber = 0.0  # of one device in bf16, for the utilisation of stages 1 and 2; 0: `flops.py`
 
 
 @settings
@@ -395,6 +395,8 @@ class RewardConfig(RunConfig):
         _require(not both, "watch", self.watch, "judges that are no rewards, each there once")
         _require(not self.optimizer.whiten_text_input, "optimizer.whiten_text_input", True, "false for an adapter")
         if self.method == "grpo":
+            rule = "0 with method='grpo', whose loss lies around zero"
+            _require(self.spike_factor == 0, "spike_factor", self.spike_factor, rule)
             _require(grpo.noise > 0, "grpo.noise", grpo.noise, "> 0 to learn by: the ODE has no density")
             _require(grpo.window <= grpo.window_range, "grpo.window", grpo.window, "at most grpo.window_range")
             last = f"below rollout_steps={self.rollout_steps}: the last step adds no noise"

@@ -5,6 +5,8 @@ and ends with code 2. Everything else (no memory on the device, a lost connectio
 keeps its traceback. Each class is a built-in error too, so that code which catches `ValueError` goes on working.
 """
 
+from collections.abc import Mapping
+
 
 class UserError(Exception):
     """A mistake that its message explains to the person who made it.
@@ -44,5 +46,17 @@ class NotFinite(UserError, FloatingPointError):
     """Numbers became NaN or infinite; the message says where, and what to change."""
 
 
+class NotFiniteScores(NotFinite):
+    """What became NaN or infinite is the answer of a judge, and not the model."""
+
+
 class GateFailed(UserError, RuntimeError):
-    """A run is not worth going on with; the message names the gate, what was measured and what to look at."""
+    """A run is not worth going on with; the message names the gate, what was measured and what to look at.
+
+    Attributes:
+        found: the measurement that it failed by, for the log; empty where the log has it already.
+    """
+
+    def __init__(self, message: str, found: Mapping[str, float] | None = None):
+        super().__init__(message)
+        self.found = dict(found or {})

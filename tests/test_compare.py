@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from nitro_e_lite import config, files, presets
-from nitro_e_lite.errors import NotFinite
+from nitro_e_lite.errors import NotFinite, NotFiniteScores
 from nitro_e_lite.experiments import compare
 from nitro_e_lite.scenes import geneval
 from nitro_e_lite.training.engine import Engine
@@ -89,6 +89,18 @@ def test_a_variant_that_comes_to_nothing_does_not_stop_the_others(tmp_path, monk
     shown = {row[:2]: row[4] for row in compare.summary(result)}
     assert shown["wild", 2] == "" and float(shown["tame", 2]) > 0
     assert measured(compare.compare(SMOKE, ways, [0], [1, 2], tmp_path, prompts, "cpu")) == measured(result)
+
+
+def test_a_judge_that_fails_is_no_result_of_a_variant(tmp_path, monkeypatch):
+    """Its NaN was written down as the end of the variant, which the same command then never went on with."""
+
+    def step(trainer):
+        raise NotFiniteScores("reward far: 2 of 2 scores are NaN")
+
+    monkeypatch.setattr(Engine, "step", step)
+    with pytest.raises(NotFiniteScores, match="reward far"):
+        compare.compare(SMOKE, {"one": []}, [0], [1], tmp_path, device="cpu")
+    assert not list(tmp_path.rglob("rows.jsonl"))
 
 
 def test_refuses_what_is_no_comparison(tmp_path):

@@ -31,9 +31,10 @@ from nitro_e_lite import config as settings
 from nitro_e_lite import files
 from nitro_e_lite.cli.app import app
 from nitro_e_lite.config import override
+from nitro_e_lite.errors import NotFiniteScores, Unusable
 from nitro_e_lite.evaluation import judge_server, learned_judges, watch
 from nitro_e_lite.evaluation import rewards as judges
-from nitro_e_lite.evaluation.rewards import RemoteReward, RewardServer
+from nitro_e_lite.evaluation.rewards import FilePrompt, RemoteReward, RewardServer
 from nitro_e_lite.experiments.launch import train_arguments
 from nitro_e_lite.experiments.ship import ship_student
 from nitro_e_lite.experiments.worker import run_name
@@ -384,6 +385,7 @@ def test_what_does_not_fit_together_is_refused(small, tmp_path):
         (["rewards=[[redness, 1.0], [redness, 2.0]]"], "each there once"),
         (["rewards=[[beauty, 1.0]]"], "'beauty' is unknown; there are geneval"),
         (["optimizer.whiten_text_input=true"], "whiten_text_input"),
+        (["spike_factor=2.0"], "spike_factor=2.0: must be 0 with method='grpo'"),
     ]:
         with pytest.raises(ValueError, match=words):
             start(small("grpo", *changes), tmp_path / "run")
@@ -529,6 +531,18 @@ def test_a_remote_reward_says_what_the_local_one_says():
             with pytest.raises(RuntimeError, match=words):
                 remote._ask(path, body)
         assert judges.preflight([remote])
+
+
+def test_a_served_judge_reads_no_more_of_a_prompt_than_it_does_here():
+    """A prompt about dogs was refused to judges that look at the pictures alone."""
+    entry = {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a red dog"}
+    prompts, pictures = [FilePrompt(entry)], np.full((1, 64, 64, 3), (200, 20, 20), np.uint8)
+    with served(judges.Redness()) as server:
+        np.testing.assert_array_equal(
+            RemoteReward(server.url).score(pictures, prompts), judges.Redness().score(pictures, prompts)
+        )
+    with served(judges.GenEvalReward()) as server, pytest.raises(RuntimeError, match="400 .*dog"):
+        RemoteReward(server.url).score(pictures, prompts)
 
 
 STAND_INS = {  # what `judge_server.py` uses of the two tools
@@ -733,6 +747,11 @@ def test_servers_of_one_judge_share_the_work_and_stand_in_for_each_other(monkeyp
             RemoteReward(f"{other.url},{second.url}")
     with pytest.raises(RuntimeError, match=f"redness@{first.url} and 1 more: http.* cannot be asked .*--resume"):
         remotes[0].score(pictures, prompts)
+    with served(Odd()) as first, served(Odd("nan")) as second:
+        remote = RemoteReward(f"{first.url},{second.url}")
+        remote.turn = 1
+        with pytest.raises(NotFiniteScores, match=f"reward redness@{second.url}: 2 of 2 scores are NaN"):
+            remote.score(pictures, prompts)
 
 
 def test_one_failure_is_tried_again_and_a_dead_server_is_named():
@@ -770,6 +789,9 @@ def test_a_constant_reward_stops_the_run_by_name(small, tmp_path, monkeypatch):
     monkeypatch.setitem(judges.LITE_REWARDS, "stuck", Stuck)
     with pytest.raises(RuntimeError, match=r"reward stuck: all 8 scores are 0\.5; .*step 0 is saved"):
         train_rewards(small("forward", "rewards=[[stuck, 1.0]]"), tmp_path, device="cpu")
+    with pytest.raises(Unusable) as failed:
+        start(small("forward", "rewards=[[stuck, 1.0]]"), tmp_path / "again").step()
+    assert failed.value.everywhere  # each process has the scores of all: the others wait until the first has saved
 
 
 def test_a_collapsing_run_is_stopped(small, tmp_path, monkeypatch):
@@ -788,6 +810,27 @@ def test_a_collapsing_run_is_stopped(small, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="gate diversity: "):
         train_rewards(config, tmp_path, device="cpu")
     assert 4 <= drawn[-1] < 11 and not (tmp_path / "final").exists()
+    distances = [row["group_distance"] for row in read_jsonl(tmp_path / "metrics.jsonl")]
+    assert distances[-1] < 0.1 * distances[0]  # what it was stopped by is in the log
+
+
+def test_what_a_run_was_stopped_by_is_in_its_log_under_the_step_that_was_measured(small, tmp_path, monkeypatch):
+    """Also where a validation comes in the middle of an iteration."""
+    scores = iter([0.5, 0.8, 0.6])
+
+    def validate(self):
+        found = {"geneval": next(scores)}
+        self._watch(found["geneval"], found)
+        return found
+
+    monkeypatch.setattr(Rewards, "validate", validate)
+    config = small("forward", "steps=12", "updates=4", "validate_every=2", "stop_drop=0.1")
+    with pytest.raises(RuntimeError, match=r"gate held-out: at step 6 .* 0\.600, .*its best was step 4"):
+        train_rewards(config, tmp_path, device="cpu")
+    rows = [(row["step"], row["geneval"]) for row in read_jsonl(tmp_path / "metrics.jsonl") if "geneval" in row]
+    assert rows == [(2, 0.5), (4, 0.8), (6, 0.6)]
+    with pytest.warns(UserWarning, match="other settings hold: guidance 0.0 -> 2.0"):
+        start(small("forward", "steps=12", "updates=4", "guidance=2.0"), tmp_path, resume=True)
 
 
 class Killed(BaseException):

@@ -274,7 +274,7 @@ def compare_command(
         variants = dict(compare.read_variant(text) for text in variant)
         if len(variants) < len(variant):
             raise InvalidValue(f"variant: {len(variant)} variants with {len(variants)} names; give each its own")
-        as_integer("prompts", prompts, 0)
+        as_integer("prompts", prompts, 1 if stage == "rewards" else 0)
         as_integer("pairs", pairs, 2 if pairs else 0)
         steps, numbers = whole_numbers("points", points), whole_numbers("seeds", seeds)
         if stage == "rewards":

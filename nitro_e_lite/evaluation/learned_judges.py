@@ -39,7 +39,7 @@ WIDTHS = (16, 32, 64)  # after each halving
 
 
 class _Trunk(nn.Sequential):
-    """Pixels (B, 3, 128, 128) to features (B, 64, 16, 16), each of which sees 95 pixels a side."""
+    """Pixels (B, 3, 128, 128) to features (B, 64, 16, 16), each of which sees 63 pixels a side."""
 
     def __init__(self):
         layers, last = [], 3

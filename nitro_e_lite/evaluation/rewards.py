@@ -48,7 +48,7 @@ import numpy as np
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
-from nitro_e_lite.errors import InvalidValue, NotFinite, Unusable
+from nitro_e_lite.errors import InvalidValue, NotFiniteScores, Unusable
 from nitro_e_lite.evaluation.learned_judges import PreferenceModel, load_judge
 from nitro_e_lite.evaluation.official_geneval import check_entry
 from nitro_e_lite.files import explain_json, read_json_line
@@ -270,7 +270,7 @@ def check_scores(name: str, scores: np.ndarray, count: int, constant: bool = Tru
         raise Unusable(f"reward {name}: {found.shape} scores for {count} pictures; must be one for each")
     if not np.isfinite(found).all():
         bad = int((~np.isfinite(found)).sum())
-        raise NotFinite(
+        raise NotFiniteScores(
             f"reward {name}: {bad} of {count} scores are NaN or infinite; look at the judge before going on"
         )
     if constant and count > 1 and np.ptp(found) == 0:
@@ -354,12 +354,14 @@ class RemoteReward:
     def __init__(self, url: str, timeout: float = 60, retries: int = 3, batch: int = 16, wait: float = 0.5):
         self.timeout, self.retries, self.batch, self.wait = timeout, retries, batch, wait
         self.urls, self.turn = [one.strip().rstrip("/") for one in url.split(",") if one.strip()], 0
+        self._judge = ""  # its name, until which nobody knows it
         told = [self._ready(turn) for turn in range(len(self.urls))]
         if len(names := {one.get("name", "remote") for one in told}) > 1:
             raise Unusable(f"reward {url}: these serve different judges, {', '.join(sorted(map(str, names)))}")
         self.turn = rank_and_world()[0] % len(self.urls)
         more = f" and {len(self.urls) - 1} more" if len(self.urls) > 1 else ""
-        self.name = f"{names.pop()}@{self.urls[0]}{more}"
+        self._judge = f"{names.pop()}@"
+        self.name = f"{self._judge}{self.urls[0]}{more}"
         self.examples = self._examples(told[0].get("examples"))
 
     def _ready(self, turn: int) -> dict[str, Any]:
@@ -388,9 +390,14 @@ class RemoteReward:
             answer = self._ask("/score", json.dumps(request).encode())
             said = answer.get("scores") if isinstance(answer, dict) else None
             if not isinstance(said, list):
-                raise Unusable(f"reward {self.name}: answered {answer!r:.200}; must be {{'scores': [...]}}")
-            scores += check_scores(self.name, said, len(asked), constant=False).tolist()
+                raise Unusable(f"reward {self._asked}: answered {answer!r:.200}; must be {{'scores': [...]}}")
+            scores += check_scores(self._asked, said, len(asked), constant=False).tolist()
         return np.array(scores)
+
+    @property
+    def _asked(self) -> str:
+        """The judge, and which of its servers was asked last."""
+        return f"{self._judge}{self.urls[self.turn]}"
 
     def _ask(self, path: str, body: bytes | None, others: bool = True) -> Any:
         wait, tries = self.wait, self.retries + 1
@@ -407,7 +414,7 @@ class RemoteReward:
             except Exception as error:  # http.client's own: no address, or an answer that breaks off
                 code, reason = 0, f"cannot be asked ({type(error).__name__}: {error})"
             if 300 <= code < 500:  # the request is at fault, and would be again
-                raise Unusable(f"reward {self.name}: {reason}")
+                raise Unusable(f"reward {self._asked}: {reason}")
             if others and len(self.urls) > 1:
                 reason = f"{self.urls[self.turn]} {reason}"
                 self.turn = (self.turn + 1) % len(self.urls)
@@ -473,13 +480,13 @@ class RewardServer(ThreadingHTTPServer):
     Args:
         reward: what it gives.
         host, port: where it listens; port 0 takes a free one. It knows no passwords: keep it on a trusted network.
-        read_prompt: makes the reward's prompt from GenEval metadata.
+        read_prompt: makes the reward's prompt from GenEval metadata; None: whatever these ask for.
     """
 
     daemon_threads = True
 
-    def __init__(self, reward: Reward, host: str = "127.0.0.1", port: int = 0, read_prompt=Prompt.from_metadata):
-        self.reward, self.read_prompt = reward, read_prompt
+    def __init__(self, reward: Reward, host: str = "127.0.0.1", port: int = 0, read_prompt=None):
+        self.reward, self.read_prompt = reward, read_prompt or (lambda entry: FilePrompt(check_entry(entry)))
         super().__init__((host, port), _Handler)
 
     @property

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from nitro_e_lite.config import FACTS, RewardConfig, TrainConfig, override, to_dict
-from nitro_e_lite.errors import InvalidValue, NotFinite
+from nitro_e_lite.errors import InvalidValue, NotFinite, NotFiniteScores
 from nitro_e_lite.evaluation.geneval_lite import evaluate
 from nitro_e_lite.evaluation.sensitivity import caption_sensitivity
 from nitro_e_lite.files import check_output, read_jsonl, run_lock, write_atomically
@@ -140,6 +140,8 @@ def _run(
         while engine.global_step < point:
             try:
                 engine.step()
+            except NotFiniteScores:  # a judge has: that says nothing of the variant
+                raise
             except NotFinite as error:  # this variant has come to nothing, which is a result; the others go on
                 warnings.warn(f"{folder}: {error}", stacklevel=2)
                 with MetricsWriter(file) as kept:

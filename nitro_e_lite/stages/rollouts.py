@@ -39,7 +39,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from nitro_e_lite.config import RewardConfig
-from nitro_e_lite.errors import InvalidValue, NotFinite, Unusable
+from nitro_e_lite.errors import GateFailed, InvalidValue, NotFinite, Unusable
 from nitro_e_lite.evaluation.geneval_lite import draw, picture_seed
 from nitro_e_lite.evaluation.learned_judges import SceneReader, load_judge
 from nitro_e_lite.evaluation.official_geneval import read_metadata
@@ -228,6 +228,7 @@ class Rewards(Stage):
         self.rollout: dict[str, Tensor] = {}
         self.teaches: list[bool] = []  # by row: whether it counts
         self.rollout_step, self.asked, self.report = -1, [], {}
+        self.done = 0  # steps
         self.no_text = self.pipeline.encode_captions([""])  # (1, L, Dc)
 
     def _adapt(self) -> dict[str, Tensor]:
@@ -324,7 +325,7 @@ class Rewards(Stage):
             step, part: see `Stage.losses`.
             taught: leave out rows that would count for nothing, and with them their cost; "weight" makes up for it.
         """
-        first = step - step % self.config.updates
+        first, self.done = step - step % self.config.updates, step + 1
         if self.rollout_step != first:
             self.before_rollout(first)
             self._roll_out(first)
@@ -370,10 +371,14 @@ class Rewards(Stage):
             failed.everywhere = True
             raise failed
         rollout = {name: fill_rows(torch.cat([one[name] for one in kept]), places, count) for name in kept[0]}
-        seen = rollout.pop("seen").double().mean(0).tolist()
-        scores = rollout["scores"].double().cpu().numpy()  # (n, R)
-        for reward, column in zip(self.rewards, scores.T, strict=True):
-            check_scores(reward.name, column, count)
+        seen = rollout.pop("seen").cpu().double().mean(0).tolist()  # Apple's GPUs have no float64
+        scores = rollout["scores"].cpu().double().numpy()  # (n, R)
+        try:
+            for reward, column in zip(self.rewards, scores.T, strict=True):
+                check_scores(reward.name, column, count)
+        except (NotFinite, Unusable) as error:
+            error.everywhere = True
+            raise
         total = torch.from_numpy(add_rewards(scores, self.reward_weights, config.normalize_rewards))
         advantages, flat = group_advantages(total, config.group, config.advantage_clip, config.deviation)
         weights = row_weights(flat, config.batch_size, config.drop_flat_groups)
@@ -389,7 +394,11 @@ class Rewards(Stage):
         }
         names = STATISTICS if self.reader is None else (*STATISTICS, "reader")
         self.report |= dict(zip(names, seen, strict=True))
-        self.early_stop.rolled_out(step, self.report["group_distance"])
+        try:
+            self.early_stop.rolled_out(step, self.report["group_distance"])
+        except GateFailed as failed:
+            failed.found = self.report
+            raise
 
     def _judge(self, latents: Tensor, prompts: Sequence[Prompt | FilePrompt]) -> tuple[Tensor, Tensor]:
         """What each reward says of the pictures (n, R), and what is seen in them that is not paid for (n, S)."""
@@ -429,15 +438,16 @@ class Rewards(Stage):
         by_kind = {f"geneval_{kind}": value for kind, value in found.categories.items()}
         by_kind["held_out_reader"] = float(self.reader.right(np.stack(pictures), prompts).mean())
         by_kind |= self._asked(np.stack(pictures), prompts)
-        self._watch(found.overall)
-        return {"geneval": found.overall, "geneval_low": found.low, "geneval_high": found.high, **by_kind}
+        measured = {"geneval": found.overall, "geneval_low": found.low, "geneval_high": found.high, **by_kind}
+        self._watch(found.overall, measured)
+        return measured
 
     def _validate_on_file(self) -> dict[str, float]:
         prompts = self.prompts.held_out
         if not prompts:
             return {}
         found = self._asked(np.stack(self._draw(prompts)), prompts)
-        self._watch(next(iter(found.values())))
+        self._watch(next(iter(found.values())), found)
         return found
 
     def _asked(self, pictures: np.ndarray, prompts: Sequence[Prompt | FilePrompt]) -> dict[str, float]:
@@ -448,10 +458,13 @@ class Rewards(Stage):
             found[f"held_out_{judge.name}"] = float(said.mean())
         return found
 
-    def _watch(self, score: float) -> None:
-        done = self.rollout_step + self.config.updates
-        if done < self.config.steps:
-            self.early_stop.held_out(done, score)
+    def _watch(self, score: float, measured: dict[str, float]) -> None:
+        if self.done < self.config.steps:
+            try:
+                self.early_stop.held_out(self.done, score)
+            except GateFailed as failed:
+                failed.found = measured
+                raise
 
     def _draw(self, prompts: Sequence[Prompt | FilePrompt], batch: int = 16) -> list[np.ndarray]:
         sampler = self.pipeline.sampler(self.config.rollout_steps, self.config.guidance, self.config.shift)
@@ -475,7 +488,8 @@ class Rewards(Stage):
         """The roll-out with the step it was made at, its prompts, the pass rates and the name of the base model."""
         tensors = {f"rollout.{name}": value for name, value in self.rollout.items()}
         asked = [prompt.metadata() for prompt in self.asked]
-        facts = {"base": self.base, "rollout_step": self.rollout_step, "asked": asked, "report": self.report}
+        facts = {"base": self.base, "rollout_step": self.rollout_step, "done": self.done}
+        facts |= {"asked": asked, "report": self.report}
         return tensors | facts | {"pass_rates": self.prompts.pass_rates, "early_stop": self.early_stop.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -490,6 +504,7 @@ class Rewards(Stage):
             raise InvalidValue(f"prompts={self.config.prompts!r}: the run was started with other kinds of prompt")
         self.prompts.pass_rates = {kind: state["pass_rates"][kind] for kind in self.prompts.pass_rates}
         self.rollout_step, self.report = state["rollout_step"], state["report"]
+        self.done = state.get("done", 0)  # a checkpoint of before it was there
         if "early_stop" in state:  # a checkpoint of before it was there
             self.early_stop.load_state(state["early_stop"])
         device = self.placement.device

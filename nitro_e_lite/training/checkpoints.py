@@ -169,6 +169,7 @@ def compare_settings(before: dict[str, Any], now: dict[str, Any], step: int, say
     if now["steps"] < step:
         raise InvalidValue(f"steps={now['steps']}: the run has been trained to step {step}")
     learned = {"guidance"} if now.get("guidance_embedding") is False else set()  # by SANA-Sprint, that strength alone
+    learned |= {"guidance", "shift"} if now.get("stage") == "rewards" else set()  # its roll-outs are drawn with them
     names = now.keys() - NOT_LEARNED | learned
     changed = [text for name in names for text in _changes(name, before.get(name), now[name])]
     if changed and say:

@@ -39,7 +39,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from nitro_e_lite.config import RunConfig, to_dict
-from nitro_e_lite.errors import FileThere, InvalidValue, NotFinite, Unusable
+from nitro_e_lite.errors import FileThere, GateFailed, InvalidValue, NotFinite, Unusable
 from nitro_e_lite.files import atomic_folder, check_output, run_lock, write_atomically
 from nitro_e_lite.model.cpu_kernels import speed_up
 from nitro_e_lite.runtime import RunStopped, StopRequest, environment_report, tune_cpu
@@ -491,6 +491,10 @@ class Engine:
                     if error.everywhere:
                         self.accelerator.wait_for_everyone()  # until it is saved: the first to end ends the others
                     raise type(error)(said) from None
+                except GateFailed as failed:
+                    if main and failed.found:
+                        self.progress.write(self.global_step, failed.found)
+                    raise
                 if main:
                     self.writer.wait()
         finally:
