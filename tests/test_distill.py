@@ -393,6 +393,20 @@ def test_a_students_folder_beside_the_shipped_encoders_and_shipped_itself(shippe
     drawn_ = json.loads(found.stdout)
     assert (drawn_["steps"], drawn_["guidance"]) == (4, 0.0)
     assert demo_protocol.default_lanes()[1] == demo_protocol.Lane("lite-4step", 4, 0.0)
+    chain = {"encoders": str(shipped), "folders": ["/a/machine/drawn"]}  # as `reproduce` names them
+    taught = tmp_path / "rewards"
+    taught.mkdir()
+    (taught / "config.json").write_text(json.dumps({"config": {"stage": "rewards"}}))
+    own = about["config"] | {"data": chain, "teacher": str(taught), "start_from": ""}
+    monkeypatch.setattr(
+        "nitro_e_lite.experiments.ship.load_encoders", lambda name: SimpleNamespace(fingerprint="lite's")
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"config": own, "encoders": "another's"}))
+    with pytest.raises(ValueError, match="is no run of distill or sprint with encoders lite"):
+        ship_student(tmp_path, "lite-4step")
+    (tmp_path / "config.json").write_text(json.dumps({"config": own, "encoders": "lite's"}))
+    said = json.loads((ship_student(tmp_path, "lite-4step") / "config.json").read_text())["config"]
+    assert said["teacher"] == "lite-grpo" and said["start_from"] == "" and said["data"]["encoders"] == "lite"
     weights = load_file(folder / "final" / "diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float16}
 

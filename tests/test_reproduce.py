@@ -85,6 +85,10 @@ def test_the_chain_leaves_weights_notebooks_and_metrics_and_knows_when_it_is_don
     assert written["rows"] == rows and written["machines"].startswith("1 x ")
     with pytest.raises(ValueError, match="holds a chain with"):
         reproduce.Chain("smoke", run_dir, seed=4)
+    with monkeypatch.context() as patch:  # presets of another version of the package
+        patch.setitem(reproduce._SMALL, "vision", [*reproduce._SMALL["vision"], "batch_size=1"])
+        with pytest.raises(ValueError, match="holds a chain with .*'recipe'"):
+            reproduce.Chain("smoke", run_dir, seed=3, overrides=OVERRIDES)
 
 
 def test_at_lite_scale_the_second_student_starts_as_the_first_of_this_chain(tmp_path, monkeypatch):

@@ -998,7 +998,9 @@ def test_the_adapter_is_what_was_trained(small, tiny_folder, tmp_path, monkeypat
         assert files.best_shipped() == ("lite", None) and files.best_shipped(3) == ("lite", 3)
         with pytest.raises(ValueError, match="'lite-grpo'.*nitro-e train rewards"):
             load_pipeline("lite-grpo", "cpu")
-        run_file.write_text(json.dumps(about | {"config": about["config"] | {"start_from": "lite"}}))
+        folder = ship_student(tmp_path, "lite-grpo")  # from a folder with the same weights
+        assert files.read_json(folder / "config.json")["config"]["start_from"] == "lite"
+        run_file.write_text(json.dumps(about | {"config": about["config"] | {"start_from": "lite"}, "base": "0" * 64}))
         folder = ship_student(tmp_path, "lite-grpo")
         assert folder.name == "lite-grpo" and "hosts" not in (folder / "config.json").read_text()
         patch.setattr("nitro_e_lite.files.BEST", "lite-grpo")

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -431,22 +432,34 @@ def test_the_share_that_a_gate_looks_at_is_that_of_all_processes(config, monkeyp
     assert stage.balance.right[0].item() == 0.75
 
 
+def drop_verdicts(config):
+    for file in Path(config.data.folders[0]).glob("right-*.json"):
+        file.unlink()
+
+
 def test_only_pictures_that_the_verifier_finds_right_are_learned_from(config, monkeypatch):
     """The tiny teacher's noise shows nothing, so too few are left; then three captions are called wrong."""
     verified = replace(config, data=replace(config.data, verified=True))
     with pytest.raises(ValueError, match=r"batch_size=4: the verifier finds only \d of \d+ pictures right"):
         stage_of(verified)
+    drop_verdicts(config)
     stage = stage_of(config)
     captions = [stage.drawn.batch([row]).captions[0] for row in range(stage.rows)]
     wrong = set(list(gates.drawn_prompts(stage.drawn, stage.rows))[:3])
     monkeypatch.setattr(gates, "verify", lambda image, prompt: SimpleNamespace(correct=prompt.text not in wrong))
     kept = list(stage_of(verified).kept)
+    stored = list(Path(config.data.folders[0]).glob(f"right-*-{stage.rows}.json"))  # not judged again at each start
+    with monkeypatch.context() as patch:
+        patch.setattr(gates, "verify", None)
+        assert len(stored) == 1 and list(stage_of(verified).kept) == kept
     assert kept == [row for row in range(stage.rows) if captions[row] not in wrong] and len(kept) < stage.rows
     assert list(stage.kept) == list(range(stage.rows))
     state = stage_of(verified).state()
     wrong.pop()  # as another version of the verifier would
+    drop_verdicts(config)
     with pytest.raises(UserError, match="verified='.*': the run was started with"):
         stage_of(verified).load_state(state)
+    drop_verdicts(config)
     monkeypatch.setattr(stage.drawn, "cards", lambda: [({"prompts": "a file's"}, stage.rows)])  # nothing is known of it
     with pytest.raises(UserError, match="data.verified=True: the verifier can judge no caption of"):
         gates.right_rows(stage.drawn, stage.encoders, stage.rows)

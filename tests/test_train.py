@@ -114,6 +114,13 @@ def test_a_run_can_be_shipped(uninterrupted, tmp_path):
     assert (pipeline.config.default_guidance, pipeline.shift) == (SMOKE.guidance, SMOKE.shift)  # of the run
     for name, value in final_weights(uninterrupted).items():
         assert torch.equal(pipeline.transformer.state_dict()[name], value.half().float()), name
+    other = tmp_path / "other"  # trained on other latents: its pictures would be wrong
+    shutil.copytree(uninterrupted, other, ignore=shutil.ignore_patterns("checkpoints"))
+    about = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(about | {"encoders": "0" * 64}))
+    with pytest.raises(ValueError, match="was trained with other encoders than those of"):
+        ship(other, str(tmp_path))
+    shutil.rmtree(other)
     with pytest.raises(ValueError, match="guidance: .*final does not say which"):  # nobody knows from where
         ship(uninterrupted / "final", str(tmp_path), shift=2.0)
     ship(uninterrupted / "final", str(tmp_path), guidance=1.5, shift=2.0)

@@ -19,6 +19,7 @@ full model's encoders are published; its two stages are notebook 17.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -37,18 +38,18 @@ from safetensors.torch import load_file, save_file
 from nitro_e_lite import config as configuration
 from nitro_e_lite import presets, runtime
 from nitro_e_lite.course import notebooks
-from nitro_e_lite.data.drawn import Drawing, GrammarPrompts
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.evaluation.geneval_lite import evaluate
 from nitro_e_lite.experiments.compare import spread_prompts
-from nitro_e_lite.experiments.launch import check_processes, launch
+from nitro_e_lite.experiments.launch import check_processes, child_environment, launch, run_processes
 from nitro_e_lite.experiments.ship import ship
 from nitro_e_lite.files import check_output, read_json, read_jsonl, run_lock, write_atomically
 from nitro_e_lite.inference.loading import load_pipeline
 from nitro_e_lite.scenes.geneval import Prompt, load_prompts
-from nitro_e_lite.stages.autoencoder import AutoencoderConfig, train_autoencoder
-from nitro_e_lite.stages.language_model import LanguageModelConfig, train_language_model
-from nitro_e_lite.stages.vision import VisionConfig, train_vision
+from nitro_e_lite.stages.autoencoder import AutoencoderConfig
+from nitro_e_lite.stages.language_model import LanguageModelConfig
+from nitro_e_lite.stages.vision import VisionConfig
+from nitro_e_lite.training.precision import faster_precision
 
 SCALES = ("smoke", "lite")
 STAGES = {"stage1": "09_repa_pretraining", "stage2": "10_fine_tuning_ema"}
@@ -62,9 +63,10 @@ JUDGED = {
     "SANA-Sprint": "sprint",
 }
 """Step after which there is something to draw with -> how its score is called."""
+ENCODERS = {"autoencoder": AutoencoderConfig, "language-model": LanguageModelConfig, "vision": VisionConfig}
 _SMALL = {  # overrides of the encoders at smoke scale
     "autoencoder": ["steps=2", "batch_size=2"],
-    "language_model": ["steps=2", "batch_size=4"],
+    "language-model": ["steps=2", "batch_size=4"],
     "vision": ["steps=2", "batch_size=2", "width=32", "layers=1", "heads=2", "kinds_scenes=32", "probe_scenes=16"],
 }
 
@@ -113,20 +115,27 @@ class Chain:
         check_output(Path(run_dir), "folder")
         self.preset, self.seed, self.devices, self.say = preset, seed, devices, say
         self.overrides, self.run_dir = list(overrides), Path(run_dir).resolve()
-        self.report = {"settings": {"preset": preset, "seed": seed, "overrides": self.overrides}, "steps": {}}
+        settings = {"preset": preset, "seed": seed, "overrides": self.overrides, "recipe": self._recipe()}
+        self.report = {"settings": settings, "steps": {}}
         self._file = self.run_dir / "reproduce.json"
         if self._file.is_file():
             before = read_json(self._file)
             if before["settings"] != self.report["settings"]:
-                raise InvalidValue(f"run_dir={run_dir}: holds a chain with {before['settings']}; name another folder")
+                now = self.report["settings"]
+                told = f"holds a chain with {before['settings']}, this one has {now}"
+                raise InvalidValue(f"run_dir={run_dir}: {told}; name another folder")
             self.report = before
 
     def steps(self) -> list[Step]:
         """The chain, in order."""
         return [
-            Step("autoencoder", "autoencoder/final/vae/config.json", self._autoencoder),
-            Step("language model", "language-model/final/text_encoder/config.json", self._language_model),
-            Step("vision model", "vision/final/probe.json", self._vision),
+            Step("autoencoder", "autoencoder/final/vae/config.json", lambda: self._train_encoder("autoencoder")),
+            Step(
+                "language model",
+                "language-model/final/text_encoder/config.json",
+                lambda: self._train_encoder("language-model"),
+            ),
+            Step("vision model", "vision/final/probe.json", lambda: self._train_encoder("vision")),
             Step("encoders together", "encoders/tokenizer", self._join_encoders),
             Step("stage 1, REPA", "notebooks/09_repa_pretraining.ipynb", lambda: self._stage("stage1")),
             Step("stage 2, EMA", "notebooks/10_fine_tuning_ema.ipynb", lambda: self._stage("stage2")),
@@ -187,20 +196,24 @@ class Chain:
         """Processes and devices that its steps ran on."""
         return " and ".join(sorted({one for cost in self.report["steps"].values() for one in cost.get("on", [])}))
 
-    def _settings(self, cls: type, name: str) -> Any:
-        small = _SMALL[name] if self.preset == "smoke" else []
-        return configuration.override(cls(seed=self.seed), small)
+    def _recipe(self) -> str:
+        """Names all settings of all trainings: a chain that goes on with others would be a patchwork."""
+        made = [self._encoder(run) for run in ENCODERS]
+        made += [presets.preset(stage, self.preset) for stage in ("base", "finetune", "rewards", "distill", "sprint")]
+        text = json.dumps([configuration.to_dict(one) for one in made])
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
-    def _autoencoder(self) -> None:
-        train_autoencoder(self._settings(AutoencoderConfig, "autoencoder"), self.run_dir / "autoencoder", True)
+    def _encoder(self, run: str) -> configuration.RunConfig:
+        small = _SMALL[run] if self.preset == "smoke" else []
+        return configuration.override(ENCODERS[run](seed=self.seed), small)
 
-    def _language_model(self) -> None:
-        train_language_model(
-            self._settings(LanguageModelConfig, "language_model"), self.run_dir / "language-model", True
-        )
+    def _train(self, run: str, settings: configuration.RunConfig) -> None:
+        """A training in a folder of this name; it goes on from where it was."""
+        with watched(self.run_dir / run, self.say):
+            launch(settings, self.run_dir / run, processes=self.devices, resume=True)
 
-    def _vision(self) -> None:
-        train_vision(self._settings(VisionConfig, "vision"), self.run_dir / "vision", True)
+    def _train_encoder(self, run: str) -> None:
+        self._train(run, self._encoder(run))
 
     def _join_encoders(self) -> None:
         """In float16, as they ship: all that is trained on them later finds the same bits in shipped weights."""
@@ -240,18 +253,19 @@ class Chain:
         changes = [f"seed={self.seed}", f"start_from={json.dumps(str(self.run_dir / 'weights'))}"]
         if self.preset == "smoke":  # its pictures show nothing yet, and a reward that is constant stops a run
             changes.append("rewards=[[redness, 1.0]]")
-        chosen = configuration.override(presets.preset("rewards", self.preset), changes)
-        with watched(self.run_dir / "rewards", self.say):
-            launch(chosen, self.run_dir / "rewards", processes=self.devices, resume=True)
+        self._train("rewards", configuration.override(presets.preset("rewards", self.preset), changes))
 
     def _draw(self, name: str) -> None:
         """The teacher's pictures, its states at the student's levels; a drawing that was killed goes on."""
         student, out, counts = presets.preset("distill", self.preset), self.run_dir / name, DRAWN[self.preset]
         seed = self.seed + list(counts).index(name)
-        sampler = TEACHER | {"shift": student.shift, "student_steps": student.sampler_steps}
-        prompts = GrammarPrompts(seed, counts[name])
-        done = Drawing(load_pipeline(self.run_dir / "rewards"), prompts, out, seed=seed, **sampler).run()
-        (out / "done.json").write_text(json.dumps(done) + "\n", encoding="utf-8")
+        dtype = "bfloat16" if faster_precision(runtime.pick_device(None)) == "bf16" else "float32"
+        options = TEACHER | {"shift": student.shift, "student_steps": student.sampler_steps, "seed": seed}
+        options |= {"count": counts[name], "model": self.run_dir / "rewards", "dtype": dtype}
+        words = ["-m", "nitro_e_lite.cli", "data", "draw", str(out)]
+        words += [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+        run_processes(words, self.devices, child_environment(self.devices, None), self.say, log=out / "console.log")
+        (out / "done.json").write_text(json.dumps({"dtype": dtype}) + "\n", encoding="utf-8")
 
     def _student(self, stage: str, *drawn: str) -> None:
         """Trains a student; its gate on the drawn set asks for what this chain's own model scores."""
@@ -265,9 +279,7 @@ class Chain:
         recipe = presets.preset(stage, self.preset)
         if recipe.start_from:  # a shipped student: here this chain's own
             changes.append(f"start_from={json.dumps(str(self.run_dir / 'distill'))}")
-        chosen = configuration.override(recipe, [f"seed={self.seed}", *changes])
-        with watched(self.run_dir / stage, self.say):
-            launch(chosen, self.run_dir / stage, processes=self.devices, resume=True)
+        self._train(stage, configuration.override(recipe, [f"seed={self.seed}", *changes]))
 
     def _evaluate_students(self) -> None:
         found = {}

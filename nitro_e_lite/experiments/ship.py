@@ -34,7 +34,7 @@ from nitro_e_lite.files import (
     write_manifest,
 )
 from nitro_e_lite.inference.encoders import load_encoders
-from nitro_e_lite.inference.loading import ADAPTER, load_transformer
+from nitro_e_lite.inference.loading import ADAPTER, base_hash, load_pipeline, load_transformer
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.inference.vision import load_vision
 from nitro_e_lite.model.adapters import read_safetensors
@@ -45,7 +45,8 @@ def ship_student(source: str | Path, name: str) -> Path:
     """Puts what was made from "lite" beside it, as its run without checkpoints.
 
     Args:
-        source: a finished run of `nitro-e train distill` or `sprint` with the encoders "lite", or of `rewards` from it.
+        source: a finished run of `nitro-e train distill` or `sprint` with the encoders "lite", or of `rewards` from it;
+            also one of `nitro-e reproduce`, whose folders held the same weights.
         name: of the shipped weights, or a folder.
 
     Returns:
@@ -62,8 +63,7 @@ def ship_student(source: str | Path, name: str) -> Path:
     trained = about.get("config") or {}
     rewards, data = trained.get("stage") == "rewards", trained.get("data")
     data = data if isinstance(data, dict) else {}
-    made_from = trained.get("start_from") if rewards else data.get("encoders")
-    if trained.get("stage") not in STUDENTS.values() or made_from != "lite":
+    if trained.get("stage") not in STUDENTS.values() or not _made_from_lite(about, rewards, data):
         rule = "is no run of distill or sprint with encoders lite, or of rewards that started from lite"
         raise InvalidValue(f"source={str(source)!r}: {rule}")
     if trained["stage"] != STUDENTS.get(name, trained["stage"]):
@@ -73,9 +73,13 @@ def ship_student(source: str | Path, name: str) -> Path:
     check_replaceable(folder, MANIFEST)
     if not run.with_name("metrics.jsonl").is_file():
         raise InvalidValue(f"source={str(source)!r}: is no finished run, for metrics.jsonl is missing")
-    if not rewards:
-        drawn = [f"data/{Path(one).name}" for one in data.get("folders", ())]  # no paths of a machine
-        about |= {"config": trained | {"data": data | {"folders": drawn}}}
+    if rewards:  # no paths of a machine
+        trained |= {"start_from": "lite"}
+    else:
+        drawn = [f"data/{Path(one).name}" for one in data.get("folders", ())]
+        trained |= {"data": data | {"encoders": "lite", "folders": drawn}}
+        trained |= {name: _shipped_name(trained[name]) for name in ("teacher", "start_from") if name in trained}
+    about |= {"config": trained}
     about.pop("hosts", None)
     about["config"] = _without_folders(about["config"])
     with atomic_folder(folder, "the run is intact") as partial:
@@ -91,6 +95,22 @@ def ship_student(source: str | Path, name: str) -> Path:
         shutil.copyfile(run.with_name("metrics.jsonl"), partial / "metrics.jsonl")
         write_manifest(partial)
     return folder
+
+
+def _made_from_lite(about: dict[str, Any], rewards: bool, data: dict[str, Any]) -> bool:
+    """Whether a run started from the shipped "lite", or read its encoders, by name or by the weights."""
+    if rewards:
+        said, base = about["config"].get("start_from"), about.get("base")
+        return said == "lite" or (base is not None and base == base_hash(load_pipeline("lite", "cpu")))
+    said, encoders = data.get("encoders"), about.get("encoders")
+    return said == "lite" or (encoders is not None and encoders == load_encoders("lite").fingerprint)
+
+
+def _shipped_name(source: str) -> str:
+    """The name under which a run ships, where `source` is the folder of one."""
+    about = read_run(Path(source) / "config.json") if source else {}
+    stage = (about.get("config") or {}).get("stage")
+    return next((name for name, own in STUDENTS.items() if own == stage), source)
 
 
 def ship(
@@ -115,8 +135,9 @@ def ship(
     Raises:
         FileNotFoundError: there is no such folder.
         EncoderUnavailable: the folder holds no encoders.
-        ValueError: transformer and encoders do not fit, what stays in the folder differs from its checksums, nobody
-            says how strong guidance and shift are, or the run's student needs another sampler than the folder's.
+        ValueError: transformer and encoders do not fit or were not trained together, what stays in the folder differs
+            from its checksums, nobody says how strong guidance and shift are, or the run's student needs another
+            sampler than the folder's.
         FloatingPointError: the weights are not finite in float16.
     """
     folder = find_weights(name)
@@ -132,11 +153,13 @@ def ship(
     if trained.get("stage") in ("distill", "sprint"):
         own = {stage: one for one, stage in STUDENTS.items()}[trained["stage"]]
         raise InvalidValue(f"source={str(source)!r}: its student needs a sampler of its own; ship it as {own}")
-    transformer = _half(source)
+    transformer, encoders = _half(source), load_encoders(folder)
+    if read_run(run).get("encoders", encoders.fingerprint) != encoders.fingerprint:
+        raise InvalidValue(f"source={str(source)!r}: was trained with other encoders than those of {folder}")
     pipeline = NitroEPipeline(
         transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
-        **load_encoders(folder).parts(),
+        **encoders.parts(),
         default_steps=steps,
         default_guidance=_usual(source, trained, "guidance") if guidance is None else guidance,
         default_shift=_usual(source, trained, "shift") if shift is None else shift,

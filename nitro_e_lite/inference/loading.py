@@ -26,6 +26,7 @@ from nitro_e_lite.inference.hub import (
     load_text_encoder,
     one_line,
     quiet_loading,
+    weights_hash,
 )
 from nitro_e_lite.inference.low_memory import save_memory
 from nitro_e_lite.inference.pipeline import NitroEPipeline
@@ -196,6 +197,11 @@ def _rewarded(source: str | Path) -> tuple[Path, dict[str, Any]] | None:
     if missing := {"start_from", "rollout_steps", "guidance", "shift"} - trained.keys():
         raise InvalidValue(f"{source}: its run's config.json does not say {', '.join(sorted(missing))}")
     return adapter, trained
+
+
+def base_hash(pipeline: NitroEPipeline) -> str:
+    """Names all weights of a pipeline in the number type that they are in; runs of rewards name their base so."""
+    return weights_hash({name: getattr(pipeline, name) for name in ("transformer", "vae", "text_encoder")})
 
 
 def _run_of(path: Path) -> dict[str, Any]:

@@ -18,8 +18,10 @@ says what was measured, and what to look at. Of students:
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -29,9 +31,11 @@ import torch
 from nitro_e_lite.config import StudentConfig
 from nitro_e_lite.data.drawn import DrawnSet, GrammarPrompts
 from nitro_e_lite.errors import GateFailed, InvalidValue
+from nitro_e_lite.files import write_atomically
 from nitro_e_lite.inference.encoders import Encoders, decode_latents
 from nitro_e_lite.scenes.geneval import CATEGORIES, Prompt, Score, Verdict, load_prompts, prompt_of, score, verify
 from nitro_e_lite.scenes.grammar import sample_scene
+from nitro_e_lite.scenes.verifier import VERSION
 
 
 def few_prompts(each: int) -> list[Prompt]:
@@ -80,15 +84,23 @@ def score_drawn(drawn: DrawnSet, encoders: Encoders, pictures: int) -> Score | N
 def right_rows(drawn: DrawnSet, encoders: Encoders, rows: int) -> np.ndarray:
     """The first rows without those that the verifier finds wrong; what cannot be judged stays.
 
+    The answer, minutes of a core for thousands of pictures, is kept beside the first folder's card.
+
     Raises:
         ValueError: it can judge none.
     """
+    store = drawn.data.folders[0] / f"right-{VERSION}-{drawn.data.digest}-{rows}.json"
+    if store.is_file():
+        return np.array(json.loads(store.read_text(encoding="utf-8")), np.int64)
     right = {row: verdict.correct for row, _, verdict in judge_drawn(drawn, encoders, rows)}
     if not right:
         raise InvalidValue(
             f"data.verified=True: the verifier can judge no caption of {drawn.data.folders[0]}; set false"
         )
-    return np.array([row for row in range(rows) if right.get(row, True)])
+    kept = [row for row in range(rows) if right.get(row, True)]
+    with suppress(OSError):  # a folder that cannot be written to keeps none
+        write_atomically(store, json.dumps(kept) + "\n")
+    return np.array(kept, np.int64)
 
 
 def check_drawn(drawn: DrawnSet, encoders: Encoders, config: StudentConfig) -> None:

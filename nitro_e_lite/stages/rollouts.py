@@ -53,8 +53,7 @@ from nitro_e_lite.evaluation.rewards import (
     preflight,
 )
 from nitro_e_lite.evaluation.watch import STATISTICS, picture_statistics
-from nitro_e_lite.inference.hub import weights_hash
-from nitro_e_lite.inference.loading import load_pipeline
+from nitro_e_lite.inference.loading import base_hash, load_pipeline
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.inference.schedules import draws_noise
 from nitro_e_lite.model import flow
@@ -216,10 +215,9 @@ class Rewards(Stage):
         self.model = self.pipeline.transformer
         side = self.model.config.sample_size * self.pipeline.vae_scale_factor
         self.examples = preflight([*self.rewards, *self.watched], side)
-        parts = {name: getattr(self.pipeline, name) for name in ("transformer", "vae", "text_encoder")}
-        self.base = weights_hash(parts)
-        for name in ("vae", "text_encoder"):
-            torch.nn.Module.to(parts[name], placement.dtype)  # diffusers' own warns of layers that are not there
+        self.base = base_hash(self.pipeline)
+        for part in (self.pipeline.vae, self.pipeline.text_encoder):
+            torch.nn.Module.to(part, placement.dtype)  # diffusers' own warns of layers that are not there
         self.adapter = self._adapt()
         optimizers = partial(build_optimizers, matrices=set(self.adapter), config=config.optimizer)
         schedule = partial(learning_rate_scale, steps=config.steps, config=config.optimizer)
