@@ -125,15 +125,16 @@ _THIRD = {"lr": 7e-4, "muon_lr": 7e-3}
 
 # Learning from rewards, as a probe on two cores found it to work: 16 prompts x 12 pictures a roll-out, 10 steps without
 # guidance, advantages divided by the group's own deviation. What it lacked is added: its gradients grew tenfold after
-# thirty roll-outs at a constant rate, so they are clipped near their usual norm, and the rate falls to zero at the end.
+# thirty roll-outs at a constant rate, so they are clipped near their usual norm, and the rate falls to zero over the
+# last two fifths.
 _REWARDS = RewardConfig(
-    steps=168,
+    steps=280,
     accumulate=4,
     precision="auto",
     deviation="group",
     validation_prompts=20,
     snapshot_every=20,
-    optimizer=dataclasses.replace(RewardConfig().optimizer, clip=0.1, decay_steps=30),
+    optimizer=dataclasses.replace(RewardConfig().optimizer, clip=0.1, decay_steps=120),
 )
 
 _REWARDS_SMOKE = dataclasses.replace(
