@@ -5,8 +5,6 @@ and ends with code 2. Everything else (no memory on the device, a lost connectio
 keeps its traceback. Each class is a built-in error too, so that code which catches `ValueError` goes on working.
 """
 
-from collections.abc import Mapping
-
 
 class UserError(Exception):
     """A mistake that its message explains to the person who made it.
@@ -57,6 +55,6 @@ class GateFailed(UserError, RuntimeError):
         found: the measurement that it failed by, for the log; empty where the log has it already.
     """
 
-    def __init__(self, message: str, found: Mapping[str, float] | None = None):
+    def __init__(self, message: str, found: dict[str, float] | None = None):
         super().__init__(message)
         self.found = dict(found or {})
