@@ -6,8 +6,8 @@ unsure with a reason before it saw any verdict. Half of the pictures were right 
 wrong; within each half the categories stand as evenly as there were pictures: the share that agrees belongs to this
 mixture.
 
-Version 2 of the verifier was chosen on these pictures. So `fresh` holds others, of "lite-grpo" (all of its 3,360) and
-of "lite-4step" in one step (of 600): those that version 1 refused and 2 accepts. Who looked knew that.
+Version 2 of the verifier was chosen on these pictures. So `fresh` holds others, of the first "lite-grpo" (all of its
+3,360) and of "lite-4step" in one step (of 600): those that version 1 refused and 2 accepts. Who looked knew that.
 
 `redraw` draws any of them again and writes an empty sheet, so that other eyes can look.
 """
