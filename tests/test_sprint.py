@@ -364,6 +364,7 @@ def test_a_student_starts_only_as_what_has_its_shape_and_is_told_what_it_is_told
         ("teacher", None),
         ("sampler", {"shift": 3.0}),
         ("levels", "abcd"),
+        ("levels", [1.0]),
         ("prompts", 5),
         ("prompts", "scene grammar, seed x"),
     ],

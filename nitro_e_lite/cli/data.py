@@ -116,7 +116,8 @@ def encode(
 def draw(
     out: Annotated[Path, typer.Argument(help="Folder of the data set; an unfinished one is continued.")],
     count: Annotated[
-        int | None, typer.Option(help="How many pictures: of a file's first prompts (default: all), or of the grammar.")
+        int | None,
+        typer.Option(help="How many pictures: of a file's first prompts (default: all), or of the grammar (10,000)."),
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="File of prompts (.txt, .jsonl, .parquet) in place of the grammar.")

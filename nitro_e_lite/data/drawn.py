@@ -366,6 +366,7 @@ class DrawnSet:
     def _check_card(folder: Path, card: dict[str, Any]) -> None:
         grammar = GrammarPrompts.NAME
         fine = {name: isinstance(card.get(name), kind) for name, kind in _CARD.items()}
+        fine["levels"] = fine["levels"] and len(card["levels"]) > 1  # each picture has states on its way
         fine["levels"] = fine["levels"] and all(isinstance(level, float) for level in card["levels"])
         fine["sampler"] = fine["sampler"] and {"shift", "sigma_grid"} <= card["sampler"].keys()
         if fine["prompts"] and card["prompts"].startswith(grammar):
