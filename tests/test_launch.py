@@ -152,6 +152,14 @@ def test_a_mistake_found_by_the_processes_is_one_here_too(tmp_path):
         launch(config, tmp_path / "run", device="cpu", on_line=lambda line: None, apart=True)
 
 
+def test_of_a_mistake_only_the_process_that_found_it_speaks(tmp_path):
+    """The others lose their connection to it, and each once ended with a traceback of its own."""
+    config, lines = override(preset("rewards", "smoke"), ["rewards=[[beauty, 1.0]]"]), []
+    with pytest.raises(UserError, match="'beauty' is unknown"):
+        launch(config, tmp_path / "run", processes=2, device="cpu", on_line=lines.append)
+    assert [line for line in lines if line.startswith("Error: ")] and not [line for line in lines if "[rank1]" in line]
+
+
 def test_in_place_and_refusals(tmp_path):
     with pytest.raises(ValueError, match="processes=0"):
         launch(preset("base", "smoke"), tmp_path, processes=0)

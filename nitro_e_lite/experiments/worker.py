@@ -77,6 +77,11 @@ def main(request: str) -> None:
         outcome = {"stopped": str(stopped)}
     except UserError as error:
         outcome = {"mistake": str(error)}
+    except Exception:
+        told = Path(asked["outcome"])
+        if told.is_file() and "mistake" in json.loads(told.read_text(encoding="utf-8")):
+            raise SystemExit(2) from None  # the first process has left over a mistake, and says which
+        raise
     if os.environ.get("RANK", "0") == "0" and Path(asked["outcome"]).parent.is_dir():  # gone with the launcher
         Path(asked["outcome"]).write_text(json.dumps(outcome) + "\n", encoding="utf-8")
     if "mistake" in outcome:
