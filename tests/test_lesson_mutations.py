@@ -61,7 +61,7 @@ QUICK = {  # fewer steps, so that a row costs a second
         ),
         ("run.train()", "None"),
         ('"training", resume=True', '"again"'),
-        ("loading.load_pipeline(final)", "stage.pipeline()"),
+        ('loading.load_pipeline(final, "cpu", "float32")', "stage.pipeline()"),
     ],
     "13": [('stage_run.prepare(run, again=preset == "smoke")', "None")],
     "15": [

@@ -258,5 +258,5 @@ def test_the_card_of_lite_grpo_says_what_the_result_cards_say(found):
 
 
 def test_the_command_of_a_card_names_no_place_of_a_machine():
-    words = ["evaluate", "--seeds", "2", "--out", "/x/card.json", "--json", "--fp8"]
+    words = ["evaluate", "--seeds", "2", "--out", "/x/a.json", "--grid", "/x/a.png", "--review=/x", "--json", "--fp8"]
     assert cards.command_line(words) == "nitro-e evaluate --seeds 2 --fp8"

@@ -59,12 +59,12 @@ PROMPTS = {"held_out_prompts": 300, "held_out_compositions": 96}
 
 
 def command_line(words: Sequence[str]) -> str:
-    """`nitro-e ...` as it was typed, without the place of its output, which is this machine's."""
-    kept, skip = ["nitro-e"], False
+    """`nitro-e ...` as it was typed, without the places of its output, which are this machine's."""
+    places, kept, skip = ("--out", "--grid", "--review"), ["nitro-e"], False
     for word in words:
-        if not skip and word not in ("--out", "--json") and not word.startswith("--out="):
+        if not skip and word != "--json" and word.partition("=")[0] not in places:
             kept.append(word)
-        skip = word == "--out"
+        skip = word in places
     return " ".join(kept)
 
 
