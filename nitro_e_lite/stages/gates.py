@@ -216,7 +216,8 @@ def check_student(found: Mapping[str, float], step: int, sampler_steps: int, con
             f"gate student-below-teacher, step {step}: the student is worse than its teacher in as many "
             f"steps without guidance: {problem.format(**found)}. Look at the pictures in samples/, at "
             f"{_losses(config)[0]} (still falling? train longer, raise optimizer.lr)"
-            + "".join(f" and at {name} (rising? lower adversarial_weight)" for name in _losses(config)[1:])
+            + "".join(f" and at {name} (rising? lower adversarial_weight)" for name in _losses(config)[1:]),
+            found,
         )
 
 
