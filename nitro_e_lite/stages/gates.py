@@ -269,8 +269,8 @@ class EarlyStop:
         self.first: float | None = None
         self.now = 0.0
 
-    def rolled_out(self, step: int, distance: float) -> None:
-        """Looks at a roll-out.
+    def rolled_out(self, step: int, distance: float, found: Mapping[str, float] | None = None) -> None:
+        """Looks at a roll-out; `found` is all that was seen of it, for the log where it fails.
 
         Raises:
             GateFailed: the pictures of a group have become alike.
@@ -281,11 +281,12 @@ class EarlyStop:
         if self.now < self.diversity * self.first:
             raise GateFailed(
                 f"gate diversity: at step {step} the distance inside groups is {self.now:.3f}, "
-                f"{self.now / self.first:.0%} of what it was; must stay above {self.diversity:.0%}. {self._advice()}"
+                f"{self.now / self.first:.0%} of what it was; must stay above {self.diversity:.0%}. {self._advice()}",
+                found,
             )
 
-    def held_out(self, step: int, score: float) -> None:
-        """Looks at a held-out score.
+    def held_out(self, step: int, score: float, found: Mapping[str, float] | None = None) -> None:
+        """Looks at a held-out score; `found` as above.
 
         Raises:
             GateFailed: it has fallen.
@@ -293,7 +294,8 @@ class EarlyStop:
         if self.drop and score < self.best[0] - self.drop:
             raise GateFailed(
                 f"gate held-out: at step {step} the held-out score is {score:.3f}, more than {self.drop} below its "
-                f"best, {self.best[0]:.3f}. {self._advice()}"
+                f"best, {self.best[0]:.3f}. {self._advice()}",
+                found,
             )
         if score > self.best[0]:
             self.best = score, step

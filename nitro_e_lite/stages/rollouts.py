@@ -39,7 +39,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from nitro_e_lite.config import RewardConfig
-from nitro_e_lite.errors import GateFailed, InvalidValue, NotFinite, Unusable
+from nitro_e_lite.errors import InvalidValue, NotFinite, Unusable
 from nitro_e_lite.evaluation.geneval_lite import draw, picture_seed
 from nitro_e_lite.evaluation.learned_judges import SceneReader, load_judge
 from nitro_e_lite.evaluation.official_geneval import read_metadata
@@ -392,11 +392,7 @@ class Rewards(Stage):
         }
         names = STATISTICS if self.reader is None else (*STATISTICS, "reader")
         self.report |= dict(zip(names, seen, strict=True))
-        try:
-            self.early_stop.rolled_out(step, self.report["group_distance"])
-        except GateFailed as failed:
-            failed.found = self.report
-            raise
+        self.early_stop.rolled_out(step, self.report["group_distance"], self.report)
 
     def _judge(self, latents: Tensor, prompts: Sequence[Prompt | FilePrompt]) -> tuple[Tensor, Tensor]:
         """What each reward says of the pictures (n, R), and what is seen in them that is not paid for (n, S)."""
@@ -458,11 +454,7 @@ class Rewards(Stage):
 
     def _watch(self, score: float, measured: dict[str, float]) -> None:
         if self.done < self.config.steps:
-            try:
-                self.early_stop.held_out(self.done, score)
-            except GateFailed as failed:
-                failed.found = measured
-                raise
+            self.early_stop.held_out(self.done, score, measured)
 
     def _draw(self, prompts: Sequence[Prompt | FilePrompt], batch: int = 16) -> list[np.ndarray]:
         sampler = self.pipeline.sampler(self.config.rollout_steps, self.config.guidance, self.config.shift)
