@@ -27,6 +27,7 @@ import psutil
 import torch
 from torch.nn.attention import SDPBackend
 
+from nitro_e_lite import __version__
 from nitro_e_lite.errors import InvalidType, InvalidValue
 from nitro_e_lite.files import repo_root
 
@@ -198,7 +199,7 @@ def environment_report() -> dict[str, Any]:
     """What a result depends on besides its parameters: versions, device, threads, commit. JSON-ready."""
     device = pick_device()
     return {
-        "nitro_e_lite": importlib.metadata.version("nitro-e-lite"),
+        "nitro_e_lite": __version__,  # of the code that runs: a copied checkout is not installed
         "commit": git_commit(),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -243,10 +244,15 @@ def device_name(device: torch.device) -> str:
         return platform.processor() or platform.machine()
 
 
-def memory_used(device: torch.device) -> int:
-    """Bytes: the most on the accelerator since `forget_memory`, or what the process has in main memory on a CPU."""
+def memory_used(device: torch.device, reserved: bool = True) -> int:
+    """Bytes: the most on the accelerator since `forget_memory`, or what the process has in main memory on a CPU.
+
+    Args:
+        device: where.
+        reserved: with what the allocator holds besides tensors, as a run needs it; without, what tensors took.
+    """
     if device.type in ("cuda", "xpu"):
-        return torch.accelerator.max_memory_reserved(device)
+        return (torch.accelerator.max_memory_reserved if reserved else torch.accelerator.max_memory_allocated)(device)
     return psutil.Process().memory_info().rss
 
 

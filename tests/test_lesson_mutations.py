@@ -45,12 +45,12 @@ QUICK = {  # fewer steps, so that a row costs a second
     "09": [
         ("scenes=96", "scenes=4"),
         ("(0.5, 0.7, 0.85, 0.95)", "(0.7,)"),
-        ('stage_run.prepare(run, again=preset == "smoke")', "None"),
+        ('stage_run.prepare(run, again=preset == "smoke", first=preset != "smoke")', "None"),
     ],
     "10": [
         ("steps=2000", "steps=20"),
         ("steps=1200", "steps=12"),
-        ('stage_run.prepare(*stages, again=preset == "smoke")', "None"),
+        ('stage_run.prepare(*stages, again=preset == "smoke", first=preset != "smoke")', "None"),
         ("stage1.train()", "pass"),
         ("run.train()", "None"),
     ],

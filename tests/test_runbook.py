@@ -316,6 +316,8 @@ def test_a_stopped_run_goes_on_first_and_a_finished_one_is_left_or_made_again(tm
     assert not run.stopped and not run.finished, "nothing was begun, so demonstrations come first"
     engine = Engine(config, Pretrain, run.folder, device="cpu")
     engine.step(), engine.save()
+    stage_run.prepare(dataclasses.replace(run, folder=tmp_path / "first"), first=True)
+    assert trained(tmp_path / "first") == 4, "asked for, it trains before them"
     stage_run.prepare(run, again=True)  # the same settings: it goes on
     assert run.finished and trained(run.folder) == 4 and "ok      accelerators" in capsys.readouterr().out
     final = run.folder / "final" / "config.json"

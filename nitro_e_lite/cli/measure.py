@@ -104,7 +104,7 @@ def benchmark_command(
         bool,
         typer.Option(
             "--gpu",
-            help="Measure every cell that waits for an accelerator; none begins after nine minutes; cards go to --out.",
+            help="Measure what waits for an accelerator; none begins after eight minutes; cards go to --out.",
         ),
     ] = False,
     out: Annotated[

@@ -82,7 +82,7 @@ def time_pipeline(
                 "images_per_second": batch / seconds,
                 "text_seconds": median_seconds(partial(pipeline.encode_captions, [CAPTION, ""]), repeats),
                 "sampling_seconds": median_seconds(sample, repeats),
-                "decoding_seconds": median_seconds(partial(pipeline.decode, latents, "np"), repeats),
+                "decoding_seconds": median_seconds(partial(pipeline.decode, latents), repeats),
                 "memory_bytes": runtime.memory_used(pipeline.device),
             }
         )

@@ -5,8 +5,8 @@ and notebooks read it. "Not run" and "cannot be tested here" are verdicts, and s
 articles disagree with the table that they quote, and then the table is what counts.
 
 Numbers that were measured here stand in result cards, not in the ledger: `{card.field:format}` in `here` is filled
-from them (`cards.fill`). An entry may hold `once`, which takes the place of `here` as soon as all that it names is
-there; its `values`, all of them within `bounds`, then decide between "holds" and "does not hold".
+from them (`cards.fill`). An entry may hold `once`, a list: the first whose cards are all there takes the place of
+`here`, and its `values`, all of them within `bounds`, then decide between "holds" and "does not hold".
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def load_claims(
 def _filled(entry: Mapping[str, Any], cards: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """An entry of the ledger with its numbers."""
     found = dict(entry)
-    once = found.pop("once", None)
-    if once and result_cards.can_fill(once["here"], cards):
+    ready = [once for once in found.pop("once", []) if result_cards.can_fill(once["here"], cards)]
+    for once in ready[:1]:
         found["here"] = once["here"]
         if "values" in once and all(result_cards.can_fill(f"{{{value}}}", cards) for value in once["values"]):
             low, high = once["bounds"]

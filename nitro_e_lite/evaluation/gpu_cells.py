@@ -2,19 +2,20 @@
 
     nitro-e benchmark --gpu --out FOLDER
 
-measures in the order of `CELLS`, the most wanted first, and writes a card after each cell: what a machine that is gone
-too early has measured is there all the same. No cell begins after nine minutes. Copied to `evaluation/cards`, the
-cards fill README's table and the ledger of claims (`nitro-e tables`).
+measures in the order of `CELLS`, the most wanted first and what must be compiled last, and writes a card after each
+row: what a machine that is gone too early has measured is there all the same. No row begins after eight minutes, and
+the same command goes on with the rows that the cards in FOLDER lack. Copied to `evaluation/cards`, they fill README's
+table and the ledger of claims (`nitro-e tables`).
 
 The full model is drawn with from caption to pixels with random weights of the published shapes, and a tokenizer of this
-package: what a text says costs no time. Cells that fail, by memory or by a compiler, say so and leave the others alone.
+package: what a text says costs no time. Rows that fail, by memory or by a compiler, say so and leave the others alone.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from nitro_e_lite import runtime
+from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.evaluation import cards, peers
 from nitro_e_lite.evaluation.benchmark import time_pipeline
 from nitro_e_lite.evaluation.peers import Peer
@@ -31,9 +33,10 @@ from nitro_e_lite.inference.arguments import as_integer
 from nitro_e_lite.inference.hub import load_text_encoder
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 
-MINUTES = 9.0
+MINUTES = 8.0  # a row that is compiled can take two more
 WAYS = ({"steps": 20, "guidance": 4.5}, {"steps": 4, "guidance": 0.0})  # of the published models
 DRAWN = ("e_mmdit", "llama_3_2_1b", "dc_ae_f32")  # transformer, text encoder, decoder
+CARDS = ("drawing_gpu", "peers_gpu", "peers_gpu_compiled", "fp8_gpu")
 
 
 @dataclass
@@ -41,14 +44,19 @@ class Cells:
     """What is measured, and where it is written.
 
     Args:
-        folder: gets the cards.
+        folder: gets the cards; rows of cards that are there are not measured again.
         device: the accelerator.
         known: the models, see `peers.load_peers`; tests give small ones.
         repeats: runs of which the median counts.
         command: for the cards.
+        minutes: no row begins later.
 
     Attributes:
         written: what each card holds so far, by name.
+        left_out: whether there was no time for a row.
+
+    Raises:
+        ValueError: the folder holds cards of another device.
     """
 
     folder: Path
@@ -56,41 +64,77 @@ class Cells:
     known: Mapping[str, Peer] = field(default_factory=lambda: peers.load_peers())
     repeats: int = 5
     command: str = "nitro-e benchmark --gpu"
+    minutes: float = MINUTES
     written: dict[str, dict[str, Any]] = field(default_factory=dict)
+    left_out: bool = False
 
     def __post_init__(self):
         as_integer("repeats", self.repeats, 1)
+        self._end = time.monotonic() + 60 * self.minutes
         self.environment = runtime.environment_report() | {"device_name": runtime.device_name(self.device)}
+        self.written = {name: card for name, card in cards.load(self.folder).items() if name in CARDS}
+        for name, card in self.written.items():
+            if (other := card["environment"]["device_name"]) != self.environment["device_name"]:
+                raise InvalidValue(f"{self.folder}: {name}.json is of {other}; name another folder or delete it")
 
-    def add(self, name: str, kind: str, rows: list[dict[str, Any]], **more: Any) -> None:
-        """Adds rows to a card and writes it."""
+    def wanted(self, name: str, **row: Any) -> bool:
+        """Whether a card has no such row yet, and there is time for it."""
+        rows = self.written.get(name, {"rows": []})["rows"]
+        missing = not any(row.items() <= one.items() for one in rows)
+        self.left_out |= missing and time.monotonic() > self._end
+        return missing and time.monotonic() <= self._end
+
+    def add(self, name: str, kind: str, row: dict[str, Any], **more: Any) -> None:
+        """Adds a row to a card and writes it."""
         card = self.written.setdefault(name, {"rows": [], "repeats": self.repeats, "environment": self.environment})
-        card["rows"] += rows
+        card["rows"].append(row)
         for key, value in more.items():
             card[key] = card.get(key, {}) | value if isinstance(value, dict) else value
         cards.write(self.folder / f"{name}.json", kind, card, self.command)
 
     def draw(self, batch: int, compiled: bool) -> None:
         """Caption to pixels with the full model, both ways."""
-        pipeline = random_pipeline(self.known, self.device)
-        if compiled:
-            pipeline.compile()
+        pipeline = None
         for way in WAYS:
-            (row,) = time_pipeline(pipeline, pipeline.sampler(**way, shift=1.0), [batch], self.repeats)
             cell = f"batch {batch}, {way['steps']} steps{', compiled' * compiled}"
-            self.add("drawing_gpu", "drawing", [{"cell": cell} | way | {"compiled": compiled} | row])
-            runtime.forget_memory(self.device)
+            if not self.wanted("drawing_gpu", cell=cell):
+                continue
+            peers.forget(self.device)
+            if pipeline is None:
+                pipeline = random_pipeline(self.known, self.device)
+                if compiled:
+                    pipeline.compile()
+            (row,) = time_pipeline(pipeline, pipeline.sampler(**way, shift=1.0), [batch], self.repeats)
+            self.add("drawing_gpu", "drawing", {"cell": cell} | way | {"compiled": compiled} | row)
 
     def beside(self, batch: int, compiled: bool) -> None:
-        """The models of Table 2."""
-        name = f"peers_gpu{'_compiled' * compiled}"
-        rows = list(peers.time_peers(self.known, batch, self.device, "bfloat16", self.repeats, compiled))
-        self.add(name, "peers", rows, ratios={str(batch): peers.ratios(rows)}, compiled=compiled)
+        """The models of Table 2, each by itself: the one that all are compared with comes first."""
+        name, failed = f"peers_gpu{'_compiled' * compiled}", []
+        drawn = [key for key, peer in self.known.items() if peer.draws]
+        for key in sorted(drawn, key=lambda key: key != peers.REFERENCE):
+            if not self.wanted(name, key=key, batch=batch):
+                continue
+            alone = {k: peer if k == key else replace(peer, draws=None) for k, peer in self.known.items()}
+            try:
+                (row,) = peers.time_peers(alone, batch, self.device, "bfloat16", self.repeats, compiled)
+            except Exception as error:  # the others are worth having
+                failed.append(error)
+                peers.forget(self.device)
+                continue
+            rows = [one for one in self.written.get(name, {"rows": []})["rows"] if one["batch"] == batch] + [row]
+            there = any(one["key"] == peers.REFERENCE for one in rows)
+            found = {str(batch): peers.ratios(rows)} if there else {}
+            self.add(name, "peers", row, ratios=found, compiled=compiled)
+        if failed:
+            raise failed[0]
 
     def in_fp8(self, batch: int, compiled: bool) -> None:
-        """E-MMDiT and SD3.5 in bfloat16 and in FP8, each row as soon as it is there."""
-        for row in peers.time_fp8(self.known, batch, self.device, self.repeats, compiled):
-            self.add("fp8_gpu", "fp8_speed", [{"cell": f"{row['key']}, batch {batch}{', compiled' * compiled}"} | row])
+        """E-MMDiT and SD3.5 in bfloat16 and in FP8."""
+        for key in peers.IN_FP8:
+            cell = f"{key}, batch {batch}{', compiled' * compiled}"
+            if self.wanted("fp8_gpu", cell=cell):
+                (row,) = peers.time_fp8(self.known, batch, self.device, self.repeats, compiled, [key])
+                self.add("fp8_gpu", "fp8_speed", {"cell": cell} | row)
 
 
 CELLS: tuple[tuple[Callable[..., None], int, bool], ...] = (
@@ -98,32 +142,30 @@ CELLS: tuple[tuple[Callable[..., None], int, bool], ...] = (
     (Cells.draw, 1, False),
     (Cells.beside, 32, False),
     (Cells.in_fp8, 8, False),
-    (Cells.draw, 32, True),
-    (Cells.draw, 1, True),
-    (Cells.in_fp8, 8, True),
     (Cells.beside, 1, False),
     (Cells.in_fp8, 1, False),
     (Cells.in_fp8, 32, False),
+    (Cells.in_fp8, 8, True),  # each row from here on compiles for a minute or more
+    (Cells.draw, 32, True),
+    (Cells.draw, 1, True),
+    (Cells.beside, 32, True),
     (Cells.in_fp8, 1, True),
     (Cells.in_fp8, 32, True),
-    (Cells.beside, 32, True),
     (Cells.beside, 1, True),
 )
 """What is measured, at which batch, compiled or as written; in this order."""
 
 
-def measure(cells: Cells, minutes: float = MINUTES) -> Iterator[str]:
+def measure(cells: Cells) -> Iterator[str]:
     """Measures; yields a line about each cell: done, failed and why, or left out for want of time."""
-    end = time.monotonic() + 60 * minutes
     for work, batch, compiled in CELLS:
         name, begin = f"{work.__name__}, batch {batch}{', compiled' * compiled}", time.monotonic()
-        runtime.forget_memory(cells.device)
-        if begin > end:
-            yield f"{name}: left out, {minutes:g} minutes are over"
-            continue
+        cells.left_out = False
         try:
+            peers.forget(cells.device)
             work(cells, batch, compiled)
-            yield f"{name}: {time.monotonic() - begin:.0f} s"
+            late = f", not all of it: {cells.minutes:g} minutes are over" if cells.left_out else ""
+            yield f"{name}: {time.monotonic() - begin:.0f} s{late}"
         except Exception as error:  # out of memory, a compiler: the next cells are worth having
             yield f"{name}: failed, {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 

@@ -1,14 +1,14 @@
 """A training inside of a notebook: looked at first, continued first, and not lost with the notebook.
 
     run = stage_run.StageRun(settings, lesson.run_dir / "training", devices)
-    stage_run.prepare(run, again=preset == "smoke")  # at the top, before any demonstration
+    stage_run.prepare(run, again=preset == "smoke", first=preset != "smoke")  # at the top, before any demonstration
     ...
     final = run.train()                              # where the lesson comes to it
 
 `prepare` looks for what the run needs (`preflight.py`) and ends the notebook where something is missing. When the run
-was stopped before, it goes on there and then: papermill started again spends no minute on demonstrations while
-accelerators wait, and shows them after the training. A run longer than `SHORT` trains in processes of its own, which
-save when papermill, the kernel or the terminal is killed (`launch.py`).
+was stopped before, or is to come `first`, it trains there and then: papermill spends no minute on demonstrations while
+accelerators wait, and shows them once, after the training. A run longer than `SHORT` trains in processes of its own,
+which save when papermill, the kernel or the terminal is killed (`launch.py`).
 """
 
 from __future__ import annotations
@@ -85,12 +85,13 @@ class StageRun:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def prepare(*runs: StageRun, again: bool = False, findings: Sequence[Finding] = ()) -> None:
+def prepare(*runs: StageRun, again: bool = False, first: bool = False, findings: Sequence[Finding] = ()) -> None:
     """Looks for what the runs need, prints it, and continues first what was stopped.
 
     Args:
         *runs: in the order in which they train.
         again: makes a finished run anew, as lessons at smoke scale do, so that every execution is the same.
+        first: trains them here and now, even where nothing was begun.
         findings: of the notebook's own.
 
     Raises:
@@ -101,6 +102,6 @@ def prepare(*runs: StageRun, again: bool = False, findings: Sequence[Finding] = 
             run.start_again()
     seen = dict.fromkeys(one for run in runs for one in run.findings())
     require([*seen, *findings])
-    if any(run.stopped for run in runs):
+    if first or any(run.stopped for run in runs):
         for run in runs:
             run.train()

@@ -208,7 +208,7 @@ def encode_text(
         warnings.warn(text, CaptionCut, stacklevel=2)
     device, tokens, mask = execution_device(model), batch["input_ids"], batch["attention_mask"]  # (B, L)
     if device.type != "cpu" and isinstance(model, LlamaModel):  # it would ask the device whether there is padding
-        mask = create_causal_mask(model.config, torch.empty(*tokens.shape, 0, dtype=model.dtype), mask, cache=None)
+        mask = create_causal_mask(model.config, torch.empty(*tokens.shape, 0, dtype=model.dtype), mask, None)
     tokens, mask = send(tokens, device), mask if mask is None else send(mask, device)  # (B, 1, L, L) now; or None
     return model(input_ids=tokens, attention_mask=mask).last_hidden_state  # (B, L, D)
 

@@ -35,6 +35,7 @@ from diffusers import AutoencoderDC, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -301,7 +302,11 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
             raise InvalidValue("vae: this pipeline has none, so it can only draw latents (output_type='latent')")
         images = decode_latents(self.vae, latents, self.stats)  # (B, 3, H, W)
         self._check_finite("vae", images)
-        return self.image_processor.postprocess(images.float(), output_type=output_type)
+        if output_type != "pil":
+            return self.image_processor.postprocess(images.float(), output_type=output_type)
+        pixels = (self.image_processor.denormalize(images.float()) * 255).round().to(torch.uint8)
+        pixels = pixels.permute(0, 2, 3, 1).contiguous()  # (B, H, W, 3): a quarter of the bytes leaves the device
+        return [Image.fromarray(one) for one in pixels.cpu().numpy()]
 
     @torch.no_grad()
     def __call__(
