@@ -129,6 +129,17 @@ def test_forward_mode_equals_finite_differences():
     torch.testing.assert_close(slope, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-6)
 
 
+def test_forward_mode_in_bfloat16_where_statistics_are_in_float32():
+    """As on an accelerator, and on the meta device; there the first consistency step of Sprint once failed."""
+    with torch.device("meta"), torch.no_grad():
+        model, (latents, text, timestep) = tiny().to("meta", torch.bfloat16), inputs()
+        point = latents.to("meta", torch.bfloat16), timestep.to("meta", torch.float32)
+        text = text.to("meta", torch.bfloat16)
+        ways = tuple(map(torch.ones_like, point))
+        velocity, slope = torch.func.jvp(lambda x, t: model(x, text, t).sample, point, ways)
+    assert velocity.dtype == slope.dtype == torch.bfloat16
+
+
 def test_bfloat16_is_close_to_float32():
     model, arguments = tiny(), inputs()
     exact, exact_gradients = model(*arguments).sample, gradients(model, *arguments)

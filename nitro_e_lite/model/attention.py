@@ -149,7 +149,7 @@ def _join_heads_plain(image, text, weights, ratio, chunk):
         groups = subregion_split(stream.flatten(2), ratio, chunk).unflatten(2, heads)  # (B*s, N/s, 3, M, E)
         query, key, value = groups.unbind(2)
         if weight is not None:
-            query, key = (F.rms_norm(x, x.shape[-1:], w, EPS) for x, w in zip((query, key), weight, strict=True))
+            query, key = (cpu_kernels.rms_norm(x, w, EPS) for x, w in zip((query, key), weight, strict=True))
         joined.append((query, key, value))
     return [torch.cat(parts, dim=1) for parts in zip(*joined, strict=True)]  # (B*s, S, M, E)
 

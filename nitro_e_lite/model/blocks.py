@@ -169,7 +169,7 @@ class JointBlock(nn.Module):
         self.context_pre_only = context_pre_only
         self.attention = JointAttention(num_heads, head_dim, pattern, context_pre_only, qk_norm)
         self.image = Stream(dim, int(dim * mlp_ratio), modulation)
-        self.text = nn.LayerNorm(dim) if context_pre_only else Stream(dim, int(dim * mlp_ratio), modulation)
+        self.text = LayerNorm(dim) if context_pre_only else Stream(dim, int(dim * mlp_ratio), modulation)
 
     def forward(self, image: Tensor, text: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """One step of both streams.

@@ -136,7 +136,30 @@ def modulated_norm(tokens: Tensor, scale: Tensor, shift: Tensor, eps: float) -> 
     """
     if usable(tokens) and tokens.dtype == scale.dtype:
         return _ModulatedNorm.apply(tokens.contiguous(), scale.contiguous(), shift.contiguous(), eps)
-    return torch.addcmul(shift.unsqueeze(1), F.layer_norm(tokens, tokens.shape[-1:], eps=eps), scale.unsqueeze(1))
+    return torch.addcmul(shift.unsqueeze(1), layer_norm(tokens, eps=eps), scale.unsqueeze(1))
+
+
+def layer_norm(tokens: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """`F.layer_norm` over the last axis, `(..., D)`; of 16 bit numbers in forward mode by way of float32.
+
+    An accelerator keeps their statistics in float32, and torch then gives a tangent of that type, which no later
+    product takes.
+    """
+    if tokens.element_size() == 2 and forward_mode():
+        tokens, weight, bias, dtype = tokens.float(), _wide(weight), _wide(bias), tokens.dtype
+        return F.layer_norm(tokens, tokens.shape[-1:], weight, bias, eps).to(dtype)
+    return F.layer_norm(tokens, tokens.shape[-1:], weight, bias, eps)
+
+
+def rms_norm(tokens: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`F.rms_norm` in the same way."""
+    if tokens.element_size() == 2 and forward_mode():
+        return F.rms_norm(tokens.float(), tokens.shape[-1:], weight.float(), eps).to(tokens.dtype)
+    return F.rms_norm(tokens, tokens.shape[-1:], weight, eps)
+
+
+def _wide(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.float()
 
 
 def gated_residual(tokens: Tensor, gate: Tensor, update: Tensor) -> Tensor:
@@ -309,7 +332,7 @@ class LayerNorm(nn.LayerNorm):
         """`(..., D)` to `(..., D)`; without tokens weight and bias, `(D,)` each."""
         if tokens is None:
             return self.weight.clone(), self.bias.clone()
-        return super().forward(tokens)
+        return layer_norm(tokens, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -30,7 +30,7 @@ from nitro_e_lite.model import fp8
 from nitro_e_lite.model.adapters import AdapterMixin
 from nitro_e_lite.model.attention import KERNELS, JointAttention
 from nitro_e_lite.model.blocks import JointBlock, TimeEmbedding
-from nitro_e_lite.model.cpu_kernels import Linear
+from nitro_e_lite.model.cpu_kernels import LayerNorm, Linear
 from nitro_e_lite.model.tokens import (
     TokenCompressor,
     TokenReconstructor,
@@ -127,7 +127,7 @@ class EMMDiTTransformer2DModel(AdapterMixin, ModelMixin, ConfigMixin):
         self.compressor = TokenCompressor(dim) if compression else None
         self.reconstructor = TokenReconstructor(dim) if compression else None
         self.projector = None if repa_channels is None else _repa_projector(dim, repa_hidden, repa_channels)
-        self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.norm_out = LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = Linear(dim, patch_size * patch_size * in_channels)
 
     def set_attention_kernel(self, kernel: str) -> None:
