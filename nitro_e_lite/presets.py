@@ -164,7 +164,6 @@ _REWARDS_FULL = RewardConfig(
     preset="full",
     steps=4000,  # two updates an iteration
     batch_size=576,
-    accumulate=8,
     precision="bf16",
     group=24,
     log_every=10,

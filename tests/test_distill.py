@@ -29,7 +29,7 @@ from nitro_e_lite.scenes.captions import is_reserved
 from nitro_e_lite.scenes.grammar import is_held_out, sample_scene
 from nitro_e_lite.stages import discriminator, gates
 from nitro_e_lite.stages.distill import Distill, distill
-from nitro_e_lite.training.engine import Engine
+from nitro_e_lite.training.engine import Engine, Placement
 
 
 @pytest.fixture(scope="module")
@@ -207,10 +207,7 @@ def test_logistic_loss_is_a_cross_entropy_and_every_depth_counts_the_same():
 
 
 def stage_of(config, rows=4):
-    placement = SimpleNamespace(
-        device=torch.device("cpu"), dtype=torch.float32, microbatches=(range(rows),), rows=range(rows)
-    )
-    return Distill(config, placement)
+    return Distill(config, Placement(torch.device("cpu"), torch.float32, (range(rows),)))
 
 
 def test_a_student_that_knows_the_road_has_no_loss(config):
@@ -292,10 +289,10 @@ def test_other_captions_are_read_in_the_heads_turn_alone(config, changes, turns)
     """They were read and encoded in every step, also of a student without heads."""
     stage, read = stage_of(replace(config, steps=8, regression_share=0.5, **changes)), []
     honest = stage.text
-    stage.text = lambda batch: read.append(batch.captions) or honest(batch)
+    stage.text = lambda captions: read.append(captions) or honest(captions)
     for step in range(8):
         read.clear()
-        batch = stage.draw(step)
+        batch = stage.place(stage.read(step))
         assert len(read) == 1 + (step in turns)
         assert torch.equal(batch.wrong, batch.text) == (step not in turns)
         assert batch.differs.tolist() == [a != b for a, b in zip(read[0], read[-1], strict=True)]
@@ -413,9 +410,7 @@ def test_a_students_folder_beside_the_shipped_encoders_and_shipped_itself(shippe
 
 def test_jumps_aim_at_the_picture_from_every_state_and_the_sampler_puts_fresh_noise_back(config, tmp_path):
     """In phase 1 and 2 a student that answers what leads to the end has no loss; its folder draws as it does."""
-    rows = range(4)
-    placement = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, microbatches=(rows,), rows=rows)
-    stage = Distill(replace(config, jumps=True, adversarial_weight=0.0), placement)
+    stage = stage_of(replace(config, jumps=True, adversarial_weight=0.0))
     batch = stage.batch(0, 0)
     expected = stage.segment_loss(batch)["loss"]
     ends = batch.states[:, -1]

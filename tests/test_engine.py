@@ -231,6 +231,21 @@ def test_gradients_travel_once_a_step_in_the_stated_type_and_the_log_names_the_s
     assert len(beats) == 2 and all(beat["step"] >= 1 and beat["pid"] for beat in beats)
 
 
+def test_a_compiler_that_fails_says_where_its_files_are(tmp_path, monkeypatch):
+    """Half a file, left by a killed run, failed every run after it, and nothing said where it was."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+
+    def broken(graph, inputs):
+        raise OSError("file too short")
+
+    honest = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module, backend: honest(module, backend=broken))
+    with pytest.raises(RuntimeError, match="file too short") as failed:
+        Engine(replace(RUN, compile="inductor"), OwnSamples, tmp_path / "run", device="cpu").fit()
+    (said,) = [note for note in failed.value.__notes__ if "compile=inductor" in note]
+    assert f"Delete {tmp_path / 'compiled'} and go on" in said
+
+
 def test_accelerators_have_a_flight_recorder(tmp_path, monkeypatch):
     class Joined(Exception):
         pass

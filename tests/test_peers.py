@@ -237,6 +237,12 @@ def test_the_command_of_an_accelerator(small_cells, monkeypatch, tmp_path):
     assert found.exit_code == 0 and ": 1" in found.stdout, found.output
     assert cards.load(tmp_path)["fp8_gpu"]["command"] == "nitro-e benchmark --gpu --repeats 1 --device cpu"
     folder = ["--out", str(tmp_path)]
+    assert CliRunner().invoke(app, [*words, *folder]).exit_code == 0  # all is there
+    with monkeypatch.context() as broken:
+        broken.setattr(gpu_cells, "CELLS", ((gpu_cells.Cells.in_fp8, 2, False),))
+        broken.setattr(peers, "build", None)
+        failed = CliRunner().invoke(app, [*words, *folder])
+    assert failed.exit_code == 2 and "no cell could be measured" in failed.stderr  # whatever the folder holds
     for more in (
         [],
         [*folder, "--peers"],

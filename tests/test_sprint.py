@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from diffusers import SCMScheduler
 from safetensors.torch import load_file
 
 from nitro_e_lite.config import DrawnConfig, OptimizerConfig
+from nitro_e_lite.data.batches import Ahead
 from nitro_e_lite.data.drawn import Drawing, DrawnSet, GrammarPrompts
 from nitro_e_lite.errors import GateFailed, UserError
 from nitro_e_lite.experiments.launch import launch, train_arguments
@@ -36,6 +38,7 @@ from nitro_e_lite.scenes.render import render
 from nitro_e_lite.stages import gates, sprint, students
 from nitro_e_lite.stages.distill import Distill
 from nitro_e_lite.stages.sprint import Sprint, consistency_loss, tangent_target
+from nitro_e_lite.training.engine import Placement
 
 QUIET = {"validate_every": 100, "sample_every": 100}
 
@@ -53,10 +56,38 @@ def config(teacher_folder, cache):
 
 
 def stage_of(config, kind=Sprint):
-    rows = range(4)
-    return kind(
-        config, SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, microbatches=(rows,), rows=rows)
-    )
+    return kind(config, Placement(torch.device("cpu"), torch.float32, (range(4),)))
+
+
+@pytest.mark.parametrize("name, kind", [("distill", Distill), ("sprint", Sprint)])
+def test_no_step_of_a_student_asks_the_device_for_a_value(name, kind, teacher_folder, cache):
+    """On the meta device, which has shapes and no values, whatever would wait for an accelerator raises."""
+    config = configured(name, teacher_folder, cache)
+    if name == "sprint":
+        config = replace(config, dense_time=False)  # the gate on a fitted embedding looks, once
+    stage, meta = stage_of(config, kind), torch.device("meta")
+    read = [stage.read(step) for step in range(config.steps)]
+    assert {x.device.type for batch in read for x in vars(batch).values() if isinstance(x, torch.Tensor)} == {"cpu"}
+    for module in (stage.teacher, *(one.module for one in stage.modules.values())):
+        module.to(meta)
+    for key, value in list(vars(stage).items()):
+        if isinstance(value, torch.Tensor):
+            setattr(stage, key, value.to(meta))
+    stage.balance, stage.placement = gates.Balance(config, meta), replace(stage.placement, device=meta)
+    turns = [next(iter(stage.losses(step, 0))) for step in range(config.steps)]
+    assert set(turns) == {"student", "heads"}
+    with pytest.raises(RuntimeError, match="meta"):
+        stage.balance.right.mean().item()
+
+
+def test_the_next_steps_are_read_while_the_current_one_is_computed(config):
+    stage, asked = stage_of(replace(config, steps=4)), []
+    stage._next = Ahead(lambda step: asked.append((step, threading.current_thread().name)) or stage.read(step), 4)
+    first = stage.batch(0, 0)
+    assert stage.batch(0, 0) is first
+    stage._next._thread.shutdown()
+    assert [step for step, _ in asked] == [0, 1, 2, 3]
+    assert all(thread.startswith("next batches") for _, thread in asked)
 
 
 # -- consistency in closed form
@@ -166,7 +197,7 @@ def test_half_of_the_judged_pictures_begin_at_pure_noise_and_the_tangent_comes_i
         found = stage.losses(step, 0)["student"]
         assert set(found) == {"loss", "consistency", "tangent_norm"} and found["loss"].isfinite().all()
     assert seen == [0.0, pytest.approx(2 / stage.config.warmup_steps), 1.0]
-    last = [(stage.draw(step).judged > 1.5707).float().mean().item() for step in range(12)]
+    last = [(stage.read(step).judged > 1.5707).float().mean().item() for step in range(12)]
     assert 0.25 < sum(last) / 12 < 0.75
 
 
@@ -196,7 +227,7 @@ def test_jumps_along_roads_come_first_and_shall_end_where_the_teacher_did(config
     assert [next(iter(stage.losses(step, 0))) for step in range(8)] == ["student"] * 4 + ["heads", "student"] * 2
     assert set(stage.losses(3, 0)["student"]) == {"loss", "road"}
     assert set(stage.losses(5, 0)["student"]) == {"loss", "consistency", "tangent_norm", "road", "adversarial"}
-    levels = torch.stack([stage.draw(step).level for step in range(12)])
+    levels = torch.stack([stage.read(step).level for step in range(12)])
     assert set(levels.flatten().tolist()) == {0, 1, 2, 3} and 0.25 < (levels == 0).float().mean() < 0.75
     batch, ends = stage.batch(3, 0), stage.batch(3, 0).states[:, -1]
 

@@ -12,11 +12,12 @@ rows with text and vision features is 240 MB, so a process holds 1 GB of them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -38,8 +39,52 @@ from nitro_e_lite.scenes.verifier import VERSION
 AHEAD = 3  # batches prepared before they are asked for
 
 
+Batch = TypeVar("Batch")
+
+
+class Ahead(Generic[Batch]):
+    """What the next steps read, prepared in a thread while the current one is computed.
+
+    Args:
+        read: what a step needs in the host's memory; a function of the step alone.
+        steps: of the run; nothing is prepared beyond them.
+    """
+
+    def __init__(self, read: Callable[[int], Batch], steps: int):
+        self._read, self._steps = read, steps
+        self._thread = ThreadPoolExecutor(1, "next batches")
+        self._ready: dict[int, Future[Batch]] = {}  # by step: the current one and the next ones
+
+    def __call__(self, step: int) -> Batch:
+        """What step `step` reads; the steps after it are then prepared."""
+        wanted = range(step, max(step + 1, min(step + 1 + AHEAD, self._steps)))
+        self._ready = {one: self._ready.get(one) or self._thread.submit(self._read, one) for one in wanted}
+        return self._ready[step].result()
+
+
+class Rows:
+    """A frozen dataclass of tensors and lists, each with one row a picture; fields may be None."""
+
+    def pinned(self) -> Self:
+        """The same in pinned memory; what lies there already stays."""
+        return replace(self, **{n: x.pin_memory() for n, x in vars(self).items() if isinstance(x, Tensor)})
+
+    def to(self, device: torch.device) -> Self:
+        """The same on `device`; pinned memory is copied while others compute."""
+        ahead = device.type != "mps"  # see `runtime.send`
+        moved = {n: x.to(device, non_blocking=ahead) for n, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
+
+    def microbatches(self, count: int) -> list[Self]:
+        """The same in `count` equal parts."""
+        values: dict[str, Any] = vars(self)
+        size = len(next(iter(values.values()))) // count
+        cuts = [slice(k * size, (k + 1) * size) for k in range(count)]
+        return [type(self)(**{name: v if v is None else v[cut] for name, v in values.items()}) for cut in cuts]
+
+
 @dataclass(frozen=True)
-class LocalBatch:
+class LocalBatch(Rows):
     """What one process works on.
 
     Attributes:
@@ -60,21 +105,10 @@ class LocalBatch:
     vision: Tensor | None = None
     images: Tensor | None = None
 
-    def pinned(self) -> LocalBatch:
-        """The same in pinned memory; what lies there already stays."""
-        return replace(self, **{n: x.pin_memory() for n, x in vars(self).items() if isinstance(x, Tensor)})
-
     def to(self, device: torch.device) -> LocalBatch:
-        """The same on `device`; pinned memory is copied while others compute, and latents are made float32 there."""
-        ahead = device.type != "mps"  # see `runtime.send`
-        moved = {n: x.to(device, non_blocking=ahead) for n, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **moved | {"latents": moved["latents"].float()})
-
-    def microbatches(self, count: int) -> list[LocalBatch]:
-        """The same in `count` equal parts."""
-        size = len(self.captions) // count
-        cuts = [slice(k * size, (k + 1) * size) for k in range(count)]
-        return [LocalBatch(**{name: v if v is None else v[cut] for name, v in vars(self).items()}) for cut in cuts]
+        """The same on `device`, where latents are made float32."""
+        moved = super().to(device)
+        return replace(moved, latents=moved.latents.float())
 
 
 @dataclass(frozen=True)
@@ -139,8 +173,7 @@ class Batches:
                     f"data.quality={config.data.quality!r}"
                 )
         self.needs_images, self._pin = False, device is not None and device.type == "cuda"
-        self._thread = ThreadPoolExecutor(1, "next batches")
-        self._ahead: dict[int, Future[LocalBatch]] = {}  # by step: the current one and the next ones
+        self.local = Ahead(self._draw, config.steps)  # by step: what this process reads
 
     @property
     def counts(self) -> list[int]:
@@ -160,12 +193,6 @@ class Batches:
     def digest(self) -> str:
         """Names what there is to read, here; processes of one run must have the same."""
         return " ".join([*(source.data.digest for source in self.sources), self.validation.digest])
-
-    def local(self, step: int) -> LocalBatch:
-        """What this process reads in step `step`; the steps after it are then prepared."""
-        wanted = range(step, max(step + 1, min(step + 1 + AHEAD, self.config.steps)))
-        self._ahead = {one: self._ahead.get(one) or self._thread.submit(self._draw, one) for one in wanted}
-        return self._ahead[step].result()
 
     def microbatch(self, step: int, part: int, count: int) -> LocalBatch:
         """Part `part` of `count` equal ones of `local(step)`."""

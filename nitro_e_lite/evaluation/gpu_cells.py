@@ -77,6 +77,11 @@ class Cells:
             if (other := card["environment"]["device_name"]) != self.environment["device_name"]:
                 raise InvalidValue(f"{self.folder}: {name}.json is of {other}; name another folder or delete it")
 
+    @property
+    def rows(self) -> int:
+        """How many there are so far."""
+        return sum(len(card["rows"]) for card in self.written.values())
+
     def wanted(self, name: str, **row: Any) -> bool:
         """Whether a card has no such row yet, and there is time for it."""
         rows = self.written.get(name, {"rows": []})["rows"]

@@ -41,7 +41,7 @@ consistency models and DMD2 draw.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +57,7 @@ from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.model import flow
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.official_weights import save_official
+from nitro_e_lite.runtime import send
 from nitro_e_lite.stages.discriminator import logistic_loss, verdict
 from nitro_e_lite.stages.students import Student, StudentBatch, resting
 from nitro_e_lite.training.engine import Engine, Placement
@@ -73,10 +74,16 @@ class DistillBatch(StudentBatch):
     Attributes:
         level: its number (B,).
         own: whether it is reached by the student's own steps (B,).
+
+    Both stay with the host, which chooses rows by them.
     """
 
     level: Tensor
     own: Tensor
+
+    def to(self, device: torch.device) -> DistillBatch:
+        """The rest on `device`."""
+        return replace(super().to(device), level=self.level, own=self.own)
 
 
 class Distill(Student):
@@ -121,13 +128,12 @@ class Distill(Student):
         stream = self.stream(step, "renoise t")
         return flow.sample_timesteps(config.batch_size, stream, config.renoise_mean, config.renoise_std)
 
-    def draw(self, step: int) -> DistillBatch:
+    def read(self, step: int) -> DistillBatch:
         """Also which noise level, and whose way to it."""
-        config, device = self.config, self.placement.device
+        config = self.config
         level = torch.randint(config.sampler_steps, (config.batch_size,), generator=self.stream(step, "level"))
         own = torch.rand(config.batch_size, generator=self.stream(step, "roll-out")) < config.own_rollouts
-        more = {"level": level[self.mine].to(device), "own": own[self.mine].to(device)}
-        return DistillBatch(**vars(super().draw(step)), **more)
+        return DistillBatch(**vars(super().read(step)), level=level[self.mine], own=own[self.mine])
 
     # -- one step
 
@@ -135,7 +141,7 @@ class Distill(Student):
         """Phase 1: the student's segments. Phase 2: in turn the heads and the student."""
         self.step = step
         if part == 0:
-            self.balance.check(step)
+            self.check_balance(step)
         batch = self.batch(step, part)
         if step < self.config.regression_steps:
             return {"student": self.segment_loss(batch)}
@@ -160,7 +166,8 @@ class Distill(Student):
 
     def segment_loss(self, batch: DistillBatch) -> dict[str, Tensor]:
         """From each state of the teacher to its next, or to the picture, in one step; squared velocity error (B,)."""
-        which, level = torch.arange(len(batch.level), device=batch.level.device), batch.level
+        level = send(batch.level, batch.states.device)
+        which = torch.arange(len(level), device=level.device)
         aim = torch.full_like(level, len(self._levels) - 1) if self.config.jumps else level + 1
         here, there = batch.states[which, level], batch.states[which, aim]  # (B, C, H, W)
         t, t_next = self._levels[level], self._levels[aim]
@@ -176,28 +183,31 @@ class Distill(Student):
             model: student or teacher.
             noise: (B, C, H, W).
             text: features (B, L, Dc).
-            until: number of the noise level to stop at, for each row (B,); K is the picture.
+            until: number of the noise level to stop at, for each row (B,), with the host; K is the picture.
 
         Returns:
             (B, C, H, W).
         """
         x_t = noise.clone()
         for k in range(int(until.max())):
-            going = (until > k).nonzero().flatten()
+            going = send((until > k).nonzero().flatten(), noise.device)
             velocity = self._velocity(model, x_t[going], text[going], self._levels[k].expand(len(going)))
             x_t[going] = flow.euler_step(x_t[going], velocity, self.levels[k], self.levels[k + 1])
         return x_t
 
     def _guess(self, batch: DistillBatch) -> Tensor:
         """The student's guess of the picture (B, C, H, W), at the noise levels that its sampler visits."""
-        noise, latents, t = batch.states[:, 0], batch.states[:, -1], self._levels[batch.level]
+        noise, latents = batch.states[:, 0], batch.states[:, -1]
+        level = send(batch.level, noise.device)
+        t = self._levels[level]
         if self.config.jumps:
-            x_t = batch.states[torch.arange(len(t), device=t.device), batch.level]
+            x_t = batch.states[torch.arange(len(t), device=t.device), level]
         else:
             x_t = flow.interpolate(latents, noise, t)
-            own = (batch.own & (batch.level > 0)).nonzero().flatten()
-            if len(own):
-                x_t[own] = self.walk(self.student, noise[own], batch.text[own], batch.level[own])
+            chosen = (batch.own & (batch.level > 0)).nonzero().flatten()
+            if len(chosen):
+                own = send(chosen, noise.device)
+                x_t[own] = self.walk(self.student, noise[own], batch.text[own], batch.level[chosen])
         return flow.to_data(x_t, self._velocity(self.student, x_t, batch.text, t), t)
 
     def _student_loss(self, batch: DistillBatch) -> dict[str, Tensor]:
@@ -218,7 +228,7 @@ class Distill(Student):
         if self.config.jumps:
             t = torch.ones(len(noise), device=noise.device)
             return flow.to_data(noise, self._velocity(model, noise, text, t), t)
-        until = torch.full((len(noise),), self.config.sampler_steps, device=noise.device)
+        until = torch.full((len(noise),), self.config.sampler_steps)
         return self.walk(model, noise, text, until)
 
     def pipeline(self, model: EMMDiTTransformer2DModel | None = None) -> NitroEPipeline:

@@ -143,18 +143,19 @@ class Balance:
 
     Args:
         config: bounds and length of the window.
+        device: where it is remembered; "cpu" when None.
 
     Attributes:
         right: that share, by turn, a ring.
         turns: so far.
     """
 
-    def __init__(self, config: StudentConfig):
+    def __init__(self, config: StudentConfig, device: torch.device | None = None):
         self.config, self.turns = config, 0
-        self.right = torch.zeros(config.gate_window)
+        self.right = torch.zeros(config.gate_window, device=device)
 
-    def note(self, right: float, part: int, parts: int) -> None:
-        """Remembers part `part` of a turn."""
+    def note(self, right: float | torch.Tensor, part: int, parts: int) -> None:
+        """Remembers part `part` of a turn; a share on the device stays there."""
         place = self.turns % len(self.right)
         self.right[place] = (0.0 if part == 0 else self.right[place]) + right / parts
         self.turns += part == parts - 1

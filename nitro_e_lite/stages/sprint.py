@@ -61,7 +61,7 @@ from nitro_e_lite.model.trigflow import SIGMA_DATA
 from nitro_e_lite.runtime import generator
 from nitro_e_lite.stages.discriminator import hinge_loss, raised, verdict
 from nitro_e_lite.stages.gates import check_fine_tuned
-from nitro_e_lite.stages.students import Student, StudentBatch, resting
+from nitro_e_lite.stages.students import Student, StudentBatch, resting, words_of
 from nitro_e_lite.training.engine import Engine, Placement
 from nitro_e_lite.training.optimizers import hidden_matrices
 
@@ -224,7 +224,7 @@ class Sprint(Student):
         mean, std = (getattr(self.config, f"{kind}_{name}") for name in ("mean", "std"))
         return trigflow.sample_times(self.config.batch_size, self.stream(step, purpose), mean, std)
 
-    def draw(self, step: int) -> SprintBatch:
+    def read(self, step: int) -> SprintBatch:
         """Also where the student is asked, and for how strong a guidance."""
         config, count = self.config, self.config.batch_size
         strengths = torch.tensor(self._strengths)
@@ -239,9 +239,8 @@ class Sprint(Student):
             "guidance": strengths[chosen],
             "uncaptioned": torch.rand(count, generator=self.stream(step, "uncaptioned")) < UNCAPTIONED,
         }
-        rows = {name: value[self.mine].to(self.placement.device) for name, value in rows.items()}
-        start = self.noise(step, "start").to(self.placement.device)
-        return SprintBatch(**vars(super().draw(step)), start=start, **rows)
+        rows = {name: value[self.mine] for name, value in rows.items()}
+        return self._pinned(SprintBatch(**vars(super().read(step)), start=self.noise(step, "start"), **rows))
 
     # -- one step
 
@@ -249,7 +248,7 @@ class Sprint(Student):
         """Phase 1: the new embedding. Phase 2: in turn the heads and the student."""
         self.step = step
         if part == 0:
-            self.balance.check(step)
+            self.check_balance(step)
         batch = self.batch(step, part)
         if step < self.config.finetune_steps:
             return {"student": {"loss": self._embedding_loss(batch)}}
@@ -291,7 +290,7 @@ class Sprint(Student):
         """How far the velocities with the new embedding are from the teacher's, over their own squared error."""
         moved, own = [], []
         batch = self.drawn.batch(range(self.rows, min(self.rows + 64, len(self.drawn))))
-        latents, text = batch.states[:, -1].to(self.placement.device), self.text(batch)
+        latents, text = batch.states[:, -1].to(self.placement.device), self.text(words_of(batch))
         noise = batch.states[:, 0].to(self.placement.device)
         for level in LEVELS:
             s = torch.full((len(latents),), level, device=latents.device)

@@ -12,7 +12,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from nitro_e_lite.config import OptimizerConfig, StudentConfig
-from nitro_e_lite.data.batches import batch_indices
+from nitro_e_lite.data.batches import Ahead, Rows, batch_indices
 from nitro_e_lite.data.drawn import DrawnBatch, DrawnSet, teacher_hash
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.evaluation.geneval_lite import evaluate
@@ -43,29 +43,23 @@ from nitro_e_lite.viz import image_grid
 
 
 @dataclass(frozen=True)
-class StudentBatch:
+class StudentBatch(Rows):
     """What one process works on: pictures of the teacher and what is drawn at random for all students.
 
     Attributes:
         states: (B, K + 1, C, H, W), from the noise to the picture.
-        text: features (B, L, Dc).
-        wrong: features of another picture's caption (B, L, Dc).
-        differs: whether that caption is another (B,); in a step without the heads' turn both are the picture's own.
+        text: features (B, L, Dc); as `read`, captions where no features are stored.
+        wrong: the same of another picture's caption; as `read`, None without the heads' turn, then the picture's own.
+        differs: whether that caption is another (B,).
         t, noise: at which pictures are judged, (B,) in flow time, and (B, C, H, W).
     """
 
     states: Tensor
-    text: Tensor
-    wrong: Tensor
+    text: Tensor | list[str]
+    wrong: Tensor | list[str] | None
     differs: Tensor
     t: Tensor
     noise: Tensor
-
-    def microbatches(self, count: int) -> list:
-        """The same in `count` equal parts."""
-        size = len(self.text) // count
-        cuts = [slice(k * size, (k + 1) * size) for k in range(count)]
-        return [type(self)(**{one.name: getattr(self, one.name)[cut] for one in fields(self)}) for cut in cuts]
 
 
 class Student(Stage):
@@ -119,10 +113,11 @@ class Student(Stage):
             self.modules["heads"] = self.trained(self.heads, config.heads, set())
         speed_up(self.teacher)
         nn.Module.to(self.teacher, placement.device, placement.dtype)
-        self.balance = Balance(config)
+        self.balance = Balance(config, placement.device)
         self.step = 0
         self._reference: dict[str, float] = {}  # what the teacher reaches without guidance
-        self._ahead: tuple[int, list] = (-1, [])
+        self._next = Ahead(self.read, config.steps)
+        self._current: tuple[int, list] = (-1, [])
 
     def trained(self, module: nn.Module, config: OptimizerConfig, matrices: set[str]) -> Trainable:
         """A module as the engine takes it."""
@@ -178,22 +173,33 @@ class Student(Stage):
 
     def batch(self, step: int, part: int) -> Any:
         """Part `part` of this process's rows of step `step`."""
-        if self._ahead[0] != step:
-            self._ahead = (step, self.draw(step).microbatches(len(self.placement.microbatches)))
-        return self._ahead[1][part]
+        if self._current[0] != step:
+            with self.placement.clock.measure("data"):
+                read = self._next(step)
+            self._current = (step, self.place(read).microbatches(len(self.placement.microbatches)))
+        return self._current[1][part]
 
-    def draw(self, step: int) -> StudentBatch:
-        """This process's rows of step `step`: a function of seed, step and row, for any number of processes."""
+    def read(self, step: int) -> StudentBatch:
+        """This process's rows of step `step`, in the host's memory: a function of seed, step and row alone."""
         rows = self.kept[batch_indices(self.config.seed, len(self.kept), self.config.batch_size, step)]
-        found = self.drawn.batch(rows[self.mine])
-        text = wrong = self.text(found)
-        differs = torch.zeros(len(text), dtype=torch.bool)
+        found, wrong = self.drawn.batch(rows[self.mine]), None
+        differs = torch.zeros(len(found.captions), dtype=torch.bool)
         if self.judges(step) and self.config.misaligned:
             others = self.drawn.batch(np.roll(rows, -1)[self.mine])
             differs = torch.tensor([a != b for a, b in zip(found.captions, others.captions, strict=True)])
-            wrong = self.text(others)
+            wrong = words_of(others)
         t, noise = self.judged_at(step)[self.mine], self.noise(step, "renoise")
-        return StudentBatch(*(x.to(self.placement.device) for x in (found.states, text, wrong, differs, t, noise)))
+        return self._pinned(StudentBatch(found.states, words_of(found), wrong, differs, t, noise))
+
+    def _pinned(self, batch: Any) -> Any:
+        """Where an accelerator copies from it, in memory from which that needs no waiting."""
+        return batch.pinned() if self.placement.device.type == "cuda" else batch
+
+    def place(self, batch: StudentBatch) -> StudentBatch:
+        """What was `read`, on the device, its captions by the language model."""
+        moved = batch.to(self.placement.device)
+        text = self.text(moved.text)
+        return replace(moved, text=text, wrong=text if moved.wrong is None else self.text(moved.wrong))
 
     @property
     def mine(self) -> slice:
@@ -209,10 +215,10 @@ class Student(Stage):
         rows = [generator(self.config.seed, step, purpose, row) for row in self.placement.rows]
         return torch.stack([torch.randn(self.drawn.data.shape, generator=one) for one in rows])
 
-    def text(self, batch: DrawnBatch) -> Tensor:
-        """Text features (B, L, Dc) in the number type of the computation."""
+    def text(self, words: Tensor | list[str]) -> Tensor:
+        """Features (B, L, Dc), stored ones or of captions, in the number type of the computation."""
         cut: list[int] = []  # the teacher lost the same ends and said so when it drew
-        text = self.encoders.encode_text(batch.captions, cut) if batch.text is None else batch.text
+        text = words if isinstance(words, Tensor) else self.encoders.encode_text(words, cut)
         return text.to(self.placement.device, self.placement.dtype)
 
     @abstractmethod
@@ -220,6 +226,11 @@ class Student(Stage):
         """The noise levels, in flow time, at which pictures of the whole batch are judged."""
 
     # -- the discriminator
+
+    def check_balance(self, step: int) -> None:
+        """The gate; an accelerator would wait for each look, so there it is one a logging interval."""
+        if self.placement.device.type == "cpu" or step % self.config.log_every == 0:
+            self.balance.check(step)
 
     def judges(self, step: int) -> bool:
         """Whether step `step` is the heads' turn."""
@@ -264,7 +275,7 @@ class Student(Stage):
             total = loss(real, real=True) + told
         right = ((verdict(real) > 0).float() + (verdict(fake) < 0).float()) / 2  # (B,)
         everyone = mean_over_processes(right.mean())  # all of them pass the gate, or none
-        self.balance.note(everyone.item(), part, len(self.placement.microbatches))
+        self.balance.note(everyone, part, len(self.placement.microbatches))
         return {"loss": total, "right": right, **found}
 
     # -- looking at the run
@@ -284,7 +295,7 @@ class Student(Stage):
         for first in range(self.rows, len(self.drawn), 32):
             batch = self.drawn.batch(range(first, min(first + 32, len(self.drawn))))
             states = batch.states.to(self.placement.device)
-            ends = self.ends(states[:, 0], self.text(batch), teacher)
+            ends = self.ends(states[:, 0], self.text(words_of(batch)), teacher)
             distances.append((ends - states[:, -1]).square().flatten(1).mean(1).cpu())
         found = {"distance": torch.cat(distances).mean().item()}
         if self.config.gate_prompts:
@@ -375,6 +386,11 @@ class Student(Stage):
         model.load_state_dict({**model.state_dict(), **{name: value.cpu() for name, value in averages.items()}})
         model.save_pretrained(folder)
         return model
+
+
+def words_of(batch: DrawnBatch) -> Tensor | list[str]:
+    """Stored features of the captions, or else these."""
+    return batch.captions if batch.text is None else batch.text
 
 
 @contextmanager

@@ -61,6 +61,9 @@ from nitro_e_lite.training.optimizers import FUSED
 from nitro_e_lite.training.precision import PRECISIONS, settle_precision
 from nitro_e_lite.training.weights import MasterWeights
 
+# A run that is killed while it compiles may leave half a file there, which fails every run after it.
+_COMPILER = "compile={}: was an earlier run killed while it compiled? Delete {} and go on; --set compile= does without"
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -509,7 +512,14 @@ class Engine:
         config, main = self.config, self.accelerator.is_main_process
         while self.global_step < config.steps:
             self.progress.begin_step()
-            row = self.step()
+            try:
+                row = self.step()
+            except RuntimeError as error:
+                if type(error).__module__.startswith("torch._dynamo"):
+                    from torch._inductor.runtime.cache_dir_utils import cache_dir  # seconds, seldom needed
+
+                    error.add_note(_COMPILER.format(config.compile, cache_dir()))
+                raise
             looked_at = self.host_decides or self._due(
                 config.log_every, config.validate_every, config.sample_every, config.checkpoint_every
             )
