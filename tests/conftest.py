@@ -1,6 +1,5 @@
 """Settings and fixtures every test shares. Tests run offline, on the CPU, without touching the checkout."""
 
-import json
 import os
 import shutil
 import signal
@@ -29,7 +28,6 @@ if sys.platform == "darwin":  # a Mac's accelerator rounds otherwise than the CP
     torch.accelerator.current_accelerator = lambda check_available=False: None
 
 LITTLE_TEXT_MUCH_WORK = ("test_overfit.py", "test_lesson_mutations.py", "test_cpu_kernels.py", "test_train.py")
-NEW = ("dense_time", "guidance_embedding", "qk_norm")  # arguments of the transformer that came after the first weights
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -91,20 +89,9 @@ def shipped(monkeypatch, tmp_path, tiny_folder):
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory):
     """A tiny teacher with its encoders, as a folder that both `load_pipeline` and `load_encoders` read."""
-    import torch
-    from tiny import TEACHER_SHIFT, build_tiny_pipeline
+    from tiny import save_tiny_teacher
 
-    folder = tmp_path_factory.mktemp("teacher") / "tiny"
-    pipeline = build_tiny_pipeline()
-    pipeline.register_to_config(max_text_length=32, default_shift=TEACHER_SHIFT)
-    with torch.no_grad():  # velocities that change with the state, so that long steps leave the road
-        pipeline.transformer.proj_out.weight.mul_(6.0)
-    pipeline.save_pretrained(folder)
-    (folder / "vae" / "latent_stats.json").write_text(pipeline.stats.to_json())
-    file = folder / "transformer" / "config.json"  # as old as the shipped one: it names no new argument
-    known = json.loads(file.read_text())
-    file.write_text(json.dumps({name: known[name] for name in known if name not in NEW}))
-    return folder
+    return save_tiny_teacher(tmp_path_factory.mktemp("teacher") / "tiny")
 
 
 @pytest.fixture(scope="session")

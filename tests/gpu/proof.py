@@ -25,11 +25,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaModel
 
-from nitro_e_lite.config import TrainConfig
+from nitro_e_lite.config import TrainConfig, override
 from nitro_e_lite.evaluation.benchmark import median_seconds
 from nitro_e_lite.experiments.launch import child_environment, run_processes
 from nitro_e_lite.experiments.plan import DC_AE_F32, LLAMA_1B, activation_bytes
 from nitro_e_lite.files import read_jsonl
+from nitro_e_lite.inference.loading import load_pipeline
 from nitro_e_lite.inference.low_memory import draw_one_by_one, save_memory
 from nitro_e_lite.inference.pipeline import NitroEPipeline
 from nitro_e_lite.inference.vision import FULL_VISION_SIZES, GRID
@@ -39,7 +40,11 @@ from nitro_e_lite.model.flops import TRAINING_PASSES, find_peak, model_flops
 from nitro_e_lite.model.fp8_ladder import Choice, choose_rung
 from nitro_e_lite.presets import preset
 from nitro_e_lite.runtime import attention_backend, device_name, generator
+from nitro_e_lite.stages.distill import Distill
 from nitro_e_lite.stages.pretrain import repa_loss
+from nitro_e_lite.stages.rewards_forward import ForwardRewards
+from nitro_e_lite.stages.rewards_grpo import GrpoRewards
+from nitro_e_lite.stages.sprint import Sprint
 from nitro_e_lite.training.checkpoints import load_latest
 from nitro_e_lite.training.engine import Engine, Placement, Stage, Trainable
 from nitro_e_lite.training.optimizers import build_optimizers
@@ -286,20 +291,51 @@ def train_some(scale: str, folder: str | Path, stop: str | int) -> None:
 def no_step_waits_for_the_host(scale: Scale, folder: Path) -> dict[str, float]:
     """Synchronisations in steps between two looks, as torch's own debug mode sees them."""
     run = start(scale, folder, settings(scale, scale.batches[0]))
-    for _ in range(2):
-        run.step()
+    run.step(), run.step()
+    return {"steps": scale.steps, "waits": count_waits(run, scale.steps)}
+
+
+def count_waits(run: Engine, steps: int) -> int:
+    """How often steps of a run wait for the device; on CUDA, never."""
     watched = run.device.type == "cuda"
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         if watched:
             torch.cuda.set_sync_debug_mode("warn")
-        for _ in range(scale.steps):
+        for _ in range(steps):
             run.step()
         if watched:
             torch.cuda.set_sync_debug_mode("default")
     waits = [str(one.message) for one in heard if "synchroniz" in str(one.message)]
     assert not watched or (not run.host_decides and not waits), waits[:3]
-    return {"steps": scale.steps, "waits": len(waits)}
+    return len(waits)
+
+
+def later_stages_learn(scale: Scale, folder: Path) -> dict[str, float]:
+    """Both students and both ways to learn from rewards, of a tiny model in the number type of full runs."""
+    from tiny import draw, save_tiny_teacher
+
+    save_tiny_teacher(folder / "teacher")
+    draw(load_pipeline(folder / "teacher", scale.device), folder / "drawn").run()
+    model = [f"teacher={folder / 'teacher'}", f"data.encoders={folder / 'teacher'}"]
+    model += [f"data.folders=[{folder / 'drawn'}]", "data.validation_rows=2", "gate_window=100"]
+    paid = [f"start_from={folder / 'teacher'}", "rewards=[[redness, 1.0]]", "rollout_steps=3", "grpo.window_range=2"]
+    runs = {
+        "distill": (Distill, "distill", model),
+        "sprint": (Sprint, "sprint", [*model, "dense_time=false"]),
+        "forward": (ForwardRewards, "rewards", [*paid, "method=forward"]),
+        "grpo": (GrpoRewards, "rewards", [*paid, "method=grpo", "grpo.window=1"]),
+    }
+    found = {}
+    for name, (stage, kind, changes) in runs.items():
+        config = override(preset(kind, "smoke"), [f"precision={scale.precision}", *changes])
+        run = Engine(config, stage, folder / name, False, scale.device)
+        rows = [run.step() for _ in range(config.steps - 2)]  # its last two look for waits
+        found[name] = float(rows[-1].get("student_loss", rows[-1].get("loss", 0.0)))
+        assert all(torch.isfinite(torch.as_tensor(value)) for row in rows for value in row.values()), rows
+        if kind != "rewards":  # which draw and judge
+            count_waits(run, 2)
+    return found
 
 
 def compiled_step(scale: Scale, folder: Path) -> dict[str, float]:
@@ -456,6 +492,7 @@ CHECKS: tuple[Callable[[Scale, Path], dict[str, Any]], ...] = (
     bf16_step_equals_cpu,
     resume_equals_one_go,
     no_step_waits_for_the_host,
+    later_stages_learn,
     compiled_step,
     memory_by_batch,
     images_per_second,
