@@ -29,7 +29,7 @@ from nitro_e_lite.data.precompute import Encoding, drawn_source, open_source
 from nitro_e_lite.data.shard_writer import write_latents
 from nitro_e_lite.data.shards import LatentBatch, LatentDataset, sidecars
 from nitro_e_lite.data.sources import Folder, square
-from nitro_e_lite.errors import UserError
+from nitro_e_lite.errors import Unusable, UserError
 from nitro_e_lite.inference import encoders
 from nitro_e_lite.inference.encoders import Encoders, LatentStats
 from nitro_e_lite.inference.hub import EncoderUnavailable
@@ -195,8 +195,9 @@ models = Encoders(p.vae, p.tokenizer, p.text_encoder, LatentStats(p.config.laten
 encoding = Encoding(Folder(sys.argv[2]), models, sys.argv[3], size=64, batch=3, shard_rows=6, threads=2)
 fast = encoding._encode
 def slow(*arguments):
-    fast(*arguments)
+    rows = fast(*arguments)
     time.sleep(0.5)
+    return rows
 encoding._encode = slow
 encoding.run()
 """
@@ -440,11 +441,56 @@ def test_odd_and_broken_pictures_in_the_published_layouts(kind, models, tmp_path
     assert reason.startswith("picture cannot be read")
 
 
+def test_a_data_set_that_is_away_stops_the_work_and_costs_nothing(raw, models, whole, tmp_path):
+    """Its pictures were left out as missing, and never looked for again."""
+    moved, away, seen = tmp_path / "raw", tmp_path / "away", []
+    shutil.copytree(raw, moved)
+    source, honest = Folder(moved), Folder._item
+
+    def item(self, number, line):
+        if number == 10:
+            moved.rename(away)
+            moved.mkdir()  # where a disk was mounted
+        return honest(self, number, line)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Folder, "_item", item)
+        with pytest.raises(Unusable, match="raw: is gone or empty; is its disk there"):
+            Encoding(source, models, tmp_path / "out", size=SIZE, batch=3, shard_rows=6, threads=2).run()
+    moved.rmdir()
+    away.rename(moved)
+    encode(moved, models, tmp_path / "out")
+    assert files(tmp_path / "out") == files(whole) and not seen
+
+
+def test_a_part_without_one_picture_is_not_taken_for_done(raw, models, tmp_path, monkeypatch):
+    monkeypatch.setattr("nitro_e_lite.data.precompute.ALL_MISSING", 20)
+    moved = tmp_path / "raw"
+    shutil.copytree(raw, moved)
+    for picture in moved.glob("*.png"):
+        picture.rename(picture.with_suffix(".away"))
+    with pytest.raises(Unusable, match="lines-000000000: not one of 22 items has its picture and its caption; is all"):
+        encode(moved, models, tmp_path / "out")
+    for picture in moved.glob("*.away"):
+        picture.rename(picture.with_suffix(".png"))
+    assert encode(moved, models, tmp_path / "out")["rows"] == len(GOOD)
+
+
+def test_check_names_a_reason_that_much_was_left_out_for(raw, models, tmp_path):
+    moved = tmp_path / "raw"
+    shutil.copytree(raw, moved)
+    for k in range(12, 17):
+        (moved / f"{k}.png").unlink()
+    encode(moved, models, tmp_path / "out")
+    assert "6 of 22 items were left out: picture is missing" in check(tmp_path / "out")["problems"]
+
+
 def test_each_process_of_torchrun_encodes_on_its_own_gpu(monkeypatch):
     monkeypatch.setattr("nitro_e_lite.runtime.pick_device", lambda name: torch.device(name or "cuda"))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "6")
-    assert local_device(None) == "cuda:2" and local_device("cuda:1") == "cuda:1" and local_device("cpu") == "cpu"
+    assert local_device(None) == local_device("cuda") == "cuda:2"  # all eight went to the first when it was named
+    assert local_device("cuda:1") == "cuda:1" and local_device("cpu") == "cpu"
 
 
 def test_a_gated_generator_says_what_to_do(tmp_path):

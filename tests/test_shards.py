@@ -1,5 +1,6 @@
 """Cached latents: what goes in comes out, damage costs only what it hits, the order is a pure function."""
 
+import errno
 import os
 import threading
 import warnings
@@ -21,6 +22,7 @@ from nitro_e_lite.data.shards import (
     read_card,
     read_quarantine,
 )
+from nitro_e_lite.errors import Unusable
 from nitro_e_lite.training.distributed import check_same_data
 
 
@@ -315,6 +317,24 @@ def test_a_file_cut_short_while_it_is_read_costs_its_rows_and_not_the_process(ma
     assert [(line["shard"], line["row"]) for line in read_quarantine(many)] == [("000002", None)]
 
 
+def test_files_are_opened_anew_where_a_server_has_forgotten_their_handles(many, monkeypatch):
+    """All attempts went to the handle that was dead: other rows took the turns of whole shards."""
+    monkeypatch.setattr(shard_files, "PAUSES", (0.0,))
+    data = LatentDataset(many, "abc")
+    before = data.batch(range(40))
+    dead, honest = [data._open(shard.path) for shard in data.shards], shard_files.ShardFile._read_some
+
+    def read(file, place, offset):
+        if file in dead:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return honest(file, place, offset)
+
+    monkeypatch.setattr(shard_files.ShardFile, "_read_some", read)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert torch.equal(data.batch(range(40)).latents, before.latents)
+
+
 def test_a_reader_that_cannot_read_tries_again_then_names_the_file(many, monkeypatch):
     data, left, waits = LatentDataset(many, "abc"), [2], []
     before, pread = data.batch(range(40)), os.preadv
@@ -334,7 +354,7 @@ def test_a_reader_that_cannot_read_tries_again_then_names_the_file(many, monkeyp
     assert other.captions[0] != before.captions[9]
     assert torch.equal(data.batch([9]).latents, before.latents[9:10])  # it came back
     left[0] = 10**9
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="and 99 others are bad .last: Input/output error"):
+    with pytest.warns(UserWarning), pytest.raises(Unusable, match="99 others are bad .last: Input/output .*disk there"):
         data.batch([20])
     assert not (many / QUARANTINE).exists() and len(waits) < 50  # a shard that was named is waited for no more
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tarfile
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from tiny_flux import build_tiny_flux
 
 from nitro_e_lite.data.sources import FLUX, SA1B, Folder, JourneyDB, Problem, Prompts, Record, square
+from nitro_e_lite.errors import Unusable
 
 
 def photo(width=40, height=30, mode="RGB", seed=0):
@@ -162,10 +164,71 @@ def test_sa1b_tar_cut_short(sa1b, share):
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     source = SA1B(sa1b)
     items = list(source.items("sa_000001"))
-    assert len(items) < 5 and items[-1].cut_at == path.stat().st_size and "tar file was cut short" in items[-1].reason
+    assert len(items) < 5 and items[-1].cut_at == source.stamp("sa_000001")
+    assert items[-1].cut_at[0] == path.stat().st_size and "tar file was cut short" in items[-1].reason
     assert all(isinstance(item, Record) for item in items[:-1])
     for start in range(len(items)):
         assert [item.key for item in source.items("sa_000001", start)] == [item.key for item in items[start:]]
+
+
+def headers(path):
+    with tarfile.open(path) as tar:
+        return {member.name: (member.offset, member.offset_data) for member in tar}
+
+
+@pytest.mark.parametrize("hurt", ["header", "hole", "hole within a picture"])
+def test_a_tar_file_with_a_damaged_header_or_a_hole_to_its_end_is_not_whole(sa1b, hurt):
+    """tarfile stops at both without a word, and its last bytes are as empty as of a whole file."""
+    path = sa1b / "sa_000001.tar"
+    content = bytearray(path.read_bytes())
+    header, picture = headers(path)["./sa_11188.jpg"]
+    if hurt == "header":
+        content[header + 100] ^= 1
+    else:
+        content[header if hurt == "hole" else picture + 100 :] = bytes(len(content) - header)
+        content += bytes(2**21)  # a download that has taken its room beforehand
+    path.write_bytes(content)
+    source = SA1B(sa1b)
+    items = list(source.items("sa_000001"))
+    assert [item.key for item in items[:-1]] == ["sa_11186", "sa_11187"]
+    assert items[-1].cut_at == source.stamp("sa_000001") and "get it again" in items[-1].reason
+    os.utime(path, (1, 1))
+    assert source.stamp("sa_000001") != items[-1].cut_at  # the same size, got again
+
+
+def test_tar_files_that_arrive_change_nobodys_share(sa1b):
+    before = {part: rank for rank in range(3) for part in SA1B(sa1b).share(rank, 3)}
+    for number in (0, 2, 3, 4):
+        shutil.copy(sa1b / "sa_000001.tar", sa1b / f"sa_{number:06d}a.tar")
+    after = {part: rank for rank in range(3) for part in SA1B(sa1b).share(rank, 3)}
+    assert len(after) == 6 and set(after.values()) == {0, 1, 2} and before.items() <= after.items()
+
+
+def test_what_cannot_be_read_just_now_costs_no_picture(tmp_path, monkeypatch):
+    """An error of the disk made a picture one that cannot be read, for ever."""
+    monkeypatch.setattr("nitro_e_lite.data.shard_files.PAUSES", (0.0,))
+    path, honest, fails = tmp_path / "a.png", Path.read_bytes, [5, 5]
+    path.write_bytes(encoded(photo(40, 40)))
+
+    def read(one):
+        if fails:
+            raise OSError(fails.pop(), "Input/output error")
+        return honest(one)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    with pytest.raises(Unusable, match=r"a.png: cannot be read \(Input/output error\); make it readable"):
+        square(path, 32)
+    fails.append(5)  # once: it is waited for
+    assert square(path, 32).shape == (32, 32, 3)
+    with pytest.raises(ValueError, match="picture is missing"):
+        square(tmp_path / "none.png", 32)
+
+    def no_room(*given):
+        raise MemoryError
+
+    monkeypatch.setattr("nitro_e_lite.data.sources.to_rgb", no_room)
+    with pytest.raises(MemoryError):
+        square(path, 32)
 
 
 def test_a_tar_file_that_grows_while_it_is_read_is_cut_where_it_was(sa1b):
@@ -178,7 +241,7 @@ def test_a_tar_file_that_grows_while_it_is_read_is_cut_where_it_was(sa1b):
     with path.open("ab") as file:
         file.write(whole[len(whole) // 2 :])
     rest = list(items)
-    assert rest[-1].cut_at == len(whole) // 2
+    assert rest[-1].cut_at[0] == len(whole) // 2
     more = list(SA1B(sa1b).items("sa_000001", 1 + len(rest[:-1])))
     keys = [item.key for item in [first, *rest[:-1], *more]]
     assert keys == ["sa_11186", "sa_11187", "sa_11188", "sa_11189"]
@@ -377,6 +440,31 @@ def test_a_byte_order_mark_is_no_part_of_a_caption_or_prompt(sa1b, pipeline, tmp
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red star\r\na blue\xe2\x80\xa8star\r\n")
     items = everything(Prompts(tmp_path / "prompts.txt", pipeline, SETTINGS))
     assert [item.captions for item in items] == [["a red star"], ["a blue\u2028star"]]
+
+
+def test_a_missing_picture_walks_through_no_tree(folder, monkeypatch):
+    """Each process sorted all names of all folders when a single line named a missing file."""
+    looked = []
+    honest = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda place: looked.append(Path(place)) or honest(place))
+    deep = folder / "some" / "deep"
+    deep.mkdir(parents=True)
+    (deep / unicodedata.normalize("NFD", "é.png")).write_bytes(encoded(photo(40, 40)))
+    (folder / "captions.jsonl").write_text(
+        "".join(json.dumps({"file_name": name, "text": "x"}) + "\n" for name in ("none.png", "some\\deep\\é.png"))
+    )
+    missing, found = Folder(folder).items("lines-000000000")
+    assert found.image == deep / unicodedata.normalize("NFD", "é.png") and missing.key == "none.png"
+    assert set(looked) == {folder, folder / "some", deep}
+
+
+def test_pictures_without_a_line_are_named_up_to_a_number(folder, monkeypatch):
+    monkeypatch.setattr("nitro_e_lite.data.sources.NAMED", 2)
+    for k in range(4):
+        (folder / f"more {k}.png").write_bytes(b"")
+    before, found = Folder(folder), list(Folder(folder).items("unlisted"))
+    assert len(found) >= 4 and [item.key for item in found[2:]] == ["others"] * (len(found) - 2)
+    assert [item.key for item in before.items("unlisted", 3)] == [item.key for item in found[3:]]
 
 
 def test_lists_longer_than_a_part(folder, monkeypatch):

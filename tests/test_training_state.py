@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, checked, and the newest good one wins."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -87,6 +88,24 @@ def test_a_flipped_bit_is_found(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="damaged"):
         load_checkpoint(path.parent)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_nothing(tmp_path, monkeypatch):
+    """Somebody reads it on a network file system; the run ended although the new one stood."""
+    save(tmp_path, 100, keep=1)
+    honest = shutil.rmtree
+
+    def busy(path, *words, **more):
+        if path.name == "step-00000100":
+            raise OSError(39, "Directory not empty")
+        return honest(path, *words, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        with pytest.warns(UserWarning, match="step-00000100: not removed .Directory not empty"):
+            assert save(tmp_path, 200, keep=1).is_dir()
+    save(tmp_path, 300, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000300"]
 
 
 def test_a_partial_folder_is_not_a_checkpoint(tmp_path):

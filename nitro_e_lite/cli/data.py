@@ -36,7 +36,7 @@ def local_device(name: str | None) -> str:
     from nitro_e_lite.runtime import pick_device
 
     device = pick_device(name)
-    if name is None and device.type == "cuda":
+    if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return str(device)
 
@@ -61,7 +61,9 @@ def encode(
     ] = None,
     draw: Annotated[list[str] | None, typer.Option(help="fluxdb: argument=value for the call of the pipeline.")] = None,
     batch: Annotated[int, typer.Option(help="Pictures at once.")] = 32,
-    shard_rows: Annotated[int, typer.Option(help="Rows in one shard.")] = 10_000,
+    shard_rows: Annotated[
+        int, typer.Option(help="Rows in one shard at most; a tar file, or 2,000 lines of a list, end one too.")
+    ] = 10_000,
     threads: Annotated[
         int | None, typer.Option(help="Threads that decode pictures; by default this process's share of the cores.")
     ] = None,

@@ -61,6 +61,7 @@ MEAN_LIMIT, SPREAD_LIMITS = 0.5, (0.7, 1.4)  # of the mean over channels, in abs
 FULL_PIXELS = 512  # a side
 CHANNEL_MEAN_LIMIT, CHANNEL_SPREAD_LIMITS = 1.5, (0.2, 5.0)
 SKIPPED = "skipped.jsonl"
+MUCH = 0.2  # a share of all items that is not left out for one reason unless something is wrong
 NEEDED_SAMPLES_PER_SECOND = round(published_samples_per_second())
 _FULL = preset("base", "full").model
 FULL_SHAPES = {
@@ -234,6 +235,10 @@ def _problems(facts: dict[str, Any], max_repeated: float) -> list[str]:
     }
     if parts and parts["encoded"] < parts["all"]:
         found[f"{parts['encoded']} of {parts['all']} parts are encoded: run the same command again"] = True
+    items = rows + sum(facts["skipped"].values())
+    for reason, count in facts["skipped"].items():
+        if count > MUCH * items and reason.startswith(("caption", "picture")):
+            found[f"{count:,} of {items:,} items were left out: {reason}"] = True
     low, high = CHANNEL_SPREAD_LIMITS
     odd = np.flatnonzero((abs(mean) > CHANNEL_MEAN_LIMIT) | (spread < low) | (spread > high))
     if rows and len(odd):

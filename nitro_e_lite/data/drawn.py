@@ -39,7 +39,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nitro_e_lite.data.shard_writer import ShardWriter, keep_card
+from nitro_e_lite.data.shard_writer import ShardWriter, keep_card, remove_leftovers
 from nitro_e_lite.data.shards import SHARDS, LatentBatch, LatentDataset, array_shapes, bad_rows, read_card, sidecars
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.files import share_lock
@@ -187,9 +187,10 @@ class Drawing:
     def _check_none_is_lost(self) -> None:
         there = max((state["next"] for state in sidecars(self.out).values() if state), default=0)
         if there > len(self.prompts):
+            wanted = "as many or more" if isinstance(self.prompts, GrammarPrompts) else "the same ones"
             raise InvalidValue(
-                f"prompts={len(self.prompts)}: {self.out} holds the pictures of {there} already; ask for as many or "
-                "more, or name another folder"
+                f"prompts={len(self.prompts)}: {self.out} holds the pictures of {there} already; ask for {wanted}, or "
+                "name another folder"
             )
 
     def _card(self, parts: int) -> dict[str, Any]:
@@ -222,6 +223,8 @@ class Drawing:
         """Draws this process's shards; returns what it did: pictures, prompts left out, seconds, pictures a second."""
         started, rows, skipped = time.perf_counter(), 0, 0
         with self._bar, share_lock(self.out, *self._share):
+            mine = {self._name(first) for first in self.parts}
+            remove_leftovers(self.out, lambda shard: shard in mine)
             for first in self.parts:
                 if not self._finished(first):
                     drawn = self._draw_shard(first)

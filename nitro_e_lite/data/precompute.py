@@ -5,7 +5,8 @@ shards. Two properties make it safe to leave alone for days:
 
 * **Restartable.** A shard counts when its JSON file is there, and that file says where in the part the shard ended. A
   killed run is started again with the same command and loses at most the shard that each process was writing.
-  A tar file that was cut short is taken up again where it ended, once its size has changed.
+  A tar file that was cut short is taken up again where it ended, once it has changed. What cannot be read just now,
+  a disk that is away or captions that are not unpacked yet, stops the run and costs nothing.
 * **The same whatever the number of processes.** Parts, shards and batches are cut at fixed places, so one process and
   eight write the same data set, and a run may be resumed with another number.
 
@@ -20,6 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from nitro_e_lite.data.shard_writer import ShardWriter, keep_card
+from nitro_e_lite.data.shard_writer import ShardWriter, keep_card, remove_leftovers
 from nitro_e_lite.data.shards import (
     SHARD_ROWS,
     SHARDS,
@@ -41,6 +43,8 @@ from nitro_e_lite.data.shards import (
 )
 from nitro_e_lite.data.sources import (
     FLUX,
+    NO_CAPTION,
+    NO_PICTURE,
     SA1B,
     Folder,
     JourneyDB,
@@ -52,7 +56,7 @@ from nitro_e_lite.data.sources import (
     square,
     to_jpeg,
 )
-from nitro_e_lite.errors import InvalidValue
+from nitro_e_lite.errors import InvalidValue, Unusable
 from nitro_e_lite.files import share_lock
 from nitro_e_lite.inference.encoders import Encoders
 from nitro_e_lite.inference.hub import EncoderUnavailable
@@ -60,6 +64,7 @@ from nitro_e_lite.inference.vision import GRID
 from nitro_e_lite.runtime import in_order
 
 LARGEST = 65_536  # pixels a side of a picture
+ALL_MISSING = 100  # items of a part of which not one has picture and caption: that is no data set with gaps
 GENERATOR = "black-forest-labs/FLUX.1-dev"
 GENERATOR_REVISIONS = {GENERATOR: "3de623fc3c33e44ffbe2bad470d0f45bccf2eb21"}
 SOURCES = {source.kind: source for source in (SA1B, JourneyDB, Folder)}
@@ -88,7 +93,7 @@ class Encoding:
         pictures: side in pixels of pictures to store, as JPEG, for a vision model that looks at them in training;
             DINOv2 looks at 224. None stores none.
         batch: pictures encoded at once.
-        shard_rows: rows after which the next shard begins.
+        shard_rows: rows after which the next shard begins; the end of a part ends one, too.
         threads: for reading and decoding pictures.
         rank: number of this process.
         world: number of processes.
@@ -127,11 +132,13 @@ class Encoding:
         self.pictures, self._share = pictures, (rank, world)
         self.batch, self.shard_rows, self.threads = batch, shard_rows, threads
         parts = source.parts()
-        self.parts = parts[rank::world]
+        self.parts = source.share(rank, world)
         card = self._card(parts)
         self.shapes = array_shapes(card)
         keep_card(self.out, card)
         self.rows, self.skipped, self.seconds = 0, 0, 0.0
+        self._writing, self._write = ThreadPoolExecutor(1, "shard"), Future()  # a batch, while the next is encoded
+        self._write.set_result(None)
         self._bar = tqdm(
             desc="encoding", unit=" pictures", disable=rank > 0, mininterval=1 if sys.stderr.isatty() else 30
         )
@@ -161,12 +168,18 @@ class Encoding:
         """Encodes this process's parts; returns what it did: rows, skipped items, seconds, rows a second.
 
         Raises:
-            RuntimeError: somebody else is encoding the same parts into this folder.
+            RuntimeError: somebody else is encoding the same parts into this folder, or the source cannot be read now.
         """
         started = time.perf_counter()
         with self._bar, share_lock(self.out, *self._share):
+            mine = set(self.parts)
+            remove_leftovers(self.out, lambda shard: _part_of(shard) in mine)
+            states = sidecars(self.out, keep=lambda shard: _part_of(shard) in mine)  # once, of thousands
+            broken = {line["shard"] for line in read_quarantine(self.out) if line["row"] is None}
             for part in self.parts:
-                self._encode_part(part)
+                number, start, ended = self._finished(part, states, broken)
+                if not ended:
+                    self._encode_part(part, number, start)
         self.seconds = time.perf_counter() - started
         speed = self.rows / self.seconds
         return {
@@ -176,27 +189,25 @@ class Encoding:
             "rows_per_second": round(speed, 2),
         }
 
-    def _finished(self, part: str) -> tuple[int, int, bool]:
+    def _finished(self, part: str, states: dict[str, Any], broken: set[str]) -> tuple[int, int, bool]:
         """Shards of a part that are done, the item after them, and whether they are all."""
-        states, number, start = sidecars(self.out, f"{part}-?????"), 0, 0
-        broken = {line["shard"] for line in read_quarantine(self.out) if line["row"] is None}
+        number, start = 0, 0
         while (state := states.get(name := f"{part}-{number:05d}")) and name not in broken:
             path = self.out / SHARDS / f"{part}-{number:05d}.arrow"
             if state["rows"] and not (path.is_file() and path.stat().st_size == state["bytes"]):
                 break
             number, start = number + 1, state["next"]
-            if state["end"] or (state.get("cut_at") is not None and state["cut_at"] == self.source.size(part)):
+            if state["end"] or (state.get("cut_at") is not None and state["cut_at"] == self.source.stamp(part)):
                 return number, start, True
         return number, start, False
 
-    def _encode_part(self, part: str) -> None:
-        number, start, ended = self._finished(part)
-        if ended:
-            return
-        items = self._decoded(self.source.items(part, start))
+    def _encode_part(self, part: str, number: int, start: int) -> None:
+        """Encodes a part from shard `number` and item `start` on."""
+        items, ended = self._decoded(self.source.items(part, start)), False
         while not ended:
             writer = ShardWriter(self.out, f"{part}-{number:05d}", self.shapes, self.pictures is not None)
             skipped, notes, pending, position, ended, cut_at = Counter(), Counter(), [], start, True, None
+            rows = 0
             for item in items:
                 cut_at = item.cut_at if isinstance(item, Problem) else None
                 position += cut_at is None
@@ -205,17 +216,28 @@ class Encoding:
                 else:
                     pending.append(item)
                 if len(pending) == self.batch:
-                    self._encode(pending, writer, skipped, notes)
-                if writer.rows + len(pending) >= self.shard_rows:
+                    rows += self._encode(pending, writer, skipped, notes)
+                if rows + len(pending) >= self.shard_rows:
                     ended = False
                     break
-            self._encode(pending, writer, skipped, notes)
+            rows += self._encode(pending, writer, skipped, notes)
+            self._write.result()
+            self._check_not_all_missing(part, rows, skipped)
             left_out = [[key, reason, count] for (key, reason), count in skipped.items()]
             about = {"part": part, "start": start, "next": position, "end": ended and cut_at is None}
             about |= {} if cut_at is None else {"cut_at": cut_at}
             writer.finish(**about, skipped=left_out, notes=dict(notes))
-            self.rows, self.skipped = self.rows + writer.rows, self.skipped + skipped.total()
+            self.rows, self.skipped = self.rows + rows, self.skipped + skipped.total()
             number, start = number + 1, position
+
+    def _check_not_all_missing(self, part: str, rows: int, skipped: Counter) -> None:
+        missing = sum(count for (_, reason), count in skipped.items() if reason in (NO_CAPTION, NO_PICTURE))
+        if not rows and missing >= ALL_MISSING and missing == skipped.total():
+            places = " and ".join(map(str, self.source.folders))
+            raise Unusable(
+                f"{part}: not one of {missing} items has its picture and its caption; is all there in {places}? "
+                "Nothing of this part is written: the same command looks again"
+            )
 
     def _decoded(self, items: Iterable[Record | Problem]) -> Iterator[Decoded | Problem]:
         """The items in their order, decoded by several threads: a whole batch while the one before is encoded."""
@@ -223,17 +245,21 @@ class Encoding:
 
     def _decode(self, item: Record | Problem) -> Decoded | Problem:
         if isinstance(item, Problem):
+            if item.reason == NO_CAPTION:
+                self.source.check_there()
             return item
         try:
             pixels = square(item.image, self.size)
         except ValueError as error:
+            if str(error) == NO_PICTURE:
+                self.source.check_there()
             return Problem(item.key, str(error))
         return Decoded(item, pixels, None if self.pictures is None else to_jpeg(pixels, self.pictures))
 
-    def _encode(self, pending: list[Decoded], writer: ShardWriter, skipped, notes) -> None:
-        """Encodes what is pending, writes it and empties the list."""
+    def _encode(self, pending: list[Decoded], writer: ShardWriter, skipped, notes) -> int:
+        """Encodes what is pending, gives it to be written and empties the list; returns the rows."""
         if not pending:
-            return
+            return 0
         records, pictures = [one.record for one in pending], np.stack([one.pixels for one in pending])
         captions = [record.captions for record in records]
         features = {"latents": self.encoders.encode_images(pictures)}
@@ -255,9 +281,17 @@ class Encoding:
             features = {name: x[good] for name, x in features.items()}
             stored = None if self.pictures is None else [pending[k].jpeg for k in good]
             texts = [captions[k] for k in good]
-            writer.add(LatentBatch(captions=texts, pictures=stored, sources=names, keys=keys, **features))
+            batch = LatentBatch(captions=texts, pictures=stored, sources=names, keys=keys, **features)
+            self._write.result()  # of the batch before
+            self._write = self._writing.submit(writer.add, batch)
         self._bar.update(len(pending))
         pending.clear()
+        return len(good)
+
+
+def _part_of(shard: str) -> str:
+    """The part that a shard is of: its name without the number."""
+    return shard.rpartition("-")[0]
 
 
 def open_source(kind: str, path: str | Path, captions: str | Path | None = None) -> Source:

@@ -129,7 +129,8 @@ class Strings:
     """A column of strings or bytes, or of lists of them.
 
     Arrow keeps where each row begins in one array, or two for lists. They are read on first use and kept: 8 bytes a
-    row, 200 MB for 25 million.
+    row, and about 4 KB for each piece of `WRITE_BYTES` that a writer gathered. With text and vision features a piece
+    has 143 rows: 0.7 GB a process for 25 million.
 
     Attributes:
         bounds: offset and number of the int32 values of each such array, the outermost first.

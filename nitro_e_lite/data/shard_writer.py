@@ -12,7 +12,7 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -94,9 +94,14 @@ class ShardWriter:
             self._writer.close()
             self._partial.unlink(missing_ok=True)
         write_atomically(self._path.with_suffix(".json"), json.dumps(state, ensure_ascii=False) + "\n")
-        for leftover in self._path.parent.glob(f"{self._path.stem}.*.partial"):  # of a run that was killed
-            leftover.unlink(missing_ok=True)
         release(self._path.parent.parent, self._path.stem)
+
+
+def remove_leftovers(folder: Path, mine: Callable[[str], bool]) -> None:
+    """Removes what killed writers left of shards whose names are `mine`; for who holds the lock on these."""
+    for leftover in (folder / SHARDS).glob("*.partial"):
+        if mine(leftover.name.rsplit(".", 2)[0]):
+            leftover.unlink(missing_ok=True)
 
 
 def keep_card(folder: Path, card: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ import threading
 import time
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -266,10 +266,10 @@ class LatentDataset:
             self._report(troubles.values())
             parts = [range(place, place + 1) for place in troubles]
         place, trouble = next(iter(troubles.items()))
-        raise InvalidValue(
-            f"{self.folders[0]}: row {rows[place]} and 99 others are bad (last: {trouble.reason}); "
-            "run `nitro-e data check`"
-        )
+        told = f"{self.folders[0]}: row {rows[place]} and 99 others are bad (last: {trouble.reason}); "
+        if trouble.passing:
+            raise Unusable(f"{told}is its disk there?")
+        raise InvalidValue(f"{told}run `nitro-e data check`")
 
     def _read(self, batch: _Draft, rows: list[int], places: range, attempt: int) -> dict[int, Trouble]:
         """Reads the rows of neighbouring `places`; returns what is wrong, by place."""
@@ -278,7 +278,12 @@ class LatentDataset:
             chunk, within = self._locate(rows[place], attempt)
 
             def read(chunk: Chunk = chunk, within: int = within, place: int = place) -> str:
-                return batch.read(self._open(chunk.shard.path), chunk, within, place)
+                try:
+                    return batch.read(self._open(chunk.shard.path), chunk, within, place)
+                except OSError as error:
+                    if is_passing(error):
+                        self._open.cache_clear()  # a file server that was away may know its old handles no more
+                    raise
 
             try:
                 reason = patiently(read, () if chunk.shard in self._named else shard_files.PAUSES)
@@ -414,13 +419,15 @@ def array_shapes(card: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(shape) for name, shape in shapes.items()}
 
 
-def sidecars(folder: Path, names: str = "*") -> dict[str, dict[str, Any] | None]:
-    """Shard name -> what its JSON file says (None: damaged), in the order of the rows.
+def sidecars(
+    folder: Path, names: str = "*", keep: Callable[[str], bool] = lambda name: True
+) -> dict[str, dict[str, Any] | None]:
+    """Shard name -> what its JSON file says (None: damaged), in the order of the rows; of names that `keep` wants.
 
     Raises:
         RuntimeError: a file cannot be reached; without it nobody knows how many rows there are.
     """
-    paths = sorted((folder / SHARDS).glob(f"{names}.json"))
+    paths = sorted(path for path in (folder / SHARDS).glob(f"{names}.json") if keep(path.stem))
     with ThreadPoolExecutor(READERS) as pool:  # thousands, on a file server that takes its time for each
         return dict(zip([path.stem for path in paths], pool.map(_sidecar, paths), strict=True))
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -40,7 +41,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from nitro_e_lite.errors import InvalidValue, MissingFile
+from nitro_e_lite.data.shard_files import explain, patiently
+from nitro_e_lite.errors import InvalidValue, MissingFile, Unusable
 from nitro_e_lite.files import explain_json, read_json_line, read_jsonl
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow warns of odd files that it can read
@@ -48,8 +50,14 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow warns of odd files 
 JPEG_QUALITY = 90  # of stored pictures
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LINES = 2_000  # of a list of captions that make one part: the grain in which processes share the work
+NAMED = 1_000  # pictures without a line that are reported by name
 FLUX = {"height": 512, "width": 512, "num_inference_steps": 20, "guidance_scale": 3.5, "max_sequence_length": 512}
 """How the published FLUXDB was drawn with FLUX.1-dev."""
+NO_CAPTION, NO_PICTURE = "caption is missing or empty", "picture is missing"
+LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+"""Errors of a file's name. All others are of the moment: they are waited for and then stop the work, since what they
+cost would never be looked for again."""
+PADDING = 2**20  # empty bytes that may follow the end of a tar file; 10,240 are usual
 
 
 @dataclass(frozen=True)
@@ -65,12 +73,12 @@ class Record:
 class Problem:
     """Why an item gives no picture.
 
-    `cut_at`: the part ends here too early; its file had so many bytes, and is read on when it has another number.
+    `cut_at`: the part ends here too early; what `Source.stamp` said of its file, which is read on when that changes.
     """
 
     key: str
     reason: str
-    cut_at: int | None = None
+    cut_at: list[int] | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "key", _printable(self.key))
@@ -105,20 +113,48 @@ def square(image: bytes | Path | Image.Image, size: int) -> np.ndarray:
 
     Raises:
         ValueError: a file that is no picture, is cut short, or has a side below half of `size`.
+        RuntimeError: it cannot be read just now.
     """
     try:
         if not isinstance(image, Image.Image):
-            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+            image = Image.open(io.BytesIO(image if isinstance(image, bytes) else read_now(image)))
         if min(image.size) >= size // 2:
             return np.asarray(ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC))
         reason = f"picture is smaller than {size // 2} px"
     except FileNotFoundError:
-        reason = "picture is missing"
+        reason = NO_PICTURE
+    except (Unusable, MemoryError):
+        raise
     except InvalidValue as error:
         reason = str(error)
     except Exception as error:  # Pillow's readers raise many kinds on damaged files; each costs one picture
         reason = f"picture cannot be read ({type(error).__name__})"
     raise InvalidValue(reason)
+
+
+def read_now(path: Path) -> bytes:
+    """What a file holds; errors of the moment are waited for.
+
+    Raises:
+        OSError: there is no such file.
+        RuntimeError: it cannot be read just now.
+    """
+
+    def read() -> bytes | OSError:
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            if error.errno in LASTING:
+                return error
+            raise
+
+    try:
+        found = patiently(read)
+    except OSError as error:
+        raise Unusable(f"{path}: cannot be read ({explain(error)}); make it readable and start again") from None
+    if isinstance(found, OSError):
+        raise found
+    return found
 
 
 def to_jpeg(pixels: np.ndarray, size: int | None = None) -> bytes:
@@ -136,21 +172,45 @@ def to_jpeg(pixels: np.ndarray, size: int | None = None) -> bytes:
 
 
 class Source:
-    """A raw data set. Subclasses give `kind`, `parts` and `items`."""
+    """A raw data set. Subclasses give `kind`, `folders`, `parts` and `items`.
+
+    Attributes:
+        folders: those that its files lie in.
+    """
 
     kind: str
+    folders: Sequence[Path] = ()
 
     def parts(self) -> list[str]:
         """Names of independent pieces of work, in the order of the data set."""
         raise NotImplementedError
 
+    def share(self, rank: int, world: int) -> list[str]:
+        """The parts of process `rank` of `world`."""
+        return self.parts()[rank::world]
+
     def items(self, part: str, start: int = 0) -> Iterator[Record | Problem]:
         """The items of a part from number `start` on; always the same ones in the same order."""
         raise NotImplementedError
 
-    def size(self, part: str) -> int | None:
-        """Bytes of the part's file where it may still grow: a download that goes on; None elsewhere."""
+    def stamp(self, part: str) -> list[int] | None:
+        """Bytes and time of the part's file where it may still change: a download that goes on; None elsewhere."""
         return None
+
+    def check_there(self) -> None:
+        """Looks whether the data set itself is still there; asked where one of its files is missing.
+
+        Raises:
+            RuntimeError: a folder is gone or empty, as when its disk is away.
+        """
+        for folder in self.folders:
+            try:
+                with os.scandir(folder) as entries:
+                    there = next(entries, None) is not None
+            except OSError:
+                there = False
+            if not there:
+                raise Unusable(f"{folder}: is gone or empty; is its disk there? Nothing of it is left out, start again")
 
     def describe(self) -> dict[str, Any]:
         """Facts for the data set's card; a run that resumes must find the same."""
@@ -164,7 +224,7 @@ def record(key: str, image: bytes | Path | Image.Image, captions: Any) -> Record
     whole = [text for text in texts if _printable(text) == text]
     if whole:
         return Record(_printable(key), image, whole)
-    return Problem(key, "caption is no valid Unicode" if texts else "caption is missing or empty")
+    return Problem(key, "caption is no valid Unicode" if texts else NO_CAPTION)
 
 
 def _printable(text: str) -> str:
@@ -200,9 +260,15 @@ class SA1B(Source):
         inside = [p for p in itertools.islice(self.captions.iterdir(), 2)]
         if len(inside) == 1 and inside[0].is_dir():  # the archive packed its folder too
             self.captions = inside[0]
+        self.folders = (self.path, self.captions)
 
     def parts(self) -> list[str]:
         return list(self._parts)
+
+    def share(self, rank: int, world: int) -> list[str]:
+        """By name: more files may arrive while processes start, and each of these must find the same owner."""
+        number = {part: int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest()) for part in self._parts}
+        return [part for part in self._parts if number[part] % world == rank]
 
     def items(self, part: str, start: int = 0) -> Iterator[Record | Problem]:
         path = self._parts[part]
@@ -210,24 +276,27 @@ class SA1B(Source):
             for file in sorted(path.rglob("*.jpg"))[start:]:
                 yield self._with_caption(file.stem, file)
             return
-        size = path.stat().st_size  # now: a download may add to the file while it is read
-        for key, picture in _pictures(path, start, size):
+        stamp = self.stamp(part)  # now: a download may add to the file while it is read
+        for key, picture in _pictures(path, start, stamp[0]):
             if picture is None:
                 return
             yield self._with_caption(key, picture)
             start += 1
         reason = "tar file was cut short or damaged; get it again"
-        yield Problem(f"{path.name} after {start} pictures", reason, cut_at=size)
+        yield Problem(f"{path.name} after {start} pictures", reason, cut_at=stamp)
 
-    def size(self, part: str) -> int | None:
+    def stamp(self, part: str) -> list[int] | None:
         path = self._parts[part]
-        return path.stat().st_size if path.is_file() else None
+        if not path.is_file():
+            return None
+        found = path.stat()
+        return [found.st_size, found.st_mtime_ns]
 
     def _with_caption(self, key: str, image: bytes | Path) -> Record | Problem:
         try:
             return record(key, image, (self.captions / f"{key}.txt").read_text(encoding="utf-8-sig"))
         except (FileNotFoundError, IsADirectoryError):
-            return Problem(key, "caption is missing or empty")
+            return Problem(key, NO_CAPTION)
         except ValueError:
             return Problem(key, "caption is not UTF-8")
 
@@ -235,19 +304,28 @@ class SA1B(Source):
 def _pictures(path: Path, start: int, size: int) -> Iterator[tuple[str, bytes | None]]:
     """Name and content of each picture of a tar file of `size` bytes from number `start` on, as far as they go.
 
-    A file that is whole ends with ("", None).
+    A file that is whole ends with ("", None). Two empty blocks and some padding end a tar file; the same bytes at the
+    end of a longer hole, which a download leaves that takes its room beforehand, do not. Nor does a damaged header,
+    at which `tarfile` stops without a word. A picture is given when what follows it is sound: before a hole it may have
+    one too.
     """
-    number = 0
+    number, held = 0, None
     with contextlib.suppress(tarfile.TarError), tarfile.open(path, "r:") as tar:
         for member in tar:
+            if held:
+                yield held
+                held = None
             if member.offset_data + member.size > size:
                 return
             if member.isfile() and member.name.endswith(".jpg"):
                 if number >= start:
-                    yield PurePosixPath(member.name).stem, tar.extractfile(member).read()
+                    held = PurePosixPath(member.name).stem, tar.extractfile(member).read()
                 number += 1
-        tar.fileobj.seek(max(0, size - 1024))
-        if not any(tar.fileobj.read(1024)):  # two empty blocks end a tar file
+        left = size - tar.offset
+        tar.fileobj.seek(tar.offset)
+        if 1024 <= left <= 1024 + PADDING and not any(tar.fileobj.read(left)):
+            if held:
+                yield held
             yield "", None
 
 
@@ -342,6 +420,7 @@ class JourneyDB(JsonLines):
     def __init__(self, path: str | Path):
         super().__init__(path)
         self.images = self.file.parent / "imgs"
+        self.folders = (self.images,)
         self._archives = {p.name for p in self.images.iterdir() if p.is_dir()} if self.images.is_dir() else set()
         if not self._archives:
             raise MissingFile(f"{self.images}: no folders of pictures; unpack 000.tgz and others here")
@@ -365,6 +444,11 @@ class Folder(JsonLines):
     kind = "folder"
     names = ("captions.jsonl", "metadata.jsonl")
 
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        self.folders = (self.file.parent,)
+        self._spellings = functools.lru_cache(16)(self._look_into)  # folders, one after the other as lines have them
+
     def parts(self) -> list[str]:
         """As of any list, and one more for pictures without a line."""
         return [*super().parts(), "unlisted"]
@@ -373,30 +457,63 @@ class Folder(JsonLines):
         if part != "unlisted":
             yield from super().items(part, start)
             return
-        named = {item.key for p in self.parts()[:-1] for item in super(Folder, self).items(p)}
-        found = (_printable(name) for name in self._pictures)
-        for name in itertools.islice((name for name in found if name not in named), start, None):
-            yield Problem(name, f"no line in {self.file.name} names this picture")
+        yield from itertools.islice(self._unlisted(), start, None)
 
-    @functools.cached_property
-    def _pictures(self) -> list[str]:
-        """The pictures of the folder, as it spells their names."""
-        root = self.file.parent
-        return [p.relative_to(root).as_posix() for p in sorted(root.rglob("*")) if p.suffix.lower() in PICTURES]
+    def _unlisted(self) -> Iterator[Problem]:
+        """Pictures without a line: the first by name, the others as a number."""
+        named, reason = self._named(), f"no line in {self.file.name} names this picture"
+        count = 0
+        for folder, folders, files in os.walk(self.file.parent):
+            folders.sort()
+            place = PurePosixPath(Path(folder).relative_to(self.file.parent).as_posix())
+            pictures = [str(place / name) for name in sorted(files) if PurePosixPath(name).suffix.lower() in PICTURES]
+            missing = ~np.isin(np.array([hash(_plain_name(name)) for name in pictures], np.int64), named)
+            for k in np.flatnonzero(missing):
+                count += 1
+                yield Problem(pictures[k] if count <= NAMED else "others", reason)
 
-    @functools.cached_property
-    def _spellings(self) -> dict[str, str]:
-        return {_plain_name(name): name for name in self._pictures}
+    def _named(self) -> np.ndarray:
+        """What the lines name, as hashes of the plain names, sorted: of millions of names 8 bytes each."""
+        with open(self.file, "rb") as file:
+            entries = (self._entry(number, line) for number, line in enumerate(file, start=1))
+            names = (self.inside(self._name(entry)) for entry in entries if entry)
+            return np.unique(np.fromiter((hash(_plain_name(str(name))) for name in names if name), np.int64))
+
+    @staticmethod
+    def _entry(number: int, line: bytes) -> dict[str, Any] | None:
+        try:
+            return read_json_line(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+        except ValueError:
+            return None
+
+    @staticmethod
+    def _name(entry: dict[str, Any]) -> Any:
+        return next((entry[field] for field in ("file_name", "image") if entry.get(field) is not None), None)
+
+    def _look_into(self, folder: PurePosixPath) -> dict[str, str]:
+        """The names in a folder by their plain spelling."""
+        with contextlib.suppress(OSError), os.scandir(self.file.parent / folder) as entries:
+            return {_plain_name(entry.name): entry.name for entry in entries}
+        return {}
+
+    def _spelled(self, path: PurePosixPath) -> PurePosixPath:
+        """The file that `path` means, as its folders spell it; `path` itself where there is none."""
+        found = PurePosixPath()
+        for part in PurePosixPath(_plain_name(str(path))).parts:
+            if (name := self._spellings(found).get(part)) is None:
+                return path
+            found /= name
+        return found
 
     def read(self, entry: dict[str, Any]) -> Record | Problem:
-        name = next((entry[field] for field in ("file_name", "image") if entry.get(field) is not None), None)
+        name = self._name(entry)
         path = self.inside(name)
         if path is None:
             return Problem(str(name), "file_name is missing or leads out of the folder")
         fields = ("text", "caption", "captions")
         texts = next((entry[field] for field in fields if entry.get(field) is not None), None)
         if not os.path.isfile(self.file.parent / path):  # False for a name that is too long, too
-            path = PurePosixPath(self._spellings.get(_plain_name(str(path)), path))
+            path = self._spelled(path)
         return record(str(path), self.file.parent / path, texts)
 
 

@@ -249,7 +249,10 @@ def _rewards(config: RewardConfig) -> Iterator[Finding]:
 
 def _holds_vision(folders: Sequence[str]) -> bool:
     """Whether all data that is here has vision features: then nobody looks at pictures."""
-    cards = [read_card(Path(folder)) for folder in folders if sidecars(Path(folder))]
+    try:
+        cards = [read_card(Path(folder)) for folder in folders if sidecars(Path(folder))]
+    except UserError:  # `_data` names it
+        return False
     return bool(cards) and len(cards) == len(folders) and all("vision" in array_shapes(card) for card in cards)
 
 

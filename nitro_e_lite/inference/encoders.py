@@ -134,7 +134,8 @@ def encode_images(vae: AutoencoderDC, images: np.ndarray | Tensor, stats: Latent
     Raises:
         ValueError: for images of another type, shape or size.
     """
-    images = images_to_tensor(images).to(execution_device(vae), vae.dtype)
+    images = torch.as_tensor(images).to(execution_device(vae))  # bytes travel, and become numbers there
+    images = images_to_tensor(images).to(vae.dtype)
     ratio = vae.spatial_compression_ratio
     if images.shape[2] % ratio or images.shape[3] % ratio:
         raise InvalidValue(f"images: {tuple(images.shape[2:])} pixels; both must be divisible by {ratio}")

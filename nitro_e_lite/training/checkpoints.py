@@ -60,7 +60,10 @@ def save_checkpoint(
     there = list_checkpoints(folder)
     now = there.index(final)
     for old in there[: max(0, now + 1 - keep)] + there[now + 1 :]:  # later ones were damaged: the run went back
-        shutil.rmtree(old)
+        try:
+            shutil.rmtree(old)
+        except OSError as error:  # on NFS while somebody reads it; the new one stands, and the next save tries again
+            warnings.warn(f"{old}: not removed ({error.strerror or error})", stacklevel=2)
     return final
 
 
