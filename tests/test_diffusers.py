@@ -20,16 +20,18 @@ on a CPU and with their gates for accelerators lifted. What fails there, and why
 import contextlib
 import copy
 import pickle
+import shutil
 import threading
 
 import accelerate
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers.callbacks import SD3CFGCutoffCallback, SDCFGCutoffCallback
 from diffusers.hooks import group_offloading
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import build_tiny_pipeline
 from torchao.quantization import Int8WeightOnlyConfig
 
@@ -150,6 +152,25 @@ def peft_folder(tiny_pipeline, tmp_path_factory):
     return folder
 
 
+def test_adapters_outside_of_blocks_come_back_and_names_of_nothing_are_refused(pipeline, expected, tmp_path):
+    """Without a prefix only those within blocks were taken for this model's: the others vanished."""
+    other = copy.deepcopy(pipeline)
+    torch.manual_seed(5)
+    names = ["proj_out", "text_embed", "groups.0.0.attention.qkv"]
+    pipeline.transformer.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=names, init_lora_weights=False))
+    pipeline.transformer.save_lora_adapter(tmp_path)
+    drawn = draw(pipeline)
+    assert (drawn - expected).abs().max() > 0.1
+    other.load_lora_weights(tmp_path)
+    torch.testing.assert_close(draw(other), drawn, rtol=0, atol=1e-6)
+    weights = load_file(next(tmp_path.glob("*.safetensors")))
+    wrong = weights | {f"block_groups.9.0.attn.to_out.0.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    with pytest.raises(ValueError, match="it changes groups.9.0.attention.out, which is not here"):
+        copy.deepcopy(other).load_lora_weights(wrong)
+    with pytest.raises(ValueError, match="proj_out.alpha: strengths in tensors of their own are not read"):
+        copy.deepcopy(other).transformer.load_lora_adapter(weights | {"proj_out.alpha": torch.tensor(8.0)})
+
+
 def test_adapters_on_three_matrices_are_one_on_the_fused_matrix(
     pipeline, tiny_pipeline, peft_folder, expected, tmp_path
 ):
@@ -166,6 +187,8 @@ def test_adapters_on_three_matrices_are_one_on_the_fused_matrix(
     half = draw(pipeline, attention_kwargs={"scale": 0.5})
     pipeline.set_adapters("one", 0.5)
     torch.testing.assert_close(draw(pipeline), half)
+    draw(pipeline, attention_kwargs={"scale": 0.0})
+    assert torch.equal(draw(pipeline), half)  # and not at full strength from now on
     pipeline.set_adapters("one", 1.0)
     pipeline.fuse_lora()
     torch.testing.assert_close(draw(pipeline), drawn, rtol=0, atol=1e-5)
@@ -373,14 +396,55 @@ def test_parts_keep_the_settings_they_were_drawn_with(tiny_pipeline, expected):
     assert again.parameters == tiny_pipeline.parameters and again.stats == tiny_pipeline.stats
     again.set_progress_bar_config(disable=True)
     assert torch.equal(draw(again), expected)
+    another = type(tiny_pipeline.vae).from_config(tiny_pipeline.vae.config)
     with pytest.warns(UserWarning, match="vae: another one than .*; latents_mean, latents_std are kept"):
-        other = type(tiny_pipeline)(**(tiny_pipeline.components | {"vae": copy.deepcopy(tiny_pipeline.vae)}))
+        other = type(tiny_pipeline)(**(tiny_pipeline.components | {"vae": another}))
     assert other.parameters == tiny_pipeline.parameters and other.stats == tiny_pipeline.stats
     type(tiny_pipeline)(**tiny_pipeline.components, **tiny_pipeline.parameters)
     again.register_to_config(default_steps=3)  # as `load_pipeline` does for what learned from rewards
     assert NitroEImg2ImgPipeline(**again.components).config.default_steps == 3
     again.register_to_config(default_steps=tiny_pipeline.config.default_steps)
     assert pickle.dumps(tiny_pipeline.transformer)
+
+
+def test_settings_are_kept_one_by_one_by_copies_and_by_what_is_put_in_place(pipeline):
+    """One setting that was given, no autoencoder, a copy or a compiled model lost all others, without a word."""
+    wanted = pipeline.parameters
+    assert NitroEPipeline(**pipeline.components, default_steps=8).parameters == wanted | {"default_steps": 8}
+    back = NitroEPipeline(**pipeline.components, default_steps=wanted["default_steps"])
+    assert back.parameters == wanted
+    assert NitroEPipeline(**(pipeline.components | {"vae": None})).parameters == wanted
+    assert NitroEPipeline(**pipeline.components).parameters == wanted  # and the one before has left nothing
+    assert NitroEPipeline(**copy.deepcopy(pipeline).components).parameters == wanted
+    pipeline.transformer = build_tiny_pipeline().transformer
+    assert NitroEPipeline(**pipeline.components).parameters == wanted
+    pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
+    assert NitroEPipeline(**pipeline.components).parameters == wanted
+    own = NitroEPipeline(**pipeline.components, sigma_grid="scheduler", default_shift=1.0)
+    assert NitroEPipeline(**own.components, sigma_grid="linear").config.sigma_grid == "linear"
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_a_folder_that_lacks_weights_is_refused(tiny_folder, tmp_path, part):
+    """Its text encoder was filled with noise, the others ended in a traceback."""
+    shutil.copytree(tiny_folder, tmp_path / "tiny")
+    (file,) = (tmp_path / "tiny" / part).glob("*.safetensors")
+    weights = load_file(file)
+    name = sorted(weights)[0]
+    save_file({key: value for key, value in weights.items() if key != name}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"tiny cannot be loaded .1 weights of {part} are missing: "):
+        load_pipeline(tmp_path / "tiny", "cpu")
+
+
+def test_a_model_with_adapters_in_it_is_not_saved(pipeline, peft_folder, tmp_path):
+    pipeline.load_lora_weights(peft_folder)
+    with pytest.raises(ValueError, match="LoRA adapters are loaded; save them by save_lora_adapter, or merge them"):
+        pipeline.save_pretrained(tmp_path / "whole")
+    pipeline.fuse_lora()
+    drawn = draw(pipeline)
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(tmp_path / "whole")
+    torch.testing.assert_close(draw(load_pipeline(tmp_path / "whole", "cpu")), drawn, rtol=0, atol=1e-5)
 
 
 def test_folders_load_by_diffusers_own_classes_and_in_half_precision(tiny_pipeline, tiny_folder, expected, tmp_path):
@@ -402,7 +466,42 @@ def test_folders_load_by_diffusers_own_classes_and_in_half_precision(tiny_pipeli
         tiny_folder, quantization_config=diffusers.PipelineQuantizationConfig(quant_mapping=int8)
     )
     assert type(loaded.transformer.proj_out.weight).__name__ == "Int8Tensor"
+    assert not fp8.is_quantized(loaded.transformer)  # its codes are of another type
+    NitroEImg2ImgPipeline(**tiny_pipeline.components).save_pretrained(tmp_path / "other")
+    assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "other")) is NitroEImg2ImgPipeline
     torch.testing.assert_close(draw(loaded), expected, rtol=0, atol=0.05)  # of values of 3: eight bits
+
+
+def test_another_thread_interrupts_what_is_drawn(pipeline):
+    """The button of a page has a thread of its own; what it set was lost."""
+    seen = []
+
+    def step(pipe, index, timestep, values):
+        seen.append(index)
+        if index == 1:
+            button = threading.Thread(target=lambda: setattr(pipe, "_interrupt", True))
+            button.start()
+            button.join()
+        return {}
+
+    draw(pipeline, num_inference_steps=6, callback_on_step_end=step)
+    assert seen == [0, 1] and pipeline.interrupt
+    draw(pipeline, num_inference_steps=2)
+    assert not pipeline.interrupt
+    pipeline._interrupt = True  # nothing is drawn: nothing to stop
+    seen.clear()
+    draw(pipeline, num_inference_steps=2, callback_on_step_end=lambda *given: seen.append(given[1]) or {})
+    assert seen == [0, 1]
+
+
+def test_a_model_in_fp8_keeps_its_number_type(pipeline):
+    """Half of it was made float32, and the next picture failed; `from_pipe` does that unasked."""
+    torch.nn.Module.to(pipeline.transformer, torch.bfloat16)
+    fp8.quantize_model(pipeline.transformer)
+    before = draw(pipeline)
+    with pytest.warns(UserWarning, match="FP8: the transformer stays in torch.bfloat16"):
+        other = NitroEImg2ImgPipeline.from_pipe(pipeline)
+    assert other.transformer.dtype == torch.bfloat16 and torch.equal(draw(pipeline), before)
 
 
 def test_threads_draw_with_one_pipeline(tiny_pipeline):
@@ -490,6 +589,9 @@ def test_image_to_image_begins_in_the_middle_of_the_grid(tiny_pipeline, expected
     assert torch.equal(draw(again, image=picture, strength=1.0), expected)  # nothing of the picture is left
     clear = picture.convert("RGBA")
     assert torch.equal(draw(again, image=clear, strength=0.5), draw(again, image=picture, strength=0.5))
+    numbers = np.asarray(picture)[None]  # (1, H, W, 3)
+    for same in (numbers, numbers / np.float32(255), torch.tensor(numbers).permute(0, 3, 1, 2), [numbers[0]]):
+        torch.testing.assert_close(draw(again, image=same, strength=0.5), draw(again, image=picture, strength=0.5))
     draw(again, image=picture, strength=0.58, num_inference_steps=50)
     assert again.num_timesteps == 29  # 50 x 0.58 is a little less in floating point
     pictures = again([STAR] * 2, [picture] * 2, num_inference_steps=2, num_images_per_prompt=2, output_type="pt").images
@@ -498,6 +600,7 @@ def test_image_to_image_begins_in_the_middle_of_the_grid(tiny_pipeline, expected
         ({"image": picture, "strength": 0.0}, "strength: 0.0 is not above 0"),
         ({"image": [picture] * 3}, "image: 3 pictures for 1 prompts"),
         ({}, "image: expected a picture"),
+        ({"image": numbers.astype(np.float32)}, "image: numbers from .* to 2.*; expected bytes"),
     ]:
         with pytest.raises((ValueError, TypeError), match=message):
             draw(again, **options)

@@ -223,3 +223,19 @@ def test_little_memory_draws_the_same_pictures_and_lets_the_text_encoder_go(tiny
     first = next(drawn)
     assert pipeline.text_encoder is None and pipeline.tokenizer is None, "gone before the first decode is over"
     assert np.allclose([first, *drawn], whole, atol=1e-5)
+
+
+def test_no_file_of_a_text_encoder_is_run_as_code(tiny_folder, tmp_path, monkeypatch):
+    """transformers asked at the terminal whether it may; who said yes ran what the folder brought."""
+    shutil.copytree(tiny_folder / "text_encoder", tmp_path / "both")
+    shutil.copytree(tiny_folder / "tokenizer", tmp_path / "both", dirs_exist_ok=True)
+    for file, kind in (("config.json", "AutoConfig"), ("tokenizer_config.json", "AutoTokenizer")):
+        settings = json.loads((tmp_path / "both" / file).read_text()) | {"model_type": "evil"}
+        names = {kind: ["evil.Evil", None] if kind == "AutoTokenizer" else "evil.Evil", "AutoModel": "evil.Evil"}
+        (tmp_path / "both" / file).write_text(json.dumps(settings | {"auto_map": names}))
+    (tmp_path / "both" / "evil.py").write_text("raise SystemExit('was run')\nclass Evil: pass\n")
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
+    with pytest.raises(EncoderUnavailable, match="cannot be loaded"):
+        hub.load_text_encoder(tmp_path / "both")
+    assert not asked

@@ -264,6 +264,21 @@ def test_compiled_steps_draw_the_same_picture(tiny_pipeline, scheduler):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_strengths_of_guidance_share_one_compiled_step(tiny_pipeline):
+    """Each was compiled by itself, and after eight of them nothing was any more, in this process and without a word."""
+    graphs = []
+    pipeline = NitroEPipeline(**tiny_pipeline.components)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    for guidance in (2.0, 3.0, 4.5):
+        drawn = latents_of(pipeline, PROMPTS[0], num_inference_steps=2, guidance_scale=guidance, generator=seeded(0))
+        plain = {"num_inference_steps": 2, "guidance_scale": guidance, "generator": seeded(0)}
+        torch.testing.assert_close(drawn, latents_of(tiny_pipeline, PROMPTS[0], **plain), rtol=1e-5, atol=1e-5)
+    one = len(graphs)
+    latents_of(pipeline, PROMPTS[0], num_inference_steps=2, guidance_scale=6.0, generator=seeded(0))
+    assert len(graphs) == one
+
+
 def test_callback_sees_every_step_and_may_change_the_latents(tiny_pipeline):
     seen = []
 

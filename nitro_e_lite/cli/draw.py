@@ -279,6 +279,7 @@ def sample(
         if low_memory and fp8:
             raise InvalidValue("low_memory: draws in 16 or 32 bit; leave --fp8 out")
         parts = {"text_encoder": text_encoder, "vae": vae, "lora": lora, "variant": variant}
+        named = {name: str(value) for name, value in parts.items() if value is not None}
         if prompt_switch:
             from nitro_e_lite.inference.fp8_pipeline import PromptSwitch
 
@@ -303,7 +304,7 @@ def sample(
                 images = draw(prompts[some], **call, generator=generators[some]).images
                 yield from zip(images, draw.drawn if prompt_switch else [None] * len(images), strict=True)
 
-        facts, seconds, exact, pictures = settings(pipeline, model, sampler), 0.0, [], drawing()
+        facts, seconds, exact, pictures = settings(pipeline, model, sampler) | named, 0.0, [], drawing()
         for k, prompt in enumerate(prompts):  # what is drawn is saved before more is drawn or anything said
             start = time.perf_counter()
             image, rule = next(pictures)

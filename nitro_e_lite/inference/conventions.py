@@ -1,7 +1,8 @@
 """What people who know diffusers expect of a pipeline besides drawing: LoRA, callbacks that steer, the usual names."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ class Call:
         generators: of the noise that is put back between steps, where it is.
         timestep: of the step in progress.
         interrupted: no further step is done.
+        running: it has not ended.
     """
 
     guidance: float
@@ -34,17 +36,26 @@ class Call:
     generators: Sequence[torch.Generator] = ()
     timestep: float | None = None
     interrupted: bool = False
+    running: bool = False
 
 
 class Conventions(SanaLoraLoaderMixin):
     """Base of the pipelines: diffusers' LoRA methods and names.
 
-    The state of a call belongs to the thread that made it, so that several threads can draw with one pipeline. Only a
-    LoRA's scale (`attention_kwargs`) is set on the layers themselves, for all threads: draw such calls one by one.
+    The state of a call belongs to the thread that made it, so that several threads can draw with one pipeline. A thread
+    that draws nothing itself, such as that of a stop button, interrupts the calls of all others. Only a LoRA's scale
+    (`attention_kwargs`) is set on the layers themselves, for all threads: draw such calls one by one.
     """
 
-    def _begin(self, call: Call) -> None:
+    @contextmanager
+    def _begin(self, call: Call) -> Iterator[None]:
+        """Inside, `call` is the one in progress in this thread."""
         self.__dict__.setdefault("_calls", {})[threading.get_ident()] = call
+        call.running = True
+        try:
+            yield
+        finally:
+            call.running = False
 
     @property
     def _call(self) -> Call:
@@ -95,7 +106,10 @@ class Conventions(SanaLoraLoaderMixin):
 
     @_interrupt.setter
     def _interrupt(self, value: bool) -> None:
-        self._call.interrupted = value
+        own = self._call
+        others = [call for call in [*self.__dict__.get("_calls", {}).values()] if call.running]
+        for call in [own] if own.running else others:
+            call.interrupted = value
 
     @classmethod
     def lora_state_dict(cls, source: Any, return_lora_metadata: bool = False, **options: Any) -> Any:

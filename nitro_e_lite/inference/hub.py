@@ -114,9 +114,10 @@ def load_text_encoder(
         folders = [place, place]
     if not Path(source).is_dir():
         folders = [{**f, "token": token} for f in folders]
-    tokenizer = attempt(source, option, AutoTokenizer.from_pretrained, **folders[0])
+    no_code = {"trust_remote_code": False}  # when nothing is said, transformers asks whoever sits at the terminal
+    tokenizer = attempt(source, option, AutoTokenizer.from_pretrained, **no_code, **folders[0])
     load = AutoModel.from_pretrained
-    model = attempt_model(source, option, load, dtype=dtype, use_safetensors=True, **folders[1])
+    model = attempt_model(source, option, load, dtype=dtype, use_safetensors=True, **no_code, **folders[1])
     if tokenizer.eos_token is None:
         raise EncoderUnavailable(f"{source}: the tokenizer has no end token, which captions are padded with")
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"

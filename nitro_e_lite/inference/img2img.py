@@ -7,6 +7,8 @@ another one. The walk is that of `NitroEPipeline`, begun in the middle of its gr
 import math
 from typing import Any
 
+import diffusers
+import numpy as np
 import torch
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -44,8 +46,8 @@ class NitroEImg2ImgPipeline(NitroEPipeline):
 
         Args:
             prompt: as in `NitroEPipeline.__call__`, like everything that is not named here.
-            image: a picture or one for each prompt, in any form that diffusers takes (in [0, 1] as numbers); it is
-                resized to `height` x `width`, or the size of training.
+            image: a picture or one for each prompt, in any form that diffusers takes, as numbers bytes or in [0, 1];
+                it is resized to `height` x `width`, or the size of training.
             strength: how far it goes to noise, in (0, 1]; that share of the steps is done.
             latents: the noise `(B, C, h, w)` to mix with, in place of drawing it.
             **options: as there, except `sigmas`.
@@ -60,6 +62,7 @@ class NitroEImg2ImgPipeline(NitroEPipeline):
         sampler = self.sampler(num_inference_steps, guidance_scale, shift)
         side = self.transformer.config.sample_size * self.vae_scale_factor
         size = {"height": side if height is None else height, "width": side if width is None else width}
+        image = [_as_share(one) for one in image] if isinstance(image, list) else _as_share(image)
         pixels = self.image_processor.preprocess(image, **size)  # (1 or prompts, 3, H, W) in [-1, 1]
         clean = encode_images(self.vae, pixels, self.stats).float()
         told = prompt_embeds if prompt is None else [prompt] if isinstance(prompt, str) else prompt
@@ -85,3 +88,22 @@ class NitroEImg2ImgPipeline(NitroEPipeline):
             **size,
             **options,
         )
+
+
+def _as_share(image: Any) -> Any:
+    """Bytes as shares of 255; pictures as they are.
+
+    Raises:
+        ValueError: numbers outside of [0, 1], or of the [-1, 1] that tensors of pictures may have.
+    """
+    if not isinstance(image, np.ndarray | torch.Tensor):
+        return image
+    if image.dtype in (np.uint8, torch.uint8):
+        return image / 255
+    low, high = float(image.min()), float(image.max())
+    if not -1 <= low <= high <= 1:
+        raise InvalidValue(f"image: numbers from {low:g} to {high:g}; expected bytes, or [0, 1]")
+    return image
+
+
+diffusers.NitroEImg2ImgPipeline = NitroEImg2ImgPipeline  # there `DiffusionPipeline.from_pretrained` looks

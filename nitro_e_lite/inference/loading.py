@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SCMScheduler
+from safetensors import safe_open
 
 from nitro_e_lite import runtime
 from nitro_e_lite.errors import InvalidType, InvalidValue
@@ -143,12 +144,32 @@ def load_pipeline(
             pipeline = NitroEPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True, **stored_as, **parts)
         else:
             pipeline = _trained_pipeline(path, parts, dtype)
+    _check_whole(pipeline, path, parts)
     if quantization or stored:
         quantize_pipeline(pipeline, device)
     if low_memory:
         save_memory(pipeline, device)
         return pipeline
     return pipeline.to(device)
+
+
+def _check_whole(pipeline: NitroEPipeline, path: Path, given: dict[str, Any]) -> None:
+    """Refuses a pipeline folder that lacks some of its weights: libraries fill them with noise, or with nothing.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for part in {"transformer", "vae", "text_encoder"} - given.keys():
+        names: set[str] = set()
+        for file in (path / part).glob("*.safetensors"):
+            with safe_open(file, "pt") as opened:
+                names |= {name.removeprefix("model.") for name in opened.keys()}  # noqa: SIM118 it has no other way
+        module = getattr(pipeline, part)
+        if names and module is not None and not fp8.holds_fp8(path / part):
+            wanted = {name.removeprefix("model.") for name in module.state_dict()}
+            if missing := sorted(wanted - names):
+                more = f"{len(missing)} weights of {part} are missing: {missing[0]}"
+                raise InvalidValue(f"model: {path} cannot be loaded ({more}{', ...' * (len(missing) > 1)})")
 
 
 def load_transformer(source: str | Path) -> EMMDiTTransformer2DModel:

@@ -19,10 +19,9 @@ After `import nitro_e_lite.inference.pipeline`, `diffusers.DiffusionPipeline.fro
 `diffusers.AutoModel` know the classes of this project.
 """
 
-import inspect
 import time
+import uuid
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import wraps
@@ -60,9 +59,28 @@ from nitro_e_lite.inference.schedules import Sampler, draws_noise, started
 from nitro_e_lite.model import flow, trigflow
 from nitro_e_lite.model.emmdit import EMMDiTTransformer2DModel
 from nitro_e_lite.model.tokens import FULL_TEXT_LENGTH
+from nitro_e_lite.runtime import send
 
-_DRAWN_WITH: weakref.WeakKeyDictionary[nn.Module, tuple[Callable, dict[str, Any]]] = weakref.WeakKeyDictionary()
-"""Transformer -> autoencoder and settings of the pipeline that draws with it."""
+SETTINGS = {
+    "latents_mean": None,
+    "latents_std": None,
+    "max_text_length": FULL_TEXT_LENGTH,
+    "sigma_grid": "linear",
+    "default_steps": 20,
+    "default_guidance": 4.5,
+    "default_shift": 1.0,
+}
+"""Of a pipeline whose parts have not drawn before."""
+
+# Attributes of modules, which copies of them and `torch.compile` hand on: a transformer's holds the settings it was
+# drawn with and the name of the autoencoder that they are about; an autoencoder's its name.
+_DRAWN_WITH, _NAME = "_nitro_e_drawn_with", "_nitro_e_name"
+
+
+def _name_of(vae: nn.Module) -> str:
+    if not hasattr(vae, _NAME):
+        setattr(vae, _NAME, uuid.uuid4().hex)
+    return getattr(vae, _NAME)
 
 
 @dataclass
@@ -89,7 +107,12 @@ class SamplerStep:
 
 
 def guided_velocity(
-    transformer: nn.Module, latents: Tensor, features: Tensor, timestep: Tensor, guidance: float, options: dict
+    transformer: nn.Module,
+    latents: Tensor,
+    features: Tensor,
+    timestep: Tensor,
+    guidance: float | Tensor,
+    options: dict[str, Any],
 ) -> Tensor:
     """Where to from `latents` `(B, C, h, w)`, float32; features `(2B, L, D)` are guided, negative first."""
     guided = len(features) > len(latents)
@@ -110,16 +133,16 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
         text_encoder, tokenizer: turn captions into features; None when only `prompt_embeds` are used.
         scheduler: the Euler sampler, shift 1, another flow scheduler of diffusers (`schedules.py`), or the sampler of
             consistency models.
-        latents_mean, latents_std: statistics that latents were normalised with, one number a channel; None:
+        latents_mean, latents_std: statistics that latents were normalised with, one number a channel; by default
             the autoencoder's scaling factor.
         max_text_length: tokens a caption is padded to.
         sigma_grid: "linear" or "scheduler", see the module's essay.
         default_steps, default_guidance, default_shift: what a call without `num_inference_steps`, `guidance_scale`,
             `shift` uses.
 
-    Parts can be None for a pipeline that only encodes captions, or only draws. A transformer that another pipeline drew
-    with (`NitroEPipeline(**pipeline.components)`) keeps its settings when none are given, also beside another
-    autoencoder; a warning then names the statistics of latents, which belong to both.
+    Parts can be None for a pipeline that only encodes captions, or only draws. A setting that is None is that of the
+    pipeline which the transformer drew with before (`NitroEPipeline(**pipeline.components)`), else that of `SETTINGS`.
+    Beside another autoencoder a warning then names the statistics of latents, which belong to both.
 
     Raises:
         ValueError: when the parts do not fit together.
@@ -138,23 +161,29 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
         scheduler: FlowMatchEulerDiscreteScheduler | SCMScheduler,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
-        max_text_length: int = FULL_TEXT_LENGTH,
-        sigma_grid: str = "linear",
-        default_steps: int = 20,
-        default_guidance: float = 4.5,
-        default_shift: float = 1.0,
+        max_text_length: int | None = None,
+        sigma_grid: str | None = None,
+        default_steps: int | None = None,
+        default_guidance: float | None = None,
+        default_shift: float | None = None,
     ):
         super().__init__()
         settings = {
             "latents_mean": latents_mean,
             "latents_std": latents_std,
-            "max_text_length": as_integer("max_text_length", max_text_length, 1),
+            "max_text_length": max_text_length,
             "sigma_grid": sigma_grid,
-            "default_steps": as_integer("default_steps", default_steps, 1, MAX_STEPS),
-            "default_guidance": as_number("default_guidance", default_guidance, 0.0),
-            "default_shift": as_number("default_shift", default_shift, 1.0, MAX_SHIFT),
+            "default_steps": default_steps,
+            "default_guidance": default_guidance,
+            "default_shift": default_shift,
         }
-        settings = self._kept_settings(transformer, vae, settings)
+        settings = self._settled(transformer, vae, settings)
+        settings |= {
+            "max_text_length": as_integer("max_text_length", settings["max_text_length"], 1),
+            "default_steps": as_integer("default_steps", settings["default_steps"], 1, MAX_STEPS),
+            "default_guidance": as_number("default_guidance", settings["default_guidance"], 0.0),
+            "default_shift": as_number("default_shift", settings["default_shift"], 1.0, MAX_SHIFT),
+        }
         self._check_parts(transformer, vae, text_encoder, settings)
         self.register_modules(
             transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler
@@ -170,29 +199,35 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
             vae._group_offload_block_modules = ["encoder", "decoder"]  # they are called, the whole never is
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_convert_rgb=True)
         self._guided_velocity = guided_velocity  # `compile` puts another in its place
+        self._remember()
 
-    @classmethod
-    def _kept_settings(cls, transformer: nn.Module | None, vae: nn.Module | None, settings: dict) -> dict:
-        """`settings`, or where none were given those with which another pipeline drew with this transformer."""
-        if transformer is None or vae is None:
-            return settings
-        parameters = inspect.signature(NitroEPipeline.__init__).parameters
-        vae_of, kept = _DRAWN_WITH.get(transformer, (None, None))
-        if kept is not None and all(settings[k] == parameters[k].default for k in settings):
-            settings = kept
-            if vae_of() is not vae and kept["latents_mean"] is not None:
-                message = "vae: another one than this transformer drew with; latents_mean, latents_std are kept: give "
-                warnings.warn(f"{message}both where its latents have others", stacklevel=3)
-        _DRAWN_WITH[transformer] = (weakref.ref(vae), settings)
-        return settings
+    @staticmethod
+    def _settled(transformer: nn.Module | None, vae: nn.Module | None, given: dict[str, Any]) -> dict[str, Any]:
+        """What is given; for the rest, see the class."""
+        vae_of, kept = getattr(transformer, _DRAWN_WITH, ("", {}))
+        found = {name: kept.get(name, SETTINGS[name]) if value is None else value for name, value in given.items()}
+        if given["latents_mean"] is not None or given["latents_std"] is not None:  # they are one setting
+            return found | {name: given[name] for name in ("latents_mean", "latents_std")}
+        if vae is not None and found["latents_mean"] is not None and _name_of(vae) != vae_of:
+            message = "vae: another one than this transformer drew with; latents_mean, latents_std are kept: give "
+            warnings.warn(f"{message}both where its latents have others", stacklevel=3)
+        return found
+
+    def _remember(self) -> None:
+        """Leaves the settings with the transformer, for later pipelines of it."""
+        transformer, vae = vars(self).get("transformer"), vars(self).get("vae")
+        if transformer is not None and vae is not None and SETTINGS.keys() <= self.config.keys():
+            setattr(transformer, _DRAWN_WITH, (_name_of(vae), {name: self.config[name] for name in SETTINGS}))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "transformer":
+            self._remember()
 
     def register_to_config(self, **changed: Any) -> None:
         """As diffusers'; a later pipeline of the same transformer is made with the settings of this one as they are."""
         super().register_to_config(**changed)
-        transformer = vars(self).get("transformer")
-        if transformer in _DRAWN_WITH:
-            vae_of, kept = _DRAWN_WITH[transformer]
-            _DRAWN_WITH[transformer] = (vae_of, {name: changed.get(name, value) for name, value in kept.items()})
+        self._remember()
 
     @staticmethod
     def _check_parts(transformer, vae, text_encoder, settings: dict) -> None:
@@ -389,8 +424,7 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
             max_sequence_length=max_sequence_length,
             attention_kwargs=attention_kwargs,
         )
-        self._begin(call)
-        with self.progress_bar(total=call.total) as bar:
+        with self._begin(call), self.progress_bar(total=call.total) as bar:
             for step in self._walk(latents, call, scheduler):
                 if callback_on_step_end is not None:
                     self._ask(callback_on_step_end, callback_on_step_end_tensor_inputs, step, call)
@@ -546,18 +580,26 @@ class NitroEPipeline(Conventions, DiffusionPipeline):
         """Compiles what a step asks of the transformer, guidance included; on a GPU it becomes one CUDA graph.
 
         A step of a small model on a GPU is hundreds of launches and little arithmetic; a graph is launched once. Each
-        new batch size, picture size and guidance is compiled when it is first drawn, which takes a minute or more.
+        new batch size and picture size, with guidance and without, is compiled when it is first drawn, which takes a
+        minute or more.
 
         Args:
-            **options: of `torch.compile`, in place of these: static shapes, CUDA graphs on CUDA.
+            **options: of `torch.compile`, in place of these: static shapes, up to 64 of them, CUDA graphs on CUDA.
         """
         mode = "reduce-overhead" if self._execution_device.type == "cuda" else None
-        options = {"dynamic": False, "mode": mode} | options
+        options = {"dynamic": False, "mode": mode, "recompile_limit": 64, "isolate_recompiles": True} | options
         if self._consistency:
             self.transformer.compile(**options)
             return
         compiled = torch.compile(guided_velocity, **options)
-        self._guided_velocity = lambda *arguments: compiled(*arguments).clone()  # a graph writes to one place for ever
+
+        def velocity(
+            transformer: nn.Module, latents: Tensor, features: Tensor, timestep: Tensor, guidance: float, more: dict
+        ) -> Tensor:
+            strength = send(torch.tensor(guidance), latents.device)  # a number would be compiled for each value
+            return compiled(transformer, latents, features, timestep, strength, more).clone()  # a graph has one place
+
+        self._guided_velocity = velocity
 
     @torch.no_grad()
     def _jump(self, latents: Tensor, call: Call, scheduler: SCMScheduler) -> Iterator[SamplerStep]:

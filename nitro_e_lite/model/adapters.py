@@ -12,6 +12,8 @@ adapter for `to_q to_k to_v` is one of rank `3r` for the same reason, and its sc
 import copy
 import math
 import re
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from nitro_e_lite.errors import InvalidValue, MissingFile
 from nitro_e_lite.files import explain_json, read_json, read_json_line
@@ -40,6 +43,7 @@ _FETCH = (*_HUB, "proxies", "weight_name", "use_safetensors")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PREFIX = re.compile(r"^(base_model\.model\.)?(transformer\.)?")
 _KEY = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+_TENSOR = re.compile(r"\.(lora_.*|alpha)$")
 _BLOCK = re.compile(r"(?:block_)?groups\.(\d+)\.(\d+)\.(.+)")
 _MATRICES = [f"attention.{name}" for name in ("qkv", "qkv_context", "out", "out_context")]
 _MATRICES += [f"{stream}.mlp.{name}" for stream in ("image", "text") for name in ("up", "down")]
@@ -310,15 +314,48 @@ class AdapterMixin(PeftAdapterMixin):
         if fp8.is_quantized(self):
             raise InvalidValue("lora: this model is in FP8; load_pipeline(lora=, quantization='fp8') merges it first")
         weights, config = fetch(source, options)
-        mine = {key: value for key, value in weights.items() if _is_mine(key, prefix)}
+        here = dict(self.named_modules())
+        mine = {key: value for key, value in weights.items() if _is_mine(key, prefix, here)}
         if not mine and any(parse_key(key) for key in weights):
             raise InvalidValue(f"lora: made for another model: nothing here is called {min(weights)!r}")
         if not mine:  # diffusers says so in its own words
             return super().load_lora_adapter(weights, prefix=prefix, hotswap=hotswap, metadata=config, **options)
+        for key in mine:
+            if key.endswith(".alpha"):
+                raise InvalidValue(f"lora: {key}: strengths in tensors of their own are not read; convert it to PEFT's")
         mine, config = to_own_names(mine, config)
+        for module in (parsed[0] for parsed in map(parse_key, mine) if parsed):
+            if module not in here:
+                raise InvalidValue(f"lora: made for another model: it changes {module}, which is not here")
         super().load_lora_adapter(mine, prefix=None, hotswap=hotswap, metadata=config, **options)
 
 
-def _is_mine(key: str, prefix: str | None) -> bool:
+def _is_mine(key: str, prefix: str | None, here: Mapping[str, Any]) -> bool:
+    """Whether a tensor is of this model, with `here` its modules, and not of a text encoder in the same file."""
     bare = _PREFIX.sub("", key)
-    return prefix is None or key.startswith(f"{prefix}.") or _BLOCK.match(bare) is not None
+    named = _BLOCK.match(bare) is not None or place(_TENSOR.sub("", bare))[0] in here
+    return prefix is None or key.startswith(f"{prefix}.") or named
+
+
+def with_lora_scale(forward: Callable) -> Callable:
+    """A model's `forward` with adapters as strong as `attention_kwargs["scale"]` says, and afterwards as before.
+
+    diffusers' own divides by the scale again, and by 0 it cannot: later calls then had adapters at full strength.
+    """
+
+    @wraps(forward)
+    def scaled(self: nn.Module, *arguments: Any, attention_kwargs: dict[str, Any] | None = None, **options: Any) -> Any:
+        others = dict(attention_kwargs or {})
+        scale, kept = others.pop("scale", 1.0), []
+        if scale != 1.0:
+            layers = [module for module in self.modules() if isinstance(module, LoraLayer)]
+            kept = [(layer, dict(layer.scaling)) for layer in layers]
+        try:
+            for layer, _ in kept:
+                layer.scale_layer(scale)
+            return forward(self, *arguments, attention_kwargs=others, **options)
+        finally:
+            for layer, scaling in kept:
+                layer.scaling.update(scaling)
+
+    return scaled

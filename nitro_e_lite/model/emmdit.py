@@ -11,6 +11,7 @@ Source: Nitro-E (E-MMDiT). Differs from the published code: `forward` returns on
 latents need not be square, and the query, key and value projections of a stream are one matrix.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -21,13 +22,13 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput, apply_lora_scale
+from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from nitro_e_lite.config import MODULATIONS
 from nitro_e_lite.errors import InvalidValue
 from nitro_e_lite.model import fp8
-from nitro_e_lite.model.adapters import AdapterMixin
+from nitro_e_lite.model.adapters import AdapterMixin, with_lora_scale
 from nitro_e_lite.model.attention import KERNELS, JointAttention
 from nitro_e_lite.model.blocks import JointBlock, TimeEmbedding
 from nitro_e_lite.model.cpu_kernels import LayerNorm, Linear
@@ -158,13 +159,29 @@ class EMMDiTTransformer2DModel(AdapterMixin, ModelMixin, ConfigMixin):
 
     @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines read in its signature what it takes, such as `variant`
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """As in diffusers; a model in FP8 is written as codes and scales, see `fp8.save`."""
+        """As in diffusers; a model in FP8 is written as codes and scales, see `fp8.save`.
+
+        Raises:
+            ValueError: adapters are in it, with which no folder can be loaded.
+        """
+        if any(".lora_" in name for name, _ in self.named_parameters()):
+            hint = "save them by save_lora_adapter, or merge them: fuse_lora, then unload_lora_weights"
+            raise InvalidValue(f"save_pretrained: LoRA adapters are loaded; {hint}")
         if fp8.is_quantized(self):
             if options.get("push_to_hub"):
                 raise InvalidValue("push_to_hub: a model in FP8 is saved to a folder; upload that folder")
             fp8.save(self, save_directory)
         else:
             super().save_pretrained(save_directory, **options)
+
+    @wraps(ModelMixin.to, assigned=())
+    def to(self, *arguments: Any, **options: Any) -> "EMMDiTTransformer2DModel":
+        """As in diffusers; a model in FP8 keeps the number type that its codes are for, and says so."""
+        device, dtype, _, _ = torch._C._nn._parse_to(*arguments, **options)
+        if dtype in (None, self.dtype) or not fp8.is_quantized(self):
+            return super().to(*arguments, **options)
+        warnings.warn(f"FP8: the transformer stays in {self.dtype}; load it again for {dtype}", stacklevel=2)
+        return self if device is None else super().to(device)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any):
@@ -210,7 +227,7 @@ class EMMDiTTransformer2DModel(AdapterMixin, ModelMixin, ConfigMixin):
                 image, text = block(image, text, time)
         return image, text
 
-    @apply_lora_scale("attention_kwargs")
+    @with_lora_scale
     def forward(
         self,
         hidden_states: Tensor,

@@ -95,7 +95,7 @@ class Report:
 
 def is_fp8(weight: Tensor) -> bool:
     """Is this a weight as codes and scales?"""
-    return hasattr(weight, "qdata")
+    return getattr(getattr(weight, "qdata", None), "dtype", None) in (FN, FNUZ)  # int8 of torchao has codes too
 
 
 def is_quantized(model: nn.Module) -> bool:
