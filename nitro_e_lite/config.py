@@ -375,7 +375,7 @@ class RewardConfig(RunConfig):
     reward_retries: NonNegative = 3
     reward_batch: Positive = 16  # pictures in one request
     validation_prompts: Positive = 10  # held-out prompts of each category
-    stop_drop: NonNegativeNumber = 0.1  # the run ends when its held-out score falls this far below its best; 0: never
+    stop_drop: NonNegativeNumber = 0.1  # the run ends when its held-out score is surely so far below its best; 0: never
     stop_diversity: Share = 0.7  # and when less than this share of the distance inside groups is left
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = dataclasses.field(

@@ -176,6 +176,7 @@ _REWARDS_FULL = RewardConfig(
     tracker="auto",
     start_from="runs/finetune-full",
     prompts="data/geneval_train.jsonl",
+    validation_prompts=50,  # of each kind: of ten a score says little
     shift=1.0,
     rewards=(("http://localhost:8901", 0.5), ("http://localhost:8902", 0.5)),  # GenEval, HPSv2.1
     normalize_rewards=True,

@@ -7,14 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from ranks import ranks  # noqa: F401
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nitro_e_lite.config import RunConfig
+from nitro_e_lite.errors import GateFailed
 from nitro_e_lite.files import read_jsonl
 from nitro_e_lite.runtime import generator
 from nitro_e_lite.training import distributed
+from nitro_e_lite.training.checkpoints import load_latest
 from nitro_e_lite.training.engine import Engine, Stage, Trainable
 
 RUN = RunConfig(steps=12, batch_size=8, log_every=1, checkpoint_every=5, ema_decay=0.9, keep_checkpoints=2)
@@ -229,6 +232,37 @@ def test_gradients_travel_once_a_step_in_the_stated_type_and_the_log_names_the_s
     assert len(json.loads((tmp_path / "fp32" / "config.json").read_text())["hosts"]) == 2
     beats = [json.loads(path.read_text()) for path in sorted((tmp_path / "fp32" / "heartbeat").iterdir())]
     assert len(beats) == 2 and all(beat["step"] >= 1 and beat["pid"] for beat in beats)
+
+
+def test_a_run_that_is_made_longer_is_not_finished_before_its_end(tmp_path):
+    """Whoever asked found the old results, and went on with them; beside them lay heartbeats of processes long gone."""
+    short = replace(RUN, steps=5)
+    Engine(short, OwnSamples, tmp_path, device="cpu").fit()
+    old = weights_of(tmp_path)
+    (tmp_path / "heartbeat" / "rank-00009.json").write_text("{}")
+    longer, seen = Engine(RUN, OwnSamples, tmp_path, resume=True, device="cpu"), []
+    honest = longer.step
+    longer.step = lambda: seen.append((tmp_path / "final").exists()) or honest()
+    longer.fit()
+    assert not any(seen) and len(seen) == 7 and not same(weights_of(tmp_path), old)
+    assert same(load_file(tmp_path / "final-before" / "policy.safetensors"), old)
+    assert [path.name for path in (tmp_path / "heartbeat").iterdir()] == ["rank-00000.json"]
+
+
+def test_a_gate_that_fails_leaves_a_checkpoint_and_a_picture_of_what_failed(tmp_path, monkeypatch):
+    def fails(stage):
+        if stage.looks == 2:
+            raise GateFailed("gate of a test: failed", {"distance": 9.0})
+        stage.looks += 1
+        return {}
+
+    monkeypatch.setattr(OwnSamples, "looks", 0, raising=False)
+    monkeypatch.setattr(OwnSamples, "validate", fails)
+    monkeypatch.setattr(OwnSamples, "picture", lambda stage: Image.new("RGB", (8, 8)))
+    with pytest.raises(GateFailed, match="gate of a test"):
+        Engine(replace(RUN, validate_every=3, sample_every=100), OwnSamples, tmp_path, device="cpu").fit()
+    assert (tmp_path / "samples" / "step-00000009.png").is_file()
+    assert load_latest(tmp_path / "checkpoints")[1]["step"] == 9
 
 
 def test_a_compiler_that_fails_says_where_its_files_are(tmp_path, monkeypatch):

@@ -84,6 +84,39 @@ def test_a_stop_that_comes_before_there_are_processes_is_heard(tmp_path):
     assert time.monotonic() - begin < 60
 
 
+SAVES = """
+import signal, time
+asked = []
+if {patient}:
+    signal.signal(signal.SIGTERM, lambda *given: asked.append(1))
+print("begun", flush=True)
+while not asked:
+    time.sleep(0.05)
+time.sleep(0.5)
+print("saved", flush=True)
+"""
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_several_processes_that_stop_are_no_crash(tmp_path, patient):
+    """torchrun got a signal too while it cleared up after them; and it counts those that SIGTERM ends as failed."""
+    (tmp_path / "saves.py").write_text(SAVES.format(patient=patient))
+    lines = []
+
+    def heard(line):
+        lines.append(line)
+        if lines.count("begun") == 2 and line == "begun":
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    run = [str(tmp_path / "saves.py")], 2, child_environment(2, "cpu"), heard
+    if patient:
+        run_processes(*run)
+        assert lines.count("saved") == 2
+    else:
+        with pytest.raises(RunStopped, match="Stopped by SIGTERM before the training had begun"):
+            run_processes(*run)
+
+
 def test_threads_are_shared_by_the_cores_that_this_process_may_use(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 4, 5}, raising=False)
     assert [child_environment(n, "cpu", {})["OMP_NUM_THREADS"] for n in (1, 2, 4, 9)] == ["6", "3", "1", "1"]

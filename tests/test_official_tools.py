@@ -187,6 +187,9 @@ def test_outputs_of_the_tools_are_read_and_counted(prompts, tmp_path):
     wanted = targets("dpg", prompts / "dpg")
     whole = {"overall": 50, "images": 2, "images_expected": 2, "patched": True}
     assert read_scores("dpg", tmp_path / "dpg.txt", wanted) == whole
+    assert read_scores("dpg", tmp_path / "dpg.txt", wanted, tmp_path / "x") == whole
+    with pytest.raises(ValueError, match="scores /x/0.png, which is not in .*other"):
+        read_scores("dpg", tmp_path / "dpg.txt", wanted, tmp_path / "other")
     (tmp_path / "dpg.txt").write_text(DPG.split("\n", 1)[1])  # the row that the tool drops as published
     with pytest.raises(ValueError, match=r"no score of 0.png, the first of 1; the mean would be of fewer"):
         read_scores("dpg", tmp_path / "dpg.txt", wanted)
@@ -230,6 +233,15 @@ def test_geneval_is_summed_up_as_its_own_script_does(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
     with pytest.raises(ValueError, match="1 results of 'three cats', must be 2"):
         official_geneval.read_results(path, metadata, 2)
+    for k, row in enumerate(rows):
+        row["filename"] = f"../runs/A/{k // 2:05d}/samples/{k % 2:04d}.png"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert official_geneval.read_results(path, metadata, 2, "A") == found
+    with pytest.raises(ValueError, match="scores ../runs/A/00000/samples/0000.png, which is not in a folder B"):
+        official_geneval.read_results(path, metadata, 2, "B")
+    path.write_text("".join(json.dumps(row | {"filename": rows[0]["filename"]}) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="0000.png is there more than once; were results added to an older file"):
+        official_geneval.read_results(path, metadata, 2, "A")
     entry = {"tag": "counting", "include": [], "prompt": "two cats"}  # asked twice, as a list of one's own may
     rows = [{"tag": "counting", "prompt": "two cats", "correct": k < 3, "metadata": "{}"} for k in range(4)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -250,6 +262,7 @@ def test_scores_become_a_card_with_the_recipe_of_the_pictures(prompts, quick, tm
     assert found.exit_code == 0, found.output
     card = json.loads((tmp_path / "card.json").read_text())
     assert card["overall"] == 12.5 and card["images"] == 2 and card["steps"] == 1 and card["resize"] == "clean"
+    assert card["export_resize"] == "none"  # it decides a FID too
     assert "below 2,048 pictures the covariance is singular" in found.stderr
     cards.check(card)
     with monkeypatch.context() as patch:  # the score is told before a full disk takes the card

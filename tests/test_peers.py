@@ -212,6 +212,9 @@ def test_the_cells_of_an_accelerator_go_on_with_what_is_missing(small_cells, tmp
     known = [row["key"] for row in before["peers_gpu"]["rows"]]
     assert known[0] == peers.REFERENCE and "e_mmdit_4step" in known and "e_mmdit" not in known
     assert [row["cell"] for row in before["fp8_gpu"]["rows"]] == ["sd35_large, batch 8"]
+    assert tables._against_sana(before) == []  # what a row of README needs is not there yet, and nothing crashes
+    with pytest.raises(ValueError, match="has repeats=1, this run 3; name another folder"):
+        gpu_cells.Cells(tmp_path, here, small_cells, repeats=3)
     broken.clear()
     again = list(gpu_cells.measure(gpu_cells.Cells(tmp_path, here, small_cells, repeats=1)))
     assert all(line.endswith(" s") for line in again)
@@ -219,9 +222,17 @@ def test_the_cells_of_an_accelerator_go_on_with_what_is_missing(small_cells, tmp
     assert [row["key"] for row in after["peers_gpu"]["rows"]] == [*known, "e_mmdit"]
     assert after["peers_gpu"]["ratios"]["32"].keys() == {*known, "e_mmdit"}
     assert after["fp8_gpu"]["rows"][:1] == before["fp8_gpu"]["rows"] and len(after["fp8_gpu"]["rows"]) == 2
+    assert len(tables._against_sana(after)) == 1
+    broken.add(peers.REFERENCE)  # its failure hid all others, and itself
+    alone = list(gpu_cells.measure(gpu_cells.Cells(tmp_path / "alone", here, small_cells, repeats=1)))
+    assert ": failed, RuntimeError: out of luck" in alone[0]
+    rows = cards.load(tmp_path / "alone")["peers_gpu"]["rows"]
+    assert [row["key"] for row in rows][:2] == list(peers.FEW) and not tables._against_sana(
+        cards.load(tmp_path / "alone")
+    )
     monkeypatch.setattr(gpu_cells.runtime, "device_name", lambda device: "another one")
-    with pytest.raises(ValueError, match="json is of .*; name another folder or delete it"):
-        gpu_cells.Cells(tmp_path, here, small_cells)
+    with pytest.raises(ValueError, match="has device_name=.*'another one'; name another folder or delete it"):
+        gpu_cells.Cells(tmp_path, here, small_cells, repeats=1)
 
 
 def test_the_command_of_an_accelerator(small_cells, monkeypatch, tmp_path):

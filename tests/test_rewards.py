@@ -31,7 +31,7 @@ from nitro_e_lite import config as settings
 from nitro_e_lite import files
 from nitro_e_lite.cli.app import app
 from nitro_e_lite.config import override
-from nitro_e_lite.errors import NotFiniteScores, Unusable
+from nitro_e_lite.errors import GateFailed, NotFiniteScores, Unusable
 from nitro_e_lite.evaluation import judge_server, learned_judges, watch
 from nitro_e_lite.evaluation import rewards as judges
 from nitro_e_lite.evaluation.rewards import FilePrompt, RemoteReward, RewardServer
@@ -1145,6 +1145,75 @@ def test_a_run_that_is_hacked_is_stopped():
         for step in range(8):
             again.rolled_out(step, 0.5)
     gates.EarlyStop(0, 0).held_out(1, 0.5)
+
+
+def test_a_held_out_score_must_fall_by_more_than_chance():
+    """The best of many looks at fifty pictures is partly luck: healthy runs were ended in two cases of three."""
+    chance = np.random.default_rng(0)
+    ended = 0
+    for _ in range(50):
+        stop, truth = gates.EarlyStop(0.1, 0.0), chance.random(50) < 0.6
+        with suppress(GateFailed):
+            for look in range(20):
+                truth = truth ^ ((chance.random(50) < 0.2) & (~truth | (chance.random(50) < 2 / 3)))  # stays near 0.6
+                stop.held_out(look, truth.mean(), None, truth)
+            continue
+        ended += 1
+    assert ended <= 3, ended
+    stop = gates.EarlyStop(0.1, 0.0)
+    stop.held_out(1, 0.8, None, [1.0] * 40 + [0.0] * 10)
+    again = gates.EarlyStop(0.1, 0.0)
+    again.load_state(json.loads(json.dumps(stop.state())))
+    with pytest.raises(GateFailed, match="gate held-out: at step 2"):
+        again.held_out(2, 0.3, None, [1.0] * 15 + [0.0] * 35)
+
+
+def test_a_request_that_was_left_is_not_judged():
+    """Each that timed out was judged for nobody, while its client asked again: one stall could end all of them."""
+    judged, go = [], threading.Event()
+
+    class Slow(judge_server.Handler):
+        health = {}
+        one_at_a_time = threading.Lock()
+
+        @staticmethod
+        def score(pictures, prompts):
+            judged.append(prompts[0]["prompt"])
+            go.wait(20)
+            return [1.0] * len(pictures)
+
+    with judge_server.Server(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        picture = judges._to_png(np.zeros((8, 8, 3), np.uint8))
+
+        def ask(prompt):
+            body = json.dumps({"images": [picture], "prompts": [{"prompt": prompt}]}).encode()
+            head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            client = socket.create_connection(server.server_address)
+            client.sendall(head + body)
+            return client
+
+        def waiting():
+            return sum(thread.name.startswith("Thread") and "process_request" in thread.name for thread in threads())
+
+        threads = threading.enumerate
+        first = ask("first")
+        while judged != ["first"]:
+            time.sleep(0.01)
+        left, last = ask("left"), ask("last")
+        while waiting() < 3:
+            time.sleep(0.01)
+        time.sleep(0.2)  # until both have been read
+        left.close()
+        go.set()
+        for client in (first, last):
+            assert b'"scores": [1.0]' in client.makefile("rb").read()
+            client.close()
+        server.shutdown()
+    assert sorted(judged) == ["first", "last"]
+
+
+def test_the_figure_of_a_run_refuses_what_is_no_number():
     rows = [{"step": k, "reward": k / 3, "geneval": 0.5, "geneval_low": 0.4, "geneval_high": 0.6} for k in (2, 4)]
     assert [len(axis.lines) for axis in watch.reward_figure(rows, "a run").axes] == [2, 0, 0, 0, 0, 0]
     for row, said in [({"reward": 1.0}, "step='missing'"), ({"step": 1, "reward": {}}, "reward={}")]:

@@ -9,6 +9,7 @@ import torch
 from nitro_e_lite import files
 from nitro_e_lite.files import atomic_folder
 from nitro_e_lite.training.checkpoints import (
+    compare_settings,
     list_checkpoints,
     load_checkpoint,
     load_latest,
@@ -88,6 +89,15 @@ def test_a_flipped_bit_is_found(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="damaged"):
         load_checkpoint(path.parent)
+
+
+def test_what_makes_it_another_network_is_another_run():
+    """A changed strength of an adapter was multiplied into what had been trained with the old one."""
+    before = {"steps": 8, "lora": {"rank": 4, "alpha": 8.0}, "dense_time": True, "depths": [0.1, 0.4]}
+    compare_settings(before, before, 4)
+    for name, value in (("lora", {"rank": 4, "alpha": 64.0}), ("dense_time", False), ("depths", [0.2, 0.4])):
+        with pytest.raises(ValueError, match=f"{name}=.*: the run was started with .*; name another folder"):
+            compare_settings(before, before | {name: value}, 4)
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_ends_nothing(tmp_path, monkeypatch):

@@ -368,7 +368,7 @@ def scores(
         if out is not None:
             check_output(out, "file")
         wanted = official_tools.targets(tool, prompts)
-        found = official_tools.read_scores(tool, printed, wanted)
+        found = official_tools.read_scores(tool, printed, wanted, folder)
         result |= official_tools.make_card(tool, wanted, found, folder)
         whole = cards.PICTURES.get(tool, 0)
         if found["images"] < whole:

@@ -36,6 +36,7 @@ from nitro_e_lite.inference.pipeline import NitroEPipeline
 MINUTES = 8.0  # a row that is compiled can take two more
 WAYS = ({"steps": 20, "guidance": 4.5}, {"steps": 4, "guidance": 0.0})  # of the published models
 DRAWN = ("e_mmdit", "llama_3_2_1b", "dc_ae_f32")  # transformer, text encoder, decoder
+SAME = ("device_name", "packages", "rocm", "commit")  # of the environment: rows of one card are compared
 CARDS = ("drawing_gpu", "peers_gpu", "peers_gpu_compiled", "fp8_gpu")
 
 
@@ -74,8 +75,12 @@ class Cells:
         self.environment = runtime.environment_report() | {"device_name": runtime.device_name(self.device)}
         self.written = {name: card for name, card in cards.load(self.folder).items() if name in CARDS}
         for name, card in self.written.items():
-            if (other := card["environment"]["device_name"]) != self.environment["device_name"]:
-                raise InvalidValue(f"{self.folder}: {name}.json is of {other}; name another folder or delete it")
+            before = {field: card["environment"].get(field) for field in SAME} | {"repeats": card["repeats"]}
+            now = {field: self.environment[field] for field in SAME} | {"repeats": self.repeats}
+            for item, was in before.items():
+                if was != now[item]:
+                    told = f"{name}.json has {item}={was!r}, this run {now[item]!r}"
+                    raise InvalidValue(f"{self.folder}: {told}; name another folder or delete it")
 
     @property
     def rows(self) -> int:
@@ -116,7 +121,8 @@ class Cells:
         """The models of Table 2, each by itself: the one that all are compared with comes first."""
         name, failed = f"peers_gpu{'_compiled' * compiled}", []
         drawn = [key for key, peer in self.known.items() if peer.draws]
-        for key in sorted(drawn, key=lambda key: key != peers.REFERENCE):
+        first = (peers.REFERENCE, *peers.FEW)  # all that README's table needs
+        for key in sorted(drawn, key=lambda key: first.index(key) if key in first else len(first)):
             if not self.wanted(name, key=key, batch=batch):
                 continue
             alone = {k: peer if k == key else replace(peer, draws=None) for k, peer in self.known.items()}

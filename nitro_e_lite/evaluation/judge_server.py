@@ -24,6 +24,8 @@ import io
 import json
 import math
 import re
+import select
+import socket
 import sys
 import tempfile
 import threading
@@ -127,10 +129,21 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(400, {"error": f"needs images (PNG in base64) and prompts: {error}"})
         try:
             with self.one_at_a_time:
+                if self.is_left():  # and has asked again: judging for nobody would make all others wait for ever
+                    self.close_connection = True
+                    return None
                 scores = type(self).score(pictures, prompts)
         except Exception as error:  # the tool failed: say so and go on serving
             return self.answer(500, {"error": f"{type(error).__name__}: {error}"})
         self.answer(200, {"scores": [one if math.isfinite(one) else None for one in scores]})  # NaN is not JSON
+
+    def is_left(self) -> bool:
+        """Whether who asked has gone, as after a time-out."""
+        try:
+            heard, _, _ = select.select([self.connection], [], [], 0)
+            return bool(heard) and not self.connection.recv(1, socket.MSG_PEEK)
+        except (OSError, ValueError):
+            return True
 
     def answer(self, code: int, said: dict) -> None:
         """Sends JSON to whoever is still there."""

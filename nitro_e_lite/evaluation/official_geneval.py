@@ -33,22 +33,33 @@ def read_metadata(path: str | Path) -> list[dict]:
     return found
 
 
-def read_results(path: str | Path, metadata: Sequence[dict], images_per_prompt: int = 4) -> dict[str, Any]:
+def read_results(
+    path: str | Path, metadata: Sequence[dict], images_per_prompt: int = 4, folder: str | None = None
+) -> dict[str, Any]:
     """The official scorer's `results.jsonl`, summed up as its `summary_scores.py` does.
 
     Args:
         path: the file, one JSON object a picture.
         metadata: the benchmark's prompts.
         images_per_prompt: pictures that each must have.
+        folder: name of the one that they lie in, where lines have a `filename`; None: of any.
 
     Returns:
         `overall`, the mean of `categories`, which are means over pictures by tag in order of appearance; `images`,
         `images_expected`, `prompts`, and the shares `correct_images` and `correct_prompts` (any picture of a prompt).
 
     Raises:
-        ValueError: a line of another form, or prompts that are missing, too many or not the benchmark's.
+        ValueError: a line of another form, prompts that are missing, too many or not the benchmark's, a picture of
+            another folder, or one that is there twice.
     """
     rows = list(read_jsonl(path, parse=_check_result))
+    files = [Path(row["filename"]) for row in rows if "filename" in row]
+    if len(set(files)) < len(files):
+        twice = Counter(files).most_common(1)[0][0]
+        raise InvalidValue(f"{path}: {twice} is there more than once; were results added to an older file?")
+    for file in files:  # folder/00000/samples/0000.png
+        if folder and len(file.parts) > 3 and file.parts[-4] != folder:
+            raise InvalidValue(f"{path}: scores {file}, which is not in a folder {folder}")
     tags: dict[str, list[bool]] = {}
     prompts: dict[str, list[bool]] = {}
     for row in rows:
@@ -73,6 +84,7 @@ def read_results(path: str | Path, metadata: Sequence[dict], images_per_prompt: 
 
 def _check_result(row: dict) -> dict:
     texts = all(isinstance(row.get(key), str) for key in ("tag", "prompt"))
+    texts = texts and isinstance(row.get("filename", ""), str)
     if not texts or "metadata" not in row or row.get("correct") not in (True, False):
         raise InvalidValue("must be an object with correct (true or false), metadata, tag, prompt (strings)")
     return row

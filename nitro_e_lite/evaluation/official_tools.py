@@ -266,7 +266,9 @@ def check(tool: str, wanted: Sequence[Target], root: str | Path) -> int:
 # -- what the tools print
 
 
-def read_scores(tool: str, path: str | Path, wanted: Sequence[Target]) -> dict[str, Any]:
+def read_scores(
+    tool: str, path: str | Path, wanted: Sequence[Target], root: str | Path | None = None
+) -> dict[str, Any]:
     """The score in the output of a tool.
 
     Args:
@@ -274,16 +276,17 @@ def read_scores(tool: str, path: str | Path, wanted: Sequence[Target]) -> dict[s
         path: GenEval: its JSON lines, one a picture. DPG: the file of `--res-path`. HPSv2.1: what it printed.
             ImageReward: JSON lines with `path` and `score`. FID: a JSON object with `fid`, `n`, `tool` and `resize`.
         wanted: what had to be scored.
+        root: folder of the pictures; where the output names files, they must lie in a folder of this name.
 
     Returns:
         `overall`, `images`, `images_expected`, and `categories` where there are any.
 
     Raises:
-        ValueError: output of another form, or of another number of pictures.
+        ValueError: output of another form, of another number of pictures, or of the pictures of another folder.
     """
-    path = Path(path)
+    path, folder = Path(path), None if root is None else Path(root).resolve().name
     if tool == "geneval":
-        return read_results(path, [one.metadata for one in wanted[::EACH]], EACH)
+        return read_results(path, [one.metadata for one in wanted[::EACH]], EACH, folder)
     if tool == "fid":
         found = read_json(path)
         about = {name: found.get(name) for name in ("tool", "resize")}
@@ -303,6 +306,9 @@ def read_scores(tool: str, path: str | Path, wanted: Sequence[Target]) -> dict[s
         styles = {style: rows[style] / (100 if rows[style] > 100 else 1) for style in STYLES}  # the hundredfold mode
         return _counted(path, fmean(styles.values()), len(wanted), wanted) | {"categories": styles}  # and see make_card
     rows = dict(re.findall(rf"^(\S.*?), (?:{number}, )+({number})$", text, flags=re.MULTILINE))
+    for name in map(Path, rows):
+        if folder and name.parent.name not in ("", folder):
+            raise InvalidValue(f"{path}: scores {name}, which is not in {root}")
     by_name = {Path(name).name: float(score) for name, score in rows.items()}
     _same_names(path, by_name, [one.path for one in wanted])
     found = _counted(path, 100 * fmean(by_name.values()), len(by_name), wanted)
@@ -348,4 +354,6 @@ def make_card(tool: str, wanted: Sequence[Target], scores: Mapping[str, Any], ro
     if about.get("prompts_sha256") != _digest(wanted):
         raise InvalidValue(f"{root}: holds pictures of other prompts; name the file that they were exported with")
     check(tool, wanted, root)
+    if tool == "fid":  # both resizes decide it: that of the files, and the tool's own
+        about["export_resize"] = about.pop("resize")
     return about | dict(scores)

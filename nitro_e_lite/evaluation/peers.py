@@ -37,6 +37,7 @@ from nitro_e_lite.model.flops import find_peak
 
 FOLDER = Path(__file__).with_suffix("")
 _IN_ATTENTION = ("bmm", "attention")  # operations without weights
+FEW = ("e_mmdit", "e_mmdit_4step")  # what is compared with it
 REFERENCE = "sana_600m"  # whose throughput the paper's 3.07 is relative to
 IN_FP8 = ("sd35_large", "e_mmdit")  # the size that the claims are about first
 

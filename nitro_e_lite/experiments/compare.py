@@ -140,6 +140,8 @@ def _run(
         while engine.global_step < point:
             try:
                 engine.step()
+                if engine.global_step % config.log_every == 0 or engine.global_step == point:
+                    engine.health.check()  # an accelerator's steps do not look themselves
             except NotFiniteScores:  # a judge has: that says nothing of the variant
                 raise
             except NotFinite as error:  # this variant has come to nothing, which is a result; the others go on

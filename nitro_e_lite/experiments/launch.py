@@ -108,9 +108,11 @@ def launch(
             run_processes(words, processes, environment, on_line, log=Path(run_dir) / "console.log")
         except LaunchError:
             ended = json.loads(outcome.read_text(encoding="utf-8")) if outcome.is_file() else {}
-            if "mistake" not in ended:
-                raise
-            raise InvalidValue(ended["mistake"]) from None
+            if "mistake" in ended:
+                raise InvalidValue(ended["mistake"]) from None
+            if "stopped" in ended:
+                raise RunStopped(ended["stopped"]) from None
+            raise
         ended = json.loads(outcome.read_text(encoding="utf-8"))
     if "stopped" in ended:
         raise RunStopped(ended["stopped"])
@@ -241,7 +243,10 @@ def run_processes(
                         _terminate_children(process, alone, set())
                         process.terminate()
                         process.wait()
-    if request.name and process.returncode == -signal.SIGTERM:
+    early = process.returncode == -signal.SIGTERM  # a process on its own, or torchrun before it had any
+    if not alone and process.returncode:  # it counts workers that SIGTERM ended as failed
+        early = process.pid in told or not any(line.startswith("Traceback") for line in last)
+    if request.name and early:
         raise RunStopped(f"Stopped by {request.name} before the training had begun.")
     if process.returncode:
         who = f"{processes} processes: torchrun" if not alone else "the process"
@@ -267,11 +272,12 @@ def _lines_until_the_end(process: subprocess.Popen, file: TextIO, look: Callable
 def _terminate_children(process: subprocess.Popen, alone: bool, told: set[int]) -> None:
     """SIGTERM to the training processes that torchrun has started, to itself before there are any, or to the only one.
 
-    Those in `told` have had it, and save by now.
+    Those in `told` have had it, and save by now. torchrun is left alone once its processes have had it: it lives longer
+    than they do, and a signal would make a crash of a stop in good order.
     """
     with suppress(psutil.NoSuchProcess):
         first = psutil.Process(process.pid)
-        for one in [first] if alone else first.children() or [first]:
+        for one in [first] if alone else first.children() or ([] if told else [first]):
             if one.pid not in told:
                 told.add(one.pid)
                 one.terminate()

@@ -13,14 +13,15 @@ says what was measured, and what to look at. Of students:
 `replay` holds the log of a run that is over against them. Of runs that learn from rewards (`EarlyStop`):
 
     diversity               the pictures of a group have not become alike
-    held-out                the held-out score has not fallen far below its best
+    held-out                the held-out score has not fallen far below its best, nor by chance: the best of many looks
+                            at a few pictures is partly luck
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any
@@ -36,6 +37,7 @@ from nitro_e_lite.inference.encoders import Encoders, decode_latents
 from nitro_e_lite.scenes.geneval import CATEGORIES, Prompt, Score, Verdict, load_prompts, prompt_of, score, verify
 from nitro_e_lite.scenes.grammar import sample_scene
 from nitro_e_lite.scenes.verifier import VERSION
+from nitro_e_lite.stats import paired_interval
 
 
 def few_prompts(each: int) -> list[Prompt]:
@@ -261,12 +263,14 @@ class EarlyStop:
 
     Attributes:
         best: highest held-out score, and its step.
+        of_best: its score of each picture; empty where nobody told.
         first, now: distance inside groups, at first and as a running mean.
     """
 
     def __init__(self, drop: float, diversity: float, snapshots: int = 0):
         self.drop, self.diversity, self.snapshots = drop, diversity, snapshots
         self.best: tuple[float, int] = (-np.inf, 0)
+        self.of_best: list[float] = []
         self.first: float | None = None
         self.now = 0.0
 
@@ -286,20 +290,32 @@ class EarlyStop:
                 found,
             )
 
-    def held_out(self, step: int, score: float, found: Mapping[str, float] | None = None) -> None:
+    def held_out(
+        self, step: int, score: float, found: Mapping[str, float] | None = None, each: Sequence[float] = ()
+    ) -> None:
         """Looks at a held-out score; `found` as above.
+
+        Args:
+            step: after which it was measured.
+            score: all in all.
+            found: as above.
+            each: the score of each picture, always of the same ones: the fall then counts when even the upper end of
+                its paired interval is below `drop`.
 
         Raises:
             GateFailed: it has fallen.
         """
-        if self.drop and score < self.best[0] - self.drop:
+        fallen = bool(self.drop) and score < self.best[0] - self.drop
+        if fallen and len(each) and len(each) == len(self.of_best):
+            fallen = paired_interval(each, self.of_best, range(len(each)))[2] < -self.drop
+        if fallen:
             raise GateFailed(
                 f"gate held-out: at step {step} the held-out score is {score:.3f}, more than {self.drop} below its "
                 f"best, {self.best[0]:.3f}. {self._advice()}",
                 found,
             )
         if score > self.best[0]:
-            self.best = score, step
+            self.best, self.of_best = (score, step), [float(one) for one in each]
 
     def _advice(self) -> str:
         step = self.best[1]
@@ -310,9 +326,11 @@ class EarlyStop:
 
     def state(self) -> dict[str, Any]:
         """JSON-able."""
-        return {"best": list(self.best) if self.best[1] else None, "first": self.first, "now": self.now}
+        best = list(self.best) if self.best[1] else None
+        return {"best": best, "of_best": self.of_best, "first": self.first, "now": self.now}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
         self.best = tuple(state["best"]) if state["best"] else self.best
+        self.of_best = state.get("of_best", [])  # a checkpoint of before it was there
         self.first, self.now = state["first"], state["now"]

@@ -431,30 +431,32 @@ class Rewards(Stage):
         found = score(prompts, verdicts)
         by_kind = {f"geneval_{kind}": value for kind, value in found.categories.items()}
         by_kind["held_out_reader"] = float(self.reader.right(np.stack(pictures), prompts).mean())
-        by_kind |= self._asked(np.stack(pictures), prompts)
+        by_kind |= {name: float(said.mean()) for name, said in self._asked(np.stack(pictures), prompts).items()}
         measured = {"geneval": found.overall, "geneval_low": found.low, "geneval_high": found.high, **by_kind}
-        self._watch(found.overall, measured)
+        self._watch(found.overall, measured, [float(one.correct) for one in verdicts])
         return measured
 
     def _validate_on_file(self) -> dict[str, float]:
         prompts = self.prompts.held_out
         if not prompts:
             return {}
-        found = self._asked(np.stack(self._draw(prompts)), prompts)
-        self._watch(next(iter(found.values())), found)
+        said = self._asked(np.stack(self._draw(prompts)), prompts)
+        found = {name: float(scores.mean()) for name, scores in said.items()}
+        first = next(iter(said))
+        self._watch(found[first], found, said[first])
         return found
 
-    def _asked(self, pictures: np.ndarray, prompts: Sequence[Prompt | FilePrompt]) -> dict[str, float]:
-        """What each reward, and each judge that never pays, says of held-out pictures, on average."""
+    def _asked(self, pictures: np.ndarray, prompts: Sequence[Prompt | FilePrompt]) -> dict[str, np.ndarray]:
+        """What each reward, and each judge that never pays, says of held-out pictures, (B,) each."""
         found = {}
         for judge in (*self.rewards, *self.watched):
-            said = check_scores(judge.name, judge.score(pictures, prompts), len(prompts), constant=False)
-            found[f"held_out_{judge.name}"] = float(said.mean())
+            said = judge.score(pictures, prompts)
+            found[f"held_out_{judge.name}"] = check_scores(judge.name, said, len(prompts), constant=False)
         return found
 
-    def _watch(self, score: float, measured: dict[str, float]) -> None:
+    def _watch(self, score: float, measured: dict[str, float], each: Sequence[float] = ()) -> None:
         if self.done < self.config.steps:
-            self.early_stop.held_out(self.done, score, measured)
+            self.early_stop.held_out(self.done, score, measured, each)
 
     def _draw(self, prompts: Sequence[Prompt | FilePrompt], batch: int = 16) -> list[np.ndarray]:
         sampler = self.pipeline.sampler(self.config.rollout_steps, self.config.guidance, self.config.shift)

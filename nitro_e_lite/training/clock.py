@@ -89,6 +89,13 @@ def straggler(times: dict[str, list[float]]) -> int:
     return busy.index(max(busy))
 
 
+def forget_others(run_dir: Path, world: int) -> None:
+    """Removes the heartbeats of more processes than there are now: they would seem to hang."""
+    for path in (run_dir / "heartbeat").glob("rank-*.json"):
+        if path.stem.removeprefix("rank-").isdecimal() and int(path.stem.removeprefix("rank-")) >= world:
+            path.unlink(missing_ok=True)
+
+
 class Heartbeat:
     """A file that says which step this process has done, and when.
 

@@ -23,6 +23,7 @@ module only, so that a generator and a discriminator can take turns in one run.
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import time
 import warnings
@@ -233,7 +234,8 @@ class Engine:
         config: of the run; the stage reads its own fields from it.
         stage: makes the stage, from `config` and a `Placement`.
         run_dir: folder of the run: `config.json`, `metrics.jsonl`, `checkpoints/`, `samples/`, `final/`, and, when
-            asked for, `milestones/` and `snapshots/`.
+            asked for, `milestones/` and `snapshots/`. When a finished run is made longer, its `final/` is put aside as
+            `final-before/`.
         resume: continue from the newest checkpoint in `run_dir`; simply starts when there is none.
         device: "cpu", "cuda", ... or None for the best there is.
 
@@ -485,6 +487,8 @@ class Engine:
         try:
             with run_lock(self.run_dir, main), StopRequest() as self._request:
                 self._describe()
+                if main and self.global_step < self.config.steps:
+                    self._put_final_aside()
                 self.progress.start(self.global_step)
                 set_patience(timedelta(minutes=self.config.patience))
                 try:
@@ -495,8 +499,11 @@ class Engine:
                         self.accelerator.wait_for_everyone()  # until it is saved: the first to end ends the others
                     raise type(error)(said) from None
                 except GateFailed as failed:
-                    if main and failed.found:
-                        self.progress.write(self.global_step, failed.found)
+                    if main:
+                        if failed.found:
+                            self.progress.write(self.global_step, failed.found)
+                        self.save_picture()  # of what failed
+                        self.save()
                     raise
                 if main:
                     self.writer.wait()
@@ -507,6 +514,13 @@ class Engine:
             self.export()
         self.accelerator.wait_for_everyone()
         return self.run_dir / "final"
+
+    def _put_final_aside(self) -> None:
+        """What a run left that is now made longer: whoever looks whether it is finished must not find it."""
+        final, before = self.run_dir / "final", self.run_dir / "final-before"
+        if final.is_dir():
+            shutil.rmtree(before, ignore_errors=True)
+            final.rename(before)
 
     def _train(self) -> None:
         config, main = self.config, self.accelerator.is_main_process

@@ -32,7 +32,7 @@ from nitro_e_lite.errors import InvalidValue, NotWritten
 from nitro_e_lite.files import read_jsonl
 from nitro_e_lite.model.flops import TRAINING_PASSES, find_peak
 from nitro_e_lite.runtime import device_name, memory_used
-from nitro_e_lite.training.clock import Clock, Heartbeat, step_times, straggler
+from nitro_e_lite.training.clock import Clock, Heartbeat, forget_others, step_times, straggler
 
 
 def tracker_name(asked: str) -> str | None:
@@ -79,6 +79,7 @@ class Progress:
         if self.accelerator.is_main_process:
             self._metrics = MetricsWriter(self.run_dir / "metrics.jsonl")
             self._metrics.truncate_after(step)
+            forget_others(self.run_dir, self.accelerator.num_processes)
             if self.accelerator.log_with:
                 self.accelerator.init_trackers("tracker")
         self._bar = tqdm(
