@@ -228,7 +228,7 @@ def test_preflight_of_shards_and_processes(tmp_path, monkeypatch):
     assert any(one.says.endswith("vision features are computed from pictures") for one in found)
     card.write_text("{}")
     found = preflight.preflight(override(preset("base", "smoke"), [*folders, "repa.weight=0.5"]), tmp_path, 1, "cpu")
-    assert "is no card of a data set" in lacks(found)[f"data: {tmp_path / 'mine'}"]  # found, and not raised
+    assert "card.json is missing or broken" in lacks(found)[f"data: {tmp_path / 'mine'}"]  # found, and not raised
 
     full = preflight.preflight(preset("distill", "full"), tmp_path, 1, "cpu")
     assert {"teacher", "drawn: data/drawn-full"} < lacks(full).keys()
