@@ -83,8 +83,7 @@ def read_results(
 
 
 def _check_result(row: dict) -> dict:
-    texts = all(isinstance(row.get(key), str) for key in ("tag", "prompt"))
-    texts = texts and isinstance(row.get("filename", ""), str)
+    texts = all(isinstance(row.get(key, other), str) for key, other in {"tag": 0, "prompt": 0, "filename": ""}.items())
     if not texts or "metadata" not in row or row.get("correct") not in (True, False):
         raise InvalidValue("must be an object with correct (true or false), metadata, tag, prompt (strings)")
     return row
