@@ -5,7 +5,8 @@ makes a run trustworthy, the same for all of them:
 
 * **Masters.** Optimisers and averages work on float32 masters, see `weights.py`.
 * **Randomness from the step number.** Everything random of step k comes from (seed, k), see `runtime.generator`. A
-  resumed run needs no generator state and repeats an uninterrupted one bit for bit.
+  resumed run needs no generator state and repeats an uninterrupted one: on a CPU bit for bit, on an accelerator up to
+  the order of its sums.
 * **Stops without loss.** At SIGTERM or SIGINT the step in progress is finished and saved; SIGKILL costs the steps since
   the last checkpoint; a full disk ends the run and leaves the last checkpoint whole. See `checkpoints.py`.
 * **Processes.** Each works on its rows of the batch; gradients are averaged once a step, weights are the same
