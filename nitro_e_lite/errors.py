@@ -55,6 +55,6 @@ class GateFailed(UserError, RuntimeError):
         found: the measurement that it failed by, for the log; empty where the log has it already.
     """
 
-    def __init__(self, message: str, found: dict[str, float] | None = None):
+    def __init__(self, message: str, found: dict[str, float] | None = None, everywhere: bool = False):
         super().__init__(message)
-        self.found = dict(found or {})
+        self.found, self.everywhere = dict(found or {}), everywhere

@@ -526,6 +526,20 @@ def test_port_that_is_taken_is_named_with_a_way_out():
     assert f"port: {port} is taken by another program; --port {port + 1} picks another" in result.stderr
 
 
+@pytest.mark.parametrize(("host", "named"), [("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "127.0.0.1")])
+def test_the_address_that_is_told_can_be_opened(host, named, tiny_folder):
+    words = [sys.executable, "-m", "nitro_e_lite.cli", "demo", "--web", "--no-browser", "--port", "0", "--host", host]
+    server = subprocess.Popen([*words, "--lane", f"{tiny_folder}@1"], stdout=subprocess.PIPE, text=True)
+    try:
+        address = next(line for line in server.stdout if " is at " in line).split()[4]
+        assert re.fullmatch(rf"http://{named}:[1-9]\d+/", address)
+        with urllib.request.urlopen(address, timeout=60) as page:
+            assert page.status == 200
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 0
+
+
 def test_a_host_that_others_reach_is_warned_of(monkeypatch):
     monkeypatch.setattr(demo_server, "serve", lambda *lanes, **options: None)
     result = CliRunner().invoke(app, ["demo", "--web", "--host", "0.0.0.0"])
@@ -535,7 +549,9 @@ def test_a_host_that_others_reach_is_warned_of(monkeypatch):
 
 @pytest.mark.parametrize(
     ("words", "field"),
-    [("--web --steps 4", "steps"), ("--web --json", "json"), ("--port 80", "port"), ("--lane lite@1", "lane")],
+    [("--web --steps 4", "steps"), ("--web --json", "json"), ("--port 80", "port"), ("--lane lite@1", "lane")]
+    + [("--web --seed 7", "seed"), ("--no-browser", "browser"), ("--host ::1", "host"), ("--model lite", "model")]
+    + [("--web --lane lite@1 --model nowhere", "model")],
 )
 def test_options_of_the_other_form_are_refused(words, field):
     result = CliRunner().invoke(app, ["demo", *words.split()])

@@ -473,8 +473,10 @@ def test_an_unbalanced_discriminator_stops_the_run(config, right, words):
     for _ in range(3):
         stage.balance.check(0)
         stage.balance.note(right, 0, 1)
-    with pytest.raises(GateFailed, match=f"gate discriminator-balance, step 0: right on {right:.3f}.*{words}"):
+    said = f"gate discriminator-balance, step 0: right on {right:.3f}.*{words}"
+    with pytest.raises(GateFailed, match=said) as failed:
         stage.losses(0, 0)
+    assert failed.value.everywhere  # the share is that of all processes
     stage.balance.right.fill_(0.8)
     stage.balance.check(0)
 

@@ -265,6 +265,37 @@ def test_a_gate_that_fails_leaves_a_checkpoint_and_a_picture_of_what_failed(tmp_
     assert load_latest(tmp_path / "checkpoints")[1]["step"] == 9
 
 
+GATE = """
+import sys, time
+from pathlib import Path
+import torch.distributed as dist
+from test_engine import RUN, TwoPlayers
+from nitro_e_lite.errors import GateFailed
+from nitro_e_lite.training.engine import Engine
+
+run = Engine(RUN, TwoPlayers, Path(sys.argv[1]), device="cpu")
+honest, step = run.save, run.step
+def fails():
+    if run.global_step == 3:
+        raise GateFailed("gate of a test: failed", everywhere=True)
+    return step()
+run.step, run.save = fails, lambda **options: time.sleep(1) or honest(**options)
+try:
+    run.fit()
+except GateFailed:
+    there = (run.run_dir / "checkpoints" / "step-00000003").is_dir()
+    (run.run_dir / f"there-{dist.get_rank()}").write_text(str(there))
+"""
+
+
+def test_no_process_ends_before_the_failed_run_is_saved(ranks, tmp_path):  # noqa: F811
+    """The first that ended had torchrun end the others, and with them the one that was saving."""
+    script = tmp_path / "gate.py"
+    script.write_text(GATE)
+    ranks.run(2, script, tmp_path / "run")
+    assert [(tmp_path / "run" / f"there-{rank}").read_text() for rank in range(2)] == ["True", "True"]
+
+
 def test_a_compiler_that_fails_says_where_its_files_are(tmp_path, monkeypatch):
     """Half a file, left by a killed run, failed every run after it, and nothing said where it was."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))

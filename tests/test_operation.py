@@ -322,3 +322,4 @@ def test_a_restarted_worker_goes_on_and_repeats_no_mistake(tmp_path, monkeypatch
         worker.main(str(request))
     monkeypatch.setattr(launch.torch.accelerator, "is_available", lambda: True)
     assert "--max-restarts 3" in " ".join(launch.torchrun_words([sys.executable], 8))
+    assert "--max-restarts 0" in " ".join(launch.torchrun_words([sys.executable], 8, restarts=0))

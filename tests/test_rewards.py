@@ -807,8 +807,9 @@ def test_a_collapsing_run_is_stopped(small, tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(GrpoRewards, "roll_out", alike)
-    with pytest.raises(RuntimeError, match="gate diversity: "):
+    with pytest.raises(GateFailed, match="gate diversity: ") as failed:
         train_rewards(config, tmp_path, device="cpu")
+    assert failed.value.everywhere  # all processes look at the whole roll-out
     assert 4 <= drawn[-1] < 11 and not (tmp_path / "final").exists()
     distances = [row["group_distance"] for row in read_jsonl(tmp_path / "metrics.jsonl")]
     assert distances[-1] < 0.1 * distances[0]  # what it was stopped by is in the log

@@ -257,7 +257,12 @@ def test_preflight_of_shards_and_processes(tmp_path, monkeypatch):
             assert missing in lacks(preflight.preflight(started, tmp_path, 1, "cpu")), place
 
     said = handshake.SAYS + '{"backend": "gloo", "world": 2, "right": true, "met": 1.0, "sent": 3e9}'
-    monkeypatch.setattr(launch, "run_processes", lambda words, count, environment, on_line: on_line(said))
+
+    def meets(words, count, environment, on_line, restarts):
+        assert not restarts  # each would wait as long again
+        on_line(said)
+
+    monkeypatch.setattr(launch, "run_processes", meets)
     (batch,) = preflight._shares(preset("base", "smoke"), 3)
     assert not batch.fine and batch.must and batch.says == "8 cannot be divided by 3 processes times accumulate=1"
     gate = threading.Barrier(3, timeout=30)  # servers that take their time are asked at once

@@ -339,8 +339,10 @@ def test_another_teacher_than_before_the_embedding_stops_the_run(config):
     stage = stage_of(replace(config, gate_finetune=0.001, embedding_steps=0))
     error = stage.embedding_error()
     assert error > 0.001  # nothing was learned yet
-    with pytest.raises(GateFailed, match=rf"gate teacher-fine-tuned, step 3: .* {error:.3f} .*Raise embedding_steps"):
+    said = rf"gate teacher-fine-tuned, step 3: .* {error:.3f} .*Raise embedding_steps"
+    with pytest.raises(GateFailed, match=said) as failed:
         stage.losses(3, 0)
+    assert failed.value.everywhere
     same = stage_of(replace(config, dense_time=False))
     assert same.embedding_error() == 0.0
 

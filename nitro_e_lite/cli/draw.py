@@ -56,21 +56,21 @@ def demo(
     steps: Steps = None,
     guidance: Guidance = None,
     shift: Shift = None,
-    seed: int = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the first picture; 0 when not given.")] = None,
     web: Annotated[bool, typer.Option("--web", help="Serve a page on which lanes race as you watch.")] = False,
     teaser: Annotated[bool, typer.Option("--teaser", help="Draw figures/teaser.png: 20 steps, 4 and 1.")] = False,
     model: Annotated[
-        str,
+        str | None,
         typer.Option(help="For the page: a model to draw in 20, 4 and 1 steps; lite: what the package has for each."),
-    ] = "lite",
+    ] = None,
     lane: Annotated[
         list[str] | None, typer.Option(help="For the page: MODEL@STEPS or MODEL@STEPS@GUIDANCE; up to four times.")
     ] = None,
     port: Annotated[int | None, typer.Option(help="Port of the page.")] = None,
     host: Annotated[
-        str, typer.Option(help="Address of the page; any but a loopback address lets other machines in.")
-    ] = "127.0.0.1",
-    browser: Annotated[bool, typer.Option(help="Open a browser with the page.")] = True,
+        str | None, typer.Option(help="Address of the page; any but a loopback address lets other machines in.")
+    ] = None,
+    browser: Annotated[bool | None, typer.Option(help="Open a browser with the page, as is usual.")] = None,
     text_encoder: TextEncoder = None,
     vae: Vae = None,
     device: Device = None,
@@ -79,12 +79,12 @@ def demo(
 ) -> None:
     """Draw a handful of captions with the shipped weights; `--web`: the same as a page, twenty steps beside four."""
     loading = {"text_encoder": text_encoder, "vae": vae, "device": device, "dtype": dtype}
-    of_page = {"port": port, "lane": lane, **loading, "model": model if model != "lite" else None}
+    of_page = {"port": port, "host": host, "browser": browser, "lane": lane, "model": model, **loading}
     of_picture = {"out": out, "steps": steps, "guidance": guidance, "shift": shift, "json": json or None}
     if web and teaser:
         raise InvalidValue("web, teaser: two forms of the demo; name one")
     if web:
-        refused, why = of_picture, "the page has its own dials for that"
+        refused, why = of_picture | {"seed": seed}, "the page has its own dials for that"
     elif teaser:
         refused, why = of_picture | of_page, "the teaser is always drawn alike"
     else:
@@ -92,12 +92,14 @@ def demo(
     for name, value in refused.items():
         if value is not None:
             raise InvalidValue(f"{name}: {why}")
+    if lane and model is not None:
+        raise InvalidValue("model: each lane names its own")
     if web:
-        _serve_page(model, lane, port, host, browser, loading)
+        _serve_page(model or "lite", lane, port, host or "127.0.0.1", browser is not False, loading)
     elif teaser:
-        _draw_teaser(seed)
+        _draw_teaser(seed or 0)
     else:
-        _draw_eight(out or Path("outputs/demo.png"), steps, guidance, shift, seed, json)
+        _draw_eight(out or Path("outputs/demo.png"), steps, guidance, shift, seed or 0, json)
 
 
 def _serve_page(

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from nitro_e_lite.course import demo_html as html
-from nitro_e_lite.course.demo_protocol import ENVIRONMENT, IDLE_MINUTES, Lane, Wire
+from nitro_e_lite.course.demo_protocol import ENVIRONMENT, IDLE_MINUTES, MAX_MESSAGE, Lane, Wire
 from nitro_e_lite.errors import InvalidValue, Unusable
 
 DATA = Path(__file__).resolve().parent / "demo"
@@ -59,9 +59,7 @@ class WorkerProcess:
     """
 
     def __init__(self, lanes: Sequence[Lane], loading: dict[str, Any] | None = None):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = free.getsockname()
+        self.address = ("127.0.0.1", _free_port("127.0.0.1"))
         self.key = secrets.token_bytes(32)
         self._settings = {
             "port": self.address[1],
@@ -159,12 +157,18 @@ def check_address(host: str, port: int) -> None:
             trial.listen()
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                rule = f"taken by another program; --port {port + 1} picks another"
+                rule = f"taken by another program; --port {port + 1 if port < 65535 else PORT} picks another"
             elif error.errno == errno.EACCES:
                 rule = "not open to this user; pick one above 1024"
             else:
                 raise InvalidValue(f"host: {host!r} is no address of this machine ({error})") from None
             raise InvalidValue(f"port: {port} is {rule}") from None
+
+
+def _free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
+        free.bind((host, 0))
+        return free.getsockname()[1]
 
 
 def is_loopback(host: str) -> bool:
@@ -187,7 +191,7 @@ def serve(
 
     Args:
         lanes: what is compared.
-        port, host: where.
+        port, host: where; port 0 takes a free one.
         browser: opens one.
         say: gets lines for the person at the terminal.
         **loading: arguments of `load_pipeline`.
@@ -197,6 +201,7 @@ def serve(
         RuntimeError: the models cannot be loaded.
     """
     check_address(host, port)
+    port = port or _free_port(host)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     say("Loading the models ...")
     worker = WorkerProcess(lanes, loading)
@@ -234,7 +239,8 @@ def _run_voila(
             """Voila calls this once it listens."""
             loop = IOLoop.current()
             PeriodicCallback(lambda: _watch(worker, say, loop.stop), 500).start()
-            address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+            named = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # every address is none to open
+            address = f"http://{f'[{named}]' if ':' in named else named}:{port}/"
             say(f"The demo is at {address} (Ctrl-C ends it)")
             if browser:
                 threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
@@ -258,6 +264,7 @@ def _settings(lanes: int, host: str, port: int) -> dict[str, Any]:
             "tornado_settings": {
                 "allow_remote_access": not is_loopback(host),
                 "log_function": lambda handler: None,
+                "websocket_max_message_size": MAX_MESSAGE,
                 # A page that closes says so without a cookie, which a page laid out in advance does not have. Who
                 # would end a stranger's kernel has to guess its random name.
                 "disable_check_xsrf": True,

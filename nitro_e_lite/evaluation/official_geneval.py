@@ -83,7 +83,7 @@ def read_results(
 
 
 def _check_result(row: dict) -> dict:
-    texts = all(isinstance(row.get(key, other), str) for key, other in {"tag": 0, "prompt": 0, "filename": ""}.items())
+    texts = all(isinstance(text, str) for text in (row.get("tag"), row.get("prompt"), row.get("filename", "")))
     if not texts or "metadata" not in row or row.get("correct") not in (True, False):
         raise InvalidValue("must be an object with correct (true or false), metadata, tag, prompt (strings)")
     return row

@@ -164,7 +164,14 @@ def child_environment(processes: int, device: str | None, inherited: Mapping[str
     return environment
 
 
-def torchrun_words(words: Sequence[str], processes: int, nodes: int = 1, rank: int = 0, address: str = "") -> list[str]:
+def torchrun_words(
+    words: Sequence[str],
+    processes: int,
+    nodes: int = 1,
+    rank: int = 0,
+    address: str = "",
+    restarts: int = RESTARTS,
+) -> list[str]:
     """Arguments of Python that start `words` through torchrun on one machine.
 
     Args:
@@ -173,10 +180,11 @@ def torchrun_words(words: Sequence[str], processes: int, nodes: int = 1, rank: i
         nodes: number of machines.
         rank: of this machine, from 0.
         address: `host:port` of machine 0; needed for more than one.
+        restarts: of all processes when one has failed, on one machine with accelerators.
     """
     place = ["--standalone"]
     if torch.accelerator.is_available() and nodes == 1:
-        place += ["--max-restarts", str(RESTARTS)]
+        place += ["--max-restarts", str(restarts)]
     if nodes > 1:
         host, _, port = address.partition(":")
         place = ["--nnodes", str(nodes), "--node_rank", str(rank), "--rdzv_backend", "static"]
@@ -202,7 +210,8 @@ def run_processes(
         environment: of the processes.
         on_line: gets each line of output.
         log: file that the output is added to; None: a temporary one.
-        **machines: `nodes`, `rank` and `address` for `torchrun_words`; without them one process needs no torchrun.
+        **machines: `nodes`, `rank`, `address` and `restarts` for `torchrun_words`; without them one process needs no
+            torchrun.
 
     Raises:
         LaunchError: a process ended with an error.

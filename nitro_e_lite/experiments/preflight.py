@@ -137,7 +137,7 @@ def _exchange(processes: int, device: str | None) -> Iterator[Finding]:
     lines: list[str] = []
     try:
         words, environment = ["-m", handshake.__name__], launch.child_environment(processes, device)
-        launch.run_processes(words, processes, environment, lines.append)
+        launch.run_processes(words, processes, environment, lines.append, restarts=0)
         (said,) = (line.removeprefix(handshake.SAYS) for line in lines if line.startswith(handshake.SAYS))
         found = json.loads(said)
     except (launch.LaunchError, ValueError) as error:

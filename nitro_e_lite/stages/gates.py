@@ -125,7 +125,8 @@ def check_fine_tuned(error: float, config: StudentConfig) -> None:
     """Gate teacher-fine-tuned.
 
     Args:
-        error: squared distance of the fine-tuned teacher's velocities from before, over the teacher's own error.
+        error: squared distance of the fine-tuned teacher's velocities from before, over the teacher's own error; the
+            same on all processes.
         config: with `gate_finetune`.
 
     Raises:
@@ -136,7 +137,8 @@ def check_fine_tuned(error: float, config: StudentConfig) -> None:
     raise GateFailed(
         f"gate teacher-fine-tuned, step {config.finetune_steps}: its answers are {error:.3f} of its own error away "
         f"from those before, may be {config.gate_finetune}. Raise embedding_steps, or finetune_share (is "
-        f"{_losses(config)[0]} still falling?), or leave the old embedding: dense_time=false"
+        f"{_losses(config)[0]} still falling?), or leave the old embedding: dense_time=false",
+        everywhere=True,
     )
 
 
@@ -188,7 +190,8 @@ class Balance:
             advice += "in a new run"
         raise GateFailed(
             f"gate discriminator-balance, step {step}: right on {right:.3f} of pictures over its last "
-            f"{config.gate_window} steps, must be {config.gate_low} to {config.gate_high}; {advice}"
+            f"{config.gate_window} steps, must be {config.gate_low} to {config.gate_high}; {advice}",
+            everywhere=True,
         )
 
 
@@ -288,6 +291,7 @@ class EarlyStop:
                 f"gate diversity: at step {step} the distance inside groups is {self.now:.3f}, "
                 f"{self.now / self.first:.0%} of what it was; must stay above {self.diversity:.0%}. {self._advice()}",
                 found,
+                everywhere=True,
             )
 
     def held_out(

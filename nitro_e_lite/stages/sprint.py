@@ -62,6 +62,7 @@ from nitro_e_lite.runtime import generator
 from nitro_e_lite.stages.discriminator import hinge_loss, raised, verdict
 from nitro_e_lite.stages.gates import check_fine_tuned
 from nitro_e_lite.stages.students import Student, StudentBatch, resting, words_of
+from nitro_e_lite.training.distributed import mean_over_processes
 from nitro_e_lite.training.engine import Engine, Placement
 from nitro_e_lite.training.optimizers import hidden_matrices
 
@@ -253,7 +254,8 @@ class Sprint(Student):
         if step < self.config.finetune_steps:
             return {"student": {"loss": self._embedding_loss(batch)}}
         if step == self.config.finetune_steps and part == 0 and self.config.dense_time and not self.config.start_from:
-            check_fine_tuned(self.embedding_error(), self.config)
+            error = torch.tensor(self.embedding_error(), device=self.placement.device)
+            check_fine_tuned(mean_over_processes(error).item(), self.config)
             if step:
                 self._promote(self.student.state_dict())
         if self.judges(step):

@@ -503,8 +503,10 @@ class Engine:
                     if main:
                         if failed.found:
                             self.progress.write(self.global_step, failed.found)
-                        self.save_picture()  # of what failed
                         self.save()
+                        self.save_picture()  # of what failed
+                    if failed.everywhere:
+                        self.accelerator.wait_for_everyone()
                     raise
                 if main:
                     self.writer.wait()
