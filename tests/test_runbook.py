@@ -306,7 +306,7 @@ def test_a_hang_of_real_processes_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     script, run = tmp_path / "hangs.py", launch.run_processes
     script.write_text(HANGS)
-    monkeypatch.setattr(launch, "run_processes", lambda words, *rest: run([str(script)], *rest))
+    monkeypatch.setattr(launch, "run_processes", lambda words, *rest, **machines: run([str(script)], *rest, **machines))
     (met,) = preflight._exchange(2, "cpu")
     hangs = (
         rf"timed out: process [01] on {re.escape(socket.gethostname())} waited 3 s in an all-reduce of 4 MB over gloo"
